@@ -1,0 +1,74 @@
+"""Denoising diffusion implicit models (Song et al. 2020, https://arxiv.org/abs/2010.02502)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..schedule import Schedule
+from ..table import StepTable
+from ._prediction import x0_coefficients
+
+
+def ddim(schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
+    """Equation 12 of the paper: guided-diffusion's and GLIDE's `ddim_sample_loop`.
+
+    ε is re-derived from the clipped x0, as the originals do. A model with learned variances may be used; its variance channels are ignored.
+
+    Args:
+        schedule: the process, re-spaced to the number of steps wanted.
+        eta: 0 for the deterministic sampler, 1 for the noise level of DDPM; any value of at least 0 for which the variance exists.
+        prediction: "epsilon", "x0", "v" or "previous_x".
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Returns:
+        A table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
+
+    Raises:
+        ValueError: unknown prediction, or eta negative, not finite, or so large that σ² exceeds 1 - ᾱ of the previous step.
+
+    Example:
+        >>> ddim(Schedule.named("linear", 1000).respace("ddim25")).uses_noise
+        False
+    """
+    if not (np.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta: got {eta}, expected a finite value of at least 0")
+    ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    σ = eta * np.sqrt((1 - ᾱ_prev) / (1 - ᾱ)) * np.sqrt(1 - ᾱ / ᾱ_prev)
+    direction = 1 - ᾱ_prev - σ**2
+    # At eta = 1 rounding may take the first step a little below 0.
+    if direction.min() < -1e-12:
+        raise ValueError(f"eta: got {eta}, for which sigma exceeds the noise left at {int((direction < 0).sum())} steps; expected less")
+    return _rows(schedule, prediction, rescale_timesteps, ᾱ_prev, np.sqrt(np.maximum(direction, 0)), σ, slice(None, None, -1), "ddim")
+
+
+def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
+    """The deterministic ODE run from image to noise: guided-diffusion's `ddim_reverse_sample_loop`.
+
+    Args:
+        schedule: the process, re-spaced to the number of steps wanted.
+        prediction: "epsilon", "x0", "v" or "previous_x".
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Returns:
+        A table of `schedule.num_timesteps` rows, least noisy first. Start it from an image in [-1, 1].
+    """
+    ᾱ_next = schedule.alphas_cumprod_next
+    none = np.zeros_like(ᾱ_next)
+    return _rows(schedule, prediction, rescale_timesteps, ᾱ_next, np.sqrt(1 - ᾱ_next), none, slice(None), "ddim_reverse")
+
+
+def _rows(schedule, prediction, rescale_timesteps, ᾱ_to, direction, σ, order, name) -> StepTable:  # type: ignore[no-untyped-def]
+    """x' = √ᾱ_to x0 + direction ε + σ z with ε = (x - √ᾱ x0) / √(1-ᾱ), as a row over (x, x0)."""
+    p_x, p_m = x0_coefficients(schedule, prediction)
+    a_x = direction / schedule.sqrt_one_minus_alphas_cumprod
+    a_0 = np.sqrt(ᾱ_to) - a_x * schedule.sqrt_alphas_cumprod
+    return StepTable.from_columns(
+        t=schedule.model_timesteps(rescale_timesteps)[order],
+        p_x=p_x[order],
+        p_m=p_m[order],
+        a_x=a_x[order],
+        a_0=a_0[order],
+        s=σ[order],
+        integer_time=not rescale_timesteps,
+        name=name,
+    )

@@ -1,0 +1,75 @@
+"""Ancestral sampling of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..schedule import Schedule
+from ..table import StepTable
+from ._prediction import x0_coefficients
+
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+def ddpm(
+    schedule: Schedule, *, prediction: str = "epsilon", variance: str = "learned_range", rescale_timesteps: bool = False
+) -> StepTable:
+    """x_{t-1} ~ N(μ̃(x_t, x0), σ²): guided-diffusion's and GLIDE's `p_sample_loop`.
+
+    Args:
+        schedule: the process, re-spaced to the number of steps wanted.
+        prediction: "epsilon", "x0", "v" or "previous_x".
+        variance: "fixed_small" (β̃), "fixed_large" (β), "learned" (the model's second C channels are log σ²) or "learned_range" (they
+            interpolate log σ² between log β̃ at -1 and log β at +1; Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672).
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Returns:
+        A table of `schedule.num_timesteps` rows, noisiest first. The last row adds no noise.
+
+    Raises:
+        ValueError: unknown prediction or variance, or a schedule whose coefficients are not finite.
+
+    Example:
+        >>> table = ddpm(Schedule.named("squaredcos_cap_v2", 1000).respace(50))
+        >>> len(table), table.learned_variance
+        (50, True)
+    """
+    if variance not in VARIANCES:
+        raise ValueError(f"variance: got {variance!r}, expected one of {', '.join(VARIANCES)}")
+    p_x, p_m = x0_coefficients(schedule, prediction)
+    n = schedule.num_timesteps
+    zero, one = np.zeros(n), np.ones(n)
+
+    if prediction == "previous_x":
+        a_x, a_0, a_m = zero, zero, one
+    else:
+        a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
+
+    # In base 2: log2 std = l_0 + l_v*v. The last step is the mean itself.
+    noisy = np.arange(n) > 0
+    s, l_0, l_v = noisy.astype(np.float64), zero, zero
+    low, high = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
+    if variance == "fixed_small":
+        s = noisy * np.exp(0.5 * low)
+    elif variance == "fixed_large":
+        s = noisy * np.sqrt(schedule.fixed_large_variance)
+    elif variance == "learned":
+        l_v = noisy * 0.5 / np.log(2)
+    else:
+        # log σ² = f*high + (1 - f)*low with f = (v + 1)/2.
+        l_0, l_v = noisy * (high + low) / (4 * np.log(2)), noisy * (high - low) / (4 * np.log(2))
+
+    return StepTable.from_columns(
+        t=schedule.model_timesteps(rescale_timesteps)[::-1],
+        p_x=p_x[::-1],
+        p_m=p_m[::-1],
+        a_x=a_x[::-1],
+        a_0=a_0[::-1],
+        a_m=a_m[::-1],
+        s=s[::-1],
+        l_0=l_0[::-1],
+        l_v=l_v[::-1],
+        learned_variance=variance.startswith("learned"),
+        integer_time=not rescale_timesteps,
+        name="ddpm",
+    )

@@ -1,0 +1,165 @@
+"""The coefficient table: a solver written as one row of numbers per model evaluation.
+
+Every row does the same four things, for model outputs m_1 ... m_K of the K guidance branches, state x, noise z and saved tensors h_j:
+
+    m    = blend(m_1 ... m_K)                                    guidance
+    x0   = clip(p_x*x + p_m*m)                                   predict x0
+    x'   = a_x*x + a_0*x0 + a_m*m + a_u*u + sum_j a_hj*h_j + std*z
+    h_d <- k_x*x + k_0*x0 + k_m*m                                save at most one tensor (d = slot, none if -1)
+
+where u is the output of the unconditional branch (CFG++) and std = s * 2**(l_0 + l_v*v), v being the variance channels of the conditional
+branch, or just s where the variance is not learned. The model sees c_in*x at time t. The order of the columns is shared with the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["COLUMNS", "MAX_HISTORY", "StepTable"]
+
+COLUMNS = (
+    *("c_in", "t"),
+    *("p_x", "p_m"),
+    *("a_x", "a_0", "a_m", "a_u", "a_h0", "a_h1", "a_h2"),
+    *("s", "l_0", "l_v"),
+    *("k_x", "k_0", "k_m", "slot"),
+)
+MAX_HISTORY = 3
+
+_INDEX = {name: i for i, name in enumerate(COLUMNS)}
+_DEFAULTS = {"c_in": 1.0, "slot": -1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """One float64 row of coefficients per model evaluation, first executed first.
+
+    Built by the functions of `fastcfg.solvers`, or from columns with `StepTable.from_columns`.
+
+    Attributes:
+        rows: float64 [R, len(COLUMNS)].
+        learned_variance: whether std depends on the model's variance channels (then the model must return 2C channels).
+        initial_scale: the standard deviation of the starting noise, x_T = initial_scale * z (sigma_max for solvers in sigma space).
+        integer_time: whether the model takes t as int64 (else float32).
+        steps: int64 [R], the step of the run each row belongs to, for progress and guidance intervals; rows of the stages of one step share
+            it.
+        name: what built the table, for messages.
+
+    Raises:
+        ValueError: wrong shape, non-finite values, a slot that is not -1, 0, 1 or 2, a saved tensor read before a row wrote it, negative s,
+            or decreasing steps.
+    """
+
+    rows: NDArray[np.float64]
+    learned_variance: bool = False
+    initial_scale: float = 1.0
+    integer_time: bool = True
+    steps: NDArray[np.int64] | None = None
+    name: str = "table"
+
+    def __post_init__(self) -> None:
+        rows = np.array(self.rows, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or not len(rows):
+            raise ValueError(f"rows: got shape {rows.shape}, expected [R >= 1, {len(COLUMNS)}]")
+        steps = np.arange(len(rows)) if self.steps is None else np.array(self.steps, dtype=np.int64)
+        if steps.shape != (len(rows),) or (np.diff(steps) < 0).any():
+            raise ValueError(f"steps: got {steps.tolist()}, expected {len(rows)} non-decreasing integers")
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "steps", steps)
+        self._check()
+
+    @classmethod
+    def from_columns(cls, *, steps: ArrayLike | None = None, **columns: Any) -> StepTable:
+        """Build a table from named columns; any left out are 0 (c_in 1, slot -1).
+
+        Args:
+            steps: as the attribute.
+            **columns: one value or R values for each column named in `COLUMNS`, at least one of them of length R; and the attributes
+                learned_variance, initial_scale, integer_time, name.
+
+        Raises:
+            ValueError: unknown column, lengths that differ, or what the class itself refuses.
+
+        Example:
+            >>> table = StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0)     # the model predicts x0, and x' = x0
+            >>> table.num_rows
+            2
+        """
+        options = {k: columns.pop(k) for k in ("learned_variance", "initial_scale", "integer_time", "name") if k in columns}
+        unknown = sorted(set(columns) - set(COLUMNS))
+        if unknown:
+            raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
+        values = {name: np.asarray(value, dtype=np.float64) for name, value in columns.items()}
+        lengths = {value.shape for value in values.values()} - {()}
+        if len(lengths) != 1 or any(len(shape) != 1 for shape in lengths):
+            raise ValueError(f"columns: got shapes {sorted(lengths)}, expected scalars and at least one vector, all of one length")
+        rows = np.zeros((*lengths.pop(), len(COLUMNS)))
+        for name, index in _INDEX.items():
+            rows[:, index] = values.get(name, _DEFAULTS.get(name, 0.0))
+        return cls(rows, steps=None if steps is None else np.asarray(steps), **options)
+
+    def __getitem__(self, column: str) -> NDArray[np.float64]:
+        """float64 [R]: one column by name."""
+        if column not in _INDEX:
+            raise ValueError(f"column: unknown {column!r}, expected one of {', '.join(COLUMNS)}")
+        return self.rows[:, _INDEX[column]]
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """R, the number of model evaluations."""
+        return len(self.rows)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the run (a step of a two-stage method has two rows)."""
+        return int(self.steps[-1]) + 1  # type: ignore[index]
+
+    @property
+    def num_history(self) -> int:
+        """The number of saved tensors, 0 to 3."""
+        return int(self["slot"].max()) + 1
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether any row adds noise."""
+        return bool(self["s"].any())
+
+    @property
+    def uses_raw_output(self) -> bool:
+        """Whether any row adds the blended model output itself (a_m)."""
+        return bool(self["a_m"].any())
+
+    @property
+    def uses_unconditional(self) -> bool:
+        """Whether any row adds the unconditional output (a_u, CFG++)."""
+        return bool(self["a_u"].any())
+
+    def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """[R + 1, len(COLUMNS)] on `device`: the rows, rounded once, and a last row of defaults that the final step looks ahead to."""
+        end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
+        return torch.from_numpy(np.concatenate([self.rows, end])).to(dtype).to(device)
+
+    def _check(self) -> None:
+        bad = [name for name in COLUMNS if not np.isfinite(self[name]).all()]
+        if bad:
+            hint = "; alphas_cumprod reaches 0, which ε-prediction cannot invert: use v-prediction" if "p_m" in bad else ""
+            raise ValueError(f"rows of {self.name}: non-finite values in {', '.join(bad)}{hint}")
+        if not np.isfinite(self.initial_scale) or self.initial_scale < 0:
+            raise ValueError(f"initial_scale: got {self.initial_scale}, expected a finite value of at least 0")
+        if (self["s"] < 0).any():
+            raise ValueError(f"s of {self.name}: got {self['s'].min():g}, expected at least 0")
+        slots = self["slot"]
+        if not np.isin(slots, range(-1, MAX_HISTORY)).all():
+            raise ValueError(f"slot of {self.name}: got {sorted(set(slots))}, expected -1 ... {MAX_HISTORY - 1}")
+        for j in range(MAX_HISTORY):
+            reads, writes = np.flatnonzero(self[f"a_h{j}"]), np.flatnonzero(slots == j)
+            if reads.size and (not writes.size or reads[0] <= writes[0]):
+                raise ValueError(f"a_h{j} of {self.name}: row {reads[0]} reads a saved tensor that no earlier row wrote")
