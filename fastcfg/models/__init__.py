@@ -1,0 +1,1 @@
+"""Networks: GLIDE-compatible text-conditional UNets and their tokenizer."""
