@@ -1,0 +1,31 @@
+# Every target sets up its virtual environment first. PYTHON picks the interpreter, VENV the environment's folder.
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.fastcfg-installed
+BIN := $(VENV)/bin
+PROMPT ?= a red circle above a blue square
+PYTEST_ARGS ?= -n 2 --dist loadgroup
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/fastcfg sample "$(PROMPT)" --out samples.png
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist fastcfg.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache
+
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

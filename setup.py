@@ -1,0 +1,63 @@
+"""Packaging of fastcfg: the top-level folder ``kernels/`` installs as ``fastcfg.kernels``, never as ``kernels``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "setuptools>=70.1"]
+TRAIN = ["matplotlib>=3.7"]
+BENCH = ["pytest-benchmark>=4", "nvidia-ml-py>=12", "matplotlib>=3.7"]
+LINT = ["ruff>=0.9", "mypy>=1.11"]
+
+
+def read_version() -> str:
+    """``__version__`` of fastcfg, read as text: importing it would need torch at build time."""
+    source = (ROOT / "fastcfg" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('fastcfg/__init__.py has no line of the form __version__ = "1.2.3"')
+    return match.group(1)
+
+
+def list_packages() -> list[str]:
+    """The package and its subpackages; ``fastcfg.kernels`` by name, as it has no ``__init__.py`` to be found by."""
+    return [*find_packages(include=["fastcfg", "fastcfg.*"]), "fastcfg.kernels"]
+
+
+setup(
+    name="fastcfg",
+    version=read_version(),
+    description="Fast classifier-free-guided diffusion sampling: one fused kernel and one graph per step",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="the fastcfg authors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=list_packages(),
+    package_dir={"fastcfg": "fastcfg", "fastcfg.kernels": "kernels"},
+    package_data={"fastcfg": ["py.typed", "checkpoints/*"]},
+    install_requires=[
+        "torch>=2.8",
+        'triton>=3.5; sys_platform == "linux"',
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "tqdm>=4.60",
+        "pillow>=10",
+        "tokenizers>=0.15",
+    ],
+    extras_require={
+        "diffusers": ["diffusers>=0.30"],
+        "k_diffusion": ["k-diffusion>=0.1"],
+        "bench": BENCH,
+        "train": TRAIN,
+        "test": TEST,
+        "dev": sorted({*TEST, *TRAIN, *BENCH, *LINT}),
+    },
+    entry_points={"console_scripts": ["fastcfg = fastcfg.cli:main"]},
+    zip_safe=False,
+)
