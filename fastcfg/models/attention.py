@@ -12,8 +12,8 @@ from fastcfg.models.nn import GroupNorm32, PointwiseConv1d, zero_module
 class AttentionBlock(nn.Module):
     """Residual attention block of guided-diffusion and GLIDE.
 
-    Each head's channels hold its queries, keys and values one after the other. An encoder's output adds keys and values, placed before
-    the feature map's own.
+    Each head's channels hold its queries, keys and values one after the other. An encoder's output adds keys and
+    values, placed before the feature map's own.
 
     Args:
         channels: channels of the feature map.

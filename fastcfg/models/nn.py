@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ _POOLS: dict[int, type[nn.AvgPool1d] | type[nn.AvgPool2d] | type[nn.AvgPool3d]] 
 }
 
 
-def conv_nd(dims: int, in_channels: int, out_channels: int, kernel_size: int, **kwargs) -> nn.Module:
+def conv_nd(dims: int, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> nn.Module:
     """A convolution over `dims` (1, 2 or 3) spatial dimensions."""
     if dims not in _CONVOLUTIONS:
         raise ValueError(f"dims: got {dims!r}, expected 1, 2 or 3")
@@ -44,7 +45,7 @@ def convert_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...], dtype
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal timestep embedding of DDPM, as in guided-diffusion and GLIDE.
 
-    The frequencies are made on the device of `timesteps`: no copy from the host, so the call may be captured in a CUDA graph.
+    The frequencies are made on the device of `timesteps`: no copy from the host, so a CUDA graph can capture the call.
 
     Args:
         timesteps: [B], integer or floating point, may be fractional.

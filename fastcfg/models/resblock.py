@@ -15,7 +15,8 @@ class ResBlock(nn.Module):
         emb_channels: width of the timestep embedding.
         dropout: dropout rate before the second convolution.
         out_channels: channels out; `channels` if None.
-        use_scale_shift_norm: the embedding scales and shifts the second norm's output (FiLM) instead of being added before it.
+        use_scale_shift_norm: the embedding scales and shifts the second norm's output (FiLM) instead of being added
+            before it.
         dims: spatial dimensions, 1 to 3.
         up: upsample by two inside the block.
         down: downsample by two inside the block.

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcfg.models.nn import LayerNorm32, convert_modules
 from fastcfg.models.transformer import Transformer
 from fastcfg.models.unet import UNetModel
 
-# Upstream leaves these two tables uninitialised (they were always loaded); small values as in CLIP make training from scratch possible.
+# Upstream leaves the positional and padding embeddings uninitialised memory. CLIP's value serves training from scratch.
 _POSITION_STD = 0.01
 
 
@@ -25,8 +24,8 @@ class HasVocabulary(Protocol):
 class Text2ImUNet(UNetModel):
     """A UNet conditioned on text (GLIDE `text2im_model.Text2ImUNet`), state-dict compatible with it.
 
-    A transformer encodes the tokens. Its output at the last position is added to the timestep embedding, and every attention block
-    attends to all of it.
+    A transformer encodes the tokens. Its output at the last position, projected, is added to the timestep embedding,
+    and every attention block attends to all of it. Positional and padding embeddings start as small normal values.
 
     Args:
         text_ctx: number of text positions.
@@ -35,9 +34,10 @@ class Text2ImUNet(UNetModel):
         xf_heads: its attention heads.
         xf_final_ln: a layer norm ends it.
         tokenizer: anything with `n_vocab`; kept as `tokenizer`, for callers.
-        *args: positional arguments of `UNetModel`.
-        cache_text_emb: keep the encoded text of the last call, detached, and use it while tokens and mask stay equal. Comparing them
-            waits for the device; passing `xf_proj` and `xf_out` to `forward` does not.
+        in_channels: channels of the image; subclasses add those of their conditioning images.
+        *args: further positional arguments of `UNetModel`.
+        cache_text_emb: keep the encoded text of the last call, detached, and use it while tokens and mask stay equal.
+            Comparing them waits for the device; passing `xf_proj` and `xf_out` to `forward` does not.
         xf_ar: nonzero adds the layer `unemb` of GLIDE's auxiliary language-model loss, for its parameters only.
         xf_padding: positions whose mask is False get a learned padding embedding.
         share_unemb: `unemb` shares its weight with the token embedding.
@@ -60,6 +60,7 @@ class Text2ImUNet(UNetModel):
         xf_heads: int,
         xf_final_ln: bool,
         tokenizer: HasVocabulary | None,
+        in_channels: int,
         *args: Any,
         cache_text_emb: bool = False,
         xf_ar: float = 0.0,
@@ -67,7 +68,8 @@ class Text2ImUNet(UNetModel):
         share_unemb: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs, encoder_channels=xf_width or None)
+        channels = self._input_channels(in_channels)
+        super().__init__(channels, *args, **kwargs, encoder_channels=xf_width or None)  # type: ignore[misc]
         self.text_ctx = text_ctx
         self.xf_width = xf_width
         self.xf_ar = xf_ar
@@ -92,7 +94,7 @@ class Text2ImUNet(UNetModel):
                 self.unemb.weight = self.token_embedding.weight
 
     def convert_to_fp16(self) -> None:
-        """Make convolutions and the text transformer's matrices float16; norms, positional and padding embedding keep float32."""
+        """Make convolutions and text matrices float16; norms, positional and padding embedding keep float32."""
         super().convert_to_fp16()
         self._convert_text(torch.float16)
 
@@ -109,8 +111,8 @@ class Text2ImUNet(UNetModel):
             mask: [B, text_ctx] bool, True on real tokens; only used, and then needed, with `xf_padding`.
 
         Returns:
-            `xf_proj` [B, 4 * model_channels], the summary added to the timestep embedding, and `xf_out` [B, xf_width, text_ctx], the
-            features attended to: keyword arguments for `forward`.
+            `xf_proj` [B, 4 * model_channels], the summary added to the timestep embedding, and `xf_out`
+            [B, xf_width, text_ctx], the features attended to: keyword arguments for `forward`.
 
         Raises:
             ValueError: wrong shape, or a mask that is missing or not bool.
@@ -135,7 +137,7 @@ class Text2ImUNet(UNetModel):
         """Forget the text kept by `cache_text_emb`."""
         self.cache = None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         timesteps: Tensor,
@@ -179,6 +181,11 @@ class Text2ImUNet(UNetModel):
                 name = name if tokens is None else "tokens"
                 raise ValueError(f"{name}: got encoded shape {tuple(value.shape)}, expected {(x.shape[0], *sizes)}")
         return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), xf_out)
+
+    @staticmethod
+    def _input_channels(image_channels: int) -> int:
+        """Channels of the first convolution's input."""
+        return image_channels
 
     def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Raise ValueError unless tokens and mask fit the network."""

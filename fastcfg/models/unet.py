@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastcfg.models.attention import AttentionBlock
-from fastcfg.models.nn import Downsample, GroupNorm32, Upsample, conv_nd, convert_modules, timestep_embedding, zero_module
+from fastcfg.models.nn import (
+    Downsample,
+    GroupNorm32,
+    Upsample,
+    conv_nd,
+    convert_modules,
+    timestep_embedding,
+    zero_module,
+)
 from fastcfg.models.resblock import ResBlock
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -18,7 +26,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class UNetBlock(nn.Sequential):
     """Layers in sequence, each given what it takes beside the features."""
 
-    def forward(self, x: Tensor, emb: Tensor, encoder_out: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, encoder_out: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -32,8 +42,8 @@ class UNetBlock(nn.Sequential):
 class UNetModel(nn.Module):
     """UNet with attention and a timestep embedding (guided-diffusion `unet.UNetModel`, GLIDE `unet.UNetModel`).
 
-    Arguments are upstream's, in GLIDE's order. The last convolution of every residual branch, the attention projections and the output
-    convolution start at zero.
+    Arguments are upstream's, in GLIDE's order. The last convolution of every residual branch, the attention projections
+    and the output convolution start at zero, as in upstream.
 
     Args:
         in_channels: channels of the input.
@@ -168,7 +178,8 @@ class UNetModel(nn.Module):
             ValueError: an argument's shape does not fit, or `y` is missing or not wanted.
         """
         if (y is None) != (self.num_classes is None):
-            raise ValueError(f"y: got {'None' if y is None else 'a tensor'} for a model of num_classes={self.num_classes}")
+            got = "None" if y is None else "a tensor"
+            raise ValueError(f"y: got {got}, expected it exactly if num_classes is set (it is {self.num_classes})")
         emb = self._embed_timesteps(x, timesteps)
         if y is not None:
             if y.shape != timesteps.shape:
@@ -179,8 +190,8 @@ class UNetModel(nn.Module):
     def _embed_timesteps(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Check the shapes of both inputs and embed the timesteps."""
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
-            expected = f"[B, {self.in_channels}, {', '.join(['size'] * self.dims)}]"
-            raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected} (with the channels of all conditioning images)")
+            expected = f"[B, {self.in_channels}] and {self.dims} spatial sizes, conditioning channels included"
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
         resized = x.shape[-min(self.dims, 2) :]
         if any(size % self.size_divisor for size in resized):
             raise ValueError(f"x: got spatial sizes {tuple(resized)}, expected multiples of {self.size_divisor}")

@@ -1,0 +1,136 @@
+"""GLIDE's text-conditional UNets that also see images: super-resolution, inpainting, and both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcfg.models.text2im import Text2ImUNet
+
+
+class SuperResText2ImUNet(Text2ImUNet):
+    """`Text2ImUNet` that also sees a smaller image, resized to the output's size (GLIDE, class of the same name).
+
+    `in_channels` is the image's; the network's input has twice as many.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Apply the network.
+
+        Args:
+            x: [B, C, H, W].
+            timesteps: [B], integer or float.
+            low_res: [B, C, h, w], in [-1, 1].
+            **kwargs: the text, as for `Text2ImUNet.forward`.
+
+        Returns:
+            [B, out_channels, H, W].
+
+        Raises:
+            ValueError: `low_res` is missing, or a shape does not fit.
+        """
+        return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
+
+    @staticmethod
+    def _input_channels(image_channels: int) -> int:
+        return 2 * image_channels
+
+
+class InpaintText2ImUNet(Text2ImUNet):
+    """`Text2ImUNet` that also sees the known part of the image and its mask (GLIDE, class of the same name).
+
+    `in_channels` is the image's; the network's input has twice as many and one more.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        inpaint_image: Tensor | None = None,
+        inpaint_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Apply the network.
+
+        Args:
+            x: [B, C, H, W].
+            timesteps: [B], integer or float.
+            inpaint_image: [B, C, H, W] in [-1, 1]; zeros if left out.
+            inpaint_mask: [B, 1, H, W], 1 where the image is known; zeros if left out.
+            **kwargs: the text, as for `Text2ImUNet.forward`.
+
+        Returns:
+            [B, out_channels, H, W].
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        return super().forward(torch.cat([x, *_known(x, inpaint_image, inpaint_mask)], dim=1), timesteps, **kwargs)
+
+    @staticmethod
+    def _input_channels(image_channels: int) -> int:
+        return 2 * image_channels + 1
+
+
+class SuperResInpaintText2ImUnet(Text2ImUNet):
+    """Super-resolution and inpainting in one network (GLIDE, class of the same name).
+
+    `in_channels` is the image's; the network's input has three times as many and one more.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        inpaint_image: Tensor | None = None,
+        inpaint_mask: Tensor | None = None,
+        low_res: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Apply the network; arguments as for `InpaintText2ImUNet.forward` and `SuperResText2ImUNet.forward`.
+
+        Args:
+            x: [B, C, H, W].
+            timesteps: [B], integer or float.
+            inpaint_image: [B, C, H, W] in [-1, 1]; zeros if left out.
+            inpaint_mask: [B, 1, H, W], 1 where the image is known; zeros if left out.
+            low_res: [B, C, h, w], in [-1, 1].
+            **kwargs: the text, as for `Text2ImUNet.forward`.
+
+        Returns:
+            [B, out_channels, H, W].
+
+        Raises:
+            ValueError: `low_res` is missing, or a shape does not fit.
+        """
+        images = [x, *_known(x, inpaint_image, inpaint_mask), _resize(low_res, x)]
+        return super().forward(torch.cat(images, dim=1), timesteps, **kwargs)
+
+    @staticmethod
+    def _input_channels(image_channels: int) -> int:
+        return 3 * image_channels + 1
+
+
+def _resize(low_res: Tensor | None, x: Tensor) -> Tensor:
+    """The smaller image at the size of `x`."""
+    if low_res is None or low_res.ndim != 4 or low_res.shape[:2] != x.shape[:2]:
+        got = "None" if low_res is None else f"shape {tuple(low_res.shape)}"
+        raise ValueError(f"low_res: got {got}, expected [{x.shape[0]}, {x.shape[1]}, height, width]")
+    return F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _known(x: Tensor, image: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The known part of the image, and its mask."""
+    image = torch.zeros_like(x) if image is None else image
+    mask = torch.zeros_like(x[:, :1]) if mask is None else mask
+    mask_shape = (x.shape[0], 1, *x.shape[2:])
+    if image.shape != x.shape:
+        raise ValueError(f"inpaint_image: got shape {tuple(image.shape)}, expected {tuple(x.shape)}")
+    if mask.shape != mask_shape:
+        raise ValueError(f"inpaint_mask: got shape {tuple(mask.shape)}, expected {mask_shape}")
+    return image * mask, mask

@@ -1,0 +1,220 @@
+"""Text to token ids: GPT-2's byte-level BPE as GLIDE uses it, and small word-level vocabularies."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+END_TOKEN = "<|endoftext|>"
+UNKNOWN_TOKEN = "<|unknown|>"
+
+
+class Tokenizer:
+    """Tokenizer with GLIDE's interface (`glide_text2im.tokenizer.bpe.Encoder`), on the `tokenizers` library.
+
+    Text is lower-cased with `str.lower()` and neither stripped nor cleaned otherwise. No start or end token is added,
+    and no text is special: the characters of `<|endoftext|>` are encoded like any others. The empty text has no ids.
+
+    Attributes:
+        n_vocab: number of ids.
+        end_token: id of `<|endoftext|>`, which is also the padding id.
+
+    Example:
+        >>> tokenizer = Tokenizer.word_level(["a", "red", "circle"])
+        >>> tokenizer.encode("A red circle")
+        [2, 3, 4]
+        >>> tokenizer.padded_tokens_and_mask([2, 3, 4], 5)
+        ([2, 3, 4, 0, 0], [True, True, True, False, False])
+        >>> tokenizer.unknown_words("a red corgi")
+        ['corgi']
+    """
+
+    def __init__(self, backend: Any) -> None:
+        """Wrap a `tokenizers.Tokenizer` whose vocabulary has `<|endoftext|>`; the other constructors make one.
+
+        Args:
+            backend: the tokenizer to wrap.
+
+        Raises:
+            ValueError: its vocabulary lacks `<|endoftext|>`.
+        """
+        end_token = backend.token_to_id(END_TOKEN)
+        if end_token is None:
+            raise ValueError(f"backend: got a vocabulary without {END_TOKEN!r}, expected it to pad with")
+        self._backend = backend
+        self._unknown_id = backend.token_to_id(UNKNOWN_TOKEN)
+        self.n_vocab: int = backend.get_vocab_size()
+        self.end_token: int = end_token
+
+    @classmethod
+    def from_gpt2_files(cls, encoder_json: str | os.PathLike[str], vocab_bpe: str | os.PathLike[str]) -> Tokenizer:
+        """GLIDE's tokenizer, from GPT-2's two vocabulary files.
+
+        Args:
+            encoder_json: `encoder.json`, token to id; may be gzipped (`.gz`).
+            vocab_bpe: `vocab.bpe`, merges by rank after a version line; may be gzipped (`.gz`).
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: a file is not what it should be.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import decoders, models, pre_tokenizers
+
+        try:
+            vocabulary = json.loads(_read_text(encoder_json))
+            version, *lines = _read_text(vocab_bpe).splitlines()
+            if not version.startswith("#version"):
+                raise ValueError(f"vocab_bpe: {os.fspath(vocab_bpe)} starts with {version[:40]!r}, expected '#version'")
+            merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
+            backend = Backend(models.BPE(vocab=vocabulary, merges=merges))
+        except OSError:
+            raise
+        except Exception as error:  # the library raises bare Exception for merges that are not in the vocabulary
+            files = f"{os.fspath(encoder_json)}, {os.fspath(vocab_bpe)}"
+            raise ValueError(f"encoder_json, vocab_bpe: got {files}, expected GPT-2's vocabulary ({error})") from error
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return cls(backend)
+
+    @classmethod
+    def word_level(cls, vocabulary: Iterable[str]) -> Tokenizer:
+        """A tokenizer of whole words and single punctuation marks, for small vocabularies.
+
+        Ids: 0 is `<|endoftext|>`, 1 stands for every unknown word, then come the words in the order given.
+
+        Args:
+            vocabulary: the words, lower-case and different from each other.
+
+        Raises:
+            ValueError: a word is repeated, or text could never contain it as one word.
+        """
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models, pre_tokenizers
+
+        splitter = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")])
+        ids = {END_TOKEN: 0, UNKNOWN_TOKEN: 1}
+        for word in vocabulary:
+            if [piece for piece, _ in splitter.pre_tokenize_str(word)] != [word] or word != word.lower():
+                raise ValueError(f"vocabulary: got {word!r}, expected one lower-case word or punctuation mark")
+            if word in ids:
+                raise ValueError(f"vocabulary: got {word!r} twice, expected different words")
+            ids[word] = len(ids)
+        backend = Backend(models.WordLevel(ids, unk_token=UNKNOWN_TOKEN))
+        backend.pre_tokenizer = splitter
+        return cls(backend)
+
+    @classmethod
+    def from_json(cls, text: str) -> Tokenizer:
+        """Read what `to_json` gives: the JSON format of the `tokenizers` library.
+
+        Raises:
+            ValueError: `text` is not such JSON, or its vocabulary lacks `<|endoftext|>`.
+        """
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            backend = Backend.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"text: got {text[:40]!r}, expected a tokenizer in JSON ({error})") from error
+        return cls(backend)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a file that `save` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: the file does not hold a tokenizer.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"path: got {os.fspath(path)}, expected a file with a tokenizer ({error})") from error
+
+    def to_json(self) -> str:
+        """The whole tokenizer in the JSON format of the `tokenizers` library."""
+        return self._backend.to_str(pretty=True)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `to_json` to `path`, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
+        try:
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(self.to_json())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the lower-cased text; unknown words of a word-level vocabulary all get the same id.
+
+        Raises:
+            TypeError: `text` is not a string.
+            ValueError: `text` has lone surrogates, so it cannot be UTF-8.
+        """
+        return self._encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids: exact for byte-level vocabularies, words joined by spaces for word-level ones.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        for token in ids:
+            if not 0 <= token < self.n_vocab:
+                raise ValueError(f"ids: got {token}, expected 0 to {self.n_vocab - 1}")
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The different words of the text that the vocabulary lacks, in order; none for byte-level vocabularies."""
+        encoding = self._encode(text)
+        lowered = text.lower()
+        words = [
+            lowered[start:stop]
+            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+            if token == self._unknown_id
+        ]
+        return list(dict.fromkeys(words))
+
+    def padded_tokens_and_mask(self, tokens: Sequence[int], text_ctx: int) -> tuple[list[int], list[bool]]:
+        """Cut or pad ids to a fixed length.
+
+        Args:
+            tokens: ids; what is beyond the first `text_ctx` is cut off.
+            text_ctx: the length wanted.
+
+        Returns:
+            `text_ctx` ids, padded with `end_token`, and as many booleans, True on real ids.
+        """
+        kept = list(tokens[:text_ctx])
+        padding = text_ctx - len(kept)
+        return kept + [self.end_token] * padding, [True] * len(kept) + [False] * padding
+
+    def _encode(self, text: str) -> Any:
+        """The library's encoding of the lower-cased text."""
+        if not isinstance(text, str):
+            raise TypeError(f"text: got {type(text).__name__}, expected str")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text: got {text[:40]!r}, expected text that can be UTF-8 ({error.reason})") from error
+        return self._backend.encode(text.lower(), add_special_tokens=False)
+
+
+def _read_text(path: str | os.PathLike[str]) -> str:
+    """Contents of a UTF-8 file, unpacked if its name ends in .gz."""
+    data = Path(path).read_bytes()
+    return (gzip.decompress(data) if Path(path).suffix == ".gz" else data).decode("utf-8")
