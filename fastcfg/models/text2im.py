@@ -166,13 +166,13 @@ class Text2ImUNet(UNetModel):
         emb = self._embed_timesteps(x, timesteps)
         if not self.xf_width:
             return self._forward_blocks(x, emb)
-        if (tokens is None) == (xf_proj is None) or (xf_proj is None) != (xf_out is None):
-            given = {"tokens": tokens, "xf_proj": xf_proj, "xf_out": xf_out}
-            names = [name for name, value in given.items() if value is not None]
-            raise ValueError(f"text: got {names or 'nothing'}, expected either tokens or both xf_proj and xf_out")
-        if tokens is not None:
-            xf_proj, xf_out = self.get_text_emb(tokens, mask).values()
-        assert xf_proj is not None and xf_out is not None
+        if tokens is not None and xf_proj is None and xf_out is None:
+            text = self.get_text_emb(tokens, mask)
+            xf_proj, xf_out = text["xf_proj"], text["xf_out"]
+        elif tokens is not None or mask is not None or xf_proj is None or xf_out is None:
+            given = {"tokens": tokens, "mask": mask, "xf_proj": xf_proj, "xf_out": xf_out}
+            names = ", ".join(name for name, value in given.items() if value is not None)
+            raise ValueError(f"text: got {names or 'nothing'}, expected tokens and mask, or xf_proj and xf_out")
         for name, value, sizes in (
             ("xf_proj", xf_proj, (4 * self.model_channels,)),
             ("xf_out", xf_out, (self.xf_width, self.text_ctx)),
