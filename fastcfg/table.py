@@ -7,8 +7,8 @@ Every row does the same four things, for model outputs m_1 ... m_K of the K guid
     x'   = a_x*x + a_0*x0 + a_m*m + a_u*u + sum_j a_hj*h_j + std*z
     h_d <- k_x*x + k_0*x0 + k_m*m                                save at most one tensor (d = slot, none if -1)
 
-where u is the output of the unconditional branch (CFG++) and std = s * 2**(l_0 + l_v*v), v being the variance channels of the conditional
-branch, or just s where the variance is not learned. The model sees c_in*x at time t. The order of the columns is shared with the kernels.
+where u is the output of the unconditional branch (CFG++) and std = s, or 2**(l_0 + l_v*v) where the variance is learned, v being the variance
+channels of the conditional branch. The model sees c_in*x at time t. The order of the columns is shared with the kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["COLUMNS", "MAX_HISTORY", "StepTable"]
+__all__ = ["COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
 
 COLUMNS = (
     *("c_in", "t"),
@@ -30,6 +30,8 @@ COLUMNS = (
     *("k_x", "k_0", "k_m", "slot"),
 )
 MAX_HISTORY = 3
+# l_0 of a row of a learned-variance table that adds no noise: 2**-1000 is 0 in float32.
+NO_NOISE = -1000.0
 
 _INDEX = {name: i for i, name in enumerate(COLUMNS)}
 _DEFAULTS = {"c_in": 1.0, "slot": -1.0}
@@ -130,7 +132,7 @@ class StepTable:
     @property
     def uses_noise(self) -> bool:
         """Whether any row adds noise."""
-        return bool(self["s"].any())
+        return self.learned_variance or bool(self["s"].any())
 
     @property
     def uses_raw_output(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..schedule import Schedule
-from ..table import StepTable
+from ..table import NO_NOISE, StepTable
 from ._prediction import x0_coefficients
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -45,19 +45,19 @@ def ddpm(
     else:
         a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
 
-    # In base 2: log2 std = l_0 + l_v*v. The last step is the mean itself.
+    # log2 std = l_0 + l_v*v. The last step is the mean itself.
     noisy = np.arange(n) > 0
-    s, l_0, l_v = noisy.astype(np.float64), zero, zero
+    s, l_0, l_v = zero, zero, zero
     low, high = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
     if variance == "fixed_small":
         s = noisy * np.exp(0.5 * low)
     elif variance == "fixed_large":
         s = noisy * np.sqrt(schedule.fixed_large_variance)
     elif variance == "learned":
-        l_v = noisy * 0.5 / np.log(2)
+        l_0, l_v = np.where(noisy, 0.0, NO_NOISE), noisy / (2 * np.log(2))
     else:
         # log σ² = f*high + (1 - f)*low with f = (v + 1)/2.
-        l_0, l_v = noisy * (high + low) / (4 * np.log(2)), noisy * (high - low) / (4 * np.log(2))
+        l_0, l_v = np.where(noisy, (high + low) / (4 * np.log(2)), NO_NOISE), noisy * (high - low) / (4 * np.log(2))
 
     return StepTable.from_columns(
         t=schedule.model_timesteps(rescale_timesteps)[::-1],

@@ -1,0 +1,6 @@
+"""The step in plain torch: what the kernels equal (`table_step`), and the originals' own formulas (`gaussian`)."""
+
+from .guided_step import ReferenceStep
+from .table_step import Scratch, blend, table_step
+
+__all__ = ["ReferenceStep", "Scratch", "blend", "table_step"]

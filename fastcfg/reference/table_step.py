@@ -1,0 +1,110 @@
+"""One row of a table applied to a state: the four lines of `fastcfg.table`, in torch, in the order and with the roundings of the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..step import StepSpec
+from ._fma import fma
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory for the results, each tensor like x; None allocates. `y` may be x itself, so that a loop works in place.
+
+    Attributes:
+        m: the blended output, later the standard deviation.
+        x0: the predicted x0.
+        saved: the tensor to save.
+        y: the next x.
+    """
+
+    m: Tensor | None = None
+    x0: Tensor | None = None
+    saved: Tensor | None = None
+    y: Tensor | None = None
+
+
+def table_step(
+    row: Mapping[str, Tensor],
+    x: Tensor,
+    outputs: Sequence[Tensor],
+    spec: StepSpec,
+    *,
+    weights: Tensor | None = None,
+    variance: Tensor | None = None,
+    bound: Tensor | None = None,
+    noise: Tensor | None = None,
+    history: Sequence[Tensor] = (),
+    scratch: Scratch = Scratch(),  # noqa: B008  (frozen)
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Guidance, x0, update and the tensor to save.
+
+    Args:
+        row: one row of the table: a scalar tensor in x's dtype for every column.
+        x: [B, C, ...], float32 or float64.
+        outputs: the K branches' outputs, each like x.
+        spec: which of the terms exist.
+        weights: [B, K], the row's blend weights; needed for K > 1.
+        variance: the conditional branch's variance channels, like x; needed for learned variance.
+        bound: [B], the clip bound of x0; needed for clip.
+        noise: standard normals like x; needed unless spec.noise is "none".
+        history: the saved tensors, each like x.
+        scratch: memory for the results.
+
+    Returns:
+        The next x, x0, and the tensor to save (None where the solver saves nothing).
+    """
+    m = blend(outputs, spec.base, weights, scratch.m)
+
+    x0 = fma(row["p_x"], x, torch.mul(m, row["p_m"], out=scratch.x0), out=scratch.x0)
+    if spec.clip:
+        limit = _per_sample(bound, x)
+        x0 = torch.clamp(x0, -limit, limit, out=scratch.x0)
+
+    saved = None
+    if spec.history:
+        saved = fma(row["k_0"], x0, torch.mul(x, row["k_x"], out=scratch.saved), out=scratch.saved)
+        saved = fma(row["k_m"], m, saved, out=scratch.saved)
+
+    y = fma(row["a_0"], x0, torch.mul(x, row["a_x"], out=scratch.y), out=scratch.y)
+    if spec.raw_output:
+        y = fma(row["a_m"], m, y, out=scratch.y)
+    if spec.unconditional is not None:
+        y = fma(row["a_u"], outputs[spec.unconditional], y, out=scratch.y)
+    for j, h in enumerate(history):
+        y = fma(row[f"a_h{j}"], h, y, out=scratch.y)
+
+    if spec.noise != "none":
+        std = row["s"]
+        if spec.learned_variance:
+            std = torch.exp2(fma(row["l_v"], variance, row["l_0"], out=scratch.m), out=scratch.m)
+        y = fma(std, noise, y, out=scratch.y)
+    return y, x0, saved
+
+
+def blend(outputs: Sequence[Tensor], base: int | None, weights: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base`, or the weighted sum."""
+    if len(outputs) == 1:
+        return outputs[0]
+    w = [_per_sample(column, outputs[0]) for column in weights.unbind(1)]  # type: ignore[union-attr]
+    if base is None:
+        m = torch.mul(outputs[0], w[0], out=out)
+        for k in range(1, len(outputs)):
+            m = fma(w[k], outputs[k], m, out=out)
+        return m
+    m = outputs[base]
+    for k, m_k in enumerate(outputs):
+        if k != base:
+            # With more than two branches `out` holds the running blend, so each difference needs memory of its own.
+            difference = torch.sub(m_k, outputs[base], out=out if len(outputs) == 2 else None)
+            m = fma(w[k], difference, m, out=out)
+    return m
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,71 @@
+"""What one guided step does and what it reads and writes: the vocabulary shared by the reference, the kernels and the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["StepBuffers", "StepSpec"]
+
+NOISES = ("none", "tensor", "philox")
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that changes the code of a step; equal specs run the same kernel.
+
+    Attributes:
+        branches: K, the number of branches evaluated.
+        base: the branch the delta form of the blend starts from; None for the weighted sum (see `fastcfg.guidance`).
+        conditional: the branch whose variance channels are used.
+        unconditional: the branch that a_u multiplies; None if no row uses it.
+        learned_variance: whether std comes from the variance channels.
+        raw_output: whether a_m is used.
+        history: the number of saved tensors, 0 to 3.
+        clip: whether x0 is clipped to a bound per sample.
+        noise: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
+        keep_x0: whether x0 is written out.
+    """
+
+    branches: int = 1
+    base: int | None = None
+    conditional: int = 0
+    unconditional: int | None = None
+    learned_variance: bool = False
+    raw_output: bool = False
+    history: int = 0
+    clip: bool = False
+    noise: str = "none"
+    keep_x0: bool = False
+
+
+@dataclass(eq=False)
+class StepBuffers:
+    """The tensors of a run, all on one device and all written in place.
+
+    Attributes:
+        x: float32 [B, C, ...], contiguous: the state. (float64 on the reference path.)
+        table: [R + 1, columns] in the state's dtype, from `StepTable.on`.
+        counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
+        weights: [R, B, K] in the state's dtype.
+        bound: [B] in the state's dtype: the clip bound of each sample.
+        noise: [B, C, ...] in the state's dtype, standard normal.
+        seeds: int64 [B].
+        history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write to.
+        x0: [B, C, ...] in the state's dtype.
+        model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
+        time: [S*B], int64 or floating: the model's time.
+    """
+
+    x: torch.Tensor
+    table: torch.Tensor
+    counter: torch.Tensor
+    weights: torch.Tensor | None = None
+    bound: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None
+    history: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    model_input: torch.Tensor | None = None
+    time: torch.Tensor | None = None

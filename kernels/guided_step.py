@@ -1,0 +1,236 @@
+"""The fused guided step: guidance, x0, update, noise and the next model input in one pass over the state.
+
+Bytes per element with float32 state, bfloat16 model, K = 2, learned variance and in-kernel noise: x 4 + outputs 2*2 + variance 2 read, x 4 +
+model inputs 2*2 written = 18.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from ._math import clip, normal4
+
+STEP_STREAM = 1
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a launch is cut: elements per program and warps."""
+
+    block: int
+    num_warps: int
+
+
+def launch_config(size: int, batch: int) -> LaunchConfig:
+    """Elements per program for `batch` samples of `size` elements."""
+    # Small states need programs more than they need long ones: 264 fill an H200 twice.
+    for block, num_warps in ((2048, 4), (1024, 4)):
+        if batch * size >= 264 * block:
+            return LaunchConfig(block, num_warps)
+    return LaunchConfig(512, 4)
+
+
+@triton.jit
+def _guided_step_kernel(
+    x_ptr,
+    output_ptr,
+    table_ptr,
+    counter_ptr,
+    weights_ptr,
+    bound_ptr,
+    noise_ptr,
+    seeds_ptr,
+    history_ptr,
+    x0_ptr,
+    input_ptr,
+    time_ptr,
+    batch,
+    size,
+    spatial,
+    output_stride,
+    blocks,
+    COLUMNS: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    BASE: tl.constexpr,
+    CONDITIONAL: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr,
+    LEARNED: tl.constexpr,
+    RAW: tl.constexpr,
+    HISTORY: tl.constexpr,
+    CLIP: tl.constexpr,
+    NOISE: tl.constexpr,
+    KEEP_X0: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    INPUT_CHANNELS_LAST: tl.constexpr,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    sample = pid // blocks
+    block = pid % blocks
+    group = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    offs = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    mask = offs < size
+
+    # One row of the table; rows past the last hold defaults.
+    row = tl.load(counter_ptr)
+    row_ptr = table_ptr + row * COLUMNS
+    p_x = tl.load(row_ptr + 2)
+    p_m = tl.load(row_ptr + 3)
+    a_x = tl.load(row_ptr + 4)
+    a_0 = tl.load(row_ptr + 5)
+
+    channels = size // spatial
+    if CHANNELS_LAST:
+        channel = offs // spatial
+        output_offs = (offs % spatial) * (output_stride // spatial) + channel
+        variance_shift = channels
+    else:
+        output_offs = offs
+        variance_shift = size
+    sample_offset = sample.to(tl.int64) * size
+    outputs = output_ptr + output_offs
+
+    # Guidance.
+    weights = weights_ptr + (row * batch + sample) * BRANCHES
+    unconditional = 0.0
+    if BASE < 0:
+        for k in tl.static_range(BRANCHES):
+            m_k = tl.load(outputs + (k * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(tl.float32)
+            if k == UNCONDITIONAL:
+                unconditional = m_k
+            if BRANCHES == 1:
+                m = m_k
+            elif k == 0:
+                m = tl.load(weights) * m_k
+            else:
+                m = tl.fma(tl.load(weights + k) + tl.zeros_like(m_k), m_k, m)
+    else:
+        base = tl.load(outputs + (BASE * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(tl.float32)
+        if BASE == UNCONDITIONAL:
+            unconditional = base
+        m = base
+        for k in tl.static_range(BRANCHES):
+            if k != BASE:
+                m_k = tl.load(outputs + (k * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(tl.float32)
+                if k == UNCONDITIONAL:
+                    unconditional = m_k
+                m = tl.fma(tl.load(weights + k) + tl.zeros_like(m_k), m_k - base, m)
+
+    # x0.
+    x_ptrs = x_ptr + sample_offset + offs
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    zeros = tl.zeros_like(x)
+    x0 = tl.fma(p_x + zeros, x, p_m * m)
+    if CLIP:
+        x0 = clip(x0, tl.load(bound_ptr + sample))
+    if KEEP_X0:
+        tl.store(x0_ptr + sample_offset + offs, x0, mask=mask)
+
+    # The update.
+    y = tl.fma(a_0 + zeros, x0, a_x * x)
+    if RAW:
+        y = tl.fma(tl.load(row_ptr + 6) + zeros, m, y)
+    if UNCONDITIONAL >= 0:
+        y = tl.fma(tl.load(row_ptr + 7) + zeros, unconditional, y)
+    if HISTORY > 0:
+        history_stride = batch.to(tl.int64) * size
+        for j in tl.static_range(HISTORY):
+            h = tl.load(history_ptr + j * history_stride + sample_offset + offs, mask=mask, other=0.0)
+            y = tl.fma(tl.load(row_ptr + 8 + j) + zeros, h, y)
+
+    if NOISE > 0:
+        if LEARNED:
+            v_ptrs = outputs + (CONDITIONAL * batch + sample).to(tl.int64) * output_stride + variance_shift
+            v = tl.load(v_ptrs, mask=mask, other=0.0).to(tl.float32)
+            std = tl.exp2(tl.fma(tl.load(row_ptr + 13) + zeros, v, tl.load(row_ptr + 12) + zeros))
+        else:
+            std = tl.load(row_ptr + 11) + zeros
+        if NOISE == 1:
+            z = tl.load(noise_ptr + sample_offset + offs, mask=mask, other=0.0)
+        else:
+            z = normal4(group.to(tl.uint32), row, STREAM, tl.load(seeds_ptr + sample))
+        y = tl.fma(std, z, y)
+
+    if HISTORY > 0:
+        slot = tl.load(row_ptr + 17).to(tl.int32)
+        if slot >= 0:
+            h = tl.fma(tl.load(row_ptr + 15) + zeros, x0, tl.load(row_ptr + 14) * x)
+            h = tl.fma(tl.load(row_ptr + 16) + zeros, m, h)
+            tl.store(history_ptr + slot * history_stride + sample_offset + offs, h, mask=mask)
+    tl.store(x_ptrs, y, mask=mask)
+
+    # What the next row hands to the model.
+    next_ptr = row_ptr + COLUMNS
+    if SLOTS > 0:
+        model_x = (y * tl.load(next_ptr)).to(input_ptr.dtype.element_ty)
+        if INPUT_CHANNELS_LAST:
+            input_offs = (offs % spatial) * channels + offs // spatial
+        else:
+            input_offs = offs
+        for k in tl.static_range(SLOTS):
+            tl.store(input_ptr + (k * batch + sample).to(tl.int64) * size + input_offs, model_x, mask=mask)
+        if block == 0:
+            time = tl.load(next_ptr + 1).to(time_ptr.dtype.element_ty)
+            for k in tl.static_range(SLOTS):
+                tl.store(time_ptr + k * batch + sample, time)
+
+    # The last program to finish advances the row. The barrier keeps a slow warp of this one from reading the row after that.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(counter_ptr + 1, 1, sem="acq_rel")
+    if ticket == batch * blocks - 1:
+        tl.store(counter_ptr + 1, 0)
+        tl.store(counter_ptr, row + 1)
+
+
+def launch_guided_step(output, spec, buffers, config=None):
+    """Run one step on `buffers` in place; `ops` has checked shapes, dtypes and devices.
+
+    Args:
+        output: the model's output [K*B, C or 2C, ...], contiguous or channels-last.
+        spec: a `StepSpec`.
+        buffers: a `StepBuffers`.
+        config: a `LaunchConfig`; by default that of `launch_config`.
+    """
+    x = buffers.x
+    batch = x.shape[0]
+    size = x[0].numel()
+    spatial = size // x.shape[1]
+    config = config or launch_config(size, batch)
+    blocks = -(-size // config.block)
+    model_input = buffers.model_input
+    _guided_step_kernel[(batch * blocks,)](
+        x,
+        output,
+        buffers.table,
+        buffers.counter,
+        *(t if t is not None else x for t in (buffers.weights, buffers.bound, buffers.noise)),
+        buffers.seeds if buffers.seeds is not None else buffers.counter,
+        *(t if t is not None else x for t in (buffers.history, buffers.x0, model_input)),
+        buffers.time if buffers.time is not None else buffers.counter,
+        batch,
+        size,
+        spatial,
+        output[0].numel(),
+        blocks,
+        COLUMNS=buffers.table.shape[1],
+        BRANCHES=spec.branches,
+        BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
+        CONDITIONAL=spec.conditional,
+        UNCONDITIONAL=-1 if spec.unconditional is None else spec.unconditional,
+        LEARNED=spec.learned_variance,
+        RAW=spec.raw_output,
+        HISTORY=spec.history,
+        CLIP=spec.clip,
+        NOISE=("none", "tensor", "philox").index(spec.noise),
+        KEEP_X0=spec.keep_x0,
+        SLOTS=0 if model_input is None else model_input.shape[0] // batch,
+        CHANNELS_LAST=not output.is_contiguous(),
+        INPUT_CHANNELS_LAST=model_input is not None and not model_input.is_contiguous(),
+        STREAM=STEP_STREAM,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
