@@ -1,0 +1,66 @@
+"""Recorded networks: small ones with weights, inputs and outputs of the original implementation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastcfg.models
+from fastcfg.models import Text2ImUNet
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@dataclass
+class Recorded:
+    """A recorded network, its inputs and outputs."""
+
+    case: dict[str, Any]
+    arrays: dict[str, Tensor]
+
+    def build(self, **options: Any) -> Text2ImUNet:
+        """The network with the recorded weights, in eval mode."""
+        from safetensors.torch import load_file
+
+        case = self.case
+        tokenizer = SimpleNamespace(n_vocab=case["n_vocab"])
+        model = getattr(fastcfg.models, case["cls"])(tokenizer=tokenizer, **{**case["kwargs"], **options})
+        weights = load_file(GOLDEN / f"{case['id']}.safetensors")
+        model.load_state_dict({key: value.float() for key, value in weights.items()})
+        return model.eval()
+
+    @property
+    def text(self) -> dict[str, Tensor]:
+        return {name: self.arrays[name] for name in ("tokens", "mask")}
+
+    @property
+    def images(self) -> dict[str, Tensor]:
+        names = ("low_res", "inpaint_image", "inpaint_mask")
+        return {name: self.arrays[name] for name in names if name in self.arrays}
+
+
+def load_recorded(name: str) -> Recorded:
+    """The recorded network `name`."""
+    cases = {case["id"]: case for case in json.loads((GOLDEN / "models.json").read_text())}
+    with np.load(GOLDEN / f"{name}.npz") as arrays:
+        return Recorded(cases[name], {key: torch.from_numpy(value) for key, value in arrays.items()})
+
+
+@pytest.fixture(params=["glide_base", "glide_superres", "glide_inpaint"])
+def recorded(request: pytest.FixtureRequest) -> Recorded:
+    """Every recorded network in turn."""
+    return load_recorded(request.param)
+
+
+@pytest.fixture
+def base() -> Recorded:
+    """The recorded base network."""
+    return load_recorded("glide_base")
