@@ -70,7 +70,9 @@ def test_cache_holds_for_equal_text_only(base):
     assert torch.equal(output(model, tokens, mask), first)
     assert model.cache["xf_out"] is kept
     for changed in ((tokens.flip(0), mask), (tokens, ~mask)):
+        output(model, tokens, mask)
         assert torch.equal(output(model, *changed), output(plain, *changed))
+        assert not torch.equal(output(plain, *changed), first)
     model.del_cache()
     assert model.cache is None
 

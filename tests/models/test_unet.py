@@ -147,13 +147,52 @@ def test_auxiliary_text_head_has_upstream_names():
 
 @pytest.mark.parametrize("resblock_updown", [True, False])
 @pytest.mark.parametrize(("dims", "size"), [(1, (16,)), (2, (8, 4)), (3, (3, 4, 4))])
-@torch.no_grad()
 def test_any_number_of_dimensions(dims, size, resblock_updown):
     model = fill(UNetModel(**SMALL, dims=dims, resblock_updown=resblock_updown)).eval()
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     output = model(x, torch.tensor([1, 999]))
     assert output.shape == (2, 6, *size)
     assert not torch.equal(output, model(x, torch.tensor([1, 500])))
+    output.square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@torch.no_grad()
+def test_heads_of_the_upsampling_half():
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    reference = fill(UNetModel(**SMALL, num_heads=2)).eval()
+    outputs = {}
+    for heads in (-1, 2, 4):
+        model = UNetModel(**SMALL, num_heads=2, num_heads_upsample=heads).eval()
+        model.load_state_dict(reference.state_dict())
+        outputs[heads] = model(x, torch.tensor([5, 5]))
+    assert torch.equal(outputs[-1], outputs[2])
+    assert not torch.equal(outputs[4], outputs[2])
+
+
+class _NormInputs(TorchDispatchMode):
+    """Note the dtypes that norms compute in."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.native_group_norm.default, torch.ops.aten.native_layer_norm.default):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_norms_compute_in_float32(base, autocast):
+    model = base.build()
+    if not autocast:
+        model.convert_to_fp16()
+    with _NormInputs() as norms, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(base.arrays["x"], base.arrays["timesteps"], **base.text)
+    modules = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm | torch.nn.LayerNorm)]
+    assert norms.dtypes == [torch.float32] * len(modules)
 
 
 @torch.no_grad()
