@@ -64,20 +64,22 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm in 32 groups, computed in float32 whatever the input's dtype."""
+    """Group norm in 32 groups, computed in float32 whatever the dtype of input and weights."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the input's dtype."""
+    """Layer norm computed in float32 whatever the dtype of input and weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class PointwiseConv1d(nn.Conv1d):

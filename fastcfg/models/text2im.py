@@ -180,7 +180,7 @@ class Text2ImUNet(UNetModel):
             if value.shape != (x.shape[0], *sizes):
                 name = name if tokens is None else "tokens"
                 raise ValueError(f"{name}: got encoded shape {tuple(value.shape)}, expected {(x.shape[0], *sizes)}")
-        return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), xf_out)
+        return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), xf_out.to(self.dtype))
 
     @staticmethod
     def _input_channels(image_channels: int) -> int:

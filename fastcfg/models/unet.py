@@ -57,7 +57,8 @@ class UNetModel(nn.Module):
         dims: spatial dimensions, 1 to 3.
         num_classes: number of classes of a class-conditional model, or None.
         use_checkpoint: recompute activations in the backward pass to save memory.
-        use_fp16: features of the blocks are float16; call `convert_to_fp16` once the weights are loaded.
+        use_fp16: kept as an attribute for callers that convert after loading weights, as upstream's do. Features follow
+            the dtype of the weights.
         num_heads: attention heads, used when `num_head_channels` is -1.
         num_head_channels: channels per attention head, or -1.
         num_heads_upsample: `num_heads` of the upsampling half, or -1 for the same.
@@ -100,7 +101,7 @@ class UNetModel(nn.Module):
         self.num_classes = num_classes
         self.dims = dims
         self.use_checkpoint = use_checkpoint
-        self.dtype = torch.float16 if use_fp16 else torch.float32
+        self.use_fp16 = use_fp16
         self.size_divisor = 2 ** (len(widths) - 1)
         emb_channels = 4 * model_channels
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -155,6 +156,11 @@ class UNetModel(nn.Module):
             GroupNorm32(channels), nn.SiLU(), zero_module(conv_nd(dims, channels, out_channels, 3, padding=1))
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the blocks' features: that of their convolutions."""
+        return _weight_dtype(self.input_blocks)
+
     def convert_to_fp16(self) -> None:
         """Make the blocks' convolutions float16; norms and embedding layers keep float32, as in upstream."""
         self._convert_blocks(torch.float16)
@@ -197,10 +203,11 @@ class UNetModel(nn.Module):
             raise ValueError(f"x: got spatial sizes {tuple(resized)}, expected multiples of {self.size_divisor}")
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"timesteps: got shape {tuple(timesteps.shape)}, expected {tuple(x.shape[:1])}")
-        return self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        return self.time_embed(embedding.to(_weight_dtype(self.time_embed)))
 
     def _forward_blocks(self, x: Tensor, emb: Tensor, encoder_out: Tensor | None = None) -> Tensor:
-        """The U itself."""
+        """The U itself; `out` runs in its own precision, which `convert_to_fp16` leaves at float32."""
         skips = []
         h = x.to(self.dtype)
         for block in self.input_blocks:
@@ -209,7 +216,7 @@ class UNetModel(nn.Module):
         h = self._run(self.middle_block, h, emb, encoder_out)
         for block in self.output_blocks:
             h = self._run(block, torch.cat([h, skips.pop()], dim=1), emb, encoder_out)
-        return self.out(h.to(x.dtype))
+        return self.out(h.to(_weight_dtype(self.out))).to(x.dtype)
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor, encoder_out: Tensor | None) -> Tensor:
         """One block, under activation checkpointing if asked for."""
@@ -221,4 +228,8 @@ class UNetModel(nn.Module):
         """Cast the convolutions of all blocks."""
         for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
             convert_modules(blocks, _CONVOLUTIONS, dtype)
-        self.dtype = dtype
+
+
+def _weight_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of the module's first parameter."""
+    return next(module.parameters()).dtype
