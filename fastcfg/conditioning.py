@@ -1,0 +1,105 @@
+"""Conditioning of the branches: checked once, and packed along the batch before the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Conditioning", "check_conditioning"]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """The keyword arguments of the model, branch by branch.
+
+    Attributes:
+        tensors: by keyword, one tensor [B, ...] for each branch, of equal shape and dtype.
+        shared: by keyword, the values that are not tensors, the same for all branches.
+    """
+
+    tensors: Mapping[str, tuple[Tensor, ...]]
+    shared: Mapping[str, Any]
+
+    def signature(self) -> tuple[Any, ...]:
+        """What a captured program depends on: names, shapes, dtypes and shared values, but not the tensors' contents."""
+        shapes = tuple((name, values[0].shape, values[0].dtype) for name, values in sorted(self.tensors.items()))
+        return shapes, tuple((name, repr(value)) for name, value in sorted(self.shared.items()))
+
+    def allocate(self, branches: int) -> dict[str, Tensor]:
+        """Uninitialised [n*B, ...] tensors for n branches."""
+        return {
+            name: values[0].new_empty((branches * len(values[0]), *values[0].shape[1:])) for name, values in self.tensors.items()
+        }
+
+    def copy_to(self, packed: Mapping[str, Tensor], active: tuple[int, ...]) -> None:
+        """Fill tensors from `allocate` with the conditionings of the given branches."""
+        for name, values in self.tensors.items():
+            for part, branch in zip(packed[name].chunk(len(active)), active, strict=True):
+                part.copy_(values[branch])
+
+
+def check_conditioning(
+    names: tuple[str, ...], given: Mapping[str, Mapping[str, Any] | None], batch: int, device: torch.device
+) -> Conditioning:
+    """Check the branches' conditionings against each other and the batch.
+
+    Args:
+        names: the branches the guidance has, in batch order.
+        given: conditioning by branch name; None counts as not given.
+        batch: B.
+        device: where the model is.
+
+    Returns:
+        The conditioning of all branches in order; [1, ...] tensors stand repeated.
+
+    Raises:
+        TypeError: a conditioning that is not a mapping.
+        ValueError: a branch missing or unknown, keys that differ, or shapes, dtypes or devices that do not fit.
+    """
+    present = {name: value for name, value in given.items() if value is not None}
+    for name, value in present.items():
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a mapping of keyword arguments of the model")
+    if not present and len(names) == 1:
+        return Conditioning({}, {})
+    if set(present) != set(names):
+        raise ValueError(f"conditioning: got {_listed(present)}, expected {_listed(names)} (the branches of the guidance)")
+
+    first, *others = names
+    keys = set(present[first])
+    for name in others:
+        if set(present[name]) != keys:
+            raise ValueError(f"{name}: got keys {_listed(present[name])}, expected those of {first}: {_listed(keys)}")
+    tensors: dict[str, tuple[Tensor, ...]] = {}
+    shared: dict[str, Any] = {}
+    for key in present[first]:
+        values = [present[name][key] for name in names]
+        if isinstance(values[0], Tensor):
+            tensors[key] = tuple(_checked(key, name, value, values[0], batch, device) for name, value in zip(names, values, strict=True))
+        else:
+            for name, value in zip(names, values, strict=True):
+                if isinstance(value, Tensor) or not (value is values[0] or value == values[0]):
+                    raise ValueError(f"{name}[{key!r}]: got {value!r}, expected {values[0]!r} as in {first} (values that are not tensors are shared)")
+            shared[key] = values[0]
+    return Conditioning(tensors, shared)
+
+
+def _checked(key: str, branch: str, value: Any, like: Tensor, batch: int, device: torch.device) -> Tensor:
+    label = f"{branch}[{key!r}]"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{label}: got {type(value).__name__}, expected a tensor as in the other branches")
+    if value.ndim == 0 or len(value) not in (1, batch):
+        raise ValueError(f"{label}: got shape {tuple(value.shape)}, expected a first dimension of {batch} (or 1)")
+    if value.shape[1:] != like.shape[1:] or value.dtype != like.dtype:
+        raise ValueError(f"{label}: got {value.dtype} {tuple(value.shape)}, expected {like.dtype} {(batch, *like.shape[1:])} as in the other branches")
+    if value.device != device:
+        raise ValueError(f"{label}: got device {value.device}, expected the model's, {device}")
+    return value.detach().expand(batch, *value.shape[1:])
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"

@@ -1,0 +1,312 @@
+"""The sampler: static buffers, one program per row, the only loop in the project."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conditioning import check_conditioning
+from .guidance import Guidance, NoGuidance
+from .ops import resolve_backend
+from .sources import NoiseSource, Recording, philox_source, recorded_source, torch_source
+from .table import StepTable
+from .workspace import Workspace
+
+__all__ = ["Sampler", "Step"]
+
+# Shapes and option sets whose buffers and graphs are kept for the next call.
+MAX_WORKSPACES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a callback or `Sampler.iterate` sees after each model evaluation.
+
+    Attributes:
+        row: index of the table's row just executed, 0 first.
+        rows: their number.
+        step: the step of the run it belongs to.
+        t: the time the model was called with.
+        x: the state after it, [B, C, ...] (a copy, the caller's own).
+        x0: the predicted x0, likewise.
+    """
+
+    row: int
+    rows: int
+    step: int
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+class Sampler:
+    """Samples from a diffusion model with guidance, one fused step per model evaluation.
+
+    The model is called as `model(x, t, **conditioning)` with x [K*B, C, ...] in its dtype, t [K*B], and the branches' conditionings concatenated
+    along the batch in the order of the guidance spec. It returns [K*B, C, ...], or [K*B, 2C, ...] with variance channels (a tuple's first element
+    is taken).
+
+    Args:
+        model: any callable; a `torch.nn.Module` tells its device and dtype.
+        table: from `fastcfg.solvers` (or any `StepTable`).
+        guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
+        clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), or B numbers.
+        noise: where the steps' noise comes from unless `sample` is given some: "philox" (drawn in the step; image i depends on its seed alone)
+            or "torch" (`torch.randn`, from the global generator where no seed is given).
+        backend: "auto", "triton" or "reference".
+        graph: "auto" captures the program on CUDA; True captures always (on a CPU, with the stand-in for graphs); False runs eagerly.
+        dtype: the model input's dtype; by default that of the model's first floating parameter, else float32.
+        state_dtype: torch.float32, or torch.float64 on the reference path.
+        device: by default that of the model's first parameter, else the CPU.
+        memory_format: torch.contiguous_format or torch.channels_last, for the model input.
+
+    Raises:
+        TypeError: model not callable, table not a StepTable, guidance not a Guidance.
+        ValueError: any other bad argument, with what was expected.
+
+    Example:
+        >>> import torch
+        >>> from fastcfg import CFG, Sampler, Schedule, solvers
+        >>> model = lambda x, t, y: x * y.view(-1, 1, 1, 1)
+        >>> sampler = Sampler(model, solvers.ddim(Schedule.named("linear").respace(10)), guidance=CFG(3.0), clip=1.0)
+        >>> images = sampler.sample((2, 3, 8, 8), cond={"y": torch.ones(2)}, uncond={"y": torch.zeros(2)}, seed=0)
+        >>> images.shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        table: StepTable,
+        *,
+        guidance: Guidance | None = None,
+        clip: float | Sequence[float] | Tensor | None = None,
+        noise: str = "philox",
+        backend: str = "auto",
+        graph: str | bool = "auto",
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: got {type(model).__name__}, expected a callable")
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table: got {type(table).__name__}, expected a StepTable (see fastcfg.solvers)")
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise TypeError(f"guidance: got {type(guidance).__name__}, expected a Guidance such as CFG(3.0), or None")
+        if noise not in ("philox", "torch"):
+            raise ValueError(f"noise: got {noise!r}, expected 'philox' or 'torch'")
+        if graph not in ("auto", True, False):
+            raise ValueError(f"graph: got {graph!r}, expected 'auto', True or False")
+        if state_dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"state_dtype: got {state_dtype}, expected torch.float32 or torch.float64")
+        if memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ValueError(f"memory_format: got {memory_format}, expected torch.contiguous_format or torch.channels_last")
+        parameter = _first_parameter(model)
+        self.model, self.table = model, table
+        self.guidance = guidance or NoGuidance()
+        self.clip = None if clip is None else _bounds(clip)
+        self.noise = noise
+        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
+        self.state_dtype = state_dtype
+        self.backend = resolve_backend(backend, self.device, state_dtype)
+        self.memory_format = memory_format
+        self.graph = graph
+        self._pool: Any = None
+        self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
+        self._report: dict[str, Any] = {}
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        branches: Mapping[str, Mapping[str, Any]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Recording | None = None,
+        x_T: Tensor | None = None,  # noqa: N803  (the field's name)
+        progress: bool = False,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Tensor:
+        """Run all rows.
+
+        Args:
+            shape: (B, C, ...) of the samples.
+            cond: keyword arguments of the model for the conditional branch: tensors [B, ...] (or [1, ...], repeated), or values that all branches
+                share.
+            uncond: the same for the unconditional branch, the same keys; a negative prompt goes here.
+            branches: conditionings of further branches by name, for guidance that has them.
+            seed: sample i gets `seed + i`; a sequence gives each its own. With noise "torch" one integer seeds the whole batch. None takes a seed
+                from torch's global generator.
+            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, instead of the sampler's source.
+            x_T: the start [B, C, ...], instead of initial_scale times noise.
+            progress: show a progress bar.
+            callback: called with a `Step` after every row. It costs two copies of the state per row, and no sync.
+
+        Returns:
+            The samples, [B, C, ...] in the state's dtype: the caller's own tensor.
+
+        Raises:
+            ValueError: shapes, dtypes, devices, keys or lengths that do not fit, before any work.
+        """
+        run = self._prepare(shape, cond, uncond, branches, seed, noise, x_T, keep_x0=callback is not None)
+        for row in _with_progress(run.rows(), self.table.num_rows, progress):
+            if callback is not None:
+                callback(run.step(row))
+        return run.workspace.buffers.x.clone()
+
+    def iterate(
+        self,
+        shape: Sequence[int],
+        *,
+        cond: Mapping[str, Any] | None = None,
+        uncond: Mapping[str, Any] | None = None,
+        branches: Mapping[str, Mapping[str, Any]] | None = None,
+        seed: int | Sequence[int] | None = None,
+        noise: Recording | None = None,
+        x_T: Tensor | None = None,  # noqa: N803
+    ) -> Iterator[Step]:
+        """`sample` as a generator: yields a `Step` after every row; arguments as there. The last one's x are the samples."""
+        run = self._prepare(shape, cond, uncond, branches, seed, noise, x_T, keep_x0=True)
+        return (run.step(row) for row in run.rows())
+
+    def report(self) -> dict[str, Any]:
+        """How the last run was executed: backend, graph ("cuda", "stand-in" or "none", with the reason), rows and evaluated branches."""
+        return dict(self._report)
+
+    def memory(self) -> int:
+        """Bytes held by the sampler's static buffers (graphs' own pools not counted)."""
+        return sum(workspace.nbytes() for workspace in self._workspaces.values())
+
+    def release(self) -> None:
+        """Give all buffers and graphs back; the next call builds them anew."""
+        self._workspaces.clear()
+        self._pool = None
+
+    def _give_back(self, key: Any, workspace: Workspace) -> None:
+        self._report = {
+            "backend": self.backend,
+            "graph": workspace.graph,
+            "graph_reason": workspace.graph_reason,
+            "rows": self.table.num_rows,
+            "branches": [len(active) for active in workspace.active],
+        }
+        self._workspaces[key] = workspace
+        while len(self._workspaces) > MAX_WORKSPACES:
+            self._workspaces.popitem(last=False)
+
+    def _prepare(self, shape, cond, uncond, branches, seed, noise, x_T, keep_x0) -> _Run:  # type: ignore[no-untyped-def]  # noqa: N803
+        """Check everything, then set the buffers to the start of a run."""
+        shape = _checked_shape(shape)
+        batch = shape[0]
+        given = {"cond": cond, "uncond": uncond, **(branches or {})}
+        conditioning = check_conditioning(self.guidance.branches, given, batch, self.device)
+        plan = self.guidance.plan(self.table, batch)
+        if self.clip is not None and len(self.clip) not in (1, batch):
+            raise ValueError(f"clip: got {len(self.clip)} bounds, expected 1 or one per sample ({batch})")
+        if x_T is not None and tuple(x_T.shape) != shape:
+            raise ValueError(f"x_T: got shape {tuple(x_T.shape)}, expected {shape}")
+        source = self._source(noise, seed, shape)
+        kind = "none" if not self.table.uses_noise else "tensor" if source.fill else "philox"
+        key = (shape, conditioning.signature(), plan.active, kind, keep_x0)
+        # A workspace in use (by a generator not yet exhausted) is out of the cache, so that runs never share buffers.
+        workspace = self._workspaces.pop(key, None) or self._build(shape, conditioning, plan, kind, keep_x0)
+        workspace.load(conditioning, plan, self.clip)
+        buffers = workspace.buffers
+        if source.seeds is not None:
+            buffers.seeds.copy_(source.seeds)  # type: ignore[union-attr]
+        buffers.x.copy_(source.start() * self.table.initial_scale if x_T is None else x_T)
+        workspace.rewind()
+        return _Run(self, key, workspace, source)
+
+    def _source(self, noise: Recording | None, seed: int | Sequence[int] | None, shape: tuple[int, ...]) -> NoiseSource:
+        if self.noise == "torch":
+            source = torch_source(seed, shape, self.device)
+        else:
+            source = philox_source(seed, shape, self.device, self.backend)
+        return source if noise is None else recorded_source(noise, self.table.num_rows, shape, source.start)
+
+    def _build(self, shape, conditioning, plan, noise, keep_x0) -> Workspace:  # type: ignore[no-untyped-def]
+        if self._pool is None and self.device.type == "cuda" and self.graph is not False:
+            self._pool = torch.cuda.graph_pool_handle()
+        on_gpu = self.device.type == "cuda"
+        return Workspace(
+            self.model,
+            self.table,
+            self.guidance,
+            plan,
+            shape,
+            conditioning,
+            clip=self.clip is not None,
+            noise=noise,
+            keep_x0=keep_x0,
+            backend=self.backend,
+            capture="always" if self.graph is True else "try" if self.graph and on_gpu else "never",
+            dtype=self.dtype,
+            state_dtype=self.state_dtype,
+            device=self.device,
+            memory_format=self.memory_format,
+            pool=self._pool,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One pass over the rows of a prepared workspace."""
+
+    sampler: Sampler
+    key: Any
+    workspace: Workspace
+    source: NoiseSource
+
+    def rows(self) -> Iterator[int]:
+        """Execute row after row, yielding each one's index when it is enqueued."""
+        sampler, workspace = self.sampler, self.workspace
+        noise, fill = workspace.buffers.noise, self.source.fill
+        try:
+            for row, program in enumerate(workspace.programs):
+                if noise is not None:
+                    fill(row, noise)  # type: ignore[misc]
+                program()
+                yield row
+        finally:
+            sampler._give_back(self.key, workspace)
+
+    def step(self, row: int) -> Step:
+        table, buffers = self.sampler.table, self.workspace.buffers
+        return Step(row, table.num_rows, int(table.steps[row]), float(table["t"][row]), buffers.x.clone(), buffers.x0.clone())  # type: ignore[index, union-attr]
+
+
+def _with_progress(rows: Iterator[int], total: int, progress: bool) -> Iterator[int]:
+    if not progress:
+        return rows
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(rows, total=total, unit="step"))
+
+
+def _first_parameter(model: Any) -> Tensor | None:
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape)
+    if len(sizes) < 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"shape: got {sizes}, expected (B, C, ...) of positive integers")
+    return sizes
+
+
+def _bounds(clip: float | Sequence[float] | Tensor) -> Tensor:
+    bounds = torch.as_tensor(clip, dtype=torch.float64).reshape(-1)
+    if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():
+        raise ValueError(f"clip: got {clip!r}, expected None or positive finite bounds")
+    return bounds
