@@ -1,0 +1,226 @@
+"""The originals' own formulas: one step of guided-diffusion's and GLIDE's `GaussianDiffusion`, operation for operation.
+
+Every table is float64 and its entries are rounded to float32 when looked up, whatever the dtype of x; what is derived
+from them is float32 arithmetic in the originals' order. On a CPU the results therefore equal theirs bit for bit, dtypes
+included: float16 and bfloat16 become float32 as soon as they meet a table, float64 stays.
+
+The functions take a model's output and a classifier's gradient, not the model and the classifier, and the noise as a
+tensor. The originals' steps are
+
+    p = p_mean_variance(schedule, model(x, ...), x, t)
+    p["mean"] = condition_mean(p, gradient)                    # p_sample with a cond_fn
+    x = p_sample(p, t, noise)
+
+    p = condition_score(schedule, p, x, t, gradient)           # DDIM with a cond_fn
+    x = ddim_sample(schedule, p, x, t, noise, eta=0.0)
+
+Throughout, x is [B, C, ...] of any floating dtype and t int64 [B] on x's device: indices into the (re-spaced) process,
+0 for the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..schedule import Schedule
+
+__all__ = [
+    "condition_mean",
+    "condition_score",
+    "ddim_reverse_sample",
+    "ddim_sample",
+    "p_mean_variance",
+    "p_sample",
+    "predict_eps_from_xstart",
+    "predict_xstart_from_eps",
+    "predict_xstart_from_xprev",
+    "q_mean_variance",
+    "q_posterior_mean_variance",
+    "q_sample",
+]
+
+PREDICTIONS = ("epsilon", "x0", "previous_x")
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
+
+
+def q_mean_variance(schedule: Schedule, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and log variance of q(x_t | x0), each shaped like x_start."""
+    mean = _look_up(schedule.sqrt_alphas_cumprod, t, x_start) * x_start
+    variance = _look_up(1.0 - schedule.alphas_cumprod, t, x_start)
+    return mean, variance, _look_up(schedule.log_one_minus_alphas_cumprod, t, x_start)
+
+
+def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = √ᾱ x0 + √(1-ᾱ) noise."""
+    signal = _look_up(schedule.sqrt_alphas_cumprod, t, x_start) * x_start
+    return signal + _look_up(schedule.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+
+
+def q_posterior_mean_variance(
+    schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0), each shaped like x_t."""
+    variance = _look_up(schedule.posterior_variance, t, x_t)
+    return (
+        _posterior_mean(schedule, x_start, x_t, t),
+        variance,
+        _look_up(schedule.posterior_log_variance_clipped, t, x_t),
+    )
+
+
+def predict_xstart_from_eps(schedule: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x0 = √(1/ᾱ) x_t - √(1/ᾱ - 1) ε."""
+    scaled = _look_up(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+    return scaled - _look_up(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
+
+
+def predict_xstart_from_xprev(schedule: Schedule, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+    """The x0 whose posterior mean is xprev."""
+    c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
+    return _look_up(1.0 / c1, t, x_t) * xprev - _look_up(c2 / c1, t, x_t) * x_t
+
+
+def predict_eps_from_xstart(schedule: Schedule, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+    """ε = (√(1/ᾱ) x_t - x0) / √(1/ᾱ - 1)."""
+    scaled = _look_up(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
+    return (scaled - pred_xstart) / _look_up(schedule.sqrt_recipm1_alphas_cumprod, t, x_t)
+
+
+def p_mean_variance(
+    schedule: Schedule,
+    model_output: Tensor,
+    x: Tensor,
+    t: Tensor,
+    *,
+    prediction: str = "epsilon",
+    variance: str = "learned_range",
+    clip_denoised: bool = True,
+    denoised_fn: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """p(x_{t-1} | x_t) from a model's output.
+
+    Args:
+        schedule: the process.
+        model_output: [B, 2C, ...] for the learned variances, else [B, C, ...]; any floating dtype.
+        x: x_t.
+        t: the timesteps.
+        prediction: what the (first C channels of the) output is: "epsilon", "x0" or "previous_x".
+        variance: "fixed_small", "fixed_large", "learned" or "learned_range", as in `fastcfg.solvers.ddpm`.
+        clip_denoised: clamp x0 to [-1, 1].
+        denoised_fn: applied to x0 before the clamp.
+
+    Returns:
+        mean, variance, log_variance and pred_xstart, each shaped like x. With "previous_x" the mean is the output
+        itself, which neither denoised_fn nor the clamp reaches.
+
+    Raises:
+        ValueError: unknown prediction or variance, or an output of another shape.
+
+    Example:
+        >>> schedule, x = Schedule.named("linear", 1000), torch.zeros(1, 3, 8, 8)
+        >>> p = p_mean_variance(schedule, torch.zeros(1, 6, 8, 8), x, torch.tensor([999]))
+        >>> sorted(p)
+        ['log_variance', 'mean', 'pred_xstart', 'variance']
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction: got {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+    if variance not in VARIANCES:
+        raise ValueError(f"variance: got {variance!r}, expected one of {', '.join(VARIANCES)}")
+    channels = x.shape[1]
+    shape = (len(x), 2 * channels if variance.startswith("learned") else channels, *x.shape[2:])
+    if model_output.shape != shape:
+        raise ValueError(
+            f"model_output: got shape {tuple(model_output.shape)}, expected {shape} for {variance} variance"
+        )
+    output = model_output[:, :channels]
+    log_variance, sigma2 = _variance(schedule, variance, model_output[:, channels:], x, t)
+
+    if prediction == "epsilon":
+        pred_xstart = predict_xstart_from_eps(schedule, x, t, output)
+    elif prediction == "x0":
+        pred_xstart = output
+    else:
+        pred_xstart = predict_xstart_from_xprev(schedule, x, t, output)
+    if denoised_fn is not None:
+        pred_xstart = denoised_fn(pred_xstart)
+    if clip_denoised:
+        pred_xstart = pred_xstart.clamp(-1, 1)
+
+    mean = output if prediction == "previous_x" else _posterior_mean(schedule, pred_xstart, x, t)
+    return {"mean": mean, "variance": sigma2, "log_variance": log_variance, "pred_xstart": pred_xstart}
+
+
+def condition_mean(p: dict[str, Tensor], gradient: Tensor) -> Tensor:
+    """p's mean plus variance times ∇ log p(y | x_t) (Sohl-Dickstein et al. 2015), both rounded to float32 first."""
+    return p["mean"].float() + p["variance"] * gradient.float()
+
+
+def condition_score(
+    schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor, gradient: Tensor
+) -> dict[str, Tensor]:
+    """p with mean and pred_xstart from ε - √(1-ᾱ) ∇ log p(y | x_t) (Dhariwal & Nichol 2021); not clamped again."""
+    eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
+    eps = eps - (1 - _look_up(schedule.alphas_cumprod, t, x)).sqrt() * gradient
+    pred_xstart = predict_xstart_from_eps(schedule, x, t, eps)
+    return {**p, "pred_xstart": pred_xstart, "mean": _posterior_mean(schedule, pred_xstart, x, t)}
+
+
+def p_sample(p: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
+    """x_{t-1} = mean + σ noise, without noise at t = 0."""
+    return p["mean"] + _not_last(t, noise) * torch.exp(0.5 * p["log_variance"]) * noise
+
+
+def ddim_sample(
+    schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor, noise: Tensor, *, eta: float = 0.0
+) -> Tensor:
+    """x_{t-1} of DDIM (Song et al. 2020, equation 12), with ε re-derived from pred_xstart; without noise at t = 0."""
+    eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
+    alpha_bar = _look_up(schedule.alphas_cumprod, t, x)
+    alpha_bar_prev = _look_up(schedule.alphas_cumprod_prev, t, x)
+    sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
+    mean = p["pred_xstart"] * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+    return mean + _not_last(t, noise) * sigma * noise
+
+
+def ddim_reverse_sample(schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """x_{t+1} of the deterministic ODE run towards noise."""
+    eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
+    alpha_bar_next = _look_up(schedule.alphas_cumprod_next, t, x)
+    return p["pred_xstart"] * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
+
+
+def _variance(schedule: Schedule, variance: str, values: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Log variance and variance; `values` are the model's variance channels, if it has any."""
+    if variance == "fixed_small":
+        return _look_up(schedule.posterior_log_variance_clipped, t, x), _look_up(schedule.posterior_variance, t, x)
+    if variance == "fixed_large":
+        table = schedule.fixed_large_variance
+        return _look_up(np.log(table), t, x), _look_up(table, t, x)
+    if variance == "learned":
+        return values, torch.exp(values)
+    low = _look_up(schedule.posterior_log_variance_clipped, t, x)
+    high = _look_up(np.log(schedule.betas), t, x)
+    fraction = (values + 1) / 2
+    log_variance = fraction * high + (1 - fraction) * low
+    return log_variance, torch.exp(log_variance)
+
+
+def _posterior_mean(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The mean of q(x_{t-1} | x_t, x0)."""
+    towards_start = _look_up(schedule.posterior_mean_coef1, t, x_t) * x_start
+    return towards_start + _look_up(schedule.posterior_mean_coef2, t, x_t) * x_t
+
+
+def _look_up(table: NDArray[np.float64], t: Tensor, like: Tensor) -> Tensor:
+    """table[t] in float32, expanded to the shape of `like`."""
+    entries = torch.as_tensor(table, dtype=torch.float32, device=t.device)[t]
+    return entries.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+
+
+def _not_last(t: Tensor, like: Tensor) -> Tensor:
+    return (t != 0).float().view(-1, *[1] * (like.ndim - 1))
