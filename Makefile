@@ -4,7 +4,8 @@ VENV ?= .venv
 STAMP := $(VENV)/.fastcfg-installed
 BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+# For example PYTEST_ARGS="-n 2 --dist loadgroup".
+PYTEST_ARGS ?=
 
 .PHONY: demo test lint bench clean
 
