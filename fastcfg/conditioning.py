@@ -25,14 +25,16 @@ class Conditioning:
     shared: Mapping[str, Any]
 
     def signature(self) -> tuple[Any, ...]:
-        """What a captured program depends on: names, shapes, dtypes and shared values, but not the tensors' contents."""
+        """What a captured program depends on: names, shapes, dtypes and shared values, but not the tensors'
+        contents."""
         shapes = tuple((name, values[0].shape, values[0].dtype) for name, values in sorted(self.tensors.items()))
         return shapes, tuple((name, repr(value)) for name, value in sorted(self.shared.items()))
 
     def allocate(self, branches: int) -> dict[str, Tensor]:
         """Uninitialised [n*B, ...] tensors for n branches."""
         return {
-            name: values[0].new_empty((branches * len(values[0]), *values[0].shape[1:])) for name, values in self.tensors.items()
+            name: values[0].new_empty((branches * len(values[0]), *values[0].shape[1:]))
+            for name, values in self.tensors.items()
         }
 
     def copy_to(self, packed: Mapping[str, Tensor], active: tuple[int, ...]) -> None:
@@ -67,7 +69,9 @@ def check_conditioning(
     if not present and len(names) == 1:
         return Conditioning({}, {})
     if set(present) != set(names):
-        raise ValueError(f"conditioning: got {_listed(present)}, expected {_listed(names)} (the branches of the guidance)")
+        raise ValueError(
+            f"conditioning: got {_listed(present)}, expected {_listed(names)} (the branches of the guidance)"
+        )
 
     first, *others = names
     keys = set(present[first])
@@ -79,11 +83,16 @@ def check_conditioning(
     for key in present[first]:
         values = [present[name][key] for name in names]
         if isinstance(values[0], Tensor):
-            tensors[key] = tuple(_checked(key, name, value, values[0], batch, device) for name, value in zip(names, values, strict=True))
+            tensors[key] = tuple(
+                _checked(key, name, value, values[0], batch, device) for name, value in zip(names, values, strict=True)
+            )
         else:
             for name, value in zip(names, values, strict=True):
                 if isinstance(value, Tensor) or not (value is values[0] or value == values[0]):
-                    raise ValueError(f"{name}[{key!r}]: got {value!r}, expected {values[0]!r} as in {first} (values that are not tensors are shared)")
+                    raise ValueError(
+                        f"{name}[{key!r}]: got {value!r}, expected {values[0]!r} as in {first} "
+                        "(values that are not tensors are shared)"
+                    )
             shared[key] = values[0]
     return Conditioning(tensors, shared)
 
@@ -95,7 +104,10 @@ def _checked(key: str, branch: str, value: Any, like: Tensor, batch: int, device
     if value.ndim == 0 or len(value) not in (1, batch):
         raise ValueError(f"{label}: got shape {tuple(value.shape)}, expected a first dimension of {batch} (or 1)")
     if value.shape[1:] != like.shape[1:] or value.dtype != like.dtype:
-        raise ValueError(f"{label}: got {value.dtype} {tuple(value.shape)}, expected {like.dtype} {(batch, *like.shape[1:])} as in the other branches")
+        raise ValueError(
+            f"{label}: got {value.dtype} {tuple(value.shape)}, "
+            f"expected {like.dtype} {(batch, *like.shape[1:])} as in the other branches"
+        )
     if value.device != device:
         raise ValueError(f"{label}: got device {value.device}, expected the model's, {device}")
     return value.detach().expand(batch, *value.shape[1:])

@@ -1,4 +1,5 @@
-"""Run a fixed program again and again on the same memory: eagerly, as a CUDA graph, or through a stand-in for graphs on a CPU.
+"""Run a fixed program again and again on the same memory: eagerly, as a CUDA graph, or through a stand-in for graphs on
+a CPU.
 
 A program is a function without arguments or result that reads and writes tensors it was built with.
 """
@@ -22,12 +23,14 @@ class CudaGraph:
     """A program captured once; calling the object replays it.
 
     Args:
-        program: what to capture. It is run `warmup` times before, on a side stream, for lazy initialisation and autotuning.
+        program: what to capture. It is run `warmup` times before, on a side stream, for lazy initialisation and
+            autotuning.
         pool: a `torch.cuda.graph_pool_handle()` to share memory with other graphs of the same owner.
         warmup: eager runs before the capture.
 
     Raises:
-        RuntimeError: the program does something a graph cannot hold (a sync, an allocation outside the pool, a copy from the CPU).
+        RuntimeError: the program does something a graph cannot hold (a sync, an allocation outside the pool, a copy
+            from the CPU).
     """
 
     def __init__(self, program: Program, pool: Any = None, warmup: int = 2) -> None:
@@ -49,10 +52,11 @@ class CudaGraph:
 
 
 class StandIn:
-    """What a graph does, on a CPU: the program's operations are recorded once, with the very tensors they touched, and replayed.
+    """What a graph does, on a CPU: the program's operations are recorded once, with the very tensors they touched, and
+    replayed.
 
-    Python does not run again at replay, results land in the tensors of the recording, and whatever the program reads through anything but its
-    tensors is stale: the mistakes that break a captured program break this one too.
+    Python does not run again at replay, results land in the tensors of the recording, and whatever the program reads
+    through anything but its tensors is stale: the mistakes that break a captured program break this one too.
 
     Args:
         program: what to record (running it once).
@@ -81,7 +85,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         # Argument containers are copied: callers may reuse their lists.
         keep = tree_map(lambda leaf: leaf, (args, kwargs or {}))

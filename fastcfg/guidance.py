@@ -1,6 +1,7 @@
 """Guidance as per-sample weights over branches, one branch per conditioning.
 
-A guidance spec says which branches the model runs, in which order along the batch, and how they are blended, row by row of the run:
+A guidance spec says which branches the model runs, in which order along the batch, and how they are blended, row by row
+of the run:
 
     delta form (base = b):     m = m_b + sum over k != b of w_k (m_k - m_b)
     sum form (base = None):    m = sum over k of w_k m_k
@@ -85,25 +86,28 @@ class Guidance:
         """
         weights = self.weights(table, batch)
         inside = self.inside(table)
-        active = []
-        for row, is_inside, raw in zip(weights, inside, table["a_u"], strict=True):
-            if not is_inside:
-                active.append((self.conditional,))
-                continue
-            # A branch counts if any sample gives it weight once the delta form is multiplied out.
-            total = row.copy()
-            if self.base is not None:
-                total[:, self.base] = 1 - np.delete(row, self.base, axis=1).sum(axis=1)
-            needed = total.any(axis=0)
-            if table.learned_variance:
-                needed[self.conditional] = True
-            if raw and self.unconditional is not None:
-                needed[self.unconditional] = True
-            # More than one branch left in delta form is measured from the base; a single one must stand alone with weight 1.
-            if needed.sum() > 1 and self.base is not None:
-                needed[self.base] = True
-            active.append(tuple(np.flatnonzero(needed).tolist()))
-        return GuidancePlan(weights, tuple(active))
+        active = tuple(
+            self._active(weights[i], table, i) if inside[i] else (self.conditional,) for i in range(table.num_rows)
+        )
+        return GuidancePlan(weights, active)
+
+    def _active(self, weights: NDArray[np.float64], table: StepTable, row: int) -> tuple[int, ...]:
+        """The branches to evaluate at a row with weights [B, K]."""
+        # What each branch counts for once the delta form is multiplied out.
+        total = weights.copy()
+        if self.base is not None:
+            total[:, self.base] = 1 - np.delete(weights, self.base, axis=1).sum(axis=1)
+        needed = np.asarray(total.any(axis=0))
+        if table.learned_variance:
+            needed[self.conditional] = True
+        if table["a_u"][row] and self.unconditional is not None:
+            needed[self.unconditional] = True
+        if needed.sum() > 1 and self.base is not None:
+            needed[self.base] = True
+        if needed.sum() == 0 or (needed.sum() == 1 and not (total[:, needed] == 1).all()):
+            # A branch that is evaluated alone is not weighted, so one with another weight than 1 needs company.
+            needed[:] = True
+        return tuple(int(k) for k in np.flatnonzero(needed))
 
 
 @dataclass(frozen=True)
@@ -125,18 +129,21 @@ class CFG(Guidance):
     A negative prompt is the conditioning given to the unconditional branch.
 
     Attributes:
-        scale: s of m = uncond + s (cond - uncond); with formulation "original", w of m = cond + w (cond - uncond). A number; B numbers, one per
-            sample; an array [R, 1] or [R, B] with one row per model evaluation; or a function of the progress through the run, 0 at the first
-            step and below 1 at the last, that returns a number or B numbers.
-        interval: (start, stop) in fractions of the run's steps. Outside it only the conditional branch is evaluated (Kynkäänniemi et al. 2024,
-            https://arxiv.org/abs/2404.07724); step i of N is inside if int(start*N) <= i < int(stop*N), as in diffusers' guiders.
-        formulation: "standard", "original" (diffusers' `use_original_formulation`), or "sum": s*cond + (1 - s)*uncond. They agree but for
-            rounding.
-        order: the branches along the batch. GLIDE and guided-diffusion put the conditional half first, diffusers the unconditional.
+        scale: s of m = uncond + s (cond - uncond); with formulation "original", w of m = cond + w (cond - uncond). A
+            number; B numbers, one per sample; an array [R, 1] or [R, B] with one row per model evaluation; or a
+            function of the progress through the run, 0 at the first step and below 1 at the last, that returns a number
+            or B numbers.
+        interval: (start, stop) in fractions of the run's steps. Outside it only the conditional branch is evaluated
+            (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724); step i of N is inside if int(start*N) <= i <
+            int(stop*N), as in diffusers' guiders.
+        formulation: "standard", "original" (diffusers' `use_original_formulation`), or "sum": s*cond + (1 - s)*uncond.
+            They agree but for rounding.
+        order: the branches along the batch. GLIDE and guided-diffusion put the conditional half first, diffusers the
+            unconditional.
 
     Raises:
-        ValueError: non-finite scale, an interval not within 0 <= start < stop <= 1, unknown formulation, or an order that is not a permutation
-            of ("cond", "uncond").
+        ValueError: non-finite scale, an interval not within 0 <= start < stop <= 1, unknown formulation, or an order
+            that is not a permutation of ("cond", "uncond").
 
     Example:
         >>> CFG(3.0).branches
@@ -232,14 +239,17 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
     if values.ndim == 1 and len(values) != batch:
         raise ValueError(f"{name}: got {len(values)} values, expected 1 or one per sample ({batch})")
     if values.ndim == 2 and (len(values) != table.num_rows or values.shape[1] not in (1, batch)):
-        raise ValueError(f"{name}: got shape {values.shape}, expected ({table.num_rows}, 1) or ({table.num_rows}, {batch})")
+        raise ValueError(
+            f"{name}: got shape {values.shape}, expected ({table.num_rows}, 1) or ({table.num_rows}, {batch})"
+        )
     return np.broadcast_to(values, (table.num_rows, batch)).copy()
 
 
 def inside_interval(interval: tuple[float, float], table: StepTable) -> NDArray[np.bool_]:
     """bool [R]: rows whose step lies in the interval."""
     first, last = (int(edge * table.num_steps) for edge in interval)
-    return (table.steps >= first) & (table.steps < last)  # type: ignore[operator]
+    inside: NDArray[np.bool_] = (table.steps >= first) & (table.steps < last)
+    return inside
 
 
 def _finite(name: str, scale: Any) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
 """Counter-based Gaussian noise: what the kernels draw, in torch.
 
-Philox4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) with key = the sample's 64-bit seed and counter =
-(element // 4, row, stream, 0); its four outputs give the normals of four neighbouring elements by the Box-Muller transform. Sample i
-therefore depends on its seed alone: not on the batch, its place in it, the block size or the device. Every floating-point operation is
-specified down to the rounding, so that this file and the kernels agree bit for bit.
+Philox4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) with key = the sample's 64-bit seed and
+counter = (element // 4, row, stream, 0); its four outputs give the normals of four neighbouring elements by the
+Box-Muller transform. Sample i therefore depends on its seed alone: not on the batch, its place in it, the block size or
+the device. Every floating-point operation is specified down to the rounding, so that this file and the kernels agree
+bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ __all__ = ["INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "samp
 
 INITIAL_STREAM, STEP_STREAM = 0, 1
 
-# Minimax fits, largest relative error of each: -2 log1p(t)/t on [√½ - 1, √2 - 1] 1.7e-7; sin(a)/a and cos(a) in a² on |a| <= π/4 3e-9 and 3e-8.
+# Minimax fits, largest relative error of each: -2 log1p(t)/t on [√½ - 1, √2 - 1] 1.7e-7; sin(a)/a and cos(a) in a² on
+# |a| <= π/4 3e-9 and 3e-8.
 LOG_COEFFICIENTS = (
     *(-1.9999998807907104, 1.0000072717666626, -0.6667011976242065, 0.4993981420993805),
     *(-0.39800339937210083, 0.34501707553863525, -0.3244510889053345, 0.20213566720485687),
@@ -109,7 +111,8 @@ def _box_muller(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[to
     square = _fma(exponent.float(), _F32_MINUS_2_LN_2, t * _horner(t, LOG_COEFFICIENTS))
     # Through float64: torch's float32 sqrt on a CPU is not always the nearest.
     radius = torch.sqrt(square.double()).float()
-    # The angle is uniform on the circle: a in [-π/4, π/4), the word's lowest bit mirrors it at the diagonal, the next one at the origin.
+    # The angle is uniform on the circle: a in [-π/4, π/4), the word's lowest bit mirrors it at the diagonal, the next
+    # one at the origin.
     signed = torch.where(angle_word >= 2**31, angle_word - 2**32, angle_word)
     a = signed.float() * _F32_QUARTER_PI_OVER_2_31
     a2 = a * a
@@ -127,7 +130,8 @@ def _horner(x: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
 
 
 def _fma(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor | float) -> torch.Tensor:
-    """a*b + c rounded to float32 (the product is exact in float64, and a second rounding at its 53 bits is not seen at 24)."""
+    """a*b + c rounded to float32 (the product is exact in float64, and a second rounding at its 53 bits is not seen at
+    24)."""
     return (a.double() * b + c).float()
 
 

@@ -1,6 +1,8 @@
-"""The public operations: validate, then dispatch to the kernels or to the reference. The only importer of `fastcfg.kernels`.
+"""The public operations: validate, then dispatch to the kernels or to the reference. The only importer of
+`fastcfg.kernels`.
 
-Eager calls launch directly; under `torch.compile` they go through `torch.library`, whose boundary costs more host time than a small kernel runs.
+Eager calls launch directly; under `torch.compile` they go through `torch.library`, whose boundary costs more host time
+than a small kernel runs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype
     """The backend that runs: "triton" or "reference".
 
     Args:
-        backend: "auto" takes Triton on a GPU for a float32 state and the reference elsewhere; a backend asked for by name must work or raise.
+        backend: "auto" takes Triton on a GPU for a float32 state and the reference elsewhere; a backend asked for by
+            name must work or raise.
         device: where the state lives.
         dtype: the state's dtype.
 
@@ -112,8 +115,9 @@ class GuidedStep:
         """Advance by one row.
 
         Args:
-            output: [K*B, C, ...] or [K*B, 2C, ...] (then the second half are variance channels), float32, float16, bfloat16 (or float64 on the
-                reference path). Contiguous and channels-last are read as they are, anything else is copied first.
+            output: [K*B, C, ...] or [K*B, 2C, ...] (then the second half are variance channels), float32, float16,
+                bfloat16 (or float64 on the reference path). Contiguous and channels-last are read as they are, anything
+                else is copied first.
 
         Raises:
             ValueError: another shape, dtype or device.
@@ -193,7 +197,8 @@ def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether channels are innermost and everything else is in order: [B, ..., C] in memory, any number of dimensions."""
+    """Whether channels are innermost and everything else is in order: [B, ..., C] in memory, any number of
+    dimensions."""
     return tensor.ndim >= 3 and tensor.movedim(1, -1).is_contiguous()
 
 
@@ -218,7 +223,10 @@ def _check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
     if x.ndim < 3 or not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, ...] with at least one element")
     if x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
-        raise ValueError(f"x: got {x.dtype} with strides {x.stride()}, expected contiguous torch.float32 (or torch.float64 on the reference path)")
+        raise ValueError(
+            f"x: got {x.dtype} with strides {x.stride()}, "
+            "expected contiguous torch.float32 (or torch.float64 on the reference path)"
+        )
     shape, batch = tuple(x.shape), len(x)
     rows = len(buffers.table) - 1
     _expect("table", buffers.table, (rows + 1, len(COLUMNS)), x.dtype, x.device)
@@ -249,7 +257,9 @@ def _check_model_input(buffers: StepBuffers) -> None:
     if not model_input.is_contiguous() and not is_channels_last(model_input):  # type: ignore[union-attr, arg-type]
         raise ValueError(f"model_input: got strides {model_input.stride()}, expected contiguous or channels-last")  # type: ignore[union-attr]
     if time is None or time.shape != (rows,) or time.device != x.device or not time.is_contiguous():
-        raise ValueError(f"time: got {None if time is None else (tuple(time.shape), time.device)}, expected [{rows}] on {x.device}")
+        raise ValueError(
+            f"time: got {None if time is None else (tuple(time.shape), time.device)}, expected [{rows}] on {x.device}"
+        )
 
 
 def _check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
@@ -260,9 +270,13 @@ def _check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
     allowed = (wide,) if spec.learned_variance else (narrow, wide)
     if tuple(output.shape) not in allowed:
         reason = " (the solver uses learned variances)" if spec.learned_variance else ""
-        raise ValueError(f"model output: got shape {tuple(output.shape)}, expected {' or '.join(map(str, allowed))}{reason}")
+        raise ValueError(
+            f"model output: got shape {tuple(output.shape)}, expected {' or '.join(map(str, allowed))}{reason}"
+        )
     if not output.dtype.is_floating_point or output.dtype.itemsize > x.dtype.itemsize:
-        raise ValueError(f"model output: got {output.dtype}, expected a floating dtype no wider than the state's {x.dtype}")
+        raise ValueError(
+            f"model output: got {output.dtype}, expected a floating dtype no wider than the state's {x.dtype}"
+        )
     if output.device != x.device:
         raise ValueError(f"model output: got device {output.device}, expected {x.device}")
 
@@ -272,7 +286,10 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: tor
         raise ValueError(f"{name}: got None, expected {dtype} {shape}")
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
         layout = "" if tensor.is_contiguous() else " non-contiguous"
-        raise ValueError(f"{name}: got{layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, expected {dtype} {shape} on {device}")
+        raise ValueError(
+            f"{name}: got{layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+            f"expected {dtype} {shape} on {device}"
+        )
 
 
 @torch.library.custom_op("fastcfg::guided_step", mutates_args=("x", "counter", "history", "x0", "model_input", "time"))
@@ -315,4 +332,6 @@ def _guided_step_op(
         noise_kind,
         keep_x0,
     )
-    launch_guided_step(output, spec, StepBuffers(x, table, counter, weights, bound, noise, seeds, history, x0, model_input, time))
+    launch_guided_step(
+        output, spec, StepBuffers(x, table, counter, weights, bound, noise, seeds, history, x0, model_input, time)
+    )

@@ -47,19 +47,20 @@ class Step:
 class Sampler:
     """Samples from a diffusion model with guidance, one fused step per model evaluation.
 
-    The model is called as `model(x, t, **conditioning)` with x [K*B, C, ...] in its dtype, t [K*B], and the branches' conditionings concatenated
-    along the batch in the order of the guidance spec. It returns [K*B, C, ...], or [K*B, 2C, ...] with variance channels (a tuple's first element
-    is taken).
+    The model is called as `model(x, t, **conditioning)` with x [K*B, C, ...] in its dtype, t [K*B], and the branches'
+    conditionings concatenated along the batch in the order of the guidance spec. It returns [K*B, C, ...], or [K*B, 2C,
+    ...] with variance channels (a tuple's first element is taken).
 
     Args:
         model: any callable; a `torch.nn.Module` tells its device and dtype.
         table: from `fastcfg.solvers` (or any `StepTable`).
         guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
         clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), or B numbers.
-        noise: where the steps' noise comes from unless `sample` is given some: "philox" (drawn in the step; image i depends on its seed alone)
-            or "torch" (`torch.randn`, from the global generator where no seed is given).
+        noise: where the steps' noise comes from unless `sample` is given some: "philox" (drawn in the step; image i
+            depends on its seed alone) or "torch" (`torch.randn`, from the global generator where no seed is given).
         backend: "auto", "triton" or "reference".
-        graph: "auto" captures the program on CUDA; True captures always (on a CPU, with the stand-in for graphs); False runs eagerly.
+        graph: "auto" captures the program on CUDA; True captures always (on a CPU, with the stand-in for graphs); False
+            runs eagerly.
         dtype: the model input's dtype; by default that of the model's first floating parameter, else float32.
         state_dtype: torch.float32, or torch.float64 on the reference path.
         device: by default that of the model's first parameter, else the CPU.
@@ -107,7 +108,9 @@ class Sampler:
         if state_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"state_dtype: got {state_dtype}, expected torch.float32 or torch.float64")
         if memory_format not in (torch.contiguous_format, torch.channels_last):
-            raise ValueError(f"memory_format: got {memory_format}, expected torch.contiguous_format or torch.channels_last")
+            raise ValueError(
+                f"memory_format: got {memory_format}, expected torch.contiguous_format or torch.channels_last"
+            )
         parameter = _first_parameter(model)
         self.model, self.table = model, table
         self.guidance = guidance or NoGuidance()
@@ -132,7 +135,7 @@ class Sampler:
         branches: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         noise: Recording | None = None,
-        x_T: Tensor | None = None,  # noqa: N803  (the field's name)
+        x_T: Tensor | None = None,
         progress: bool = False,
         callback: Callable[[Step], None] | None = None,
     ) -> Tensor:
@@ -140,13 +143,14 @@ class Sampler:
 
         Args:
             shape: (B, C, ...) of the samples.
-            cond: keyword arguments of the model for the conditional branch: tensors [B, ...] (or [1, ...], repeated), or values that all branches
-                share.
+            cond: keyword arguments of the model for the conditional branch: tensors [B, ...] (or [1, ...], repeated),
+                or values that all branches share.
             uncond: the same for the unconditional branch, the same keys; a negative prompt goes here.
             branches: conditionings of further branches by name, for guidance that has them.
-            seed: sample i gets `seed + i`; a sequence gives each its own. With noise "torch" one integer seeds the whole batch. None takes a seed
-                from torch's global generator.
-            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, instead of the sampler's source.
+            seed: sample i gets `seed + i`; a sequence gives each its own. With noise "torch" one integer seeds the
+                whole batch. None takes a seed from torch's global generator.
+            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, instead of the
+                sampler's source.
             x_T: the start [B, C, ...], instead of initial_scale times noise.
             progress: show a progress bar.
             callback: called with a `Step` after every row. It costs two copies of the state per row, and no sync.
@@ -172,14 +176,16 @@ class Sampler:
         branches: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | Sequence[int] | None = None,
         noise: Recording | None = None,
-        x_T: Tensor | None = None,  # noqa: N803
+        x_T: Tensor | None = None,
     ) -> Iterator[Step]:
-        """`sample` as a generator: yields a `Step` after every row; arguments as there. The last one's x are the samples."""
+        """`sample` as a generator: yields a `Step` after every row; arguments as there. The last one's x are the
+        samples."""
         run = self._prepare(shape, cond, uncond, branches, seed, noise, x_T, keep_x0=True)
         return (run.step(row) for row in run.rows())
 
     def report(self) -> dict[str, Any]:
-        """How the last run was executed: backend, graph ("cuda", "stand-in" or "none", with the reason), rows and evaluated branches."""
+        """How the last run was executed: backend, graph ("cuda", "stand-in" or "none", with the reason), rows and
+        evaluated branches."""
         return dict(self._report)
 
     def memory(self) -> int:
@@ -203,7 +209,7 @@ class Sampler:
         while len(self._workspaces) > MAX_WORKSPACES:
             self._workspaces.popitem(last=False)
 
-    def _prepare(self, shape, cond, uncond, branches, seed, noise, x_T, keep_x0) -> _Run:  # type: ignore[no-untyped-def]  # noqa: N803
+    def _prepare(self, shape, cond, uncond, branches, seed, noise, x_T, keep_x0) -> _Run:  # type: ignore[no-untyped-def]
         """Check everything, then set the buffers to the start of a run."""
         shape = _checked_shape(shape)
         batch = shape[0]
@@ -282,7 +288,8 @@ class _Run:
 
     def step(self, row: int) -> Step:
         table, buffers = self.sampler.table, self.workspace.buffers
-        return Step(row, table.num_rows, int(table.steps[row]), float(table["t"][row]), buffers.x.clone(), buffers.x0.clone())  # type: ignore[index, union-attr]
+        x0 = buffers.x0.clone()  # type: ignore[union-attr]
+        return Step(row, table.num_rows, int(table.steps[row]), float(table["t"][row]), buffers.x.clone(), x0)
 
 
 def _with_progress(rows: Iterator[int], total: int, progress: bool) -> Iterator[int]:

@@ -1,7 +1,8 @@
 """Noise schedules of discrete-time Gaussian diffusion, in float64 numpy.
 
-A `Schedule` holds the betas of the (possibly re-spaced) process and derives every array the samplers need from them, under the names that
-guided-diffusion gave them. Nothing here touches torch: a solver turns these arrays into a table once, on the host.
+A `Schedule` holds the betas of the (possibly re-spaced) process and derives every array the samplers need from them,
+under the names that guided-diffusion gave them. Nothing here touches torch: a solver turns these arrays into a table
+once, on the host.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +42,16 @@ def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float],
     """
     _check_count("num_timesteps", num_timesteps)
     edges = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
-    return np.array([min(1 - b / a, max_beta) for a, b in zip(edges[:-1], edges[1:], strict=True)], dtype=np.float64)
+    return np.array([min(1 - b / a, max_beta) for a, b in pairwise(edges)], dtype=np.float64)
 
 
 def named_betas(name: str, num_timesteps: int) -> Array:
     """Betas by the field's names.
 
     Args:
-        name: "linear" (Ho et al. 2020, scaled so that any T covers the range of T = 1000), "cosine" or "squaredcos_cap_v2" (the same
-            function, Nichol & Dhariwal 2021, as guided-diffusion and GLIDE call it), "scaled_linear" (Rombach et al. 2022).
+        name: "linear" (Ho et al. 2020, scaled so that any T covers the range of T = 1000), "cosine" or
+            "squaredcos_cap_v2" (the same function, Nichol & Dhariwal 2021, as guided-diffusion and GLIDE call it),
+            "scaled_linear" (Rombach et al. 2022).
         num_timesteps: T.
 
     Returns:
@@ -98,12 +101,14 @@ def legacy_betas(name: str, *, beta_start: float, beta_end: float, num_timesteps
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
-    """Choose the timesteps of the original process that a shorter one keeps (guided-diffusion's and GLIDE's `space_timesteps`).
+    """Choose the timesteps of the original process that a shorter one keeps (guided-diffusion's and GLIDE's
+    `space_timesteps`).
 
     Args:
         num_timesteps: T of the original process.
-        section_counts: how many steps to keep of each of as many equal sections: a list, or a string like "10,15,20" or "100".
-            "ddimN" keeps N steps at an integer stride (Song et al. 2020); "fast27" is GLIDE's hand-made choice for its upsampler.
+        section_counts: how many steps to keep of each of as many equal sections: a list, or a string like "10,15,20" or
+            "100". "ddimN" keeps N steps at an integer stride (Song et al. 2020); "fast27" is GLIDE's hand-made choice
+            for its upsampler.
 
     Returns:
         The kept timesteps.
@@ -118,10 +123,13 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
             wanted = int(section_counts[len("ddim") :])
-            for stride in range(1, num_timesteps):
-                if len(range(0, num_timesteps, stride)) == wanted:
-                    return set(range(0, num_timesteps, stride))
-            raise ValueError(f"section_counts: no integer stride over {num_timesteps} timesteps gives {wanted} steps ({section_counts!r})")
+            for step in range(1, num_timesteps):
+                if len(range(0, num_timesteps, step)) == wanted:
+                    return set(range(0, num_timesteps, step))
+            raise ValueError(
+                f"section_counts: no integer stride over {num_timesteps} timesteps gives {wanted} steps, "
+                f"got {section_counts!r}"
+            )
         if section_counts == "fast27":
             # The two noisiest steps are moved apart: GLIDE's authors saw DDIM artifacts from them.
             return (space_timesteps(num_timesteps, "10,10,3,2,2") - {num_timesteps - 1}) | {num_timesteps - 3}
@@ -136,10 +144,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         size = base + (section < longer)
         if size < count:
             raise ValueError(f"section_counts: cannot keep {count} steps of a section of {size}")
-        stride = 1 if count <= 1 else (size - 1) / (count - 1)
+        stride = 1.0 if count <= 1 else (size - 1) / (count - 1)
         position = 0.0
         for _ in range(count):
-            # The accumulated float and Python's round-half-to-even are part of the interface: checkpoints are sampled at these steps.
+            # The accumulated float and Python's round-half-to-even are part of the interface: checkpoints are sampled
+            # at these steps.
             kept.add(start + round(position))
             position += stride
         start += size
@@ -152,7 +161,8 @@ class Schedule:
 
     Attributes:
         betas: float64 [T] in (0, 1], indexed by the (re-spaced) timestep, 0 being the least noisy.
-        timestep_map: int64 [T], the timestep of the original process that each one stands for; what the model is called with.
+        timestep_map: int64 [T], the timestep of the original process that each one stands for; what the model is called
+            with.
         original_num_timesteps: T of the original process.
 
     Raises:
@@ -165,8 +175,8 @@ class Schedule:
     """
 
     betas: Array
-    timestep_map: NDArray[np.int64] | None = None
-    original_num_timesteps: int | None = None
+    timestep_map: NDArray[np.int64] = None  # type: ignore[assignment]  # until __post_init__
+    original_num_timesteps: int = 0
 
     def __post_init__(self) -> None:
         betas = np.array(self.betas, dtype=np.float64)
@@ -187,7 +197,8 @@ class Schedule:
         return cls(named_betas(name, num_timesteps))
 
     def respace(self, timesteps: str | int | Sequence[int] | set[int]) -> Schedule:
-        """Keep some timesteps, with betas re-derived so that alphas_cumprod is unchanged at them (guided-diffusion's `SpacedDiffusion`).
+        """Keep some timesteps, with betas re-derived so that alphas_cumprod is unchanged at them (guided-diffusion's
+        `SpacedDiffusion`).
 
         Args:
             timesteps: a string or an integer for `space_timesteps`, or the collection of timesteps to keep.
@@ -202,9 +213,11 @@ class Schedule:
             timesteps = str(timesteps)
         keep = sorted(space_timesteps(self.num_timesteps, timesteps) if isinstance(timesteps, str) else set(timesteps))
         if not keep or keep[0] < 0 or keep[-1] >= self.num_timesteps:
-            raise ValueError(f"timesteps: got {keep or 'none'}, expected at least one in 0 ... {self.num_timesteps - 1}")
+            raise ValueError(
+                f"timesteps: got {keep or 'none'}, expected at least one in 0 ... {self.num_timesteps - 1}"
+            )
         kept = self.alphas_cumprod[keep]
-        return Schedule(1 - kept / np.append(1.0, kept[:-1]), self.timestep_map[keep], self.original_num_timesteps)  # type: ignore[index]
+        return Schedule(1 - kept / np.append(1.0, kept[:-1]), self.timestep_map[keep], self.original_num_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -212,14 +225,15 @@ class Schedule:
         return len(self.betas)
 
     def model_timesteps(self, rescale: bool = False) -> Array:
-        """float64 [T]: the time the model is given at each timestep; with `rescale`, mapped to the range of a 1000-step process."""
+        """float64 [T]: the time the model is given at each timestep; with `rescale`, mapped to the range of a 1000-step
+        process."""
         steps = np.asarray(self.timestep_map, dtype=np.float64)
-        return steps * (1000.0 / self.original_num_timesteps) if rescale else steps  # type: ignore[operator]
+        return steps * np.float64(1000.0 / self.original_num_timesteps) if rescale else steps
 
     @cached_property
     def alphas_cumprod(self) -> Array:
         """ᾱ_t, the product of 1 - β up to and including t."""
-        return np.cumprod(1.0 - self.betas, axis=0)
+        return np.cumprod(1.0 - self.betas, dtype=np.float64)
 
     @cached_property
     def alphas_cumprod_prev(self) -> Array:

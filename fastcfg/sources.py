@@ -31,8 +31,11 @@ class NoiseSource:
     seeds: Tensor | None = None
 
 
-def philox_source(seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device, backend: str) -> NoiseSource:
-    """Noise that depends on each sample's seed alone (`fastcfg.noise`); without a seed, one is taken from torch's global generator."""
+def philox_source(
+    seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device, backend: str
+) -> NoiseSource:
+    """Noise that depends on each sample's seed alone (`fastcfg.noise`); without a seed, one is taken from torch's
+    global generator."""
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
     seeds = sample_seeds(seed, shape[0]).to(device)
@@ -40,7 +43,8 @@ def philox_source(seed: int | Sequence[int] | None, shape: tuple[int, ...], devi
 
 
 def torch_source(seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
-    """`torch.randn` on the device: the start, then one draw per row, from the global generator where no seed is given."""
+    """`torch.randn` on the device: the start, then one draw per row, from the global generator where no seed is
+    given."""
     if seed is not None and not isinstance(seed, int):
         raise ValueError(f"seed: got {seed!r}, expected one integer for the whole batch with noise='torch'")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,5 @@
-"""What one guided step does and what it reads and writes: the vocabulary shared by the reference, the kernels and the loop."""
+"""What one guided step does and what it reads and writes: the vocabulary shared by the reference, the kernels and the
+loop."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class StepBuffers:
         bound: [B] in the state's dtype: the clip bound of each sample.
         noise: [B, C, ...] in the state's dtype, standard normal.
         seeds: int64 [B].
-        history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write to.
+        history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write
+            to.
         x0: [B, C, ...] in the state's dtype.
         model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
         time: [S*B], int64 or floating: the model's time.

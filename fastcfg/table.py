@@ -1,14 +1,16 @@
 """The coefficient table: a solver written as one row of numbers per model evaluation.
 
-Every row does the same four things, for model outputs m_1 ... m_K of the K guidance branches, state x, noise z and saved tensors h_j:
+Every row does the same four things, for model outputs m_1 ... m_K of the K guidance branches, state x, noise z and
+saved tensors h_j:
 
     m    = blend(m_1 ... m_K)                                    guidance
     x0   = clip(p_x*x + p_m*m)                                   predict x0
     x'   = a_x*x + a_0*x0 + a_m*m + a_u*u + sum_j a_hj*h_j + std*z
     h_d <- k_x*x + k_0*x0 + k_m*m                                save at most one tensor (d = slot, none if -1)
 
-where u is the output of the unconditional branch (CFG++) and std = s, or 2**(l_0 + l_v*v) where the variance is learned, v being the variance
-channels of the conditional branch. The model sees c_in*x at time t. The order of the columns is shared with the kernels.
+where u is the output of the unconditional branch (CFG++) and std = s, or 2**(l_0 + l_v*v) where the variance is
+learned, v being the variance channels of the conditional branch. The model sees c_in*x at time t. The order of the
+columns is shared with the kernels.
 """
 
 from __future__ import annotations
@@ -46,22 +48,23 @@ class StepTable:
     Attributes:
         rows: float64 [R, len(COLUMNS)].
         learned_variance: whether std depends on the model's variance channels (then the model must return 2C channels).
-        initial_scale: the standard deviation of the starting noise, x_T = initial_scale * z (sigma_max for solvers in sigma space).
+        initial_scale: the standard deviation of the starting noise, x_T = initial_scale * z (sigma_max for solvers in
+            sigma space).
         integer_time: whether the model takes t as int64 (else float32).
-        steps: int64 [R], the step of the run each row belongs to, for progress and guidance intervals; rows of the stages of one step share
-            it.
+        steps: int64 [R], the step of the run each row belongs to, for progress and guidance intervals; rows of the
+            stages of one step share it.
         name: what built the table, for messages.
 
     Raises:
-        ValueError: wrong shape, non-finite values, a slot that is not -1, 0, 1 or 2, a saved tensor read before a row wrote it, negative s,
-            or decreasing steps.
+        ValueError: wrong shape, non-finite values, a slot that is not -1, 0, 1 or 2, a saved tensor read before a row
+            wrote it, negative s, or decreasing steps.
     """
 
     rows: NDArray[np.float64]
     learned_variance: bool = False
     initial_scale: float = 1.0
     integer_time: bool = True
-    steps: NDArray[np.int64] | None = None
+    steps: NDArray[np.int64] = None  # type: ignore[assignment]  # until __post_init__
     name: str = "table"
 
     def __post_init__(self) -> None:
@@ -81,8 +84,8 @@ class StepTable:
 
         Args:
             steps: as the attribute.
-            **columns: one value or R values for each column named in `COLUMNS`, at least one of them of length R; and the attributes
-                learned_variance, initial_scale, integer_time, name.
+            **columns: one value or R values for each column named in `COLUMNS`, at least one of them of length R; and
+                the attributes learned_variance, initial_scale, integer_time, name.
 
         Raises:
             ValueError: unknown column, lengths that differ, or what the class itself refuses.
@@ -92,18 +95,23 @@ class StepTable:
             >>> table.num_rows
             2
         """
-        options = {k: columns.pop(k) for k in ("learned_variance", "initial_scale", "integer_time", "name") if k in columns}
+        attributes = ("learned_variance", "initial_scale", "integer_time", "name")
+        options: dict[str, Any] = {name: columns.pop(name) for name in attributes if name in columns}
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
             raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
         values = {name: np.asarray(value, dtype=np.float64) for name, value in columns.items()}
         lengths = {value.shape for value in values.values()} - {()}
         if len(lengths) != 1 or any(len(shape) != 1 for shape in lengths):
-            raise ValueError(f"columns: got shapes {sorted(lengths)}, expected scalars and at least one vector, all of one length")
+            raise ValueError(
+                f"columns: got shapes {sorted(lengths)}, expected scalars and at least one vector, all of one length"
+            )
         rows = np.zeros((*lengths.pop(), len(COLUMNS)))
         for name, index in _INDEX.items():
             rows[:, index] = values.get(name, _DEFAULTS.get(name, 0.0))
-        return cls(rows, steps=None if steps is None else np.asarray(steps), **options)
+        if steps is not None:
+            options["steps"] = np.asarray(steps)
+        return cls(rows, **options)
 
     def __getitem__(self, column: str) -> NDArray[np.float64]:
         """float64 [R]: one column by name."""
@@ -122,7 +130,7 @@ class StepTable:
     @property
     def num_steps(self) -> int:
         """The number of steps of the run (a step of a two-stage method has two rows)."""
-        return int(self.steps[-1]) + 1  # type: ignore[index]
+        return int(self.steps[-1]) + 1
 
     @property
     def num_history(self) -> int:
@@ -145,14 +153,17 @@ class StepTable:
         return bool(self["a_u"].any())
 
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[R + 1, len(COLUMNS)] on `device`: the rows, rounded once, and a last row of defaults that the final step looks ahead to."""
+        """[R + 1, len(COLUMNS)] on `device`: the rows, rounded once, and a last row of defaults that the final step
+        looks ahead to."""
         end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
         return torch.from_numpy(np.concatenate([self.rows, end])).to(dtype).to(device)
 
     def _check(self) -> None:
         bad = [name for name in COLUMNS if not np.isfinite(self[name]).all()]
         if bad:
-            hint = "; alphas_cumprod reaches 0, which ε-prediction cannot invert: use v-prediction" if "p_m" in bad else ""
+            hint = (
+                "; alphas_cumprod reaches 0, which ε-prediction cannot invert: use v-prediction" if "p_m" in bad else ""
+            )
             raise ValueError(f"rows of {self.name}: non-finite values in {', '.join(bad)}{hint}")
         if not np.isfinite(self.initial_scale) or self.initial_scale < 0:
             raise ValueError(f"initial_scale: got {self.initial_scale}, expected a finite value of at least 0")
@@ -164,4 +175,6 @@ class StepTable:
         for j in range(MAX_HISTORY):
             reads, writes = np.flatnonzero(self[f"a_h{j}"]), np.flatnonzero(slots == j)
             if reads.size and (not writes.size or reads[0] <= writes[0]):
-                raise ValueError(f"a_h{j} of {self.name}: row {reads[0]} reads a saved tensor that no earlier row wrote")
+                raise ValueError(
+                    f"a_h{j} of {self.name}: row {reads[0]} reads a saved tensor that no earlier row wrote"
+                )

@@ -78,10 +78,15 @@ class Workspace:
             seeds=torch.zeros(batch, dtype=torch.int64, device=device),
             history=state(table.num_history + 1, *shape) if table.num_history else None,
             x0=state(*shape) if keep_x0 else None,
-            model_input=torch.zeros((slots * batch, *shape[1:]), dtype=dtype, device=device).contiguous(memory_format=memory_format),
+            model_input=torch.zeros((slots * batch, *shape[1:]), dtype=dtype, device=device).contiguous(
+                memory_format=memory_format
+            ),
             time=torch.zeros(slots * batch, dtype=torch.int64 if table.integer_time else torch.float32, device=device),
         )
-        self._branches = {active: _BranchSet(active, conditioning, state(rows, batch, len(active))) for active in dict.fromkeys(plan.active)}
+        self._branches = {
+            active: _BranchSet(active, conditioning, state(rows, batch, len(active)))
+            for active in dict.fromkeys(plan.active)
+        }
         self.load(conditioning, plan, None)
 
         programs: dict[tuple[int, ...], Program] = {}
@@ -117,7 +122,9 @@ class Workspace:
             tensors += [branch_set.weights, *branch_set.packed.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def _program(self, model: Callable[..., Any], step: GuidedStep, branch_set: _BranchSet, conditioning: Conditioning) -> Program:
+    def _program(
+        self, model: Callable[..., Any], step: GuidedStep, branch_set: _BranchSet, conditioning: Conditioning
+    ) -> Program:
         rows = len(branch_set.active) * len(self.buffers.x)
         # Every slot holds the same input, so any subset of the branches takes the first ones.
         model_input, time = self.buffers.model_input[:rows], self.buffers.time[:rows]  # type: ignore[index]
@@ -158,7 +165,9 @@ class _BranchSet:
         self.packed = conditioning.allocate(len(active))
 
 
-def _spec(active: tuple[int, ...], table: StepTable, guidance: Guidance, clip: bool, noise: str, keep_x0: bool) -> StepSpec:
+def _spec(
+    active: tuple[int, ...], table: StepTable, guidance: Guidance, clip: bool, noise: str, keep_x0: bool
+) -> StepSpec:
     def position(branch: int | None) -> int | None:
         return active.index(branch) if branch in active else None
 

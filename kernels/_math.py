@@ -1,7 +1,7 @@
 """Value functions shared by the kernels: no loads, no stores.
 
-They mirror `fastcfg.reference` and `fastcfg.noise` operation by operation. Multiply-adds are explicit `tl.fma`, and kernels are launched with
-contraction off, so that the compiler rounds where these lines round and nowhere else.
+They mirror `fastcfg.reference` and `fastcfg.noise` operation by operation. Multiply-adds are explicit `tl.fma`, and
+kernels are launched with contraction off, so that the compiler rounds where these lines round and nowhere else.
 """
 
 import triton

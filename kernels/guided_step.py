@@ -1,7 +1,7 @@
 """The fused guided step: guidance, x0, update, noise and the next model input in one pass over the state.
 
-Bytes per element with float32 state, bfloat16 model, K = 2, learned variance and in-kernel noise: x 4 + outputs 2*2 + variance 2 read, x 4 +
-model inputs 2*2 written = 18.
+Bytes per element with float32 state, bfloat16 model, K = 2, learned variance and in-kernel noise: x 4 + outputs 2*2 +
+variance 2 read, x 4 + model inputs 2*2 written = 18.
 """
 
 from dataclasses import dataclass
@@ -98,7 +98,9 @@ def _guided_step_kernel(
     unconditional = 0.0
     if BASE < 0:
         for k in tl.static_range(BRANCHES):
-            m_k = tl.load(outputs + (k * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(tl.float32)
+            m_k = tl.load(outputs + (k * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(
+                tl.float32
+            )
             if k == UNCONDITIONAL:
                 unconditional = m_k
             if BRANCHES == 1:
@@ -108,13 +110,17 @@ def _guided_step_kernel(
             else:
                 m = tl.fma(tl.load(weights + k) + tl.zeros_like(m_k), m_k, m)
     else:
-        base = tl.load(outputs + (BASE * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(tl.float32)
+        base = tl.load(outputs + (BASE * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(
+            tl.float32
+        )
         if BASE == UNCONDITIONAL:
             unconditional = base
         m = base
         for k in tl.static_range(BRANCHES):
             if k != BASE:
-                m_k = tl.load(outputs + (k * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(tl.float32)
+                m_k = tl.load(outputs + (k * batch + sample).to(tl.int64) * output_stride, mask=mask, other=0.0).to(
+                    tl.float32
+                )
                 if k == UNCONDITIONAL:
                     unconditional = m_k
                 m = tl.fma(tl.load(weights + k) + tl.zeros_like(m_k), m_k - base, m)
@@ -177,7 +183,8 @@ def _guided_step_kernel(
             for k in tl.static_range(SLOTS):
                 tl.store(time_ptr + k * batch + sample, time)
 
-    # The last program to finish advances the row. The barrier keeps a slow warp of this one from reading the row after that.
+    # The last program to finish advances the row. The barrier keeps a slow warp of this one from reading the row after
+    # that.
     tl.debug_barrier()
     ticket = tl.atomic_add(counter_ptr + 1, 1, sem="acq_rel")
     if ticket == batch * blocks - 1:

@@ -21,4 +21,6 @@ def launch_normal(out, seeds, row, stream):
     size = out[0].numel()
     block = 1024
     blocks = -(-size // block)
-    _normal_kernel[(len(out) * blocks,)](out, seeds, row, size, blocks, STREAM=stream, BLOCK=block, enable_fp_fusion=False)
+    _normal_kernel[(len(out) * blocks,)](
+        out, seeds, row, size, blocks, STREAM=stream, BLOCK=block, enable_fp_fusion=False
+    )

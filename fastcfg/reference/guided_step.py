@@ -1,4 +1,5 @@
-"""The whole step on a run's buffers in torch: what the fused kernel does, row look-up, next model input and counter included."""
+"""The whole step on a run's buffers in torch: what the fused kernel does, row look-up, next model input and counter
+included."""
 
 from __future__ import annotations
 

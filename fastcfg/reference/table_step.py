@@ -1,4 +1,5 @@
-"""One row of a table applied to a state: the four lines of `fastcfg.table`, in torch, in the order and with the roundings of the kernels."""
+"""One row of a table applied to a state: the four lines of `fastcfg.table`, in torch, in the order and with the
+roundings of the kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ def table_step(
     bound: Tensor | None = None,
     noise: Tensor | None = None,
     history: Sequence[Tensor] = (),
-    scratch: Scratch = Scratch(),  # noqa: B008  (frozen)
+    scratch: Scratch = Scratch(),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Guidance, x0, update and the tensor to save.
 
@@ -63,7 +64,7 @@ def table_step(
 
     x0 = fma(row["p_x"], x, torch.mul(m, row["p_m"], out=scratch.x0), out=scratch.x0)
     if spec.clip:
-        limit = _per_sample(bound, x)
+        limit = _per_sample(bound, x)  # type: ignore[arg-type]
         x0 = torch.clamp(x0, -limit, limit, out=scratch.x0)
 
     saved = None
@@ -82,13 +83,15 @@ def table_step(
     if spec.noise != "none":
         std = row["s"]
         if spec.learned_variance:
-            std = torch.exp2(fma(row["l_v"], variance, row["l_0"], out=scratch.m), out=scratch.m)
-        y = fma(std, noise, y, out=scratch.y)
+            std = fma(row["l_v"], variance, row["l_0"], out=scratch.m)  # type: ignore[arg-type]
+            std = torch.exp2(std, out=scratch.m)
+        y = fma(std, noise, y, out=scratch.y)  # type: ignore[arg-type]
     return y, x0, saved
 
 
 def blend(outputs: Sequence[Tensor], base: int | None, weights: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base`, or the weighted sum."""
+    """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base`, or the
+    weighted sum."""
     if len(outputs) == 1:
         return outputs[0]
     w = [_per_sample(column, outputs[0]) for column in weights.unbind(1)]  # type: ignore[union-attr]

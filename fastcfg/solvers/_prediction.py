@@ -13,8 +13,8 @@ PREDICTIONS = ("epsilon", "x0", "v", "previous_x")
 def x0_coefficients(schedule: Schedule, prediction: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(p_x, p_m), each float64 [T] by timestep, with x0 = p_x*x + p_m*output.
 
-    "epsilon": Ho et al. 2020; "x0"; "v" = √ᾱ ε - √(1-ᾱ) x0: Salimans & Ho 2022; "previous_x": the mean of x_{t-1} (guided-diffusion's
-    PREVIOUS_X), solved for the x0 whose posterior mean it is.
+    "epsilon": Ho et al. 2020; "x0"; "v" = √ᾱ ε - √(1-ᾱ) x0: Salimans & Ho 2022; "previous_x": the mean of x_{t-1}
+    (guided-diffusion's PREVIOUS_X), solved for the x0 whose posterior mean it is.
     """
     if prediction == "epsilon":
         return schedule.sqrt_recip_alphas_cumprod, -schedule.sqrt_recipm1_alphas_cumprod

@@ -9,14 +9,18 @@ from ..table import StepTable
 from ._prediction import x0_coefficients
 
 
-def ddim(schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
+def ddim(
+    schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", rescale_timesteps: bool = False
+) -> StepTable:
     """Equation 12 of the paper: guided-diffusion's and GLIDE's `ddim_sample_loop`.
 
-    ε is re-derived from the clipped x0, as the originals do. A model with learned variances may be used; its variance channels are ignored.
+    ε is re-derived from the clipped x0, as the originals do. A model with learned variances may be used; its variance
+    channels are ignored.
 
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
-        eta: 0 for the deterministic sampler, 1 for the noise level of DDPM; any value of at least 0 for which the variance exists.
+        eta: 0 for the deterministic sampler, 1 for the noise level of DDPM; any value of at least 0 for which the
+            variance exists.
         prediction: "epsilon", "x0", "v" or "previous_x".
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
@@ -24,7 +28,8 @@ def ddim(schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", r
         A table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
 
     Raises:
-        ValueError: unknown prediction, or eta negative, not finite, or so large that σ² exceeds 1 - ᾱ of the previous step.
+        ValueError: unknown prediction, or eta negative, not finite, or so large that σ² exceeds 1 - ᾱ of the previous
+            step.
 
     Example:
         >>> ddim(Schedule.named("linear", 1000).respace("ddim25")).uses_noise
@@ -37,8 +42,19 @@ def ddim(schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", r
     direction = 1 - ᾱ_prev - σ**2
     # At eta = 1 rounding may take the first step a little below 0.
     if direction.min() < -1e-12:
-        raise ValueError(f"eta: got {eta}, for which sigma exceeds the noise left at {int((direction < 0).sum())} steps; expected less")
-    return _rows(schedule, prediction, rescale_timesteps, ᾱ_prev, np.sqrt(np.maximum(direction, 0)), σ, slice(None, None, -1), "ddim")
+        raise ValueError(
+            f"eta: got {eta}, expected less: sigma exceeds the noise that is left at {int((direction < 0).sum())} steps"
+        )
+    return _rows(
+        schedule,
+        prediction,
+        rescale_timesteps,
+        ᾱ_prev,
+        np.sqrt(np.maximum(direction, 0)),
+        σ,
+        slice(None, None, -1),
+        "ddim",
+    )
 
 
 def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
@@ -54,7 +70,9 @@ def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_tim
     """
     ᾱ_next = schedule.alphas_cumprod_next
     none = np.zeros_like(ᾱ_next)
-    return _rows(schedule, prediction, rescale_timesteps, ᾱ_next, np.sqrt(1 - ᾱ_next), none, slice(None), "ddim_reverse")
+    return _rows(
+        schedule, prediction, rescale_timesteps, ᾱ_next, np.sqrt(1 - ᾱ_next), none, slice(None), "ddim_reverse"
+    )
 
 
 def _rows(schedule, prediction, rescale_timesteps, ᾱ_to, direction, σ, order, name) -> StepTable:  # type: ignore[no-untyped-def]

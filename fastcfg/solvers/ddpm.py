@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..schedule import Schedule
 from ..table import NO_NOISE, StepTable
@@ -19,8 +20,9 @@ def ddpm(
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
         prediction: "epsilon", "x0", "v" or "previous_x".
-        variance: "fixed_small" (β̃), "fixed_large" (β), "learned" (the model's second C channels are log σ²) or "learned_range" (they
-            interpolate log σ² between log β̃ at -1 and log β at +1; Nichol & Dhariwal 2021, https://arxiv.org/abs/2102.09672).
+        variance: "fixed_small" (β̃), "fixed_large" (β), "learned" (the model's second C channels are log σ²) or
+            "learned_range" (they interpolate log σ² between log β̃ at -1 and log β at +1; Nichol & Dhariwal 2021,
+            https://arxiv.org/abs/2102.09672).
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
     Returns:
@@ -38,23 +40,23 @@ def ddpm(
         raise ValueError(f"variance: got {variance!r}, expected one of {', '.join(VARIANCES)}")
     p_x, p_m = x0_coefficients(schedule, prediction)
     n = schedule.num_timesteps
-    zero, one = np.zeros(n), np.ones(n)
+    zero: NDArray[np.float64] = np.zeros(n)
 
     if prediction == "previous_x":
-        a_x, a_0, a_m = zero, zero, one
+        a_x, a_0, a_m = zero, zero, np.ones(n)
     else:
         a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
 
     # log2 std = l_0 + l_v*v. The last step is the mean itself.
     noisy = np.arange(n) > 0
-    s, l_0, l_v = zero, zero, zero
+    s = l_0 = l_v = zero
     low, high = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
     if variance == "fixed_small":
-        s = noisy * np.exp(0.5 * low)
+        s = np.where(noisy, np.exp(0.5 * low), 0.0)
     elif variance == "fixed_large":
-        s = noisy * np.sqrt(schedule.fixed_large_variance)
+        s = np.where(noisy, np.sqrt(schedule.fixed_large_variance), 0.0)
     elif variance == "learned":
-        l_0, l_v = np.where(noisy, 0.0, NO_NOISE), noisy / (2 * np.log(2))
+        l_0, l_v = np.where(noisy, 0.0, NO_NOISE), np.where(noisy, 0.5 / np.log(2), 0.0)
     else:
         # log σ² = f*high + (1 - f)*low with f = (v + 1)/2.
         l_0, l_v = np.where(noisy, (high + low) / (4 * np.log(2)), NO_NOISE), noisy * (high - low) / (4 * np.log(2))
