@@ -1,0 +1,75 @@
+"""The loss curve of a run: the log's lines, thinned, as a picture and as numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastcfg.files import replacing
+
+_POINTS = 200
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Read a log of one JSON object per line.
+
+    Args:
+        path: the log.
+
+    Returns:
+        Its entries.
+
+    Raises:
+        ValueError: a line is not JSON.
+        OSError: the file cannot be read.
+    """
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def thin(entries: Sequence[dict[str, float]], points: int = _POINTS) -> dict[str, list[float]]:
+    """Average a log over at most ``points`` stretches of equal length.
+
+    Args:
+        entries: a log's entries, all with the same numeric keys.
+        points: most points to keep.
+
+    Returns:
+        By key the stretches' means, to 6 significant digits; ``step`` is each stretch's last step.
+    """
+    stretches = np.array_split(np.arange(len(entries)), min(points, len(entries))) if entries else []
+    curve: dict[str, list[float]] = {}
+    for key in entries[0] if entries else ():
+        values = np.array([entry[key] for entry in entries], dtype=np.float64)
+        if key == "step":
+            curve[key] = [int(values[part[-1]]) for part in stretches]
+        else:
+            curve[key] = [float(f"{values[part].mean():.6g}") for part in stretches]
+    return curve
+
+
+def plot(entries: Sequence[dict[str, float]], path: str | os.PathLike[str]) -> None:
+    """Draw the loss curve as a PNG; needs matplotlib.
+
+    Args:
+        entries: a log's entries.
+        path: the file to write, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    curve = thin(entries)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(curve["step"], curve["mse"], label="mean squared error of the noise")
+    axes.plot(curve["step"], curve["vlb"], label="variational bound of the variance")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

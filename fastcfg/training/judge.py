@@ -1,0 +1,230 @@
+"""Does a picture show the scene it was asked for? Classical vision, no network, numpy only.
+
+Foreground is what differs from the background, objects are its connected components, an object's colour is the nearest
+palette entry of its core, its shape the best overlap with the renderer's own shapes over position and scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from fastcfg.training.shapes import (
+    BACKGROUND,
+    COLOURS,
+    IMAGE_SIZE,
+    PALETTE,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    shape_coverage,
+)
+
+_PALETTE = np.array([PALETTE[name] for name in COLOURS], dtype=np.float32)
+_BACKGROUND = np.array(BACKGROUND, dtype=np.float32)
+# In 8-bit RGB distance. The dimmest colour lies 228 from the background and the closest two 100 apart.
+_FOREGROUND_DISTANCE = 80.0
+_COLOUR_DISTANCE = 50.0
+# Specks below this many pixels are neither objects nor errors; the smallest shape covers about 30.
+_SPECK_AREA = 6
+_SHAPE_OVERLAP = 0.7
+_SCALES = (0.92, 1.0, 1.08)
+_SHIFTS = (-0.5, 0.0, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One object found in a picture.
+
+    Attributes:
+        colour: nearest palette colour, None where the object is not of one palette colour.
+        shape: best matching shape, None where none overlaps well.
+        centre: centroid (x, y) in pixels.
+        overlap: overlap with the best shape, in [0, 1].
+    """
+
+    colour: str | None
+    shape: str | None
+    centre: tuple[float, float]
+    overlap: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What of a scene a picture gets right, under the assignment of found to wanted objects that gets most right.
+
+    Attributes:
+        colours: every object has its colour.
+        shapes: every object has its shape.
+        relation: the objects lie as asked; True where the scene asks nothing.
+        count: as many objects as asked.
+    """
+
+    colours: bool
+    shapes: bool
+    relation: bool
+    count: bool
+
+    @property
+    def correct(self) -> bool:
+        """Whether everything is right at once, each colour on its own shape."""
+        return self.colours and self.shapes and self.relation and self.count
+
+
+def judge(image: np.ndarray, scene: Scene) -> Verdict:
+    """Compare a picture with the scene it should show.
+
+    Args:
+        image: float ``[3, 32, 32]`` in [-1, 1].
+        scene: what the picture should show.
+
+    Returns:
+        The verdict. With the wrong number of objects nothing but ``count`` is looked at and all else is False.
+
+    Raises:
+        ValueError: ``image`` has another shape.
+
+    Example:
+        >>> scene = Scene((SceneObject("star", "red", "large"),))
+        >>> judge(render(scene, np.random.default_rng(0)), scene).correct
+        True
+    """
+    found = find_objects(image)
+    wanted = scene.objects
+    if len(found) != len(wanted):
+        return Verdict(colours=False, shapes=False, relation=False, count=False)
+    verdicts = []
+    for order in itertools.permutations(found):
+        verdicts.append(
+            Verdict(
+                colours=all(f.colour == w.colour for f, w in zip(order, wanted, strict=True)),
+                shapes=all(f.shape == w.shape for f, w in zip(order, wanted, strict=True)),
+                relation=_relation_holds(order, scene.relation),
+                count=True,
+            )
+        )
+    return max(verdicts, key=lambda v: (v.correct, v.colours + v.shapes, v.relation))
+
+
+def find_objects(image: np.ndarray) -> list[Finding]:
+    """List the objects of a picture, largest first.
+
+    Args:
+        image: float ``[3, 32, 32]`` in [-1, 1].
+
+    Returns:
+        The objects found; specks are left out.
+
+    Raises:
+        ValueError: ``image`` has another shape.
+    """
+    if image.shape != (3, IMAGE_SIZE, IMAGE_SIZE):
+        raise ValueError(f"image: got shape {tuple(image.shape)}, expected (3, {IMAGE_SIZE}, {IMAGE_SIZE})")
+    rgb = (np.clip(np.asarray(image, dtype=np.float32), -1, 1).transpose(1, 2, 0) + 1) * 127.5
+    distance = np.linalg.norm(rgb - _BACKGROUND, axis=2)
+    labels, count = connected_components(distance > _FOREGROUND_DISTANCE)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    order = [int(label) + 1 for label in np.argsort(-areas, kind="stable") if areas[label] >= _SPECK_AREA]
+    return [_describe(rgb, distance, labels, label) for label in order]
+
+
+def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    """Label the 4-connected components of a mask.
+
+    Args:
+        mask: bool ``[H, W]``.
+
+    Returns:
+        Labels int64 ``[H, W]``, 0 outside the mask and 1 to n inside, and n.
+    """
+    height, width = mask.shape
+    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    while True:
+        # Every pixel takes the largest label among itself and its neighbours until nothing changes.
+        padded = np.pad(labels, 1)
+        spread = np.maximum.reduce(
+            [padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+        )
+        spread = np.where(mask, spread, 0)
+        if np.array_equal(spread, labels):
+            break
+        labels = spread
+    values, compact = np.unique(labels, return_inverse=True)
+    compact = compact.reshape(height, width)
+    return (compact, len(values) - 1) if values[0] == 0 else (compact + 1, len(values))
+
+
+def _describe(rgb: np.ndarray, distance: np.ndarray, labels: np.ndarray, label: int) -> Finding:
+    """Colour, shape and place of one component."""
+    member = labels == label
+    depth = distance[member]
+    core = rgb[member][depth >= np.quantile(depth, 0.65)]
+    typical = np.median(core, axis=0)
+    gaps = np.linalg.norm(core[:, None] - _PALETTE, axis=2)
+    nearest = int(np.linalg.norm(typical - _PALETTE, axis=1).argmin())
+    uniform = np.mean(gaps[:, nearest] < _COLOUR_DISTANCE) > 0.8
+    # Anti-aliased edges: how far each pixel has gone from the background to the object's colour. The rim just outside
+    # the component belongs to it; other objects do not.
+    span = typical - _BACKGROUND
+    alpha = np.clip((rgb - _BACKGROUND) @ span / (span @ span), 0, 1)
+    alpha *= _dilate(member) & ((labels == 0) | member)
+    shape, overlap, centre = _match_shape(alpha)
+    return Finding(
+        colour=COLOURS[nearest] if uniform else None,
+        shape=shape if overlap >= _SHAPE_OVERLAP else None,
+        centre=centre,
+        overlap=overlap,
+    )
+
+
+def _dilate(mask: np.ndarray) -> np.ndarray:
+    """The mask and its 8-neighbours."""
+    padded = np.pad(mask, 1)
+    height, width = mask.shape
+    return np.logical_or.reduce([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)])
+
+
+def _match_shape(alpha: np.ndarray) -> tuple[str, float, tuple[float, float]]:
+    """Best shape of a coverage map, its overlap, and the map's centroid."""
+    grid = np.arange(IMAGE_SIZE) + 0.5
+    total = float(alpha.sum())
+    x, y = float((alpha.sum(axis=0) @ grid) / total), float((alpha.sum(axis=1) @ grid) / total)
+    best, best_overlap = SHAPES[0], 0.0
+    for shape in SHAPES:
+        area, offset = _MOMENTS[shape]
+        radius = np.sqrt(total / area)
+        tries = list(itertools.product(_SCALES, _SHIFTS, _SHIFTS))
+        radii = np.array([radius * scale for scale, _, _ in tries])
+        centres = np.array(
+            [(x + dx, y + dy - offset * radius * scale) for scale, dx, dy in tries],
+        )
+        template = shape_coverage(shape, centres, radii)
+        overlaps = np.minimum(template, alpha).sum(axis=(1, 2)) / np.maximum(template, alpha).sum(axis=(1, 2))
+        if overlaps.max() > best_overlap:
+            best, best_overlap = shape, float(overlaps.max())
+    return best, best_overlap, (x, y)
+
+
+def _relation_holds(order: tuple[Finding, ...], relation: str | None) -> bool:
+    """Whether the first object lies on its side of the second, more along the relation's axis than across it."""
+    if relation is None:
+        return True
+    direction = RELATIONS[relation]
+    offset = (order[0].centre[0] - order[1].centre[0], order[0].centre[1] - order[1].centre[1])
+    along = offset[0] * direction[0] + offset[1] * direction[1]
+    across = offset[1] if direction[0] else offset[0]
+    return along > abs(across)
+
+
+def _moments(shape: str) -> tuple[float, float]:
+    """Area of a shape of radius 1 and the y of its centroid relative to its centre."""
+    radius = 10.0
+    middle = IMAGE_SIZE / 2
+    cover = shape_coverage(shape, np.array([[middle, middle]]), np.array([radius]))[0]
+    rows = cover.sum(axis=1) @ (np.arange(IMAGE_SIZE) + 0.5)
+    return float(cover.sum()) / radius**2, (float(rows / cover.sum()) - middle) / radius
+
+
+_MOMENTS = {shape: _moments(shape) for shape in SHAPES}

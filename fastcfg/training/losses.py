@@ -1,0 +1,155 @@
+"""The hybrid loss of Improved DDPM (Nichol & Dhariwal 2021) for a model that predicts noise and a learned variance.
+
+The noise is learned by mean squared error. The variance is learned through the variational bound, into which the
+predicted noise enters detached, so that the bound never pulls at the mean (guided-diffusion: `RESCALED_MSE` with
+`LEARNED_RANGE`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastcfg.schedule import Schedule
+
+_HALF_BIN = 1.0 / 255.0
+_SMALLEST_PROBABILITY = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """Per-sample losses, each float ``[B]``.
+
+    Attributes:
+        loss: what training minimises: ``mse_weight * mse + vlb``.
+        mse: mean squared error of the noise.
+        vlb: the variational bound's term at t in bits per dimension, times T / 1000.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    vlb: Tensor
+
+
+class HybridLoss:
+    """Loss of a model with outputs ``[B, 2C, ...]``: noise, then the variance's place between its bounds in [-1, 1].
+
+    Args:
+        schedule: the diffusion process trained on.
+        mse_weight_cap: the squared error is weighted by ``min(1 / alphas_cumprod, mse_weight_cap)``. 1 is the plain
+            loss. Uncapped it is the squared error of v; a cap in between gives the noisy steps, where a picture's layout is
+            decided, more of a say.
+        dtype: of the tables and so of the result.
+
+    Raises:
+        ValueError: ``mse_weight_cap`` below 1.
+
+    Example:
+        >>> loss = HybridLoss(Schedule.named("squaredcos_cap_v2", 1000))
+        >>> x_t = loss.q_sample(x_start, t, noise)
+        >>> loss(model(x_t, t), x_start, x_t, t, noise).loss.mean().backward()
+    """
+
+    def __init__(self, schedule: Schedule, mse_weight_cap: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+        if not mse_weight_cap >= 1.0:
+            raise ValueError(f"mse_weight_cap: got {mse_weight_cap}, expected at least 1")
+        self.num_timesteps = schedule.num_timesteps
+        arrays = {
+            "sqrt_alphas_cumprod": schedule.sqrt_alphas_cumprod,
+            "sqrt_one_minus_alphas_cumprod": schedule.sqrt_one_minus_alphas_cumprod,
+            "sqrt_recip_alphas_cumprod": schedule.sqrt_recip_alphas_cumprod,
+            "sqrt_recipm1_alphas_cumprod": schedule.sqrt_recipm1_alphas_cumprod,
+            "posterior_mean_coef1": schedule.posterior_mean_coef1,
+            "posterior_mean_coef2": schedule.posterior_mean_coef2,
+            "min_log_variance": schedule.posterior_log_variance_clipped,
+            "max_log_variance": np.log(schedule.betas),
+            "mse_weight": np.minimum(1.0 / schedule.alphas_cumprod, mse_weight_cap),
+        }
+        self._tables = {name: torch.from_numpy(np.array(values)).to(dtype) for name, values in arrays.items()}
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Diffuse ``x_start`` to step ``t`` with the given noise.
+
+        Args:
+            x_start: clean samples ``[B, C, ...]``.
+            t: steps, int64 ``[B]``.
+            noise: like ``x_start``.
+
+        Returns:
+            x_t, like ``x_start``.
+        """
+        signal = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
+        return signal + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
+
+    def __call__(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
+        """Compute the loss.
+
+        Args:
+            model_output: ``[B, 2C, ...]``.
+            x_start: clean samples ``[B, C, ...]`` in [-1, 1].
+            x_t: diffused samples, like ``x_start``.
+            t: steps, int64 ``[B]``.
+            noise: what x_t was made with, like ``x_start``.
+
+        Returns:
+            The per-sample terms.
+
+        Raises:
+            ValueError: ``model_output`` has not twice the channels of ``x_start``.
+        """
+        expected = (x_start.shape[0], 2 * x_start.shape[1], *x_start.shape[2:])
+        if tuple(model_output.shape) != expected:
+            raise ValueError(f"model_output: got shape {tuple(model_output.shape)}, expected {expected}")
+        epsilon, fraction = model_output.chunk(2, dim=1)
+        mse = _mean_flat((epsilon - noise) ** 2)
+        vlb = self._vlb(epsilon.detach(), (fraction + 1) / 2, x_start, x_t, t) * (self.num_timesteps / 1000)
+        weight = self._tables["mse_weight"].to(t.device)[t]
+        return LossTerms(loss=weight * mse + vlb, mse=mse, vlb=vlb)
+
+    def _vlb(self, epsilon: Tensor, fraction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The bound's term at t, bits per dimension: a KL divergence, or at t = 0 the likelihood of the 8-bit picture."""
+        predicted_start = (
+            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+            - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
+        )
+        low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
+        log_variance = fraction * high + (1 - fraction) * low
+        true_mean, mean = self._posterior_mean(x_start, x_t, t), self._posterior_mean(predicted_start, x_t, t)
+        divergence = _normal_kl(true_mean, low, mean, log_variance)
+        likelihood = -_discretized_log_likelihood(x_start, mean, log_variance)
+        first = (t == 0).view(-1, *[1] * (x_t.ndim - 1))
+        return _mean_flat(torch.where(first, likelihood, divergence)) / math.log(2.0)
+
+    def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0)."""
+        return self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """A table's entries at t, shaped to multiply ``like``."""
+        return self._tables[name].to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
+
+
+def _mean_flat(x: Tensor) -> Tensor:
+    """Mean over all but the batch axis."""
+    return x.flatten(1).mean(dim=1)
+
+
+def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL divergence of two normal distributions in nats, per element."""
+    difference = log_variance1 - log_variance2
+    return 0.5 * (difference.exp() - 1 - difference + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
+
+
+def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Log probability in nats of the 8-bit value nearest to x in [-1, 1]; the outermost bins reach to infinity."""
+    # Exact normal CDF; guided-diffusion uses a tanh approximation of it (difference below 4e-4).
+    centred, inverse = x - mean, torch.exp(-0.5 * log_variance)
+    above = torch.special.ndtr((centred + _HALF_BIN) * inverse)
+    below = torch.special.ndtr((centred - _HALF_BIN) * inverse)
+    above = torch.where(x > 1 - _HALF_BIN, torch.ones_like(above), above)
+    below = torch.where(x < -1 + _HALF_BIN, torch.zeros_like(below), below)
+    return (above - below).clamp(min=_SMALLEST_PROBABILITY).log()

@@ -1,0 +1,296 @@
+"""Captioned pictures of coloured shapes: the data set the embedded checkpoint is trained on.
+
+Everything is numpy and deterministic: a scene, its picture and its caption depend only on the generators handed in.
+Pictures are drawn from signed distances, so edges are anti-aliased by pixel coverage at sub-pixel positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+IMAGE_SIZE = 32
+BACKGROUND = (22, 24, 34)
+PALETTE: dict[str, tuple[int, int, int]] = {
+    "red": (230, 45, 50),
+    "orange": (250, 140, 30),
+    "yellow": (250, 230, 70),
+    "green": (50, 190, 80),
+    "blue": (50, 100, 245),
+    "purple": (165, 60, 215),
+    "white": (240, 240, 245),
+}
+RADII: dict[str, float] = {"small": 4.2, "large": 6.0}
+"""Radius in pixels of the circle of each size; the other shapes are scaled to look as large."""
+
+RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""Where the first object lies, seen from the second, in image coordinates (x to the right, y down)."""
+
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_RELATION_PHRASES: dict[str | None, tuple[str, ...]] = {
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over", "on top of"),
+    "below": ("below", "under"),
+    None: ("and", "with"),
+}
+_OPENINGS = ("", "", "there is", "a picture of")
+_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+
+_MARGIN = 1.0
+_GAP = 2.0
+_CROSS_AXIS_JITTER = 3.0
+
+
+def _star_vertices() -> np.ndarray:
+    angles = -np.pi / 2 + np.arange(10) * np.pi / 5
+    radii = np.where(np.arange(10) % 2 == 0, 1.22, 0.5)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
+
+
+def _cross_vertices() -> np.ndarray:
+    long, wide = 1.08, 0.38
+    corner = [(wide, -long), (wide, -wide), (long, -wide)]
+    quarter = np.array(corner)
+    turn = np.array([[0.0, 1.0], [-1.0, 0.0]])
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
+
+
+# Polygons of a shape of radius 1, centred on their bounding box; the circle has none.
+_POLYGONS: dict[str, np.ndarray | None] = {
+    "circle": None,
+    "square": np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),
+    "triangle": np.array([(0.0, -1.0), (1.12, 1.0), (-1.12, 1.0)]),
+    "star": _star_vertices(),
+    "cross": _cross_vertices(),
+}
+SHAPES: tuple[str, ...] = tuple(_POLYGONS)
+COLOURS: tuple[str, ...] = tuple(PALETTE)
+SIZES: tuple[str, ...] = tuple(RADII)
+_HALF_EXTENTS = {name: (1.0, 1.0) if v is None else tuple(np.abs(v).max(axis=0)) for name, v in _POLYGONS.items()}
+
+VOCABULARY: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        ["a", "an", "there", "is", "picture", "of", "and", "with", "to", "the", "on", "top"]
+        + ["left", "right", "above", "over", "below", "under"]
+        + [word for words in _SIZE_WORDS.values() for word in words]
+        + list(COLOURS)
+        + list(SHAPES)
+    )
+)
+"""Every word a caption can hold, in a fixed order: the vocabulary of the word-level tokenizer."""
+
+MAX_CAPTION_WORDS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneObject:
+    """One coloured shape.
+
+    Attributes:
+        shape: one of ``SHAPES``.
+        colour: one of ``COLOURS``.
+        size: one of ``SIZES``.
+    """
+
+    shape: str
+    colour: str
+    size: str
+
+    def __post_init__(self) -> None:
+        for argument, known in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
+            if getattr(self, argument) not in known:
+                raise ValueError(f"{argument}: got {getattr(self, argument)!r}, expected one of {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a picture shows: one object, or two and where the first lies seen from the second.
+
+    Attributes:
+        objects: one or two objects.
+        relation: one of ``RELATIONS`` for two objects; None for one object, or for two in any arrangement.
+
+    Example:
+        >>> scene = Scene((SceneObject("circle", "red", "large"), SceneObject("square", "blue", "small")), "above")
+        >>> render(scene, np.random.default_rng(0)).shape
+        (3, 32, 32)
+    """
+
+    objects: tuple[SceneObject, ...]
+    relation: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.objects) not in (1, 2):
+            raise ValueError(f"objects: got {len(self.objects)}, expected 1 or 2")
+        allowed = (None, *RELATIONS) if len(self.objects) == 2 else (None,)
+        if self.relation not in allowed:
+            raise ValueError(
+                f"relation: got {self.relation!r} with {len(self.objects)} object(s), "
+                f"expected one of {', '.join(map(repr, allowed))}"
+            )
+
+
+def sample_scene(rng: np.random.Generator, two_objects: float = 0.75, related: float = 0.92) -> Scene:
+    """Draw a random scene.
+
+    Two objects never share both shape and colour: no caption could tell them apart.
+
+    Args:
+        rng: the generator to draw from.
+        two_objects: probability of two objects.
+        related: probability that two objects have a relation; otherwise they lie in any arrangement.
+
+    Returns:
+        The scene.
+    """
+    count = 2 if rng.random() < two_objects else 1
+    objects: list[SceneObject] = []
+    while len(objects) < count:
+        shape, colour, size = rng.integers(len(SHAPES)), rng.integers(len(COLOURS)), rng.integers(len(SIZES))
+        candidate = SceneObject(SHAPES[shape], COLOURS[colour], SIZES[size])
+        if all((candidate.shape, candidate.colour) != (o.shape, o.colour) for o in objects):
+            objects.append(candidate)
+    names = tuple(RELATIONS)
+    relation = names[rng.integers(len(names))] if count == 2 and rng.random() < related else None
+    return Scene(tuple(objects), relation)
+
+
+def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> str:
+    """Describe a scene in words of ``VOCABULARY``, in one of many phrasings.
+
+    Colours and shapes are always named, and so is the relation; each object's size with probability ``name_sizes``.
+    The two objects come in either order ("a red circle above a blue square", "a blue square below a red circle").
+
+    Args:
+        scene: what to describe.
+        rng: the generator to draw the phrasing from.
+        name_sizes: probability that an object's size is named.
+
+    Returns:
+        The caption, lower case, at most ``MAX_CAPTION_WORDS`` words.
+    """
+    objects, relation = scene.objects, scene.relation
+    if len(objects) == 2 and rng.random() < 0.5:
+        objects = objects[::-1]
+        relation = _OPPOSITE[relation] if relation else None
+    nouns = []
+    for item in objects:
+        words = [item.colour, item.shape]
+        if rng.random() < name_sizes:
+            synonyms = _SIZE_WORDS[item.size]
+            words.insert(0, synonyms[rng.integers(len(synonyms))])
+        article = "an" if words[0][0] in "aeiou" else "a"
+        nouns.append(" ".join([article, *words]))
+    opening = _OPENINGS[rng.integers(len(_OPENINGS))]
+    phrases = _RELATION_PHRASES[relation]
+    joint = f" {phrases[rng.integers(len(phrases))]} "
+    return f"{opening} {joint.join(nouns)}".strip()
+
+
+def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Draw a scene at random positions that keep its relation.
+
+    Args:
+        scene: what to draw.
+        rng: the generator to draw the positions from.
+
+    Returns:
+        The picture, float32 ``[3, 32, 32]`` in [-1, 1].
+    """
+    return render_batch([scene], rng)[0]
+
+
+def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
+    """Draw many scenes at once; shapes of one kind are rasterised together.
+
+    Args:
+        scenes: what to draw.
+        rng: the generator to draw the positions from.
+
+    Returns:
+        The pictures, float32 ``[len(scenes), 3, 32, 32]`` in [-1, 1].
+    """
+    owners, items, centres = [], [], []
+    for index, scene in enumerate(scenes):
+        for item, centre in zip(scene.objects, _place(scene, rng), strict=True):
+            owners.append(index)
+            items.append(item)
+            centres.append(centre)
+    coverage = np.empty((len(items), IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+    for shape in SHAPES:
+        rows = [row for row, item in enumerate(items) if item.shape == shape]
+        if rows:
+            radii = np.array([RADII[items[row].size] for row in rows])
+            coverage[rows] = shape_coverage(shape, np.array([centres[row] for row in rows]), radii)
+    colours = np.array([PALETTE[item.colour] for item in items], dtype=np.float32)
+    background = np.array(BACKGROUND, dtype=np.float32)
+    layers = coverage[:, None] * (colours - background)[:, :, None, None]
+    pictures = np.broadcast_to(background[:, None, None], (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)).copy()
+    np.add.at(pictures, np.array(owners), layers)
+    return pictures / np.float32(127.5) - np.float32(1.0)
+
+
+def shape_coverage(shape: str, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Rasterise one kind of shape at sub-pixel positions.
+
+    Args:
+        shape: one of ``SHAPES``.
+        centres: centres ``[N, 2]`` as (x, y) in pixels; pixel (0, 0) spans 0 to 1.
+        radii: radii ``[N]`` in pixels.
+
+    Returns:
+        The part of every pixel covered, float32 ``[N, 32, 32]`` in [0, 1].
+    """
+    grid = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
+    scale = np.asarray(radii, dtype=np.float32)[:, None, None]
+    x = (grid[None, None, :] - centres[:, 0, None, None].astype(np.float32)) / scale
+    y = (grid[None, :, None] - centres[:, 1, None, None].astype(np.float32)) / scale
+    polygon = _POLYGONS[shape]
+    distance = np.sqrt(x * x + y * y) - 1.0 if polygon is None else _polygon_distance(x, y, polygon)
+    return np.clip(np.float32(0.5) - distance * scale, 0.0, 1.0)
+
+
+def _polygon_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.ndarray:
+    """Signed distance to a polygon, negative inside."""
+    squared = np.full(np.broadcast_shapes(x.shape, y.shape), np.inf, dtype=np.float32)
+    inside = np.zeros(squared.shape, dtype=bool)
+    corners = polygon.astype(np.float32)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
+        ex, ey = bx - ax, by - ay
+        px, py = x - ax, y - ay
+        along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0.0, 1.0)
+        dx, dy = px - along * ex, py - along * ey
+        np.minimum(squared, dx * dx + dy * dy, out=squared)
+        if ay != by:
+            crosses = (ay > y) != (by > y)
+            inside ^= crosses & (px < ex * py / ey)
+    return np.where(inside, -1, 1).astype(np.float32) * np.sqrt(squared)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Centres of a scene's objects: apart along the relation's axis, nearly level across it."""
+    half = [np.array(_HALF_EXTENTS[item.shape]) * RADII[item.size] for item in scene.objects]
+    low, high = _MARGIN, IMAGE_SIZE - _MARGIN
+    first = rng.random(4)
+    if len(half) == 1:
+        spot = low + half[0] + first[:2] * (high - low - 2 * half[0])
+        return [(float(spot[0]), float(spot[1]))]
+    names = tuple(RELATIONS)
+    direction = RELATIONS[scene.relation or names[rng.integers(len(names))]]
+    along = 0 if direction[0] else 1
+    across = 1 - along
+    order = (0, 1) if direction[along] < 0 else (1, 0)
+    near, far = half[order[0]], half[order[1]]
+    slack = high - low - _GAP - 2 * (near[along] + far[along])
+    before, after = np.sort(first[:2]) * slack
+    centres = np.empty((2, 2))
+    centres[order[0], along] = low + before + near[along]
+    centres[order[1], along] = low + after + 2 * near[along] + _GAP + far[along]
+    bounds = [(low + h[across], high - h[across]) for h in half]
+    level = bounds[0][0] + first[2] * (bounds[0][1] - bounds[0][0])
+    centres[0, across] = level
+    centres[1, across] = np.clip(level + (2 * first[3] - 1) * _CROSS_AXIS_JITTER, *bounds[1])
+    return [(float(cx), float(cy)) for cx, cy in centres]

@@ -1,0 +1,109 @@
+"""The whole state of a run under way, so that a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcfg.files import replacing
+from fastcfg.training.config import TrainConfig
+from fastcfg.training.ema import EMA
+
+_FORMAT = "fastcfg-training-state"
+# What may change on resuming: the run's length, while the learning rate of the steps already made stays the same.
+_LENGTH = {"steps", "decay_steps"}
+
+
+def save_state(
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    step: int,
+    seconds: float,
+    model: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write a run's state, whole or not at all. Random numbers need no saving: each step's depend on seed and step.
+
+    Args:
+        path: the file to write.
+        config: the recipe.
+        step: steps made.
+        seconds: time they took.
+        model: the network.
+        ema: its average.
+        optimizer: the optimizer.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    state = {
+        "format": _FORMAT,
+        "config": dataclasses.asdict(config),
+        "step": step,
+        "seconds": seconds,
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(
+    path: str | os.PathLike[str], config: TrainConfig, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    """Restore a run's state in place.
+
+    Args:
+        path: a file that ``save_state`` wrote.
+        config: the recipe to go on with: that of the state, but for its length.
+        model: the network.
+        ema: its average.
+        optimizer: the optimizer.
+
+    Returns:
+        Steps made and the seconds they took.
+
+    Raises:
+        ValueError: not such a file, or of another recipe.
+        OSError: the file cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"resume: got {path}, which is not a file, expected a training state")
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != _FORMAT:
+            raise KeyError("format")
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises whatever its unpickler meets in a foreign file
+        raise ValueError(
+            f"resume: got {path}, which is not a training state, expected one written by fastcfg"
+        ) from error
+    _check_same_run(TrainConfig.from_dict(state["config"]), config, state["step"])
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
+
+
+def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
+    """Raise ValueError unless ``config`` would have led to the same state."""
+    old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
+    changed = [name for name in new if old[name] != new[name]]
+    longer = {name for name in changed if name in _LENGTH}
+    other = [name for name in changed if name not in longer]
+    if other:
+        name = other[0]
+        raise ValueError(f"resume: got a recipe with {name} = {new[name]!r}, expected the state's {old[name]!r}")
+    if longer and any(step > max(c.steps - c.decay_steps, 0) for c in (saved, config)):
+        raise ValueError(
+            f"resume: got a run of another length at step {step}, expected the state's steps = {saved.steps} and "
+            f"decay_steps = {saved.decay_steps}, because the decay has begun"
+        )
