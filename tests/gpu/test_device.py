@@ -1,0 +1,154 @@
+"""What only a GPU can show: the compiled kernels' bits, captured graphs, and loops without a sync."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastcfg import CFG, Sampler, Schedule, StepTable, solvers
+from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
+from fastcfg.ops import GuidedStep, initial_noise
+from fastcfg.step import StepBuffers, StepSpec
+from fastcfg.table import COLUMNS
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda")
+SHAPE = (4, 3, 64, 64)
+SCHEDULE = Schedule.named("squaredcos_cap_v2").respace(20)
+TABLES = {
+    "ddpm": solvers.ddpm(SCHEDULE),
+    "ddpm-fixed": solvers.ddpm(SCHEDULE, variance="fixed_large"),
+    "ddim": solvers.ddim(SCHEDULE),
+    "ddim-eta": solvers.ddim(SCHEDULE, eta=0.7),
+}
+SPECS = {
+    "plain": StepSpec(),
+    "cfg": StepSpec(branches=2, base=1, clip=True, noise="philox"),
+    "learned": StepSpec(branches=2, base=1, clip=True, noise="philox", learned_variance=True),
+    "history": StepSpec(branches=3, noise="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
+}
+
+
+class Model(torch.nn.Module):
+    """A small network whose output depends on everything it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.conv(x + y.view(-1, 1, 1, 1)) + torch.sin(t.to(x.dtype)).view(-1, 1, 1, 1)
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().to(DEVICE).eval()
+
+
+def conditioning(batch: int = SHAPE[0]) -> dict[str, dict[str, torch.Tensor]]:
+    return {"cond": {"y": torch.linspace(0, 1, batch, device=DEVICE)}, "uncond": {"y": torch.zeros(1, device=DEVICE)}}
+
+
+def random_buffers(spec: StepSpec, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[StepBuffers, torch.Tensor]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=DEVICE)
+
+    batch, rows = shape[0], 4
+    table = normal(rows + 1, len(COLUMNS))
+    table[:, COLUMNS.index("slot")] = torch.tensor([0.0, 1, 2, -1, -1])
+    buffers = StepBuffers(
+        x=normal(*shape),
+        table=table,
+        counter=torch.zeros(2, dtype=torch.int32, device=DEVICE),
+        weights=normal(rows, batch, spec.branches),
+        bound=normal(batch).abs(),
+        noise=normal(*shape),
+        seeds=sample_seeds(2**40, batch).to(DEVICE),
+        history=normal(spec.history + 1, *shape) if spec.history else None,
+        x0=torch.full(shape, torch.nan, device=DEVICE),
+        model_input=torch.zeros((spec.branches * batch, *shape[1:]), dtype=dtype, device=DEVICE),
+        time=torch.zeros(spec.branches * batch, device=DEVICE),
+    )
+    return buffers, normal(spec.branches * batch, 2 * shape[1], *shape[2:]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 3, 5, 7), (2, 4, 1000)], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_kernel_equals_reference(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    spec = SPECS[name]
+    expected, output = random_buffers(spec, shape, dtype)
+    got = dataclasses.replace(expected, **{k: v.clone() for k, v in vars(expected).items() if v is not None})
+    reference, kernel = GuidedStep(spec, expected, "reference"), GuidedStep(spec, got, "triton")
+    for _ in range(3):
+        reference(output)
+        kernel(output)
+    for field in ("counter", "time", "x", "model_input", *(["x0"] if spec.keep_x0 else [])):
+        a, b = getattr(got, field), getattr(expected, field)
+        if spec.learned_variance and field in ("x", "model_input"):
+            # exp2 may differ by 2 ulp; three steps of it here.
+            rtol = 1e-5 if a.dtype == torch.float32 else 2 * torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
+        else:
+            assert torch.equal(a, b), field
+    if spec.history:
+        assert torch.equal(got.history[: spec.history], expected.history[: spec.history])
+
+
+def test_philox_is_the_cpus() -> None:
+    seeds = sample_seeds(7, 3)
+    got = initial_noise(torch.empty(3, 3, 37, 11, device=DEVICE), seeds.to(DEVICE), "triton")
+    assert torch.equal(got.cpu(), philox_normal(seeds, (3, 37, 11), row=0, stream=INITIAL_STREAM))
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)], ids=str)
+@pytest.mark.parametrize("name", TABLES)
+def test_captured_equals_eager(name: str, interval: tuple[float, float], model: Model) -> None:
+    table = TABLES[name]
+    guidance = CFG(3.0, interval=interval)
+    eager = Sampler(model, table, guidance=guidance, clip=1.0, graph=False)
+    captured = Sampler(model, table, guidance=guidance, clip=1.0, graph=True)
+    for seed in (0, 1, 0):
+        want = eager.sample(SHAPE, seed=seed, **conditioning())
+        assert torch.equal(captured.sample(SHAPE, seed=seed, **conditioning()), want)
+    assert captured.report()["graph"] == "cuda"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_loop_never_syncs(name: str, model: Model) -> None:
+    sampler = Sampler(model, TABLES[name], guidance=CFG(3.0), clip=1.0)
+    sampler.sample(SHAPE, seed=0, **conditioning())
+    run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in run.rows():
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_launch_beside_the_model(model: Model) -> None:
+    table: StepTable = TABLES["ddpm"]
+    sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, graph=False)
+    sampler.sample(SHAPE, seed=0, **conditioning())
+    run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in run.rows():
+            pass
+        torch.cuda.synchronize()
+    ours = [event for event in profile.events() if "guided_step" in event.name]
+    assert len(ours) == table.num_rows
+
+
+def test_image_is_independent_of_the_batch(model: Model) -> None:
+    sampler = Sampler(lambda x, t, y: x * y.view(-1, 1, 1, 1), TABLES["ddim-eta"], guidance=CFG(3.0), device=DEVICE)
+    batch = sampler.sample(SHAPE, seed=5, **conditioning())
+    y = conditioning()["cond"]["y"][2:3]
+    alone = sampler.sample((1, *SHAPE[1:]), seed=7, cond={"y": y}, uncond=conditioning()["uncond"])
+    assert torch.equal(alone[0], batch[2])
