@@ -71,7 +71,7 @@ class Guidance:
         raise NotImplementedError
 
     def inside(self, table: StepTable) -> NDArray[np.bool_]:
-        """bool [R]: the rows at which guidance applies; elsewhere only the conditional branch runs."""
+        """bool [R]: the rows at which guidance applies; elsewhere the output is the conditional branch's."""
         return np.ones(table.num_rows, dtype=bool)
 
     def plan(self, table: StepTable, batch: int) -> GuidancePlan:
@@ -82,14 +82,20 @@ class Guidance:
             batch: B, the number of samples.
 
         Raises:
-            ValueError: scales that are not finite, or of another length than the batch or the table.
+            ValueError: scales that are not finite, or of another length than the batch or the table; a table that adds
+                the unconditional output (a_u) for guidance without that branch.
         """
+        if table.uses_unconditional and self.unconditional is None:
+            raise ValueError(
+                f"guidance: got branches {', '.join(self.branches)}, expected 'uncond' among them: "
+                f"the table {table.name} adds its output"
+            )
         weights = self.weights(table, batch)
-        inside = self.inside(table)
-        active = tuple(
-            self._active(weights[i], table, i) if inside[i] else (self.conditional,) for i in range(table.num_rows)
-        )
-        return GuidancePlan(weights, active)
+        outside = ~self.inside(table)
+        weights[outside] = 0
+        if self.base != self.conditional:
+            weights[outside, :, self.conditional] = 1
+        return GuidancePlan(weights, tuple(self._active(weights[i], table, i) for i in range(table.num_rows)))
 
     def _active(self, weights: NDArray[np.float64], table: StepTable, row: int) -> tuple[int, ...]:
         """The branches to evaluate at a row with weights [B, K]."""
@@ -100,7 +106,7 @@ class Guidance:
         needed = np.asarray(total.any(axis=0))
         if table.learned_variance:
             needed[self.conditional] = True
-        if table["a_u"][row] and self.unconditional is not None:
+        if table["a_u"][row]:
             needed[self.unconditional] = True
         if needed.sum() > 1 and self.base is not None:
             needed[self.base] = True
@@ -233,10 +239,14 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
     """float64 [R, B] of a scale in any of the spellings of `CFG.scale`."""
     if callable(scale):
         steps: Any = table.steps
-        values = np.stack([np.broadcast_to(_finite(name, scale(i / table.num_steps)), batch) for i in steps])
-        return values.astype(np.float64)
+        rows = [_finite(name, scale(i / table.num_steps)) for i in steps]
+        if bad := {row.shape for row in rows} - {(), (1,), (batch,)}:
+            raise ValueError(
+                f"{name}: the function returned shapes {sorted(bad)}, expected a number or {batch} numbers"
+            )
+        return np.stack([np.broadcast_to(row, batch) for row in rows])
     values = _finite(name, scale)
-    if values.ndim == 1 and len(values) != batch:
+    if values.ndim == 1 and len(values) not in (1, batch):
         raise ValueError(f"{name}: got {len(values)} values, expected 1 or one per sample ({batch})")
     if values.ndim == 2 and (len(values) != table.num_rows or values.shape[1] not in (1, batch)):
         raise ValueError(
@@ -253,7 +263,10 @@ def inside_interval(interval: tuple[float, float], table: StepTable) -> NDArray[
 
 
 def _finite(name: str, scale: Any) -> NDArray[np.float64]:
-    values = np.asarray(scale.detach().cpu() if hasattr(scale, "detach") else scale, dtype=np.float64)
+    try:
+        values = np.asarray(scale.detach().cpu() if hasattr(scale, "detach") else scale, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.array(np.nan)
     if values.ndim > 2 or not np.isfinite(values).all():
         raise ValueError(f"{name}: got {scale!r}, expected finite numbers in at most two dimensions")
     return values
