@@ -122,7 +122,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     """
     if isinstance(section_counts, str):
         if section_counts.startswith("ddim"):
-            wanted = int(section_counts[len("ddim") :])
+            (wanted,) = _counts([section_counts[len("ddim") :]], section_counts)
             for step in range(1, num_timesteps):
                 if len(range(0, num_timesteps, step)) == wanted:
                     return set(range(0, num_timesteps, step))
@@ -133,7 +133,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
         if section_counts == "fast27":
             # The two noisiest steps are moved apart: GLIDE's authors saw DDIM artifacts from them.
             return (space_timesteps(num_timesteps, "10,10,3,2,2") - {num_timesteps - 1}) | {num_timesteps - 3}
-        section_counts = [int(count) for count in section_counts.split(",")]
+        section_counts = _counts(section_counts.split(","), section_counts)
     if not section_counts:
         raise ValueError("section_counts: got an empty list, expected at least one count")
 
@@ -298,6 +298,15 @@ class Schedule:
         """β_t with β̃_1 at t = 0: the "fixed large" variance."""
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         return np.append(first, self.betas[1:])
+
+
+def _counts(texts: Sequence[str], section_counts: str) -> list[int]:
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        raise ValueError(
+            f"section_counts: got {section_counts!r}, expected '100', '10,15,20', 'ddim25' or the like, or 'fast27'"
+        ) from None
 
 
 def _check_count(name: str, value: int) -> None:
