@@ -13,19 +13,25 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
+    "files",
     "schedule",
     "table",
     "guidance",
     "solvers",
     "compiler",
     "noise",
+    "step",
     "reference",
     "kernels",
     "ops",
     "graphs",
+    "conditioning",
+    "sources",
+    "workspace",
     "sampler",
     "models",
     "training",
+    "pipeline",
     "frontends",
     "cli",
 )
@@ -33,8 +39,8 @@ LAYERS = (
 # Layers that may import fewer of fastcfg's than those above them.
 NARROWER = {
     "kernels": set(),
-    "models": set(),
-    "training": {"schedule", "models", "noise", "reference"},
+    "models": {"files"},
+    "training": {"files", "schedule", "models", "noise", "reference"},
 }
 
 # The package itself: its public names, and `python -m fastcfg`. It stands outside the order.
