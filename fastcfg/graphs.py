@@ -26,18 +26,21 @@ class CudaGraph:
         program: what to capture. It is run `warmup` times before, on a side stream, for lazy initialisation and
             autotuning.
         pool: a `torch.cuda.graph_pool_handle()` to share memory with other graphs of the same owner.
-        warmup: eager runs before the capture.
+        before: called before each of those runs, to put the program's tensors into a valid state.
+        warmup: their number.
 
     Raises:
         RuntimeError: the program does something a graph cannot hold (a sync, an allocation outside the pool, a copy
             from the CPU).
     """
 
-    def __init__(self, program: Program, pool: Any = None, warmup: int = 2) -> None:
+    def __init__(self, program: Program, pool: Any = None, before: Program | None = None, warmup: int = 2) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(warmup):
+                if before is not None:
+                    before()
                 program()
         torch.cuda.current_stream().wait_stream(side)
         self._program = program  # the graph does not own the tensors it reads

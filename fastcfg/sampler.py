@@ -116,7 +116,7 @@ class Sampler:
         self.guidance = guidance or NoGuidance()
         self.clip = None if clip is None else _bounds(clip)
         self.noise = noise
-        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        self.device = _with_index(torch.device(device or (parameter.device if parameter is not None else "cpu")))
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         self.state_dtype = state_dtype
         self.backend = resolve_backend(backend, self.device, state_dtype)
@@ -303,6 +303,11 @@ def _with_progress(rows: Iterator[int], total: int, progress: bool) -> Iterator[
 def _first_parameter(model: Any) -> Tensor | None:
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
     return next((p for p in parameters if p.is_floating_point()), None)
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """ "cuda" as "cuda:0": tensors name their device with its index."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

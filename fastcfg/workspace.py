@@ -145,7 +145,7 @@ class Workspace:
             self.graph = "stand-in"
             return StandIn(program)
         try:
-            graph = CudaGraph(program, pool)
+            graph = CudaGraph(program, pool, before=self.rewind)
         except RuntimeError as error:
             if capture == "always":
                 raise
