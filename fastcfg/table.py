@@ -171,7 +171,7 @@ class StepTable:
             raise ValueError(f"s of {self.name}: got {self['s'].min():g}, expected at least 0")
         slots = self["slot"]
         if not np.isin(slots, range(-1, MAX_HISTORY)).all():
-            raise ValueError(f"slot of {self.name}: got {sorted(set(slots))}, expected -1 ... {MAX_HISTORY - 1}")
+            raise ValueError(f"slot of {self.name}: got {np.unique(slots).tolist()}, expected -1 ... {MAX_HISTORY - 1}")
         for j in range(MAX_HISTORY):
             reads, writes = np.flatnonzero(self[f"a_h{j}"]), np.flatnonzero(slots == j)
             if reads.size and (not writes.size or reads[0] <= writes[0]):

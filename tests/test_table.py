@@ -1,0 +1,126 @@
+"""StepTable: columns by name, what it derives from them, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastcfg import StepTable
+from fastcfg.table import COLUMNS
+
+
+def test_columns_left_out_are_neutral() -> None:
+    table = StepTable.from_columns(t=[9, 4, 0], p_m=[1.0, 2.0, 3.0], a_0=0.5)
+    assert table.rows.dtype == np.float64
+    assert table["t"].tolist() == [9, 4, 0]
+    assert table["p_m"].tolist() == [1, 2, 3]
+    assert table["a_0"].tolist() == [0.5] * 3
+    assert table["c_in"].tolist() == [1] * 3
+    assert table["slot"].tolist() == [-1] * 3
+    others = set(COLUMNS) - {"t", "p_m", "a_0", "c_in", "slot"}
+    assert not any(table[name].any() for name in others)
+    assert table.steps.tolist() == [0, 1, 2]
+    assert (len(table), table.num_rows, table.num_steps, table.num_history) == (3, 3, 3, 0)
+    assert (table.learned_variance, table.initial_scale, table.integer_time, table.name) == (False, 1.0, True, "table")
+
+
+def test_attributes_are_given_beside_columns() -> None:
+    options: dict[str, Any] = {"learned_variance": True, "initial_scale": 80.0, "integer_time": False, "name": "edm"}
+    table = StepTable.from_columns(t=[1, 0], steps=[0, 0], **options)
+    assert {name: getattr(table, name) for name in options} == options
+    assert table.steps.tolist() == [0, 0]
+    assert (table.num_rows, table.num_steps) == (2, 1)
+
+
+def test_a_table_owns_its_rows() -> None:
+    rows = StepTable.from_columns(t=[1, 0]).rows
+    table = StepTable(rows)
+    rows[:] = 7
+    assert table["t"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "name", "want"),
+    [
+        ({}, "uses_noise", False),
+        ({"s": [0.0, 0.1]}, "uses_noise", True),
+        ({"learned_variance": True}, "uses_noise", True),
+        ({}, "uses_raw_output", False),
+        ({"a_m": [0.0, -1.0]}, "uses_raw_output", True),
+        ({}, "uses_unconditional", False),
+        ({"a_u": [-1.0, 0.0]}, "uses_unconditional", True),
+        ({"slot": [0, -1]}, "num_history", 1),
+        ({"slot": [0, 1]}, "num_history", 2),
+        ({"slot": [2, 0]}, "num_history", 3),
+    ],
+)
+def test_what_a_table_uses(columns: dict[str, Any], name: str, want: object) -> None:
+    got = getattr(StepTable.from_columns(t=[1, 0], **columns), name)
+    assert got == want
+    assert type(got) is type(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_on_rounds_once_and_looks_ahead_to_a_neutral_row(dtype: torch.dtype) -> None:
+    table = StepTable.from_columns(t=[999, 0], a_x=[1 / 3, 2 / 3], c_in=0.1, slot=[0, -1])
+    tensor = table.on("cpu", dtype)
+    assert tensor.dtype == dtype
+    assert tensor.shape == (3, len(COLUMNS))
+    assert torch.equal(tensor[:2], torch.tensor(table.rows.tolist(), dtype=dtype))
+    neutral = dict(zip(COLUMNS, tensor[2].tolist(), strict=True))
+    assert neutral.pop("c_in") == 1
+    assert neutral.pop("slot") == -1
+    assert not any(neutral.values())
+    assert table.on("cpu").dtype == torch.float32
+
+
+def test_a_saved_tensor_may_be_read_after_it_was_written() -> None:
+    table = StepTable.from_columns(t=[3, 2, 1], slot=[0, 1, 0], a_h0=[0, 1, 1], a_h1=[0, 0, 1])
+    assert table.num_history == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a_h0": [0, 1]}, r"a_h0 of table: row 1 reads a saved tensor that no earlier row wrote"),
+        ({"a_h0": [1, 0], "slot": [0, -1]}, r"a_h0 of table: row 0 reads"),
+        ({"a_h1": [0, 1], "slot": [-1, 1]}, r"a_h1 of table: row 1 reads"),
+        ({"a_h1": [0, 1], "slot": [0, -1]}, r"a_h1 of table: row 1 reads"),
+        ({"slot": [3, -1]}, r"slot of table: got \[-1.0, 3.0\], expected -1 \.\.\. 2"),
+        ({"slot": [-2, -1]}, r"slot of table: got \[-2.0, -1.0\]"),
+        ({"slot": [0.5, -1]}, r"slot of table: got \[-1.0, 0.5\]"),
+        ({"s": [-0.1, 0.0]}, r"s of table: got -0.1, expected at least 0"),
+        ({"a_x": [np.nan, 0.0]}, r"rows of table: non-finite values in a_x$"),
+        ({"p_x": [np.inf, 0.0], "p_m": -np.inf}, r"non-finite values in p_x, p_m; alphas_cumprod reaches 0, .*v-pred"),
+        ({"name": "mine", "s": np.inf}, r"rows of mine: non-finite values in s"),
+        ({"initial_scale": -1.0}, r"initial_scale: got -1.0, expected a finite value of at least 0"),
+        ({"initial_scale": np.nan}, r"initial_scale: got nan"),
+        ({"steps": [1, 0]}, r"steps: got \[1, 0\], expected 2 non-decreasing integers"),
+        ({"steps": [0]}, r"steps: got \[0\], expected 2 non-decreasing integers"),
+        ({"a_x0": 1.0, "q": 2.0}, r"columns: unknown a_x0, q; expected some of c_in, t, "),
+        ({"a_x": [1.0, 2.0, 3.0]}, r"columns: got shapes \[\(2,\), \(3,\)\]"),
+        ({"a_x": [[1.0, 2.0]]}, r"columns: got shapes \[\(1, 2\), \(2,\)\]"),
+    ],
+)
+def test_bad_columns_are_refused(columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepTable.from_columns(t=[1, 0], **columns)
+
+
+def test_columns_need_a_length() -> None:
+    with pytest.raises(ValueError, match=r"columns: got shapes \[\], expected scalars and at least one vector"):
+        StepTable.from_columns(t=0, a_x=1.0)
+
+
+@pytest.mark.parametrize("shape", [(0, len(COLUMNS)), (2, len(COLUMNS) - 1), (len(COLUMNS),)])
+def test_rows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"rows: got shape .*, expected \[R >= 1, 18\]"):
+        StepTable(np.zeros(shape))
+
+
+def test_an_unknown_column_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"column: unknown 'sigma', expected one of c_in, t, "):
+        StepTable.from_columns(t=[0])["sigma"]
