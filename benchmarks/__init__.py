@@ -1,0 +1,1 @@
+"""Benchmarks of fastcfg, run from a checkout: `python -m benchmarks` lists them."""

@@ -1,0 +1,23 @@
+"""`python -m benchmarks [NAME ...]`: list the benchmarks, or run one."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+BENCHMARKS = {"static_roofline": "what the kernels' machine code costs on GPUs that are not there"}
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark named first with the other arguments; its exit status."""
+    if argv and argv[0] in BENCHMARKS:
+        status: int = import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+        return status
+    print("usage: python -m benchmarks NAME [arguments] (NAME --help explains)\n")
+    for name, text in BENCHMARKS.items():
+        print(f"  {name:20s} {text}")
+    return 0 if not argv or argv[0] in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
