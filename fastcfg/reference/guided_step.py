@@ -27,7 +27,9 @@ class ReferenceStep:
         x = buffers.x
         self._scratch = Scratch(
             m=torch.empty_like(x),
+            difference=torch.empty_like(x) if spec.base is not None and spec.branches > 2 else None,
             x0=buffers.x0 if spec.keep_x0 else torch.empty_like(x),
+            low=torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) if spec.clip else None,
             saved=torch.empty_like(x) if spec.history else None,
             y=x,
         )

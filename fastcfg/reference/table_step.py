@@ -15,17 +15,22 @@ from ._fma import fma
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory for the results, each tensor like x; None allocates. `y` may be x itself, so that a loop works in place.
+    """Memory for the results, each tensor like x unless said otherwise; None allocates. `y` may be x itself, so that a
+    loop works in place.
 
     Attributes:
         m: the blended output, later the standard deviation.
+        difference: a branch's distance from the base, where more than two branches are blended in delta form.
         x0: the predicted x0.
+        low: [B, 1, ...], minus the clip bound.
         saved: the tensor to save.
         y: the next x.
     """
 
     m: Tensor | None = None
+    difference: Tensor | None = None
     x0: Tensor | None = None
+    low: Tensor | None = None
     saved: Tensor | None = None
     y: Tensor | None = None
 
@@ -60,12 +65,12 @@ def table_step(
     Returns:
         The next x, x0, and the tensor to save (None where the solver saves nothing).
     """
-    m = blend(outputs, spec.base, weights, scratch.m)
+    m = blend(outputs, spec.base, weights, scratch.m, scratch.difference)
 
     x0 = fma(row["p_x"], x, torch.mul(m, row["p_m"], out=scratch.x0), out=scratch.x0)
     if spec.clip:
         limit = _per_sample(bound, x)  # type: ignore[arg-type]
-        x0 = torch.clamp(x0, -limit, limit, out=scratch.x0)
+        x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)
 
     saved = None
     if spec.history:
@@ -89,9 +94,15 @@ def table_step(
     return y, x0, saved
 
 
-def blend(outputs: Sequence[Tensor], base: int | None, weights: Tensor | None, out: Tensor | None = None) -> Tensor:
+def blend(
+    outputs: Sequence[Tensor],
+    base: int | None,
+    weights: Tensor | None,
+    out: Tensor | None = None,
+    difference: Tensor | None = None,
+) -> Tensor:
     """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base`, or the
-    weighted sum."""
+    weighted sum. `out` and `difference` are memory for them, as in `Scratch`."""
     if len(outputs) == 1:
         return outputs[0]
     w = [_per_sample(column, outputs[0]) for column in weights.unbind(1)]  # type: ignore[union-attr]
@@ -100,12 +111,13 @@ def blend(outputs: Sequence[Tensor], base: int | None, weights: Tensor | None, o
         for k in range(1, len(outputs)):
             m = fma(w[k], outputs[k], m, out=out)
         return m
+    if len(outputs) == 2:
+        # One difference: no running blend is in `out` yet.
+        difference = out
     m = outputs[base]
     for k, m_k in enumerate(outputs):
         if k != base:
-            # With more than two branches `out` holds the running blend, so each difference needs memory of its own.
-            difference = torch.sub(m_k, outputs[base], out=out if len(outputs) == 2 else None)
-            m = fma(w[k], difference, m, out=out)
+            m = fma(w[k], torch.sub(m_k, outputs[base], out=difference), m, out=out)
     return m
 
 

@@ -1,0 +1,26 @@
+"""The public operations: validate, then dispatch to the kernels or to the reference. The only importer of
+`fastcfg.kernels`.
+
+Eager calls launch directly; under `torch.compile` they go through `torch.library`, whose boundary costs more host time
+than a small kernel runs. No operation carries gradients.
+"""
+
+from .backend import BACKENDS, resolve_backend, triton_problem
+from .checks import is_channels_last
+from .noise import initial_noise
+from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
+from .step import GuidedStep, guided_step
+
+__all__ = [
+    "BACKENDS",
+    "GuidedStep",
+    "guidance_blend",
+    "guided_step",
+    "initial_noise",
+    "is_channels_last",
+    "posterior_mean_variance",
+    "predict_x0",
+    "resolve_backend",
+    "split_model_output",
+    "triton_problem",
+]

@@ -1,0 +1,122 @@
+"""Checks of arguments: ValueError naming argument, got and expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..step import NOISES, StepBuffers, StepSpec
+from ..table import COLUMNS, MAX_HISTORY
+
+LOADED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether channels are innermost and everything else is in order: [B, ..., C] in memory, any number of
+    dimensions."""
+    return tensor.ndim >= 3 and tensor.movedim(1, -1).is_contiguous()
+
+
+def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    """A non-empty [B, C, ...] in a dtype that kernels load, with the shape and device of `like`."""
+    if tensor.ndim < 3 or not tensor.numel():
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [B, C, ...] with at least one element")
+    if tensor.dtype not in LOADED_DTYPES:
+        raise ValueError(f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, LOADED_DTYPES))}")
+    if like is not None and (tensor.shape != like.shape or tensor.device != like.device):
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)} on {tensor.device}, expected {tuple(like.shape)} on {like.device}"
+        )
+
+
+def check_spec(spec: StepSpec) -> None:
+    k = spec.branches
+    if k < 1:
+        raise ValueError(f"spec.branches: got {k}, expected at least 1")
+    for name in ("base", "conditional", "unconditional"):
+        index = getattr(spec, name)
+        if index is not None and not 0 <= index < k:
+            raise ValueError(f"spec.{name}: got {index}, expected a branch index below {k}")
+    if not 0 <= spec.history <= MAX_HISTORY:
+        raise ValueError(f"spec.history: got {spec.history}, expected 0 ... {MAX_HISTORY}")
+    if spec.noise not in NOISES:
+        raise ValueError(f"spec.noise: got {spec.noise!r}, expected one of {', '.join(NOISES)}")
+    if spec.learned_variance and spec.noise == "none":
+        raise ValueError("spec.noise: got 'none' with learned_variance, expected 'tensor' or 'philox'")
+
+
+def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
+    x = buffers.x
+    if x.ndim < 3 or not x.numel():
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, ...] with at least one element")
+    if x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
+        raise ValueError(
+            f"x: got {x.dtype} with strides {x.stride()}, "
+            "expected contiguous torch.float32 (or torch.float64 on the reference path)"
+        )
+    shape, batch = tuple(x.shape), len(x)
+    rows = len(buffers.table) - 1
+    expect("table", buffers.table, (rows + 1, len(COLUMNS)), x.dtype, x.device)
+    expect("counter", buffers.counter, (2,), torch.int32, x.device)
+    needed = {
+        "weights": (spec.branches > 1, (rows, batch, spec.branches), x.dtype),
+        "bound": (spec.clip, (batch,), x.dtype),
+        "noise": (spec.noise == "tensor", shape, x.dtype),
+        "seeds": (spec.noise == "philox", (batch,), torch.int64),
+        "history": (spec.history > 0, (spec.history + 1, *shape), x.dtype),
+        "x0": (spec.keep_x0, shape, x.dtype),
+    }
+    for name, (is_needed, want, dtype) in needed.items():
+        if is_needed:
+            expect(name, getattr(buffers, name), want, dtype, x.device)
+    if buffers.model_input is not None:
+        _check_model_input(buffers.model_input, buffers.time, x)
+
+
+def _check_model_input(model_input: Tensor, time: Tensor | None, x: Tensor) -> None:
+    rows = len(model_input)
+    if not rows or rows % len(x) or model_input.shape[1:] != x.shape[1:] or model_input.device != x.device:
+        raise ValueError(
+            f"model_input: got {tuple(model_input.shape)} on {model_input.device}, "
+            f"expected [S*{len(x)}, {', '.join(map(str, x.shape[1:]))}] on {x.device}"
+        )
+    if not model_input.dtype.is_floating_point:
+        raise ValueError(f"model_input: got {model_input.dtype}, expected a floating dtype")
+    if not model_input.is_contiguous() and not is_channels_last(model_input):
+        raise ValueError(f"model_input: got strides {model_input.stride()}, expected contiguous or channels-last")
+    if time is None or time.shape != (rows,) or time.device != x.device or not time.is_contiguous():
+        raise ValueError(
+            f"time: got {None if time is None else (tuple(time.shape), time.device)}, expected [{rows}] on {x.device}"
+        )
+    if time.dtype != torch.int64 and not time.dtype.is_floating_point:
+        raise ValueError(f"time: got {time.dtype}, expected torch.int64 or a floating dtype")
+
+
+def check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
+    x = buffers.x
+    batch, channels = x.shape[:2]
+    wide = (spec.branches * batch, 2 * channels, *x.shape[2:])
+    narrow = (spec.branches * batch, channels, *x.shape[2:])
+    allowed = (wide,) if spec.learned_variance else (narrow, wide)
+    if tuple(output.shape) not in allowed:
+        reason = " (the solver uses learned variances)" if spec.learned_variance else ""
+        raise ValueError(
+            f"model output: got shape {tuple(output.shape)}, expected {' or '.join(map(str, allowed))}{reason}"
+        )
+    if not output.dtype.is_floating_point or output.dtype.itemsize > x.dtype.itemsize:
+        raise ValueError(
+            f"model output: got {output.dtype}, expected a floating dtype no wider than the state's {x.dtype}"
+        )
+    if output.device != x.device:
+        raise ValueError(f"model output: got device {output.device}, expected {x.device}")
+
+
+def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if tensor is None:
+        raise ValueError(f"{name}: got None, expected {dtype} {shape}")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
+        layout = "" if tensor.is_contiguous() else " non-contiguous"
+        raise ValueError(
+            f"{name}: got{layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+            f"expected {dtype} {shape} on {device}"
+        )

@@ -1,0 +1,36 @@
+"""The noise a run starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..noise import INITIAL_STREAM, philox_normal
+from .backend import resolve_backend
+from .checks import expect
+
+
+def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
+    """Fill `out` with each sample's starting noise.
+
+    Args:
+        out: float32 [B, ...], contiguous.
+        seeds: int64 [B] on the same device.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        `out`, standard normal; sample i depends on seeds[i] alone.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    if out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"out: got {out.dtype} with strides {out.stride()}, expected contiguous torch.float32")
+    expect("seeds", seeds, (len(out),), torch.int64, out.device)
+    if resolve_backend(backend, out.device) == "triton":
+        from ..kernels.normal import launch_normal
+
+        with torch.cuda.device_of(out):
+            launch_normal(out, seeds, 0, INITIAL_STREAM)
+        return out
+    return philox_normal(seeds, out.shape[1:], row=0, stream=INITIAL_STREAM, out=out)

@@ -1,0 +1,68 @@
+"""The pieces of the step in torch, each with the roundings of its kernel.
+
+float16 and bfloat16 are computed in float32, float64 in itself; every result is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._fma import fma
+from .table_step import blend
+
+__all__ = ["guidance_blend", "posterior_mean_variance", "predict_x0", "split_model_output"]
+
+
+def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """[N, 2C, ...] to its first and its last C channels."""
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    mean, variance = output.split(channels, dim=1)
+    return (
+        mean.to(dtype, copy=True, memory_format=torch.contiguous_format),
+        variance.to(dtype, copy=True, memory_format=torch.contiguous_format),
+    )
+
+
+def guidance_blend(output: Tensor, weights: Tensor, *, base: int | None = None) -> Tensor:
+    """[K*B, C, ...] and weights [B, K] to [B, C, ...], by `blend`."""
+    return blend(_computed(output).chunk(weights.shape[1]), base, weights)
+
+
+def predict_x0(x: Tensor, output: Tensor, p_x: Tensor, p_m: Tensor, bound: Tensor | None = None) -> Tensor:
+    """p_x*x + p_m*output, limited to ±bound; NaN stays NaN."""
+    x, output = _computed(x), _computed(output)
+    x0 = fma(_per_sample(p_x, x), x, output * _per_sample(p_m, x))
+    if bound is None:
+        return x0
+    limit = _per_sample(bound, x)
+    return torch.clamp(x0, -limit, limit)
+
+
+def posterior_mean_variance(
+    x0: Tensor,
+    x: Tensor,
+    coef_x0: Tensor,
+    coef_x: Tensor,
+    min_log: Tensor,
+    max_log: Tensor,
+    variance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """coef_x0*x0 + coef_x*x with the variance that the channels interpolate, f*max_log + (1-f)*min_log for f = (v+1)/2,
+    or [B, 1, ...] of min_log without them: mean, variance, log variance."""
+    x0, x = _computed(x0), _computed(x)
+    mean = fma(_per_sample(coef_x0, x), x0, x * _per_sample(coef_x, x))
+    log_variance = _per_sample(min_log, x)
+    if variance is None:
+        return mean, torch.exp(log_variance), log_variance.clone()
+    fraction = (_computed(variance) + 1) * 0.5
+    log_variance = fma(fraction, _per_sample(max_log, x), (1 - fraction) * log_variance)
+    return mean, torch.exp(log_variance), log_variance
+
+
+def _computed(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))

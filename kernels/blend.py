@@ -1,0 +1,70 @@
+"""The guided output of K branches: the delta form from a base branch, or the weighted sum."""
+
+import triton
+import triton.language as tl
+
+from ._layout import BLOCK, blocks_per_sample, locate, model_offsets
+
+
+@triton.jit
+def _blend_kernel(
+    output_ptr,
+    weights_ptr,
+    out_ptr,
+    batch,
+    size,
+    channels,
+    spatial,
+    blocks,
+    BRANCHES: tl.constexpr,
+    BASE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, offs, mask = locate(size, blocks, BLOCK)
+    output_ptr += model_offsets(offs, channels, spatial, CHANNELS_LAST)
+    weights_ptr += sample * BRANCHES
+    if BASE < 0:
+        first = tl.load(output_ptr + sample * size, mask=mask).to(tl.float32)
+        blended = tl.load(weights_ptr) * first
+    else:
+        first = tl.load(output_ptr + (BASE * batch + sample) * size, mask=mask).to(tl.float32)
+        blended = first
+    for k in tl.static_range(BRANCHES):
+        if k != (0 if BASE < 0 else BASE):
+            branch = tl.load(output_ptr + (k * batch + sample) * size, mask=mask).to(tl.float32)
+            weight = tl.broadcast_to(tl.load(weights_ptr + k), branch.shape)
+            if BASE < 0:
+                blended = tl.fma(weight, branch, blended)
+            else:
+                blended = tl.fma(weight, branch - first, blended)
+    tl.store(out_ptr + sample * size + offs, blended, mask=mask)
+
+
+def launch_blend(output, weights, base, out):
+    """Write float32 `out` [B, C, ...] from `output` [K*B, C, ...], contiguous or channels-last.
+
+    Args:
+        output: the branches along the batch.
+        weights: float32 [B, K].
+        base: index of the branch that the delta form starts from; -1 for the weighted sum.
+        out: the blend.
+    """
+    size = out[0].numel()
+    channels = out.shape[1]
+    blocks = blocks_per_sample(size)
+    _blend_kernel[(len(out) * blocks,)](
+        output,
+        weights,
+        out,
+        len(out),
+        size,
+        channels,
+        size // channels,
+        blocks,
+        BRANCHES=weights.shape[1],
+        BASE=base,
+        CHANNELS_LAST=not output.is_contiguous(),
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )

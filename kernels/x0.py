@@ -1,0 +1,66 @@
+"""x0 from the state and the model's output: p_x*x + p_m*m, limited to a bound per sample."""
+
+import triton
+import triton.language as tl
+
+from ._layout import BLOCK, blocks_per_sample, locate, model_offsets
+from ._math import clip
+
+
+@triton.jit
+def _x0_kernel(
+    x_ptr,
+    output_ptr,
+    p_x_ptr,
+    p_m_ptr,
+    bound_ptr,
+    out_ptr,
+    size,
+    channels,
+    spatial,
+    blocks,
+    CLIP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, offs, mask = locate(size, blocks, BLOCK)
+    output_ptrs = output_ptr + sample * size + model_offsets(offs, channels, spatial, CHANNELS_LAST)
+    x = tl.load(x_ptr + sample * size + offs, mask=mask).to(tl.float32)
+    m = tl.load(output_ptrs, mask=mask).to(tl.float32)
+    p_x = tl.broadcast_to(tl.load(p_x_ptr + sample), x.shape)
+    x0 = tl.fma(p_x, x, tl.load(p_m_ptr + sample) * m)
+    if CLIP:
+        x0 = clip(x0, tl.load(bound_ptr + sample))
+    tl.store(out_ptr + sample * size + offs, x0, mask=mask)
+
+
+def launch_x0(x, output, p_x, p_m, bound, out):
+    """Write float32 `out` [B, C, ...].
+
+    Args:
+        x: [B, C, ...], contiguous.
+        output: likewise, contiguous or channels-last.
+        p_x: float32 [B].
+        p_m: float32 [B].
+        bound: float32 [B], or None for no clip.
+        out: x0.
+    """
+    size = x[0].numel()
+    channels = x.shape[1]
+    blocks = blocks_per_sample(size)
+    _x0_kernel[(len(x) * blocks,)](
+        x,
+        output,
+        p_x,
+        p_m,
+        p_x if bound is None else bound,
+        out,
+        size,
+        channels,
+        size // channels,
+        blocks,
+        CLIP=bound is not None,
+        CHANNELS_LAST=not output.is_contiguous(),
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )
