@@ -28,7 +28,7 @@ class Conditioning:
         """What a captured program depends on: names, shapes, dtypes and shared values, but not the tensors'
         contents."""
         shapes = tuple((name, values[0].shape, values[0].dtype) for name, values in sorted(self.tensors.items()))
-        return shapes, tuple((name, repr(value)) for name, value in sorted(self.shared.items()))
+        return shapes, tuple((name, _identity(value)) for name, value in sorted(self.shared.items()))
 
     def allocate(self, branches: int) -> dict[str, Tensor]:
         """Uninitialised [n*B, ...] tensors for n branches."""
@@ -88,7 +88,7 @@ def check_conditioning(
             )
         else:
             for name, value in zip(names, values, strict=True):
-                if isinstance(value, Tensor) or not (value is values[0] or value == values[0]):
+                if _identity(value) != _identity(values[0]):
                     raise ValueError(
                         f"{name}[{key!r}]: got {value!r}, expected {values[0]!r} as in {first} "
                         "(values that are not tensors are shared)"
@@ -111,6 +111,30 @@ def _checked(key: str, branch: str, value: Any, like: Tensor, batch: int, device
     if value.device != device:
         raise ValueError(f"{label}: got device {value.device}, expected the model's, {device}")
     return value.detach().expand(batch, *value.shape[1:])
+
+
+def _identity(value: Any) -> Any:
+    """Equal for equal numbers, strings and containers of them; of anything else, equal only for the same object."""
+    if isinstance(value, tuple | list):
+        return (type(value), *map(_identity, value))
+    if isinstance(value, dict):
+        return (dict, *((key, _identity(item)) for key, item in value.items()))
+    if isinstance(value, int | float | str | bytes | torch.dtype | None):
+        return type(value), value
+    return _Same(value)
+
+
+class _Same:
+    """Equal for the same object, which it keeps: an identity alone may be given to another object later."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 def _listed(names: Any) -> str:

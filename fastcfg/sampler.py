@@ -66,8 +66,12 @@ class Sampler:
         device: by default that of the model's first parameter, else the CPU.
         memory_format: torch.contiguous_format or torch.channels_last, for the model input.
 
+    Attributes:
+        table, guidance, clip: as given. They may be replaced between calls; buffers and graphs are kept where the new
+            values allow it.
+
     Raises:
-        TypeError: model not callable, table not a StepTable, guidance not a Guidance.
+        TypeError: model not callable, table not a StepTable, guidance not a Guidance, clip not numbers.
         ValueError: any other bad argument, with what was expected.
 
     Example:
@@ -111,12 +115,14 @@ class Sampler:
             raise ValueError(
                 f"memory_format: got {memory_format}, expected torch.contiguous_format or torch.channels_last"
             )
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
         parameter = _first_parameter(model)
         self.model, self.table = model, table
         self.guidance = guidance or NoGuidance()
-        self.clip = None if clip is None else _bounds(clip)
+        self.clip = clip
         self.noise = noise
-        self.device = _with_index(torch.device(device or (parameter.device if parameter is not None else "cpu")))
+        self.device = _with_index(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
         self.state_dtype = state_dtype
         self.backend = resolve_backend(backend, self.device, state_dtype)
@@ -125,6 +131,15 @@ class Sampler:
         self._pool: Any = None
         self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
         self._report: dict[str, Any] = {}
+
+    @property
+    def clip(self) -> Tensor | None:
+        """The bounds of x0, float64 [1] or [B]."""
+        return self._clip
+
+    @clip.setter
+    def clip(self, clip: float | Sequence[float] | Tensor | None) -> None:
+        self._clip = None if clip is None else _bounds(clip)
 
     def sample(
         self,
@@ -201,7 +216,7 @@ class Sampler:
         self._report = {
             "backend": self.backend,
             "graph": workspace.graph,
-            "graph_reason": workspace.graph_reason,
+            "graph_reason": "graph=False" if self.graph is False else workspace.graph_reason,
             "rows": self.table.num_rows,
             "branches": [len(active) for active in workspace.active],
         }
@@ -209,6 +224,7 @@ class Sampler:
         while len(self._workspaces) > MAX_WORKSPACES:
             self._workspaces.popitem(last=False)
 
+    @torch.no_grad()
     def _prepare(self, shape, cond, uncond, branches, seed, noise, x_T, keep_x0) -> _Run:  # type: ignore[no-untyped-def]
         """Check everything, then set the buffers to the start of a run."""
         shape = _checked_shape(shape)
@@ -218,11 +234,16 @@ class Sampler:
         plan = self.guidance.plan(self.table, batch)
         if self.clip is not None and len(self.clip) not in (1, batch):
             raise ValueError(f"clip: got {len(self.clip)} bounds, expected 1 or one per sample ({batch})")
+        if x_T is not None and not isinstance(x_T, Tensor):
+            raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:
             raise ValueError(f"x_T: got shape {tuple(x_T.shape)}, expected {shape}")
+        if self.memory_format == torch.channels_last and len(shape) != 4:
+            raise ValueError(f"memory_format: got torch.channels_last with shape {shape}, expected (B, C, H, W)")
         source = self._source(noise, seed, shape)
         kind = "none" if not self.table.uses_noise else "tensor" if source.fill else "philox"
-        key = (shape, conditioning.signature(), plan.active, kind, keep_x0)
+        spec = (self.table, self.guidance.branches, self.guidance.base, self.clip is not None)
+        key = (shape, conditioning.signature(), plan.active, spec, kind, keep_x0)
         # A workspace in use (by a generator not yet exhausted) is out of the cache, so that runs never share buffers.
         workspace = self._workspaces.pop(key, None) or self._build(shape, conditioning, plan, kind, keep_x0)
         workspace.load(conditioning, plan, self.clip)
@@ -280,7 +301,8 @@ class _Run:
         try:
             for row, program in enumerate(workspace.programs):
                 if noise is not None:
-                    fill(row, noise)  # type: ignore[misc]
+                    with torch.no_grad():
+                        fill(row, noise)  # type: ignore[misc]
                 program()
                 yield row
         finally:
@@ -305,20 +327,26 @@ def _first_parameter(model: Any) -> Tensor | None:
     return next((p for p in parameters if p.is_floating_point()), None)
 
 
-def _with_index(device: torch.device) -> torch.device:
+def _with_index(device: torch.device | str) -> torch.device:
     """ "cuda" as "cuda:0": tensors name their device with its index."""
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected one like 'cpu' or 'cuda'") from error
+    return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape)
-    if len(sizes) < 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(f"shape: got {sizes}, expected (B, C, ...) of positive integers")
-    return sizes
+    if not isinstance(shape, Sequence) or len(shape) < 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(f"shape: got {shape}, expected (B, C, ...) of positive integers")
+    return tuple(shape)
 
 
 def _bounds(clip: float | Sequence[float] | Tensor) -> Tensor:
-    bounds = torch.as_tensor(clip, dtype=torch.float64).reshape(-1)
+    try:
+        bounds = torch.as_tensor(clip, dtype=torch.float64).detach().flatten().clone()
+    except TypeError as error:
+        raise TypeError(f"clip: got {clip!r}, expected None, a number or one for each sample") from error
     if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():
         raise ValueError(f"clip: got {clip!r}, expected None or positive finite bounds")
     return bounds

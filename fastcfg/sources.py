@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,14 +41,15 @@ def philox_source(
     global generator."""
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
-    seeds = sample_seeds(seed, shape[0]).to(device)
+    seeds = sample_seeds(_integers(seed), shape[0]).to(device)
     return NoiseSource(lambda: initial_noise(torch.empty(shape, device=device), seeds, backend), seeds=seeds)
 
 
 def torch_source(seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
     """`torch.randn` on the device: the start, then one draw per row, from the global generator where no seed is
     given."""
-    if seed is not None and not isinstance(seed, int):
+    seed = None if seed is None else _integers(seed)
+    if isinstance(seed, list):
         raise ValueError(f"seed: got {seed!r}, expected one integer for the whole batch with noise='torch'")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     return NoiseSource(
@@ -70,3 +74,12 @@ def recorded_source(noise: Recording, rows: int, shape: tuple[int, ...], start: 
         buffer.copy_(drawn)
 
     return NoiseSource(start, fill)
+
+
+def _integers(seed: Any) -> int | list[int]:
+    """One seed or several, of whatever integer type."""
+    values = seed.tolist() if isinstance(seed, Tensor | np.ndarray) else seed
+    try:
+        return [index(value) for value in values] if isinstance(values, Iterable) else index(values)
+    except TypeError:
+        raise TypeError(f"seed: got {seed!r}, expected an integer or a sequence of integers") from None

@@ -42,6 +42,7 @@ class Workspace:
         pool: memory pool of CUDA graphs.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: Callable[..., Any],
@@ -90,7 +91,7 @@ class Workspace:
         self.load(conditioning, plan, None)
 
         programs: dict[tuple[int, ...], Program] = {}
-        self.graph, self.graph_reason = "none", "not asked for" if capture == "never" else ""
+        self.graph, self.graph_reason = "none", "the device is a CPU" if capture == "never" else ""
         for active, branch_set in self._branches.items():
             spec = _spec(active, table, guidance, clip, noise, keep_x0)
             step = GuidedStep(spec, replace(self.buffers, weights=branch_set.weights), backend)
@@ -111,6 +112,9 @@ class Workspace:
         """Make the first row the next, from the state now in `buffers.x`."""
         buffers = self.buffers
         buffers.counter.zero_()
+        if buffers.history is not None:
+            # Rows multiply tensors they do not use by 0, and 0 times the infinity of an earlier run is not 0.
+            buffers.history.zero_()
         slots = buffers.model_input.unflatten(0, (-1, len(buffers.x)))  # type: ignore[union-attr]
         slots.copy_((buffers.x * self._c_in).expand_as(slots))
         buffers.time.fill_(self._t)  # type: ignore[union-attr]
@@ -130,6 +134,8 @@ class Workspace:
         model_input, time = self.buffers.model_input[:rows], self.buffers.time[:rows]  # type: ignore[index]
         keywords = {**branch_set.packed, **conditioning.shared}
 
+        # Memory that the model or the step allocates in inference mode could not be written to outside it later.
+        @torch.inference_mode(False)
         @torch.no_grad()
         def program() -> None:
             output = model(model_input, time, **keywords)
