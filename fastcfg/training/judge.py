@@ -127,7 +127,7 @@ def find_objects(image: np.ndarray) -> list[Finding]:
     labels, count = connected_components(distance > _FOREGROUND_DISTANCE)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     order = [int(label) + 1 for label in np.argsort(-areas, kind="stable") if areas[label] >= _SPECK_AREA]
-    return [_describe(rgb, distance, labels, label) for label in order]
+    return [_describe(rgb, labels, label) for label in order]
 
 
 def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
@@ -156,11 +156,11 @@ def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
     return (compact, len(values) - 1) if values[0] == 0 else (compact + 1, len(values))
 
 
-def _describe(rgb: np.ndarray, distance: np.ndarray, labels: np.ndarray, label: int) -> Finding:
+def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
     """Colour, shape and place of one component."""
     member = labels == label
-    depth = distance[member]
-    core = rgb[member][depth >= np.quantile(depth, 0.65)]
+    inner = ~_dilate(~member)
+    core = rgb[inner if inner.any() else member]
     typical = np.median(core, axis=0)
     gaps = np.linalg.norm(core[:, None] - _PALETTE, axis=2)
     nearest = int(np.linalg.norm(typical - _PALETTE, axis=1).argmin())
@@ -180,7 +180,7 @@ def _describe(rgb: np.ndarray, distance: np.ndarray, labels: np.ndarray, label: 
 
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
-    """The mask and its 8-neighbours."""
+    """The mask and its 8-neighbours; the picture's rim has none outside."""
     padded = np.pad(mask, 1)
     height, width = mask.shape
     return np.logical_or.reduce([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)])

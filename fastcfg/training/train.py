@@ -87,8 +87,8 @@ def train(
 ) -> TrainResult:
     """Train by a recipe. Writes into ``out_dir``: recipe, log, loss curve, state, and the averaged weights.
 
-    State and weights are also written every ``save_seconds``, so an interrupted run loses little: ``resume=True`` goes on
-    from the state, and the result is the same, bit for bit, as without the interruption.
+    State and weights are also written every ``save_seconds``, so an interrupted run loses little: ``resume=True`` goes
+    on from the state, and the result is the same, bit for bit, as without the interruption.
 
     Args:
         config: the recipe.
