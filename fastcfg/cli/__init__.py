@@ -1,0 +1,65 @@
+"""The `fastcfg` command: sample, train, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fastcfg import __version__
+
+from . import doctor, sample, train
+from .parser import Parser, UsageError
+
+__all__ = ["main"]
+
+_DESCRIPTION = """\
+Classifier-free-guided diffusion sampling, one fused step per model evaluation.
+
+A small text-to-image model of coloured shapes comes with the package, so `sample` needs nothing else."""
+
+_EXAMPLES = """\
+examples:
+  fastcfg sample "a red circle above a blue square"
+  fastcfg train --out run --steps 2000
+  fastcfg doctor
+
+`fastcfg COMMAND --help` explains a command."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser; each subcommand sets `run`, a function of the parsed arguments."""
+    parser = Parser(
+        prog="fastcfg",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (sample, train, doctor):
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; None takes those of the process.
+
+    Returns:
+        The exit status: 0; 1 if `doctor` finds fastcfg unusable; 2 for what cannot be done as asked, said in one line
+        on stderr; 130 if interrupted.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+        return int(arguments.run(arguments))
+    except (UsageError, ValueError, OSError) as error:
+        print(f"fastcfg: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastcfg: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)

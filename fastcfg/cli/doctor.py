@@ -1,0 +1,243 @@
+"""`fastcfg doctor`: what is installed, what will run, and whether it works."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .outputs import STDOUT, check_output, write_json
+from .versions import versions
+
+if TYPE_CHECKING:
+    import torch
+
+_DESCRIPTION = """\
+Tell what is installed, which backend runs here and why, whether CUDA graphs can be used, and in what state the GPU is;
+then check that one fused step gives the right numbers and that the package's model can be read.
+
+Exit status: 0 if fastcfg can be used, else 1."""
+
+_EXAMPLES = """\
+examples:
+  fastcfg doctor
+  fastcfg doctor --json doctor.json"""
+
+# Measured between float32 and float64: 1.8e-7.
+_STEP_TOLERANCE = 1e-5
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "doctor",
+        help="tell what runs here and whether it works",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        nargs="?",
+        const=STDOUT,
+        help="write the findings as JSON to FILE, or alone to standard output where no FILE is given",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine and tell."""
+    if arguments.json not in (None, STDOUT):
+        check_output("--json", arguments.json, ".json")
+    findings = examine()
+    if arguments.json is not None:
+        write_json(arguments.json, findings)
+    if arguments.json != STDOUT:
+        _tell(findings)
+    return 0 if findings["usable"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything the command tells."""
+    import torch
+
+    from fastcfg.ops import resolve_backend
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backend = resolve_backend("auto", device)
+    driver, gpus = _gpus()
+    checks = {
+        "fused_step": _checked(lambda: _check_step(device, backend)),
+        "checkpoint": _checked(_check_checkpoint),
+    }
+    return {
+        "usable": all(check["ok"] for check in checks.values()),
+        "versions": versions(optional=True),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "gpus": gpus,
+        "nvml": driver,
+        "device": device.type,
+        "backend": {"auto": backend, "others": _others(backend, device)},
+        "graphs": _graphs(device),
+        "checks": checks,
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    from fastcfg.reference._fma import addcmul_rounds_once
+
+    return {
+        "name": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        # Without it the reference goes through float64, right but slower.
+        "addcmul_rounds_once": addcmul_rounds_once(torch.device("cpu")),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpus() -> tuple[str, list[dict[str, Any]]]:
+    """NVML's driver version, or why there is none; and what is known of every GPU that torch sees."""
+    import torch
+
+    from .nvml import nvml_states
+
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    driver, states = nvml_states([f"GPU-{gpu.uuid}" for gpu in found])
+    gpus = [
+        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory / 2**30}
+        for gpu in found
+    ]
+    for gpu, state in zip(gpus, states, strict=False):
+        gpu.update(state)
+    return driver, gpus
+
+
+def _others(chosen: str, device: torch.device) -> dict[str, str]:
+    """Why the backends that "auto" did not choose were not chosen."""
+    from fastcfg.ops import triton_problem
+
+    reasons = {
+        "triton": triton_problem(device) or "the interpreter runs kernels for tests only",
+        "reference": "slower than the fused kernel",
+    }
+    return {name: reason for name, reason in reasons.items() if name != chosen}
+
+
+def _graphs(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        return {"supported": True, "reason": "the step and the model are captured together where the model allows it"}
+    return {"supported": False, "reason": "CUDA graphs need a GPU; programs run eagerly"}
+
+
+def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A check's findings; what it raises is a finding too."""
+    try:
+        return check()
+    except Exception as error:
+        return {"ok": False, "detail": f"{type(error).__name__}: {error}"}
+
+
+def _check_step(device: torch.device, backend: str) -> dict[str, Any]:
+    """One step of the backend against the reference in float32 and float64 on the CPU."""
+    import torch
+
+    cpu = torch.device("cpu")
+    got = _one_step(device, backend, torch.float32)
+    same = torch.equal(got, _one_step(cpu, "reference", torch.float32))
+    error = float((got.double() - _one_step(cpu, "reference", torch.float64)).abs().max())
+    return {
+        "ok": error < _STEP_TOLERANCE,
+        "detail": f"{backend} on {device.type}, {error:.1e} from float64, "
+        + ("bit for bit the reference" if same else "not bit for bit the reference"),
+        "max_error": error,
+        "equals_reference": same,
+    }
+
+
+def _one_step(device: torch.device, backend: str, dtype: torch.dtype) -> torch.Tensor:
+    """A guided, clipped step with noise, on fixed numbers."""
+    import torch
+
+    from fastcfg import Schedule, solvers
+    from fastcfg.ops import GuidedStep
+    from fastcfg.step import StepBuffers, StepSpec
+
+    table = solvers.ddim(Schedule.named("squaredcos_cap_v2").respace(10), eta=0.5)
+    generator = torch.Generator().manual_seed(0)
+    x, output = (torch.randn(n, 3, 8, 8, generator=generator).to(device, dtype) for n in (2, 4))
+    buffers = StepBuffers(
+        x,
+        table.on(device, dtype),
+        torch.tensor([5, 0], dtype=torch.int32, device=device),
+        weights=torch.tensor([3.0, 0.0], device=device, dtype=dtype).expand(len(table), 2, 2).contiguous(),
+        bound=torch.ones(2, device=device, dtype=dtype),
+        seeds=torch.arange(2, device=device),
+    )
+    GuidedStep(StepSpec(branches=2, base=1, clip=True, noise="philox"), buffers, backend)(output)
+    return buffers.x.cpu()
+
+
+def _check_checkpoint() -> dict[str, Any]:
+    from fastcfg.pipeline import TextToImage
+
+    pipeline = TextToImage.load()
+    meta, weights = pipeline.meta, sum(p.numel() for p in pipeline.model.parameters())
+    size = f"{meta.image_size}x{meta.image_size}"
+    return {"ok": True, "detail": f"{size}, {weights / 1e6:.1f} M weights, T = {meta.num_timesteps}, {meta.schedule}"}
+
+
+def _tell(findings: dict[str, Any]) -> None:
+    cpu, backend, graphs = findings["cpu"], findings["backend"], findings["graphs"]
+    known = [f"{name} {version}" for name, version in findings["versions"].items() if version]
+    missing = [name for name, version in findings["versions"].items() if not version]
+    lines = [
+        ("versions", ", ".join(known)),
+        *([("", f"not installed: {', '.join(missing)}")] if missing else []),
+        ("platform", findings["platform"]),
+        ("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}"),
+        ("", "addcmul rounds once" if cpu["addcmul_rounds_once"] else "addcmul rounds twice: slower reference path"),
+        *(line for gpu in findings["gpus"] or [{}] for line in _gpu_lines(gpu)),
+        ("nvml", f"driver {findings['nvml']}" if findings["gpus"] else findings["nvml"]),
+        ("backend", f"auto is {backend['auto']}"),
+        *(("", f"not {name}: {reason}") for name, reason in backend["others"].items()),
+        ("graphs", f"{'yes' if graphs['supported'] else 'no'}: {graphs['reason']}"),
+        *((name, f"{'ok' if c['ok'] else 'FAILED'}: {c['detail']}") for name, c in findings["checks"].items()),
+        ("usable", "yes" if findings["usable"] else "no"),
+    ]
+    for label, text in lines:
+        print(f"{label:<12}{text}")
+
+
+def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
+    if not gpu:
+        return [("gpu", "none that torch sees")]
+    lines = [("gpu", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']:.0f} GiB")]
+    if "power_limit_w" in gpu:
+        slowed = ", ".join(gpu["throttle_reasons"] or []) or "nothing"
+        lines += [
+            ("", f"{_number(gpu['power_w'])} of {_number(gpu['power_limit_w'])} W, {_number(gpu['temperature_c'])} C"),
+            ("", f"SM {_number(gpu['sm_clock_mhz'])} of {_number(gpu['sm_clock_max_mhz'])} MHz"),
+            ("", f"memory {_number(gpu['memory_clock_mhz'])} of {_number(gpu['memory_clock_max_mhz'])} MHz"),
+            ("", f"clocks held down by: {slowed}"),
+        ]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.0f}"

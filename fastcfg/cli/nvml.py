@@ -1,0 +1,66 @@
+"""The state of NVIDIA GPUs, through nvidia-ml-py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
+    """Driver, and per GPU its power limit, clocks, temperature and why it is slowed down.
+
+    Args:
+        uuids: the GPUs', as torch knows them; CUDA and NVML number GPUs differently.
+
+    Returns:
+        The driver's version and a dict per GPU (None where the GPU does not tell); or why there are none, and no dicts.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return "the package nvidia-ml-py is not installed", []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return str(error), []
+    try:
+        return _text(pynvml.nvmlSystemGetDriverVersion()), [_state(pynvml, uuid) for uuid in uuids]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _state(nvml: Any, uuid: str) -> dict[str, Any]:
+    def ask(question: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return question(*arguments)
+        except nvml.NVMLError:
+            return None
+
+    gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
+    limit = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu)
+    power = ask(nvml.nvmlDeviceGetPowerUsage, gpu)
+    reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
+    return {
+        "power_limit_w": None if limit is None else limit / 1000,
+        "power_w": None if power is None else power / 1000,
+        "sm_clock_mhz": ask(nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_SM),
+        "sm_clock_max_mhz": ask(nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": ask(nvml.nvmlDeviceGetClockInfo, gpu, nvml.NVML_CLOCK_MEM),
+        "memory_clock_max_mhz": ask(nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_MEM),
+        "temperature_c": ask(nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
+        "throttle_reasons": None if reasons is None else _reasons(nvml, reasons),
+    }
+
+
+_PREFIX = "nvmlClocksThrottleReason"
+
+
+def _reasons(nvml: Any, bits: int) -> list[str]:
+    """Names of the reasons set in a bit mask."""
+    masks = {name.removeprefix(_PREFIX): getattr(nvml, name) for name in dir(nvml) if name.startswith(_PREFIX)}
+    return sorted(name for name, mask in masks.items() if isinstance(mask, int) and name != "All" and bits & mask)
+
+
+def _text(value: str | bytes) -> str:
+    """Older versions of the package return bytes."""
+    return value.decode() if isinstance(value, bytes) else value

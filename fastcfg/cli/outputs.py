@@ -1,0 +1,71 @@
+"""Where results go: checked before the work, written whole after it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .parser import UsageError
+
+STDOUT = "-"
+
+
+def check_output(option: str, path: str, suffix: str) -> None:
+    """Make sure that a file can be written, by writing beside it.
+
+    Args:
+        option: the argument that names it.
+        path: the file.
+        suffix: how its name must end.
+
+    Raises:
+        UsageError: another suffix, or no writable folder.
+    """
+    target = Path(path)
+    if target.suffix.lower() != suffix:
+        raise UsageError(f"argument {option}: got {path!r}, expected a file name that ends in {suffix}")
+    if target.is_dir():
+        raise UsageError(f"argument {option}: got the folder {path!r}, expected a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"argument {option}: got {path!r}, expected a folder that exists ({target.parent} does not)")
+    _try_writing(option, path, target.parent)
+
+
+def check_folder(option: str, path: str) -> None:
+    """Make sure that a folder can be made, or written to if it is there.
+
+    Args:
+        option: the argument that names it.
+        path: the folder.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"argument {option}: got {path!r}, expected a folder ({nearest} is a file)")
+    _try_writing(option, path, nearest)
+
+
+def _try_writing(option: str, path: str, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"argument {option}: got {path!r}, expected a folder that can be written to ({error.strerror})"
+        ) from error
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON to a file, or to standard output for "-"."""
+    from fastcfg.files import write_text
+
+    text = json.dumps(value, indent=2) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(text)
+    else:
+        write_text(path, text)

@@ -1,0 +1,82 @@
+"""Argument parsing with errors of one line, and the types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `UsageError` instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def integer(least: int) -> Callable[[str], int]:
+    """The type of an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
+        return value
+
+    return parse
+
+
+def any_integer(text: str) -> int:
+    """The type of an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer") from None
+
+
+def finite(text: str) -> float:
+    """The type of a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number")
+    return value
+
+
+def several_finite(text: str) -> list[float]:
+    """The type of finite numbers with commas between."""
+    return [finite(part) for part in text.split(",")]
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """The type of one of several words."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def choose_device(name: str) -> str:
+    """The device meant by --device.
+
+    Raises:
+        UsageError: "cuda" where torch sees no GPU.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"argument --device: got 'cuda', expected auto or cpu: torch {torch.__version__} sees no GPU")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
