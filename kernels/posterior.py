@@ -11,7 +11,7 @@ from ._layout import BLOCK, blocks_per_sample, locate, model_offsets
 def _exp(x):
     """e**x to less than 1 ulp.
 
-    The library's exp multiplies by log2(e) first, which loses 11 ulp at the log variances of the last steps, -20.
+    The library's exp multiplies by log2(e) first, which loses 16 ulp at the log variances of the last steps, -20.
     """
     x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, 89.0, propagate_nan=tl.PropagateNan.ALL)

@@ -24,6 +24,8 @@ def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    if not out.ndim or not out.numel():
+        raise ValueError(f"out: got shape {tuple(out.shape)}, expected [B, ...] with at least one element")
     if out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"out: got {out.dtype} with strides {out.stride()}, expected contiguous torch.float32")
     expect("seeds", seeds, (len(out),), torch.int64, out.device)

@@ -50,7 +50,7 @@ class ReferenceStep:
         noise = buffers.noise
         if spec.noise == "philox":
             noise = philox_normal(buffers.seeds, x.shape[1:], row=self._indices[0], stream=STEP_STREAM).to(x.dtype)  # type: ignore[arg-type]
-        history = buffers.history
+        history = buffers.history if spec.history else None
         _, _, saved = table_step(
             self._row,
             x,
