@@ -172,19 +172,20 @@ def condition_score(
 
 def p_sample(p: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
     """x_{t-1} = mean + σ noise, without noise at t = 0."""
-    return p["mean"] + _not_last(t, noise) * torch.exp(0.5 * p["log_variance"]) * noise
+    not_last = (t != 0).float().view(-1, *[1] * (noise.ndim - 1))
+    return p["mean"] + not_last * torch.exp(0.5 * p["log_variance"]) * noise
 
 
 def ddim_sample(
     schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor, noise: Tensor, *, eta: float = 0.0
 ) -> Tensor:
-    """x_{t-1} of DDIM (Song et al. 2020, equation 12), with ε re-derived from pred_xstart; without noise at t = 0."""
+    """x_{t-1} of DDIM (Song et al. 2020, equation 12), with ε re-derived from pred_xstart; σ is 0 at t = 0."""
     eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
     alpha_bar = _look_up(schedule.alphas_cumprod, t, x)
     alpha_bar_prev = _look_up(schedule.alphas_cumprod_prev, t, x)
     sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
     mean = p["pred_xstart"] * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-    return mean + _not_last(t, noise) * sigma * noise
+    return mean + sigma * noise
 
 
 def ddim_reverse_sample(schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
@@ -220,7 +221,3 @@ def _look_up(table: NDArray[np.float64], t: Tensor, like: Tensor) -> Tensor:
     """table[t] in float32, expanded to the shape of `like`."""
     entries = torch.as_tensor(table, dtype=torch.float32, device=t.device)[t]
     return entries.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
-
-
-def _not_last(t: Tensor, like: Tensor) -> Tensor:
-    return (t != 0).float().view(-1, *[1] * (like.ndim - 1))
