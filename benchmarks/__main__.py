@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = {"static_roofline": "what the kernels' machine code costs on GPUs that are not there"}
+BENCHMARKS = {
+    "adherence": "how well the embedded model's pictures follow their prompts, by guidance scale",
+    "static_roofline": "what the kernels' machine code costs on GPUs that are not there",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from fastcfg.models import Text2ImUNet, Tokenizer
 from fastcfg.models.checkpoint import CheckpointMeta, save_checkpoint
 
-WORDS = ["a", "red", "blue", "green", "circle", "square", "star", "above", "below", "and"]
+WORDS = ("a", "red", "blue", "green", "circle", "square", "star", "above", "below", "and")
 SIZE, CONTEXT, TIMESTEPS = 8, 6, 100
 
 MODEL: dict[str, Any] = {
@@ -31,15 +32,15 @@ MODEL: dict[str, Any] = {
 }
 
 
-def write_tiny_checkpoint(path: Path, **changes: Any) -> Path:
+def write_tiny_checkpoint(path: Path, *, size: int = SIZE, words: Sequence[str] = WORDS, **changes: Any) -> Path:
     """Write it; `changes` replace arguments of the network."""
     arguments = {**MODEL, **changes}
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = Text2ImUNet(tokenizer=Tokenizer.word_level(WORDS), **arguments)
+        model = Text2ImUNet(tokenizer=Tokenizer.word_level(words), **arguments)
         for parameter in model.parameters():
             # Layers that start at zero would leave the prompt without effect.
             if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.2)
-    save_checkpoint(path, model, CheckpointMeta(arguments, "squaredcos_cap_v2", TIMESTEPS, SIZE))
+                torch.nn.init.normal_(parameter, std=0.05)
+    save_checkpoint(path, model, CheckpointMeta(arguments, "squaredcos_cap_v2", TIMESTEPS, size))
     return path

@@ -94,7 +94,7 @@ def _cpu() -> dict[str, Any]:
     from fastcfg.reference._fma import addcmul_rounds_once
 
     return {
-        "name": _cpu_name(),
+        "name": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -103,7 +103,8 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,0 +1,309 @@
+"""How well the pictures follow their prompts, by guidance scale: `python -m benchmarks.adherence`.
+
+Scenes are drawn from a seed that training does not use, put into words, and the model draws one picture of each at
+every scale, from the same noise. `fastcfg.training.judge`, which is classical vision and knows nothing of the model,
+then says of each picture whether colours, shapes and relation are those asked for. Beside it stand the judge's score of
+pictures that the renderer drew of the same scenes (what a perfect model would get), and at every scale the score of the
+pictures against each other's prompts (chance).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastcfg.cli.parser import Parser, UsageError, any_integer, choose_device, integer, one_of, several_finite
+
+if TYPE_CHECKING:
+    from fastcfg.pipeline import TextToImage
+    from fastcfg.training.shapes import Scene
+
+SCALES = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0]
+HELD_OUT_SEED = 1
+PICTURE_PROMPT = "a red circle above a blue square"
+PICTURE_SCALES, PICTURE_SAMPLES = "0,1,3,6", 8
+
+_PARTS = ("correct", "colours", "shapes", "relation")
+_NAMES = {"correct": "fully correct", "colours": "colours", "shapes": "shapes", "relation": "relation"}
+_EXAMPLES = """examples:
+  python -m benchmarks.adherence --json adherence.json --plot adherence.png
+  python -m benchmarks.adherence --checkpoint run/model.safetensors --num-prompts 128 --scales 1,3 --solver ddim
+  python -m benchmarks.adherence --picture guidance.png
+
+A run that was interrupted goes on where it was: scales that the JSON file holds already are not sampled again."""
+
+
+def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+    """Judge pictures.
+
+    Args:
+        images: float [N, 3, H, W] in [-1, 1].
+        scenes: what each should show.
+
+    Returns:
+        By part ("correct" for everything at once, "colours", "shapes", and "relation", which counts only scenes that
+        have one) its fraction and the fraction's binomial standard error.
+    """
+    from fastcfg.training.judge import judge
+
+    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    related = [verdict for verdict, scene in zip(verdicts, scenes, strict=True) if scene.relation is not None]
+    result = {}
+    for part in _PARTS:
+        counted = related if part == "relation" else verdicts
+        fraction = sum(getattr(verdict, part) for verdict in counted) / max(len(counted), 1)
+        error = math.sqrt(fraction * (1 - fraction) / max(len(counted), 1))
+        result[part] = {"fraction": fraction, "standard_error": error}
+    return result
+
+
+def shuffled(scenes: Sequence[Scene]) -> list[Scene]:
+    """The scenes in another order, none at its place: what pictures show by chance."""
+    order = np.random.default_rng(0).permutation(len(scenes))
+    others = np.empty_like(order)
+    others[order] = np.roll(order, 1)
+    return [scenes[i] for i in others]
+
+
+def measure(
+    pipeline: TextToImage, prompts: Sequence[tuple[str, Scene]], scale: float, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Sample and judge one picture per prompt; picture i has the seed i at every scale."""
+    scenes = [scene for _, scene in prompts]
+    started = time.perf_counter()
+    images = pipeline.sample(
+        [text for text, _ in prompts],
+        guidance_scale=scale,
+        steps=arguments.steps,
+        solver=arguments.solver,
+        seed=list(range(len(prompts))),
+        batch_size=arguments.batch_size,
+        progress=f"guidance {scale:g}",
+    )
+    pictures = images.cpu().numpy()
+    seconds = time.perf_counter() - started
+    return {
+        "scale": scale,
+        "own_prompts": score(pictures, scenes),
+        "shuffled_prompts": score(pictures, shuffled(scenes)),
+        "seconds": seconds,
+    }
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure every scale that the JSON file lacks, writing it after each; returns the whole report."""
+    from fastcfg.pipeline import TextToImage
+    from fastcfg.training.data import evaluation_prompts
+    from fastcfg.training.shapes import render_batch
+
+    device = choose_device(arguments.device)
+    pipeline = TextToImage.load(arguments.checkpoint, device)
+    settings = {
+        "weights_sha256": _digest(pipeline),
+        "num_prompts": arguments.num_prompts,
+        "prompts_seed": arguments.seed,
+        "steps": arguments.steps,
+        "solver": arguments.solver,
+    }
+    report = _resume(arguments.json, settings)
+    report["environment"] = _environment(device)
+    prompts = evaluation_prompts(arguments.num_prompts, arguments.seed)
+    scenes = [scene for _, scene in prompts]
+    report["rendered"] = score(render_batch(scenes, np.random.default_rng(arguments.seed)), scenes)
+    _tell("rendered", report["rendered"])
+    for scale in arguments.scales:
+        finished = {row["scale"]: row for row in report["scales"]}
+        if scale not in finished:
+            finished[scale] = measure(pipeline, prompts, scale, arguments)
+            report["scales"] = [finished[known] for known in sorted(finished)]
+            if arguments.json:
+                _write(arguments.json, report)
+        _tell(f"scale {scale:g}", finished[scale]["own_prompts"])
+    return report
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The report as lines of a Markdown table, in per cent."""
+    lines = [
+        "| guidance | " + " | ".join(_NAMES[part] for part in _PARTS) + " | fully correct, shuffled prompts |",
+        "|" + "---|" * (len(_PARTS) + 2),
+    ]
+    for row in report["scales"]:
+        cells = [_percent(row["own_prompts"][part]) for part in _PARTS]
+        lines.append(f"| {row['scale']:g} | {' | '.join(cells)} | {_percent(row['shuffled_prompts']['correct'])} |")
+    cells = [_percent(report["rendered"][part]) for part in _PARTS]
+    return [*lines, f"| rendered pictures | {' | '.join(cells)} | |"]
+
+
+def plot(report: dict[str, Any], path: str) -> None:
+    """Draw the curve of adherence over guidance scale as a PNG, whole or not at all."""
+    from matplotlib.figure import Figure
+
+    from fastcfg.files import replacing
+
+    rows = report["scales"]
+    scales = [row["scale"] for row in rows]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for part in _PARTS:
+        values = [row["own_prompts"][part] for row in rows]
+        axes.errorbar(
+            scales,
+            [100 * value["fraction"] for value in values],
+            [100 * value["standard_error"] for value in values],
+            label=_NAMES[part],
+            capsize=3,
+            marker="o",
+            linewidth=2.2 if part == "correct" else 1.2,
+        )
+    chance = [100 * row["shuffled_prompts"]["correct"]["fraction"] for row in rows]
+    axes.plot(scales, chance, color="gray", linestyle=":", label="fully correct, shuffled prompts")
+    best = 100 * report["rendered"]["correct"]["fraction"]
+    axes.axhline(best, color="gray", linestyle="--", linewidth=1, label="fully correct, rendered pictures")
+    settings = report["settings"]
+    title = f"{settings['num_prompts']} prompts, {settings['steps']} steps of {settings['solver']}"
+    axes.set(xlabel="guidance scale", ylabel="pictures, %", ylim=(-2, 102), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def draw_picture(arguments: argparse.Namespace) -> int:
+    """The README's picture: one prompt at several guidance scales, each column one seed."""
+    from fastcfg.cli import main as fastcfg
+
+    command = ["sample", PICTURE_PROMPT, "--guidance-scale", PICTURE_SCALES, "--num-samples", str(PICTURE_SAMPLES)]
+    command += ["--steps", str(arguments.steps), "--solver", arguments.solver, "--device", arguments.device]
+    command += ["--checkpoint", arguments.checkpoint] if arguments.checkpoint else []
+    return fastcfg([*command, "--out", arguments.picture])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    from fastcfg.cli.outputs import check_output
+
+    try:
+        arguments = _parser().parse_args(argv)
+        for option, suffix in (("json", ".json"), ("plot", ".png"), ("picture", ".png")):
+            if getattr(arguments, option):
+                check_output(f"--{option}", getattr(arguments, option), suffix)
+        if arguments.picture:
+            return draw_picture(arguments)
+        report = run(arguments)
+        if arguments.plot:
+            plot(report, arguments.plot)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"adherence: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nadherence: interrupted", file=sys.stderr)
+        return 130
+    print("\n".join(["", *table(report)]))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m benchmarks.adherence",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = "(default: %(default)s)"
+    parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of `fastcfg train` (default: the package's)")
+    parser.add_argument("--num-prompts", metavar="N", type=integer(2), default=512, help=f"prompts {default}")
+    parser.add_argument(
+        "--seed", metavar="N", type=any_integer, default=HELD_OUT_SEED, help=f"of the prompts {default}"
+    )
+    parser.add_argument(
+        "--scales", metavar="S,S", type=several_finite, default=SCALES, help="guidance scales (default: 0,1,2,3,4,6)"
+    )
+    parser.add_argument("--steps", metavar="N", type=integer(1), default=50, help=f"timesteps {default}")
+    parser.add_argument(
+        "--solver", metavar="NAME", type=one_of("ddpm", "ddim"), default="ddpm", help=f"ddpm or ddim {default}"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=integer(1), default=64, help=f"pictures at once {default}")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        type=one_of("auto", "cpu", "cuda"),
+        default="auto",
+        help=f"auto, cpu or cuda {default}",
+    )
+    parser.add_argument("--json", metavar="FILE", help="report to write after every scale, and to resume from")
+    parser.add_argument("--plot", metavar="FILE", help="PNG of the curve")
+    parser.add_argument("--picture", metavar="FILE", help="only draw the README's picture, a PNG")
+    return parser
+
+
+def _resume(path: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report so far.
+
+    Raises:
+        UsageError: the file is not a report, or one of other settings.
+    """
+    if path is None or not Path(path).exists():
+        return {"settings": settings, "scales": []}
+    try:
+        report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found, _ = report["settings"], report["scales"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"argument --json: got {path!r}, which is no report to resume from") from error
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise UsageError(
+                f"argument --json: got {path!r}, a report with {name} = {found.get(name)}, "
+                f"expected {value} or another file"
+            )
+    return report
+
+
+def _digest(pipeline: TextToImage) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(pipeline.model.state_dict().items()):
+        digest.update(name.encode() + weight.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _environment(device: str) -> dict[str, Any]:
+    import torch
+
+    from fastcfg.cli.doctor import cpu_name
+    from fastcfg.cli.versions import versions
+
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write(path: str, report: dict[str, Any]) -> None:
+    from fastcfg.files import write_text
+
+    write_text(path, json.dumps(report, indent=1) + "\n")
+
+
+def _tell(label: str, scores: dict[str, dict[str, float]]) -> None:
+    parts = ", ".join(f"{_NAMES[part]} {_percent(scores[part])}" for part in _PARTS)
+    print(f"{label:<9} {parts}", flush=True)
+
+
+def _percent(value: dict[str, float]) -> str:
+    return f"{100 * value['fraction']:.1f} ± {100 * value['standard_error']:.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
