@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from fastcfg import CFG, Compose, Guidance, NoGuidance, StepTable
 from fastcfg.reference import blend
@@ -178,6 +179,24 @@ def test_composition_that_needs_no_unconditional_branch_still_measures_from_it()
 def test_composition_with_an_interval() -> None:
     guidance = Compose({"cond": 2.0, "image": 1.0}, interval=(0.5, 1.0))
     assert guidance.plan(PLAIN, 1).active == ((0,), (0,), (0, 1, 2), (0, 1, 2))
+
+
+class Halved(Guidance):
+    """A user's own spec: half of the conditional output, then nothing at all."""
+
+    branches = ("cond", "uncond")
+
+    def weights(self, table: StepTable, batch: int) -> NDArray[np.float64]:
+        weights = np.zeros((table.num_rows, batch, 2))
+        weights[:2, :, 0] = 0.5
+        return weights
+
+
+def test_a_lone_branch_with_another_weight_than_one_is_still_weighted() -> None:
+    m = outputs(2, 3)
+    got = blended(Halved(), PLAIN, 3, m)
+    assert torch.equal(got[:2], 0.5 * m[0].expand(2, 3, 5))
+    assert not got[2:].any()
 
 
 @pytest.mark.parametrize(
