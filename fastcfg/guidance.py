@@ -273,5 +273,5 @@ def _finite(name: str, scale: Any) -> NDArray[np.float64]:
 
 
 def _check_interval(interval: tuple[float, float]) -> None:
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+    if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(f"interval: got {interval!r}, expected 0 <= start < stop <= 1")

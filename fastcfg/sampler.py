@@ -240,7 +240,7 @@ class Sampler:
             raise ValueError(f"x_T: got shape {tuple(x_T.shape)}, expected {shape}")
         if self.memory_format == torch.channels_last and len(shape) != 4:
             raise ValueError(f"memory_format: got torch.channels_last with shape {shape}, expected (B, C, H, W)")
-        source = self._source(noise, seed, shape)
+        source = self._source(noise, seed, shape, x_T)
         kind = "none" if not self.table.uses_noise else "tensor" if source.fill else "philox"
         spec = (self.table, self.guidance.branches, self.guidance.base, self.clip is not None)
         key = (shape, conditioning.signature(), plan.active, spec, kind, keep_x0)
@@ -254,8 +254,17 @@ class Sampler:
         workspace.rewind()
         return _Run(self, key, workspace, source)
 
-    def _source(self, noise: Recording | None, seed: int | Sequence[int] | None, shape: tuple[int, ...]) -> NoiseSource:
-        if self.noise == "torch":
+    def _source(
+        self,
+        noise: Recording | None,
+        seed: int | Sequence[int] | None,
+        shape: tuple[int, ...],
+        x_T: Tensor | None,
+    ) -> NoiseSource:
+        if x_T is not None and (noise is not None or not self.table.uses_noise):
+            # Nothing is random: torch's generator must not move for a seed that nobody uses.
+            source = NoiseSource(lambda: x_T)
+        elif self.noise == "torch":
             source = torch_source(seed, shape, self.device)
         else:
             source = philox_source(seed, shape, self.device, self.backend)

@@ -72,8 +72,8 @@ class StepTable:
         if rows.ndim != 2 or rows.shape[1] != len(COLUMNS) or not len(rows):
             raise ValueError(f"rows: got shape {rows.shape}, expected [R >= 1, {len(COLUMNS)}]")
         steps = np.arange(len(rows)) if self.steps is None else np.array(self.steps, dtype=np.int64)
-        if steps.shape != (len(rows),) or (np.diff(steps) < 0).any():
-            raise ValueError(f"steps: got {steps.tolist()}, expected {len(rows)} non-decreasing integers")
+        if steps.shape != (len(rows),) or (np.diff(steps, prepend=0) < 0).any():
+            raise ValueError(f"steps: got {steps.tolist()}, expected {len(rows)} non-decreasing integers from 0")
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "steps", steps)
         self._check()

@@ -662,6 +662,19 @@ def test_without_a_seed_torchs_global_generator_decides() -> None:
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("noise", ["philox", "torch"])
+def test_a_run_without_chance_leaves_torchs_generator_alone(noise: str) -> None:
+    schedule = Schedule.named("linear").respace(3)
+    start = torch.randn(2, 3, 4, 4)
+    for table in (solvers.ddim(schedule), solvers.ddpm(schedule, variance="fixed_small")):
+        sampler = Sampler(lambda x, t: 0.1 * x, table, noise=noise)
+        torch.manual_seed(0)
+        sampler.sample((2, 3, 4, 4), x_T=start, noise=torch.zeros(3, 2, 3, 4, 4))
+        after = torch.rand(4)
+        torch.manual_seed(0)
+        assert torch.equal(after, torch.rand(4))
+
+
 @pytest.mark.parametrize("seed", [np.int64(3), torch.tensor(3), [3, 4, 5], np.arange(3, 6), range(3, 6)])
 def test_seeds_may_come_from_numpy_torch_or_a_range(seed: Any) -> None:
     sampler, _ = affine_sampler(False)
