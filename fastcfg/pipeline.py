@@ -144,6 +144,8 @@ class TextToImage:
                 outside 1 ... T; an unknown solver; eta with "ddpm"; a scale that is not finite; counts below 1; or what
                 `Sampler` raises.
         """
+        if not isinstance(prompts, str | Sequence):
+            raise TypeError(f"prompts: got {type(prompts).__name__}, expected a string or several")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise ValueError("prompts: got none, expected at least one")

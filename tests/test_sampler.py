@@ -167,8 +167,8 @@ def test_a_run_in_float64_is_the_equations_done_by_hand(name: str, guidance: str
     expected = by_hand(table, spec, x_T, noise, 1.0)
     sampler = Sampler(model_for(table), table, guidance=spec, clip=1.0, dtype=torch.float64, state_dtype=torch.float64)
     got = sampler.sample(SHAPE, x_T=x_T, noise=noise, **conditioning(spec))
-    # Measured: at most 3e-15 where clipped.
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+    # Measured: 6e-14 for ddim reverse, 4e-14 for ddim, 2e-15 for the others.
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-13)
 
 
 @pytest.mark.parametrize("guidance", GUIDANCES)
@@ -521,8 +521,8 @@ def test_the_model_gets_its_own_dtype_and_the_state_stays_float32() -> None:
         cond, uncond = (model(x, t, given[name]["y"]).double() for name in ("cond", "uncond"))
     x0 = table["p_x"][0] * x_T.double() + table["p_m"][0] * (uncond + 3.0 * (cond - uncond))
     expected = table["a_x"][0] * x_T.double() + table["a_0"][0] * x0
-    # Measured: 1.1e-7 relative.
-    torch.testing.assert_close(got.double(), expected, rtol=5e-7, atol=1e-6)
+    # Measured: 1.3e-7, on values up to 3. Rounding the state to bfloat16 would cost 1e-2.
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
 
 
 def test_channels_last_reaches_the_model_and_changes_nothing() -> None:
