@@ -44,6 +44,7 @@ class Affine(nn.Module):
         self.seen: list[Tensor] = []
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
         self.seen.append(x)
         return rational(x, t, y) * self.gain
 
@@ -378,22 +379,27 @@ def test_the_arguments_are_left_as_they_were() -> None:
 # Generators
 
 
+def last_x(sampler: Sampler, seed: int) -> Tensor:
+    *_, last = sampler.iterate(SHAPE, seed=seed, **CFG_CONDITIONS)
+    return last.x
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_an_abandoned_generator_does_not_disturb_later_runs(graph: bool) -> None:
     sampler, _ = affine_sampler(graph)
-    expected = [sampler.sample(SHAPE, seed=seed, **CFG_CONDITIONS) for seed in (1, 2)]
+    expected = [last_x(sampler, seed) for seed in (1, 2)]
     never_started = sampler.iterate(SHAPE, seed=9, **CFG_CONDITIONS)
     half_way = sampler.iterate(SHAPE, seed=1, **CFG_CONDITIONS)
     next(half_way), next(half_way)
-    assert torch.equal(sampler.sample(SHAPE, seed=2, **CFG_CONDITIONS), expected[1])
+    assert torch.equal(last_x(sampler, 2), expected[1])
     del never_started, half_way
-    assert torch.equal(sampler.sample(SHAPE, seed=1, **CFG_CONDITIONS), expected[0])
+    assert torch.equal(last_x(sampler, 1), expected[0])
 
 
 @pytest.mark.parametrize("graph", [False, True])
 def test_interleaved_generators_do_not_share_memory(graph: bool) -> None:
     sampler, _ = affine_sampler(graph)
-    expected = [sampler.sample(SHAPE, seed=seed, **CFG_CONDITIONS) for seed in (1, 2, 3)]
+    expected = [last_x(sampler, seed) for seed in (1, 2, 3)]
     runs = [sampler.iterate(SHAPE, seed=seed, **CFG_CONDITIONS) for seed in (1, 2, 3)]
     last = [steps[-1].x for steps in zip(*[list(group) for group in zip(*runs, strict=True)], strict=True)]
     assert all(map(torch.equal, last, expected))
@@ -407,7 +413,7 @@ def test_steps_tell_where_the_run_is() -> None:
     assert [step.step for step in steps] == [0, 0, 1, 1, 2, 2]
     assert [step.t for step in steps] == table["t"].tolist()
     assert {step.rows for step in steps} == {6}
-    assert all(not torch.equal(a.x, b.x) for a, b in pairwise(steps))
+    assert all(not torch.equal(a.x, b.x) and not torch.equal(a.x0, b.x0) for a, b in pairwise(steps))
     assert all(step.x0.abs().max() <= 1 for step in steps)
     called: list[Tensor] = []
     result = sampler.sample(SHAPE, seed=1, callback=lambda step: called.append(step.x), **CFG_CONDITIONS)
@@ -518,7 +524,7 @@ def test_the_model_gets_its_own_dtype_and_the_state_stays_float32() -> None:
     # One step by hand: the model rounds in and out, the state is what it was.
     x, t = x_T.bfloat16(), torch.full((B,), int(table["t"][0]))
     with torch.no_grad():
-        cond, uncond = (model(x, t, given[name]["y"]).double() for name in ("cond", "uncond"))
+        cond, uncond = [model(x, t, given[name]["y"]).double() for name in ("cond", "uncond")]
     x0 = table["p_x"][0] * x_T.double() + table["p_m"][0] * (uncond + 3.0 * (cond - uncond))
     expected = table["a_x"][0] * x_T.double() + table["a_0"][0] * x0
     # Measured: 1.3e-7, on values up to 3. Rounding the state to bfloat16 would cost 1e-2.
@@ -627,13 +633,14 @@ def test_per_sample_clips_equal_runs_of_their_own() -> None:
     assert together[0].abs().max() < together[1].abs().max()
 
 
-def test_philox_noise_is_what_the_generator_draws() -> None:
-    table = TABLES["ddpm fixed"]
+@pytest.mark.parametrize("name", ["ddpm fixed", "history 1"])
+def test_philox_noise_is_what_the_generator_draws(name: str) -> None:
+    table = TABLES[name]
     sampler = Sampler(rational, table, guidance=CFG(3.0), clip=1.0)
     drawn = sampler.sample(SHAPE, seed=[5, 900, -3], **CFG_CONDITIONS)
     seeds = sample_seeds([5, 900, -3], B)
     noise = torch.stack([philox_normal(seeds, SHAPE[1:], row=row, stream=STEP_STREAM) for row in range(len(table))])
-    x_T = philox_normal(seeds, SHAPE[1:], stream=INITIAL_STREAM)
+    x_T = philox_normal(seeds, SHAPE[1:], stream=INITIAL_STREAM) * table.initial_scale
     assert torch.equal(sampler.sample(SHAPE, noise=noise, x_T=x_T, **CFG_CONDITIONS), drawn)
     assert torch.equal(sampler.sample(SHAPE, noise=lambda row, shape: noise[row], x_T=x_T, **CFG_CONDITIONS), drawn)
 
@@ -696,7 +703,8 @@ def test_the_callers_grad_mode_stays_between_steps() -> None:
         for _ in sampler.iterate(SHAPE, seed=1, **CFG_CONDITIONS):
             assert torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
-    assert not any(x.requires_grad for x in model.seen)
+    # The model saw no gradients: it checks that itself.
+    assert len(model.seen) == 3 * len(sampler.table)
 
 
 @pytest.mark.parametrize("graph", [False, True])
