@@ -233,6 +233,20 @@ def test_an_interruption_is_one_line_and_writes_nothing(
     assert os.listdir() == []
 
 
+def test_an_interrupted_training_tells_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(config: Any, out: str, **_: Any) -> None:
+        (Path(out) / "state.pt").write_bytes(b"")
+        raise KeyboardInterrupt
+
+    Path("run").mkdir()
+    monkeypatch.setattr("fastcfg.training.train.train", interrupt)
+    assert main(["train", "--out", "run", "--device", "cpu"]) == 130
+    told = "fastcfg: interrupted: the same command with --resume goes on from the last save\n"
+    assert capsys.readouterr().err == f"\n{told}"
+
+
 # The grid
 
 

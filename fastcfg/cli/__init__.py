@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, OSError) as error:
         print(f"fastcfg: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nfastcfg: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print("\nfastcfg: " + ": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)

@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from fastcfg.training.train import train
+    from fastcfg.training.train import STATE, train
 
     if find_spec("matplotlib") is None:
         raise UsageError(
@@ -85,7 +85,14 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    result = train(config, arguments.out, resume=arguments.resume, progress=not arguments.no_progress, device=device)
+    try:
+        result = train(
+            config, arguments.out, resume=arguments.resume, progress=not arguments.no_progress, device=device
+        )
+    except KeyboardInterrupt:
+        if (Path(arguments.out) / STATE).is_file():
+            raise KeyboardInterrupt("the same command with --resume goes on from the last save") from None
+        raise
     print(f"wrote    {result.checkpoint}")
     print(f"trained  {result.steps} steps in {result.seconds / 60:.1f} min, loss {result.loss:.4f} at the end")
     return 0
