@@ -20,16 +20,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .machine_code import TARGETS, MachineCode, compile_launch
-
-if TYPE_CHECKING:
-    from fastcfg.step import StepBuffers, StepSpec
+from .launches import VARIANTS
+from .machine_code import TARGETS, compile_launch
 
 
 @dataclass(frozen=True)
@@ -68,114 +65,12 @@ GPUS = (
 )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to call a launcher.
-
-    Attributes:
-        name: as given to --variant.
-        shape: of the state, [B, C, ...].
-        dtype: of the model's output and input.
-        channels_last: the layout of both.
-        spec: the fields of a `StepSpec`; None is the starting noise.
-    """
-
-    name: str
-    shape: tuple[int, ...] = (64, 3, 64, 64)
-    dtype: str = "bfloat16"
-    channels_last: bool = False
-    spec: dict[str, Any] | None = field(default_factory=dict)
-
-
-# Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
-CFG = {"branches": 2, "base": 1}
-MAIN = {**CFG, "learned_variance": True, "clip": True, "noise": "philox"}
-VARIANTS = (
-    Variant("main", spec=MAIN),
-    Variant("block-1024", (32, 3, 64, 64), spec=MAIN),
-    Variant("block-512", (1, 3, 64, 64), spec=MAIN),
-    Variant("noise-tensor", spec={**MAIN, "noise": "tensor"}),
-    Variant("fixed-variance", spec={**MAIN, "learned_variance": False}),
-    Variant("ddim", spec={**CFG, "clip": True}),
-    Variant("fp16", dtype="float16", spec=MAIN),
-    Variant("fp32", dtype="float32", spec=MAIN),
-    Variant("k3", spec={**MAIN, "branches": 3, "base": 2}),
-    Variant("history-3", spec={**CFG, "history": 3}),
-    Variant("x0", spec={**MAIN, "keep_x0": True}),
-    Variant("channels-last", channels_last=True, spec=MAIN),
-    Variant("odd-size", (64, 3, 63, 65), spec=MAIN),
-    Variant("starting-noise", spec=None),
-)
-
-
-def measure(variant: Variant, target: str) -> tuple[MachineCode, int]:
-    """Machine code of a variant, and the bytes per element it moves.
-
-    Args:
-        variant: what to launch.
-        target: one of `machine_code.TARGETS`.
-
-    Raises:
-        RuntimeError: TRITON_INTERPRET is set.
-    """
-    launch, module, kernel, bytes_per_element = _launcher(variant)
-    return compile_launch(launch, module, kernel, target), bytes_per_element
-
-
-def _launcher(variant: Variant) -> tuple[Callable[[], None], ModuleType, str, int]:
-    import torch
-
-    from fastcfg.kernels import guided_step, normal
-    from fastcfg.step import StepBuffers, StepSpec
-    from fastcfg.table import COLUMNS
-
-    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    batch, channels, *rest = shape = variant.shape
-    if variant.spec is None:
-        out, seeds = tensor(*shape), tensor(batch, dtype=torch.int64)
-        return lambda: normal.launch_normal(out, seeds, 0, 0), normal, "_normal_kernel", 4
-
-    spec = StepSpec(**variant.spec)
-    dtype = getattr(torch, variant.dtype)
-    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-    rows = spec.branches * batch
-    buffers = StepBuffers(
-        x=tensor(*shape),
-        table=tensor(51, len(COLUMNS)),
-        counter=tensor(2, dtype=torch.int32),
-        weights=tensor(50, batch, spec.branches),
-        bound=tensor(batch),
-        noise=tensor(*shape),
-        seeds=tensor(batch, dtype=torch.int64),
-        history=tensor(spec.history + 1, *shape),
-        x0=tensor(*shape),
-        model_input=tensor(rows, *shape[1:], dtype=dtype).contiguous(memory_format=layout),
-        time=tensor(rows, dtype=torch.int64),
-    )
-    output = tensor(rows, 2 * channels, *rest, dtype=dtype).contiguous(memory_format=layout)
-
-    def launch() -> None:
-        guided_step.launch_guided_step(output, spec, buffers)
-
-    return launch, guided_step, "_guided_step_kernel", bytes_per_element(spec, buffers)
-
-
-def bytes_per_element(spec: StepSpec, buffers: StepBuffers) -> int:
-    """Bytes that a step must move for one element of the state, in a row that saves a tensor if any does."""
-    model = buffers.model_input.dtype.itemsize  # type: ignore[union-attr]
-    state = buffers.x.dtype.itemsize
-    variance = spec.learned_variance and spec.noise != "none"
-    read = state + (spec.branches + variance) * model + state * spec.history + state * (spec.noise == "tensor")
-    slots = len(buffers.model_input) // len(buffers.x)  # type: ignore[arg-type]
-    return read + state + slots * model + state * (spec.history > 0) + state * spec.keep_x0
-
-
-def report_row(variant: Variant, target: str) -> dict[str, Any]:
-    """Everything about one variant on one target, for JSON."""
-    code, size = measure(variant, target)
-    row: dict[str, Any] = {"variant": variant.name, **asdict(code)}
+def report_row(variant: str, target: str) -> dict[str, Any]:
+    """Everything about one of `launches.VARIANTS` on one target, for JSON."""
+    launch = VARIANTS[variant]()
+    code = compile_launch(launch.call, launch.module, launch.kernel, target)
+    size = launch.bytes_per_element
+    row: dict[str, Any] = {"variant": variant, **asdict(code)}
     row["instructions_per_element"] = code.instructions / code.elements_per_thread
     row["bytes_per_element"] = size
     row["gpus"] = {}
@@ -213,7 +108,6 @@ def table_lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    names = [variant.name for variant in VARIANTS]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.static_roofline",
         description=__doc__,
@@ -221,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="default: all")
-    parser.add_argument("--variant", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    names = ", ".join(VARIANTS)
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help=names)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every figure there, whole or not at all")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -234,10 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import triton
 
     print(f"Triton {triton.__version__}; times in ps per element, roofline: share of the bandwidth that can be reached")
-    chosen = [variant for variant in VARIANTS if variant.name in arguments.variant]
     rows: list[dict[str, Any]] = []
     for target in arguments.target:
-        measured = (report_row(variant, target) for variant in chosen)
+        measured = (report_row(variant, target) for variant in arguments.variant)
         for line in table_lines(_kept(measured, rows)):
             print(line, flush=True)
     if arguments.json:

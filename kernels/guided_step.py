@@ -82,7 +82,7 @@ def _guided_step_kernel(
     p_m = tl.load(row_ptr + 3)
     a_x = tl.load(row_ptr + 4)
     a_0 = tl.load(row_ptr + 5)
-    # These are used late, but a load does not move up past a store or into a branch.
+    # Used late, but a load does not move up past a store or out of a branch.
     if HISTORY > 0:
         k_x = tl.load(row_ptr + 14)
         k_0 = tl.load(row_ptr + 15)
@@ -90,7 +90,6 @@ def _guided_step_kernel(
         slot = tl.load(row_ptr + 17).to(tl.int32)
     if SLOTS > 0:
         c_in = tl.load(row_ptr + COLUMNS)
-        time = tl.load(row_ptr + COLUMNS + 1)
 
     channels = size // spatial
     if CHANNELS_LAST or INPUT_CHANNELS_LAST:
@@ -167,6 +166,9 @@ def _guided_step_kernel(
             z = normal4(group.to(tl.uint32), row, STREAM, tl.load(seeds_ptr + sample))
         y = tl.fma(std, z, y)
 
+    if SLOTS > 0:
+        # In L1 with c_in. Loaded above, it costs the registers that make sm_80 spill without learned variance.
+        time = tl.load(row_ptr + COLUMNS + 1)
     if KEEP_X0:
         tl.store(x0_ptr + sample_offset + offs, x0, mask=mask)
     if HISTORY > 0:

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.xdist_group("static_roofline")
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-# Float32 tensors read and written per element, each to be moved 16 bytes at a time.
-WIDE = {
+# Of every contiguous step: float32 tensors read and written per element, each to be moved 16 bytes at a time.
+STEPS = {
     "main": (1, 1),
     "block-1024": (1, 1),
     "block-512": (1, 1),
@@ -29,13 +29,18 @@ WIDE = {
     "k3": (1, 1),
     "history-3": (1 + 3, 1 + 1),
     "x0": (1, 1 + 1),
+    "all-terms": (1 + 3, 1 + 2),
+    "one-sample": (1 + 3, 1 + 2),
 }
-# One element at a time, and registers for the addresses and masks of each.
-SCALAR = ("channels-last", "odd-size")
+PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece")
+# One element at a time.
+SCALAR = ("channels-last", "odd-size", "one-element")
 
-# Each thread holds 16 elements. 128 registers leave room for 4 programs of 4 warps on an SM, 16 warps; measured are at
-# most 106 for the wide ones (168 in the others, 188 on sm_80). On gfx942 a thread holds 8: at most 66 and 98.
-MOST_REGISTERS = {True: 128, False: 200}
+# Of a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6, at
+# most: 128 with x0 output, 114 otherwise.
+MOST_REGISTERS = 128
+# Addresses and masks of single elements take registers, and so do three saved tensors. Measured: 168, 143, 196.
+MOST_REGISTERS_OF = {"all-terms": 176, "channels-last": 176, "odd-size": 208}
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +57,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((folder / "rows.json").read_text())
     found = {(row["target"], row["variant"]): row for row in report["rows"]}
-    assert set(found) == {(t, v) for t in TARGETS for v in (*WIDE, *SCALAR, "starting-noise")}
+    assert set(found) == {(t, v) for t in TARGETS for v in (*STEPS, *PIECES, *SCALAR, "starting-noise")}
     assert all(row["target"] in done.stdout and row["variant"] in done.stdout for row in report["rows"])
     return found
 
@@ -68,29 +73,30 @@ def test_no_instruction_runs_twice(rows: dict[tuple[str, str], dict[str, Any]]) 
 
 
 def test_registers(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
-    over = {key: row["registers"] for key, row in rows.items() if row["registers"] > MOST_REGISTERS[key[1] in WIDE]}
-    assert over == {}
+    used = {key: row["registers"] for key, row in rows.items()}
+    assert {k: n for k, n in used.items() if n > MOST_REGISTERS_OF.get(k[1], MOST_REGISTERS)} == {}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variant", WIDE)
+@pytest.mark.parametrize("variant", STEPS)
 def test_float32_tensors_move_16_bytes_at_a_time(
     rows: dict[tuple[str, str], dict[str, Any]], target: str, variant: str
 ) -> None:
     row = rows[target, variant]
     if row["elements_per_thread"] < 4:
         # Waves of 64 threads have only 2 elements each in the smallest programs.
-        assert (target, variant) == ("gfx942", "block-512")
+        assert target == "gfx942"
+        assert variant in ("block-512", "one-sample")
         return
     groups = row["elements_per_thread"] / 4
-    read, written = WIDE[variant]
+    read, written = STEPS[variant]
     assert (row["loads"].get("16"), row["stores"].get("16")) == (read * groups, written * groups)
     assert "2" not in row["loads"]
     assert "2" not in row["stores"]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("variant", WIDE)
+@pytest.mark.parametrize("variant", [*STEPS, *PIECES])
 def test_the_code_moves_the_bytes_of_the_formula(
     rows: dict[tuple[str, str], dict[str, Any]], target: str, variant: str
 ) -> None:
@@ -98,8 +104,10 @@ def test_the_code_moves_the_bytes_of_the_formula(
     moved = sum(
         int(width) * count for kind in ("loads", "stores") for width, count in row[kind].items() if int(width) > 4
     )
-    # Of one program in 8 bytes: the seed, and the time for each branch.
-    scalars = 8 * (variant not in ("ddim", "history-3", "noise-tensor")) + 8 * (3 if variant == "k3" else 2)
+    scalars = 0
+    if variant in STEPS:
+        # Each of 8 bytes: the seed, and the time for each branch.
+        scalars = 8 * (variant not in ("ddim", "history-3", "noise-tensor")) + 8 * (3 if variant == "k3" else 2)
     assert (moved - scalars) / row["elements_per_thread"] == row["bytes_per_element"]
 
 
@@ -112,7 +120,7 @@ def test_the_main_step_costs_at_most_80_instructions_per_element(
 ) -> None:
     row = rows["sm_90", "main"]
     assert row["elements_per_thread"] == 16
-    # 70.4 with Triton 3.9, 72.2 with 3.6.
+    # 69.6 with Triton 3.9, 71.6 with 3.6.
     assert row["instructions_per_element"] <= 80
 
 

@@ -1,0 +1,162 @@
+"""Launches of every kernel with the options that change its code, on tensors that hold no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastcfg.step import StepBuffers, StepSpec
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a launcher.
+
+    Attributes:
+        call: makes the call.
+        module: holds the kernel.
+        kernel: its name there.
+        bytes_per_element: bytes that must be moved for one element of the state: every tensor once, scalars not
+            counted.
+    """
+
+    call: Callable[[], None]
+    module: ModuleType
+    kernel: str
+    bytes_per_element: int
+
+
+SHAPE = (64, 3, 64, 64)
+
+
+def _tensor(*shape: int, dtype: str = "float32", channels_last: bool = False) -> Tensor:
+    import torch
+
+    tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last: bool = False, **fields: Any) -> Launch:
+    """The guided step.
+
+    Args:
+        shape: of the state, [B, C, ...].
+        dtype: of the model's output and input.
+        channels_last: the layout of both.
+        **fields: of the `StepSpec`.
+    """
+    from fastcfg.kernels import guided_step
+    from fastcfg.step import StepBuffers, StepSpec
+    from fastcfg.table import COLUMNS
+
+    spec = StepSpec(**fields)
+    batch, channels, *rest = shape
+    rows = spec.branches * batch
+    buffers = StepBuffers(
+        x=_tensor(*shape),
+        table=_tensor(51, len(COLUMNS)),
+        counter=_tensor(2, dtype="int32"),
+        weights=_tensor(50, batch, spec.branches),
+        bound=_tensor(batch),
+        noise=_tensor(*shape),
+        seeds=_tensor(batch, dtype="int64"),
+        history=_tensor(spec.history + 1, *shape),
+        x0=_tensor(*shape),
+        model_input=_tensor(rows, *shape[1:], dtype=dtype, channels_last=channels_last),
+        time=_tensor(rows, dtype="int64"),
+    )
+    output = _tensor(rows, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
+    call = partial(guided_step.launch_guided_step, output, spec, buffers)
+    return Launch(call, guided_step, "_guided_step_kernel", step_bytes(spec, buffers))
+
+
+def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
+    """Bytes per element of a guided step, in a row that saves a tensor if any row does."""
+    model = buffers.model_input.dtype.itemsize  # type: ignore[union-attr]
+    state = buffers.x.dtype.itemsize
+    variance = spec.learned_variance and spec.noise != "none"
+    read = state + (spec.branches + variance) * model + state * spec.history + state * (spec.noise == "tensor")
+    slots = len(buffers.model_input) // len(buffers.x)  # type: ignore[arg-type]
+    return read + state + slots * model + state * (spec.history > 0) + state * spec.keep_x0
+
+
+def starting_noise() -> Launch:
+    """The normals that a run starts from."""
+    from fastcfg.kernels import normal
+
+    call = partial(normal.launch_normal, _tensor(*SHAPE), _tensor(SHAPE[0], dtype="int64"), 0, 0)
+    return Launch(call, normal, "_normal_kernel", 4)
+
+
+def split_piece() -> Launch:
+    """`split_model_output` of bfloat16."""
+    from fastcfg.kernels import split
+
+    batch, channels, *rest = SHAPE
+    image, output = _tensor(*SHAPE), _tensor(batch, 2 * channels, *rest, dtype="bfloat16")
+    return Launch(partial(split.launch_split, output, image, image), split, "_split_kernel", 12)
+
+
+def blend_piece() -> Launch:
+    """`guidance_blend` of two bfloat16 branches."""
+    from fastcfg.kernels import blend
+
+    batch = SHAPE[0]
+    output = _tensor(2 * batch, *SHAPE[1:], dtype="bfloat16")
+    call = partial(blend.launch_blend, output, _tensor(batch, 2), 1, _tensor(*SHAPE))
+    return Launch(call, blend, "_blend_kernel", 8)
+
+
+def x0_piece() -> Launch:
+    """`predict_x0` of a bfloat16 output, clipped."""
+    from fastcfg.kernels import x0
+
+    image, scalar = _tensor(*SHAPE), _tensor(SHAPE[0])
+    call = partial(x0.launch_x0, image, _tensor(*SHAPE, dtype="bfloat16"), scalar, scalar, scalar, image)
+    return Launch(call, x0, "_x0_kernel", 10)
+
+
+def posterior_piece() -> Launch:
+    """`posterior_mean_variance` with bfloat16 variance channels."""
+    from fastcfg.kernels import posterior
+
+    image, scalar, variance = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype="bfloat16")
+    inputs = (image, image, scalar, scalar, scalar, scalar, variance)
+    call = partial(posterior.launch_posterior, *inputs, image, image, image)
+    return Launch(call, posterior, "_posterior_kernel", 22)
+
+
+# Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
+_CFG: dict[str, Any] = {"branches": 2, "base": 1}
+_MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise": "philox"}
+_ALL: dict[str, Any] = {**_MAIN, "unconditional": 1, "raw_output": True, "history": 3, "keep_x0": True}
+
+VARIANTS: dict[str, Callable[[], Launch]] = {
+    "main": partial(step, **_MAIN),
+    "block-1024": partial(step, (32, 3, 64, 64), **_MAIN),
+    "block-512": partial(step, (1, 3, 64, 64), **_MAIN),
+    "noise-tensor": partial(step, **_MAIN | {"noise": "tensor"}),
+    "fixed-variance": partial(step, **_MAIN | {"learned_variance": False}),
+    "ddim": partial(step, **_CFG, clip=True),
+    "fp16": partial(step, dtype="float16", **_MAIN),
+    "fp32": partial(step, dtype="float32", **_MAIN),
+    "k3": partial(step, **_MAIN | {"branches": 3, "base": 2}),
+    "history-3": partial(step, **_CFG, history=3),
+    "x0": partial(step, **_MAIN, keep_x0=True),
+    "all-terms": partial(step, **_ALL),
+    "one-sample": partial(step, (1, 3, 64, 64), **_ALL),
+    "one-element": partial(step, (1, 1, 1), **_ALL),
+    "channels-last": partial(step, channels_last=True, **_MAIN),
+    "odd-size": partial(step, (64, 3, 63, 65), **_MAIN),
+    "starting-noise": starting_noise,
+    "split-piece": split_piece,
+    "blend-piece": blend_piece,
+    "x0-piece": x0_piece,
+    "posterior-piece": posterior_piece,
+}
