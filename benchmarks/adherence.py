@@ -153,7 +153,7 @@ def plot(report: dict[str, Any], path: str) -> None:
 
     rows = report["scales"]
     scales = [row["scale"] for row in rows]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for part in _PARTS:
         values = [row["own_prompts"][part] for row in rows]
@@ -174,7 +174,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     title = f"{settings['num_prompts']} prompts, {settings['steps']} steps of {settings['solver']}"
     axes.set(xlabel="guidance scale", ylabel="pictures, %", ylim=(-2, 102), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
