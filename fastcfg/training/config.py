@@ -32,6 +32,10 @@ DEFAULT_MODEL: dict[str, Any] = {
 """Constructor arguments of ``Text2ImUNet``; ``attention_resolutions`` are downsampling factors, as there."""
 
 
+# What may change on the way; the rest is built into the network, the optimizer or the data.
+_STAGED = {"reading_steps", "reading_weight", "layout_weight", "noisy_share"}
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training recipe. The same recipe on the same machine and torch version gives the same weights.
@@ -60,6 +64,15 @@ class TrainConfig:
         shards: parts a batch is split into, each computed by a thread of its own. On a CPU two threads with a core
             each, meeting once per step, bear other load far better than one on two cores, which waits for both in every
             layer: beside one busy process, 60 pictures per second against 8.
+        reading_steps: steps of training the text transformer alone to read captions, see ``train_reading``, before all
+            else, or before the stage that says so; 0 for none.
+        reading_batch_size: captions per such step.
+        reading_rate: its learning rate.
+        reading_weight: weight of the loss of reading each batch's captions, so that it is not forgotten; 0 for none.
+        layout_weight: weight of the layout loss, see ``LayoutHead``; 0 for none.
+        noisy_share: share of pictures diffused to the last 15 % of the steps, where layouts are decided, on top of
+            those that chance puts there.
+        stages: changes on the way: each an object of the step it starts ``at`` and settings that hold from there on.
         seed: seed of initial weights, data, noise and dropout.
         model: constructor arguments of ``Text2ImUNet``.
 
@@ -71,7 +84,7 @@ class TrainConfig:
         True
     """
 
-    steps: int = 8000
+    steps: int = 10000
     batch_size: int = 32
     learning_rate: float = 5e-4
     warmup_steps: int = 200
@@ -89,25 +102,58 @@ class TrainConfig:
     bf16: bool = True
     channels_last: bool = False
     shards: int = 2
+    reading_steps: int = 500
+    reading_batch_size: int = 128
+    reading_rate: float = 1e-3
+    reading_weight: float = 0.02
+    layout_weight: float = 0.05
+    noisy_share: float = 0.3
     seed: int = 0
+    stages: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     model: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(DEFAULT_MODEL))
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "num_timesteps"):
+        for name in ("steps", "batch_size", "num_timesteps", "reading_batch_size"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         _require("shards", self.shards, 1 <= self.shards <= self.batch_size, "1 to batch_size")
         if self.shards > 1 and self.model.get("dropout"):
             raise ValueError(f"shards: got {self.shards} with dropout, expected 1: threads share the random generator")
-        for name in ("learning_rate", "grad_clip"):
+        for name in ("learning_rate", "grad_clip", "reading_rate"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value > 0, "a positive number")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "seed"):
+        for name in (
+            "warmup_steps",
+            "decay_steps",
+            "weight_decay",
+            "seed",
+            "reading_steps",
+            "reading_weight",
+            "layout_weight",
+        ):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("cond_drop", "ema_decay", "beta2"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 <= value < 1")
-        for name in ("two_objects", "name_sizes"):
+        for name in ("two_objects", "name_sizes", "noisy_share"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0 <= value <= 1")
+        for stage in self.stages:
+            if type(stage) is not dict or type(stage.get("at")) is not int or set(stage) - {"at"} - _STAGED:
+                expected = f"'at', a step, and some of {', '.join(sorted(_STAGED))}"
+                raise ValueError(f"stages: got {stage!r}, expected an object of {expected}")
+            TrainConfig.from_dict({name: value for name, value in stage.items() if name != "at"})
         _require("mse_weight_cap", self.mse_weight_cap, self.mse_weight_cap >= 1, "at least 1")
+
+    def at(self, step: int) -> TrainConfig:
+        """The settings that hold at a step: those of the stages begun, over the recipe's own; without stages."""
+        changes: dict[str, Any] = {}
+        for stage in sorted(self.stages, key=lambda stage: stage["at"]):
+            if stage["at"] <= step:
+                changes |= {name: value for name, value in stage.items() if name != "at"}
+        return dataclasses.replace(self, stages=[], **changes)
+
+    def lessons_at(self, step: int) -> int:
+        """How many steps of reading lessons come right before a step."""
+        stages = [{"at": 0, "reading_steps": self.reading_steps}, *self.stages]
+        return sum(stage.get("reading_steps", 0) for stage in stages if stage["at"] == step)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -12,6 +12,12 @@ import numpy as np
 from fastcfg.files import replacing
 
 _POINTS = 200
+_LINES = {
+    "mse": "mean squared error of the noise",
+    "vlb": "variational bound of the variance",
+    "layout": "naming the layout",
+    "reading": "reading the captions",
+}
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
@@ -66,10 +72,12 @@ def plot(entries: Sequence[dict[str, float]], path: str | os.PathLike[str]) -> N
     curve = thin(entries)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(curve["step"], curve["mse"], label="mean squared error of the noise")
-    axes.plot(curve["step"], curve["vlb"], label="variational bound of the variance")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    for key, label in _LINES.items():
+        values = np.array(curve.get(key, []), dtype=np.float64)
+        if values.any():
+            axes.plot(curve["step"], np.where(values > 0, values, np.nan), label=label)
+    axes.set(xlabel="step", ylabel="loss (unweighted)", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastcfg.models.tokenizer import Tokenizer
 from fastcfg.training.config import TrainConfig
-from fastcfg.training.shapes import Scene, caption, render_batch, sample_scene
+from fastcfg.training.reading import batch_targets
+from fastcfg.training.shapes import Scene, caption, render_named, sample_scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +23,19 @@ class Batch:
         images: float32 ``[B, 3, 32, 32]`` in [-1, 1].
         tokens: int64 ``[B, text_ctx]``.
         mask: bool ``[B, text_ctx]``, True on a caption's own tokens; all False where the caption was dropped.
+        colours: int64 ``[B, 32, 32]``, each pixel's colour, see ``render_named``.
+        shapes: int64 ``[B, 32, 32]``, likewise its shape.
+        at_words: int64 ``[B, text_ctx, 4]``, what to read at each word, see ``reading_targets``.
+        about: int64 ``[B, 5]``, what to read about the scene.
     """
 
     images: Tensor
     tokens: Tensor
     mask: Tensor
+    colours: Tensor
+    shapes: Tensor
+    at_words: Tensor
+    about: Tensor
 
 
 class ShapesData:
@@ -56,11 +65,18 @@ class ShapesData:
         scenes = [sample_scene(rng, two_objects=config.two_objects) for _ in range(config.batch_size)]
         captions = [caption(scene, rng, name_sizes=config.name_sizes) for scene in scenes]
         dropped = rng.random(config.batch_size) < config.cond_drop
-        encoded = [self._encode("" if drop else text) for text, drop in zip(captions, dropped, strict=True)]
+        captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        encoded = [self._encode(text) for text in captions]
+        at_words, about = batch_targets(captions, scenes, config.model["text_ctx"])
+        images, colours, shapes = (torch.from_numpy(array) for array in render_named(scenes, rng))
         return Batch(
-            images=torch.from_numpy(render_batch(scenes, rng)),
+            images=images,
             tokens=torch.tensor([tokens for tokens, _ in encoded]),
             mask=torch.tensor([mask for _, mask in encoded]),
+            colours=colours,
+            shapes=shapes,
+            at_words=at_words,
+            about=about,
         )
 
     def _encode_uncached(self, text: str) -> tuple[list[int], list[bool]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ class EMA:
         targets = [parameters[name].detach().float() for name in self.shadow]
         torch._foreach_lerp_(list(self.shadow.values()), targets, 1.0 - decay)
         self.updates += 1
+
+    @torch.no_grad()
+    def reset(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Start the average of some parameters anew from their present values.
+
+        Args:
+            parameters: their names and themselves.
+        """
+        for name, parameter in parameters:
+            self.shadow[name].copy_(parameter)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

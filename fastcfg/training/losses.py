@@ -41,8 +41,8 @@ class HybridLoss:
     Args:
         schedule: the diffusion process trained on.
         mse_weight_cap: the squared error is weighted by ``min(1 / alphas_cumprod, mse_weight_cap)``. 1 is the plain
-            loss. Uncapped it is the squared error of v; a cap in between gives the noisy steps, where a picture's layout
-            is decided, more of a say.
+            loss. Uncapped it is the squared error of v; a cap in between gives the noisy steps, where a picture's
+            layout is decided, more of a say.
         dtype: of the tables and so of the result.
 
     Raises:
@@ -111,7 +111,7 @@ class HybridLoss:
         return LossTerms(loss=weight * mse + vlb, mse=mse, vlb=vlb)
 
     def _vlb(self, epsilon: Tensor, fraction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The bound's term at t in bits per dimension: a KL divergence; at t = 0 the likelihood of the 8-bit picture."""
+        """The bound's term at t in bits per dimension: a KL divergence; at t = 0 the likelihood of 8-bit values."""
         predicted_start = (
             self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
             - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon

@@ -37,7 +37,7 @@ _RELATION_PHRASES: dict[str | None, tuple[str, ...]] = {
     None: ("and", "with"),
 }
 _OPENINGS = ("", "", "there is", "a picture of")
-_SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
+SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
 _MARGIN = 1.0
 _GAP = 2.0
@@ -75,7 +75,7 @@ VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys(
         ["a", "an", "there", "is", "picture", "of", "and", "with", "to", "the", "on", "top"]
         + ["left", "right", "above", "over", "below", "under"]
-        + [word for words in _SIZE_WORDS.values() for word in words]
+        + [word for words in SIZE_WORDS.values() for word in words]
         + list(COLOURS)
         + list(SHAPES)
     )
@@ -180,7 +180,7 @@ def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> 
     for item in objects:
         words = [item.colour, item.shape]
         if rng.random() < name_sizes:
-            synonyms = _SIZE_WORDS[item.size]
+            synonyms = SIZE_WORDS[item.size]
             words.insert(0, synonyms[rng.integers(len(synonyms))])
         article = "an" if words[0][0] in "aeiou" else "a"
         nouns.append(" ".join([article, *words]))
@@ -207,11 +207,25 @@ def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarra
     """Draw many scenes at once; shapes of one kind are rasterised together.
 
     Args:
-        scenes: what to draw.
+        scenes: what to draw, at least one.
         rng: the generator to draw the positions from.
 
     Returns:
         The pictures, float32 ``[len(scenes), 3, 32, 32]`` in [-1, 1].
+    """
+    return render_named(scenes, rng)[0]
+
+
+def render_named(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw many scenes and name every pixel.
+
+    Args:
+        scenes: what to draw, at least one.
+        rng: the generator to draw the positions from.
+
+    Returns:
+        The pictures as of ``render_batch``; per pixel the index of its colour in ``COLOURS`` plus 1, or 0 where no
+        object covers half of it, int64 ``[len(scenes), 32, 32]``; likewise the index of its shape in ``SHAPES`` plus 1.
     """
     owners, items, centres = [], [], []
     for index, scene in enumerate(scenes):
@@ -230,7 +244,13 @@ def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarra
     layers = coverage[:, None] * (colours - background)[:, :, None, None]
     pictures = np.broadcast_to(background[:, None, None], (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)).copy()
     np.add.at(pictures, np.array(owners), layers)
-    return pictures / np.float32(127.5) - np.float32(1.0)
+    colour_names = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=np.int64)
+    shape_names = np.zeros_like(colour_names)
+    for owner, item, cover in zip(owners, items, coverage, strict=True):
+        covered = cover >= 0.5
+        colour_names[owner][covered] = COLOURS.index(item.colour) + 1
+        shape_names[owner][covered] = SHAPES.index(item.shape) + 1
+    return pictures / np.float32(127.5) - np.float32(1.0), colour_names, shape_names
 
 
 def shape_coverage(shape: str, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from fastcfg.training.config import TrainConfig
 from fastcfg.training.ema import EMA
 
 _FORMAT = "fastcfg-training-state"
-# What may change on resuming: the run's length, while the learning rate of the steps already made stays the same.
+# What may change on resuming, as long as the steps already made would have been the same: the run's length, while the
+# learning rate does not yet fall, and the stages that lie ahead.
 _LENGTH = {"steps", "decay_steps"}
 
 
@@ -25,6 +26,7 @@ def save_state(
     step: int,
     seconds: float,
     model: nn.Module,
+    heads: nn.Module,
     ema: EMA,
     optimizer: torch.optim.Optimizer,
 ) -> None:
@@ -36,6 +38,7 @@ def save_state(
         step: steps made.
         seconds: time they took.
         model: the network.
+        heads: the heads of its other tasks.
         ema: its average.
         optimizer: the optimizer.
 
@@ -48,6 +51,7 @@ def save_state(
         "step": step,
         "seconds": seconds,
         "model": model.state_dict(),
+        "heads": heads.state_dict(),
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
@@ -56,7 +60,12 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str], config: TrainConfig, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer
+    path: str | os.PathLike[str],
+    config: TrainConfig,
+    model: nn.Module,
+    heads: nn.Module,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     """Restore a run's state in place.
 
@@ -64,6 +73,7 @@ def load_state(
         path: a file that ``save_state`` wrote.
         config: the recipe to go on with: that of the state, but for its length.
         model: the network.
+        heads: the heads of its other tasks.
         ema: its average.
         optimizer: the optimizer.
 
@@ -88,6 +98,7 @@ def load_state(
         ) from error
     _check_same_run(TrainConfig.from_dict(state["config"]), config, state["step"])
     model.load_state_dict(state["model"])
+    heads.load_state_dict(state["heads"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
@@ -95,13 +106,20 @@ def load_state(
 
 def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
     """Raise ValueError unless ``config`` would have led to the same state."""
-    old, new = dataclasses.asdict(saved), dataclasses.asdict(config)
-    changed = [name for name in new if old[name] != new[name]]
-    longer = {name for name in changed if name in _LENGTH}
-    other = [name for name in changed if name not in longer]
+    starts = {0, *(stage["at"] for c in (saved, config) for stage in c.stages)}
+    pairs = [
+        tuple(dataclasses.asdict(c.at(start)) for c in (saved, config)) for start in starts if start < max(step, 1)
+    ]
+    other = [
+        (name, new[name], old[name])
+        for old, new in pairs
+        for name in new
+        if old[name] != new[name] and name not in _LENGTH
+    ]
+    longer = any(getattr(saved, name) != getattr(config, name) for name in _LENGTH)
     if other:
-        name = other[0]
-        raise ValueError(f"resume: got a recipe with {name} = {new[name]!r}, expected the state's {old[name]!r}")
+        name, got, expected = other[0]
+        raise ValueError(f"resume: got a recipe with {name} = {got!r}, expected the state's {expected!r}")
     if longer and any(step > max(c.steps - c.decay_steps, 0) for c in (saved, config)):
         raise ValueError(
             f"resume: got a run of another length at step {step}, expected the state's steps = {saved.steps} and "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,9 @@ from fastcfg.training import curve
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.data import ShapesData
 from fastcfg.training.ema import EMA
+from fastcfg.training.layout import LayoutHead
 from fastcfg.training.losses import HybridLoss
+from fastcfg.training.reading import ReadingHeads, reading_parameters, train_reading
 from fastcfg.training.shapes import IMAGE_SIZE, VOCABULARY
 from fastcfg.training.state import load_state, save_state
 
@@ -33,6 +37,9 @@ RECIPE, STATE, CHECKPOINT, LOG, PLOT = "recipe.json", "state.pt", "model.safeten
 # Captions are short and their meaning hangs on word order, so places start as loud as words; the constructor leaves
 # them a hundred times quieter.
 _TEXT_INIT_STD = 0.3
+
+# The part of the diffusion that `noisy_share` adds to.
+_NOISY = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +121,7 @@ def train(
     run = _Run(config, torch.device(device))
     step, seconds, log = 0, 0.0, []
     if resume:
-        step, seconds = load_state(out / STATE, config, run.model, run.ema, run.optimizer)
+        step, seconds = load_state(out / STATE, config, run.model, run.heads, run.ema, run.optimizer)
         log = curve.read_log(out / LOG)[:step]
     elif (out / STATE).exists():
         raise ValueError(f"out_dir: got {out}, which holds a run, expected resume or another folder")
@@ -125,6 +132,8 @@ def train(
     started = saved = time.monotonic()
     with _progress_bar(step, config.steps, progress) as bar, open(out / LOG, "a", encoding="utf-8") as log_file:
         while step < end:
+            if lessons := config.lessons_at(step):
+                run.read(lessons)
             entry = run.step(step)
             step += 1
             log.append(entry)
@@ -155,10 +164,15 @@ class _Run:
         self.model = build_model(config).to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_step_seed(config.seed, "layout"))
+            self.layout = LayoutHead(self.model)
+            self.reading = ReadingHeads(self.model.xf_width)
+            self.heads = nn.ModuleList([self.layout, self.reading]).to(device)
         self.parameters = list(self.model.parameters())
         self.ema = EMA(self.model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            [*self.parameters, *self.heads.parameters()],
             lr=config.learning_rate,
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
@@ -169,9 +183,19 @@ class _Run:
         threads = max(torch.get_num_threads() // config.shards, 1)
         self.pool = ThreadPoolExecutor(config.shards, initializer=torch.set_num_threads, initargs=(threads,))
 
+    def read(self, steps: int) -> None:
+        """Train the text transformer alone; optimizer and average of its parameters start anew."""
+        heads, _ = train_reading(self.model, dataclasses.replace(self.config, reading_steps=steps))
+        self.reading.load_state_dict(heads.state_dict())
+        changed = reading_parameters(self.model)
+        self.ema.reset(changed)
+        for parameter in [*(parameter for _, parameter in changed), *self.reading.parameters()]:
+            self.optimizer.state.pop(parameter, None)
+
     def step(self, step: int) -> dict[str, float]:
         """Make one optimizer step; returns the log entry."""
-        learning_rate = self.config.learning_rate_at(step)
+        config = self.config.at(step)
+        learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         batch = self.data.batch(step)
@@ -181,36 +205,55 @@ class _Run:
             # Drawn on the CPU: the same steps and noise on every device.
             t = torch.randint(self.config.num_timesteps, (self.config.batch_size,))
             noise = torch.randn(batch.images.shape)
-            tensors = (batch.images, batch.tokens, batch.mask, t, noise)
-            shards = zip(*(tensor.to(self.device).chunk(self.config.shards) for tensor in tensors), strict=True)
-            results = list(self.pool.map(self._shard, shards))
-        loss, mse, vlb = (torch.stack(parts).sum() for parts in zip(*(terms for terms, _ in results), strict=True))
-        for parameter, *gradients in zip(self.parameters, *(grads for _, grads in results), strict=True):
+            if config.noisy_share:
+                latest = config.num_timesteps - torch.randint(math.ceil(_NOISY * config.num_timesteps), t.shape) - 1
+                t = torch.where(torch.rand(t.shape) < config.noisy_share, latest, t)
+            tensors = {**vars(batch), "t": t, "noise": noise}
+            parts = [tensor.to(self.device).chunk(config.shards) for tensor in tensors.values()]
+            shards = [dict(zip(tensors, shard, strict=True)) for shard in zip(*parts, strict=True)]
+            trained = list(self.parameters)
+            if config.layout_weight:
+                trained += self.layout.parameters()
+            if config.reading_weight:
+                trained += self.reading.parameters()
+            results = list(self.pool.map(self._shard, shards, itertools.repeat(trained), itertools.repeat(config)))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, mse, vlb, layout, reading = (
+            torch.stack(parts).sum() for parts in zip(*(terms for terms, _ in results), strict=True)
+        )
+        for parameter, *gradients in zip(trained, *(grads for _, grads in results), strict=True):
             parameter.grad = torch.stack(gradients).sum(dim=0) if len(gradients) > 1 else gradients[0]
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(trained, self.config.grad_clip)
         self.optimizer.step()
         self.ema.update(self.model)
-        values = {"loss": loss, "mse": mse, "vlb": vlb, "grad_norm": norm}
+        values = {"loss": loss, "mse": mse, "vlb": vlb, "layout": layout, "reading": reading, "grad_norm": norm}
         return {"step": step + 1, **{name: float(f"{value.item():.5g}") for name, value in values.items()}}
 
-    def _shard(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """A shard's part of the batch's mean loss, mse and vlb, and its gradient."""
-        x_start, tokens, mask, t, noise = tensors
+    def _shard(
+        self, shard: dict[str, Tensor], trained: list[nn.Parameter], config: TrainConfig
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """A shard's part of the batch's mean losses, the weighted sum first, and the sum's gradient."""
+        x_start, t, noise = shard["images"], shard["t"], shard["noise"]
         x_t = self.loss.q_sample(x_start, t, noise)
-        terms = self.loss(self._model_output(x_t, t, tokens, mask), x_start, x_t, t, noise)
-        parts = tuple(value.sum() / self.config.batch_size for value in (terms.loss, terms.mse, terms.vlb))
-        return tuple(part.detach() for part in parts), torch.autograd.grad(parts[0], self.parameters)
-
-    def _model_output(self, x_t: Tensor, t: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """The model's output in float32."""
-        if self.config.channels_last:
+        if config.channels_last:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
-            return self.model(x_t, t, tokens=tokens, mask=mask).float()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
+            text = self.model.get_text_emb(shard["tokens"], shard["mask"])
+            output = self.model(x_t, t, **text).float()
+        terms = self.loss(output, x_start, x_t, t, noise)
+        loss, layout, reading = terms.loss.sum(), output.new_zeros(()), output.new_zeros(())
+        if config.layout_weight:
+            layout = self.layout(shard["colours"], shard["shapes"]).sum()
+            loss = loss + config.layout_weight * layout
+        if config.reading_weight:
+            reading = self.reading(text["xf_out"], shard["at_words"], shard["about"])[0] * len(t)
+            loss = loss + config.reading_weight * reading
+        parts = [part / config.batch_size for part in (loss, terms.mse.sum(), terms.vlb.sum(), layout, reading)]
+        return tuple(part.detach() for part in parts), torch.autograd.grad(parts[0], trained)
 
     def save(self, out: Path, step: int, seconds: float) -> None:
         """Write the state and the averaged weights."""
-        save_state(out / STATE, self.config, step, seconds, self.model, self.ema, self.optimizer)
+        save_state(out / STATE, self.config, step, seconds, self.model, self.heads, self.ema, self.optimizer)
         averaged = build_model(self.config)
         self.ema.copy_to(averaged)
         recipe = {**dataclasses.asdict(self.config), "steps_made": step}

@@ -81,8 +81,10 @@ def test_coverage_is_antialiased_area(shape: str) -> None:
     partial = ((cover > 0.05) & (cover < 0.95)).sum(axis=(1, 2))
     assert partial.min() >= 8
     # Moving by a whole pixel moves the picture by a whole pixel; by a quarter, each pixel's coverage by at most that.
-    np.testing.assert_allclose(shape_coverage(shape, centres + [1, 0], radii)[:, :, 1:], cover[:, :, :-1], atol=1e-5)
-    assert np.abs(shape_coverage(shape, centres + [0.25, 0], radii) - cover).max() <= 0.25 + 1e-5
+    np.testing.assert_allclose(
+        shape_coverage(shape, centres + np.array([1, 0]), radii)[:, :, 1:], cover[:, :, :-1], atol=1e-5
+    )
+    assert np.abs(shape_coverage(shape, centres + np.array([0.25, 0]), radii) - cover).max() <= 0.25 + 1e-5
 
 
 def test_background_and_colours_are_exact() -> None:

@@ -16,6 +16,7 @@ from fastcfg.training import curve
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.data import ShapesData
 from fastcfg.training.ema import EMA
+from fastcfg.training.losses import HybridLoss
 from fastcfg.training.train import LOG, PLOT, RECIPE, STATE, build_model, main, train
 
 MODEL = {
@@ -34,6 +35,9 @@ TINY = TrainConfig.from_dict(
         "decay_steps": 2,
         "ema_decay": 0.9,
         "bf16": False,
+        "reading_steps": 0,
+        "layout_weight": 0.03,
+        "noisy_share": 0.0,
         "seed": 3,
         "model": MODEL,
     }
@@ -176,6 +180,56 @@ def test_a_run_can_be_given_another_length_before_its_decay(tmp_path: Path) -> N
         train(dataclasses.replace(longer, steps=9), tmp_path, progress=False, resume=True)
 
 
+def test_reading_lessons_happen_once_where_the_recipe_says(tmp_path: Path) -> None:
+    plain = dataclasses.replace(TINY, steps=5)
+    lessons = dataclasses.replace(plain, reading_batch_size=8, stages=[{"at": 3, "reading_steps": 2}])
+    assert [lessons.lessons_at(step) for step in range(5)] == [0, 0, 0, 2, 0]
+    assert dataclasses.replace(lessons, reading_steps=7).lessons_at(0) == 7
+    whole = weights(train(lessons, tmp_path / "whole", progress=False).checkpoint)
+    before = dataclasses.replace(lessons, stages=[])
+    for name, config, stop in (("before", before, 2), ("at", lessons, 3), ("after", lessons, 4)):
+        train(config, tmp_path / name, progress=False, stop_after=stop)
+        assert_equal_trees(whole, weights(train(lessons, tmp_path / name, progress=False, resume=True).checkpoint))
+    without = weights(train(plain, tmp_path / "without", progress=False).checkpoint)
+    assert not torch.equal(without["token_embedding.weight"], whole["token_embedding.weight"])
+    with pytest.raises(ValueError, match=r"resume: got a recipe with reading_rate = 0.1, expected the state's 0.001"):
+        train(dataclasses.replace(lessons, reading_rate=0.1), tmp_path / "whole", progress=False, resume=True)
+
+
+def test_stages_change_settings_on_the_way(tmp_path: Path) -> None:
+    stages = [{"at": 2, "layout_weight": 0.5}, {"at": 4, "noisy_share": 0.9, "layout_weight": 0.2}]
+    staged = dataclasses.replace(TINY, stages=stages)
+    settings = [(staged.at(step).layout_weight, staged.at(step).noisy_share) for step in range(6)]
+    assert settings == [(0.03, 0.0)] * 2 + [(0.5, 0.0)] * 2 + [(0.2, 0.9)] * 2
+    whole = weights(train(staged, tmp_path / "whole", progress=False).checkpoint)
+    train(TINY, tmp_path / "parts", progress=False, stop_after=2)
+    first = dataclasses.replace(TINY, stages=stages[:1])
+    train(first, tmp_path / "parts", progress=False, resume=True, stop_after=4)
+    assert_equal_trees(whole, weights(train(staged, tmp_path / "parts", progress=False, resume=True).checkpoint))
+    with pytest.raises(ValueError, match=r"resume: got a recipe with layout_weight = 0.5, expected the state's 0.2"):
+        train(first, tmp_path / "parts", progress=False, resume=True)
+    plain = weights(train(TINY, tmp_path / "plain", progress=False).checkpoint)
+    assert not torch.equal(plain["out.2.weight"], whole["out.2.weight"])
+
+
+def test_noisy_share_draws_late_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    original = HybridLoss.q_sample
+
+    def spy(self: HybridLoss, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        drawn.append(t)
+        return original(self, x_start, t, noise)
+
+    monkeypatch.setattr(HybridLoss, "q_sample", spy)
+    for share, expected in ((0.0, 0.15), (0.6, 0.66)):
+        drawn.clear()
+        config = dataclasses.replace(TINY, steps=8, batch_size=48, shards=1, noisy_share=share)
+        train(config, tmp_path / str(share), progress=False)
+        late = torch.cat(drawn) >= 850
+        # Binomial: the standard deviation is below 0.022.
+        assert abs(late.float().mean().item() - expected) < 0.06
+
+
 def test_foreign_states_and_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume: got .* not a file"):
         train(TINY, tmp_path, progress=False, resume=True)
@@ -205,6 +259,9 @@ def test_foreign_states_and_recipes_are_refused(tmp_path: Path) -> None:
         ({"batch_size": 1}, "shards: got 2, expected 1 to batch_size"),
         ({"model": {"dropout": 0.1}}, "shards: got 2 with dropout, expected 1"),
         ([], "recipe: got list"),
+        ({"stages": [{"at": 5, "batch_size": 1}]}, "stages: got .*expected an object of 'at', a step, and some of"),
+        ({"stages": [{"layout_weight": 0.1}]}, "stages: got .*expected an object of 'at'"),
+        ({"stages": [{"at": 5, "noisy_share": 2.0}]}, "noisy_share: got 2.0, expected 0 <= value <= 1"),
     ],
 )
 def test_bad_recipes_are_refused(values: object, message: str) -> None:
@@ -221,7 +278,7 @@ def test_recipe_file_round_trip_and_errors(tmp_path: Path, capsys: pytest.Captur
         main(["--recipe", str(path), "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     assert "not JSON" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="model: got .*expected arguments of Text2ImUNet"):
+    with pytest.raises(ValueError, match=r"model: got .*expected arguments of Text2ImUNet"):
         build_model(TrainConfig.from_dict({"model": {"depth": 3}}))
 
 
