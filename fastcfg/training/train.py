@@ -155,6 +155,24 @@ def train(
     return TrainResult(step, seconds, float(np.mean([e["loss"] for e in tail])), out / CHECKPOINT)
 
 
+def draw_noise(config: TrainConfig, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Draw the steps of the diffusion to train at, and the noise, from torch's CPU generator whatever the device.
+
+    Args:
+        config: the recipe.
+        shape: shape of the batch's pictures.
+
+    Returns:
+        Steps, int64 ``[B]``, and noise, float32 of ``shape``.
+    """
+    t = torch.randint(config.num_timesteps, shape[:1])
+    noise = torch.randn(shape)
+    if config.noisy_share:
+        latest = config.num_timesteps - torch.randint(math.ceil(_NOISY * config.num_timesteps), t.shape) - 1
+        t = torch.where(torch.rand(t.shape) < config.noisy_share, latest, t)
+    return t, noise
+
+
 class _Run:
     """Model, average, optimizer and data of one run."""
 
@@ -202,12 +220,7 @@ class _Run:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
             torch.manual_seed(_step_seed(self.config.seed, "step", step))
-            # Drawn on the CPU: the same steps and noise on every device.
-            t = torch.randint(self.config.num_timesteps, (self.config.batch_size,))
-            noise = torch.randn(batch.images.shape)
-            if config.noisy_share:
-                latest = config.num_timesteps - torch.randint(math.ceil(_NOISY * config.num_timesteps), t.shape) - 1
-                t = torch.where(torch.rand(t.shape) < config.noisy_share, latest, t)
+            t, noise = draw_noise(config, batch.images.shape)
             tensors = {**vars(batch), "t": t, "noise": noise}
             parts = [tensor.to(self.device).chunk(config.shards) for tensor in tensors.values()]
             shards = [dict(zip(tensors, shard, strict=True)) for shard in zip(*parts, strict=True)]
