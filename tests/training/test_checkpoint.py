@@ -85,6 +85,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, model: Text2ImUNet) 
         save_checkpoint(tmp_path / "missing" / "model.safetensors", model, META)
 
 
+def test_a_reader_of_the_old_file_keeps_it_whole(tmp_path: Path, model: Text2ImUNet) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"old")
+    with open(path, "rb") as reader:
+        save_checkpoint(path, model, META)
+        assert reader.read() == b"old"
+
+
 def test_foreign_files_are_refused(tmp_path: Path, model: Text2ImUNet) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(ValueError, match=r"checkpoint .*safetensors: got no file, expected a fastcfg-checkpoint"):
