@@ -43,11 +43,11 @@ setup(
     package_data={"fastcfg": ["py.typed", "checkpoints/*"]},
     install_requires=[
         "torch>=2.8",
-        'triton>=3.5; sys_platform == "linux"',
+        'triton>=3.4; sys_platform == "linux"',
         "numpy>=1.26",
         "safetensors>=0.4",
         "tqdm>=4.60",
-        "pillow>=10",
+        "pillow>=10.1",
         "tokenizers>=0.15",
     ],
     extras_require={
