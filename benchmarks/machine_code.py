@@ -33,6 +33,7 @@ class MachineCode:
             v_* (scalar and memory instructions issue beside them).
         subroutine_instructions: of `instructions`, those of subroutines: slow paths that ordinary values never call.
         backward_branches: loops; 0 means that no instruction runs twice, so that the counts bound what is executed.
+        barriers_before_atomics: barriers of the program before its first atomic operation.
         loads: how many loads from global memory each thread makes, by their width in bytes.
         stores: likewise.
         opcodes: instructions by their first name.
@@ -48,6 +49,7 @@ class MachineCode:
     vector_instructions: int
     subroutine_instructions: int
     backward_branches: int
+    barriers_before_atomics: int
     loads: dict[int, int]
     stores: dict[int, int]
     opcodes: dict[str, int]
@@ -161,10 +163,17 @@ def read_sass(sass: str, usage: str, target: str, elements_per_thread: float) ->
         vector_instructions=len(code),
         subroutine_instructions=sum(address >= subroutines for address, _, _ in code),
         backward_branches=sum(to < address for address, to in branches),
+        barriers_before_atomics=_count_before([name for _, name, _ in code], r"BAR\.", r"ATOM|RED\."),
         loads=_widths("LDG", code),
         stores=_widths("STG", code),
         opcodes=dict(opcodes.most_common()),
     )
+
+
+def _count_before(names: list[str], counted: str, end: str) -> int:
+    """How many names match a pattern before the first that matches `end`; 0 where none does."""
+    first = next((i for i, name in enumerate(names) if re.match(end, name)), 0)
+    return sum(re.match(counted, name) is not None for name in names[:first])
 
 
 def _widths(prefix: str, code: list[tuple[int, str, str]]) -> dict[int, int]:
@@ -210,6 +219,7 @@ def read_amdgcn(assembly: str, target: str, elements_per_thread: float) -> Machi
         vector_instructions=sum(name.startswith("v_") for name in names),
         subroutine_instructions=0,
         backward_branches=backward,
+        barriers_before_atomics=_count_before(names, "s_barrier", r"\w+_atomic_"),
         loads=widths("load"),
         stores=widths("store"),
         opcodes=dict(Counter(names).most_common()),

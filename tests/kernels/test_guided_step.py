@@ -72,9 +72,9 @@ def test_the_cases_hold_every_pair_of_options() -> None:
 
 
 class Guarded:
-    """Tensors with a margin of sentinels around each."""
+    """Tensors with a margin of sentinels around each, wider than any block or state here."""
 
-    MARGIN = 64
+    MARGIN = 2048
 
     def __init__(self) -> None:
         self._margins: list[Tensor] = []
