@@ -67,6 +67,7 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
         noise=_tensor(*shape),
         seeds=_tensor(batch, dtype="int64"),
         history=_tensor(spec.history + 1, *shape),
+        gradient=_tensor(*shape),
         x0=_tensor(*shape),
         model_input=_tensor(rows, *shape[1:], dtype=dtype, channels_last=channels_last),
         time=_tensor(rows, dtype="int64"),
@@ -81,7 +82,8 @@ def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
     model = buffers.model_input.dtype.itemsize  # type: ignore[union-attr]
     state = buffers.x.dtype.itemsize
     variance = spec.learned_variance and spec.noise != "none"
-    read = state + (spec.branches + variance) * model + state * spec.history + state * (spec.noise == "tensor")
+    tensors = spec.history + (spec.noise == "tensor") + spec.gradient
+    read = state + (spec.branches + variance) * model + state * tensors
     slots = len(buffers.model_input) // len(buffers.x)  # type: ignore[arg-type]
     return read + state + slots * model + state * (spec.history > 0) + state * spec.keep_x0
 
@@ -135,7 +137,14 @@ def posterior_piece() -> Launch:
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise": "philox"}
-_ALL: dict[str, Any] = {**_MAIN, "unconditional": 1, "raw_output": True, "history": 3, "keep_x0": True}
+_ALL: dict[str, Any] = {
+    **_MAIN,
+    "unconditional": 1,
+    "raw_output": True,
+    "gradient": True,
+    "history": 3,
+    "keep_x0": True,
+}
 
 VARIANTS: dict[str, Callable[[], Launch]] = {
     "main": partial(step, **_MAIN),
@@ -148,6 +157,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "fp32": partial(step, dtype="float32", **_MAIN),
     "k3": partial(step, **_MAIN | {"branches": 3, "base": 2}),
     "history-3": partial(step, **_CFG, history=3),
+    "gradient": partial(step, **_MAIN, gradient=True),
     "x0": partial(step, **_MAIN, keep_x0=True),
     "all-terms": partial(step, **_ALL),
     "one-sample": partial(step, (1, 3, 64, 64), **_ALL),

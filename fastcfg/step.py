@@ -23,6 +23,7 @@ class StepSpec:
         unconditional: the branch that a_u multiplies; None if no row uses it.
         learned_variance: whether std comes from the variance channels.
         raw_output: whether a_m is used.
+        gradient: whether p_g and a_g are used.
         history: the number of saved tensors, 0 to 3.
         clip: whether x0 is clipped to a bound per sample.
         noise: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
@@ -35,6 +36,7 @@ class StepSpec:
     unconditional: int | None = None
     learned_variance: bool = False
     raw_output: bool = False
+    gradient: bool = False
     history: int = 0
     clip: bool = False
     noise: str = "none"
@@ -55,6 +57,7 @@ class StepBuffers:
         seeds: int64 [B].
         history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write
             to.
+        gradient: [B, C, ...] in the state's dtype: that of the classifier.
         x0: [B, C, ...] in the state's dtype.
         model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
         time: [S*B], int64 or floating: the model's time.
@@ -68,6 +71,7 @@ class StepBuffers:
     noise: torch.Tensor | None = None
     seeds: torch.Tensor | None = None
     history: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
     x0: torch.Tensor | None = None
     model_input: torch.Tensor | None = None
     time: torch.Tensor | None = None

@@ -4,13 +4,14 @@ Every row does the same four things, for model outputs m_1 ... m_K of the K guid
 saved tensors h_j:
 
     m    = blend(m_1 ... m_K)                                    guidance
-    x0   = clip(p_x*x + p_m*m)                                   predict x0
-    x'   = a_x*x + a_0*x0 + a_m*m + a_u*u + sum_j a_hj*h_j + std*z
+    x0   = clip(p_x*x + p_m*m) + p_g*g                           predict x0
+    x'   = a_x*x + a_0*x0 + a_m*m + a_u*u + sum_j a_hj*h_j + a_g*g + std*z
     h_d <- k_x*x + k_0*x0 + k_m*m                                save at most one tensor (d = slot, none if -1)
 
-where u is the output of the unconditional branch (CFG++) and std = s, or 2**(l_0 + l_v*v) where the variance is
-learned, v being the variance channels of the conditional branch. The model sees c_in*x at time t. The order of the
-columns is shared with the kernels.
+where u is the output of the unconditional branch (CFG++), g the gradient of a classifier (without one its terms are
+absent) and std = s, or 2**(l_0 + l_v*v) where the variance is learned, v being the variance channels of the conditional
+branch; a_g then counts a_g*2**(2*l_v*v). The model sees c_in*x at time t. The order of the columns is shared with the
+kernels.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ COLUMNS = (
     *("a_x", "a_0", "a_m", "a_u", "a_h0", "a_h1", "a_h2"),
     *("s", "l_0", "l_v"),
     *("k_x", "k_0", "k_m", "slot"),
+    *("p_g", "a_g"),
 )
 MAX_HISTORY = 3
 # l_0 of a row of a learned-variance table that adds no noise: 2**-1000 is 0 in float32.
@@ -146,6 +148,11 @@ class StepTable:
     def uses_raw_output(self) -> bool:
         """Whether any row adds the blended model output itself (a_m)."""
         return bool(self["a_m"].any())
+
+    @property
+    def uses_gradient(self) -> bool:
+        """Whether any row has a place for the gradient of a classifier (p_g, a_g)."""
+        return bool(self["p_g"].any() or self["a_g"].any())
 
     @property
     def uses_unconditional(self) -> bool:

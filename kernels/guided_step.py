@@ -43,6 +43,7 @@ def _guided_step_kernel(
     noise_ptr,
     seeds_ptr,
     history_ptr,
+    gradient_ptr,
     x0_ptr,
     input_ptr,
     time_ptr,
@@ -58,6 +59,7 @@ def _guided_step_kernel(
     UNCONDITIONAL: tl.constexpr,
     LEARNED: tl.constexpr,
     RAW: tl.constexpr,
+    GRADIENT: tl.constexpr,
     HISTORY: tl.constexpr,
     CLIP: tl.constexpr,
     NOISE: tl.constexpr,
@@ -140,6 +142,9 @@ def _guided_step_kernel(
     x0 = tl.fma(p_x + zeros, x, p_m * m)
     if CLIP:
         x0 = clip(x0, tl.load(bound_ptr + sample))
+    if GRADIENT:
+        g = tl.load(gradient_ptr + sample_offset + offs, mask=mask, other=0.0)
+        x0 = tl.fma(tl.load(row_ptr + 18) + zeros, g, x0)
 
     # The update.
     y = tl.fma(a_0 + zeros, x0, a_x * x)
@@ -153,10 +158,17 @@ def _guided_step_kernel(
             h = tl.load(history_ptr + j * history_stride + sample_offset + offs, mask=mask, other=0.0)
             y = tl.fma(tl.load(row_ptr + 8 + j) + zeros, h, y)
 
+    if LEARNED:
+        branch_ptr = output_ptr + (CONDITIONAL * batch + sample).to(tl.int64) * output_stride + variance_shift
+        v = tl.load(branch_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
+    if GRADIENT:
+        scale = tl.load(row_ptr + 19) + zeros
+        if LEARNED:
+            l_v = tl.load(row_ptr + 13)
+            scale = tl.exp2(v * (l_v + l_v)) * scale
+        y = tl.fma(scale, g, y)
     if NOISE > 0:
         if LEARNED:
-            branch_ptr = output_ptr + (CONDITIONAL * batch + sample).to(tl.int64) * output_stride + variance_shift
-            v = tl.load(branch_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
             std = tl.exp2(tl.fma(tl.load(row_ptr + 13) + zeros, v, tl.load(row_ptr + 12) + zeros))
         else:
             std = tl.load(row_ptr + 11) + zeros
@@ -223,7 +235,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         buffers.counter,
         *(t if t is not None else x for t in (buffers.weights, buffers.bound, buffers.noise)),
         buffers.seeds if buffers.seeds is not None else buffers.counter,
-        *(t if t is not None else x for t in (buffers.history, buffers.x0, model_input)),
+        *(t if t is not None else x for t in (buffers.history, buffers.gradient, buffers.x0, model_input)),
         buffers.time if buffers.time is not None else buffers.counter,
         batch,
         size,
@@ -237,6 +249,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         UNCONDITIONAL=-1 if spec.unconditional is None else spec.unconditional,
         LEARNED=spec.learned_variance,
         RAW=spec.raw_output,
+        GRADIENT=spec.gradient,
         HISTORY=spec.history,
         CLIP=spec.clip,
         NOISE=("none", "tensor", "philox").index(spec.noise),

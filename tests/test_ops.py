@@ -41,6 +41,7 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
         noise=normal(*SHAPE),
         seeds=torch.tensor([3, -4], device=DEVICE),
         history=normal(spec.history + 1, *SHAPE),
+        gradient=normal(*SHAPE),
         x0=normal(*SHAPE),
         model_input=torch.zeros((4, *SHAPE[1:]), device=DEVICE),
         time=torch.zeros(4, dtype=torch.int64, device=DEVICE),
@@ -197,7 +198,7 @@ def test_a_bad_spec_is_refused(changes: dict[str, Any], message: str) -> None:
         GuidedStep(replace(spec, **changes), make_buffers(spec))
 
 
-FULL = StepSpec(branches=2, base=1, history=2, clip=True, noise="tensor", keep_x0=True)
+FULL = StepSpec(branches=2, base=1, gradient=True, history=2, clip=True, noise="tensor", keep_x0=True)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -228,6 +229,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ("noise", zeros(*SHAPE, dtype=torch.bfloat16), "noise: got torch.bfloat16"),
         ("history", None, "history: got None"),
         ("history", zeros(2, *SHAPE), r"history: got torch.float32 \(2, .* expected torch.float32 \(3, "),
+        ("gradient", None, "gradient: got None"),
+        ("gradient", zeros(2, 3, 5, 6), "gradient: got torch.float32"),
         ("x0", None, "x0: got None"),
         ("x0", zeros(*SHAPE).to(memory_format=torch.channels_last), "x0: got non-contiguous"),
         ("model_input", zeros(3, *SHAPE[1:]), r"model_input: got \(3, 3, 5, 7\) .* expected \[S\*2, 3, 5, 7\]"),
@@ -258,7 +261,7 @@ def test_seeds_are_checked_where_the_step_draws() -> None:
 
 def test_buffers_that_no_term_needs_may_be_absent() -> None:
     spec = StepSpec()
-    absent = dict.fromkeys(("weights", "bound", "noise", "seeds", "history", "x0", "model_input", "time"))
+    absent = dict.fromkeys(("weights", "bound", "noise", "seeds", "history", "gradient", "x0", "model_input", "time"))
     GuidedStep(spec, make_buffers(spec, **absent))(zeros(*SHAPE))
 
 
@@ -392,7 +395,9 @@ def test_a_compiled_step_gives_the_same_bits(name: str) -> None:
 def test_the_registered_step_passes_opcheck(spec: StepSpec) -> None:
     buffers = make_buffers(spec)
     if spec == StepSpec():
-        absent = dict.fromkeys(("weights", "bound", "noise", "seeds", "history", "x0", "model_input", "time"))
+        absent = dict.fromkeys(
+            ("weights", "bound", "noise", "seeds", "history", "gradient", "x0", "model_input", "time")
+        )
         buffers = replace(buffers, **absent)
     recorded: list[tuple[Any, ...]] = []
     step = GuidedStep(spec, buffers, backend="triton")

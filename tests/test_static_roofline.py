@@ -28,9 +28,10 @@ STEPS = {
     "fp32": (1 + 3, 1 + 2),
     "k3": (1, 1),
     "history-3": (1 + 3, 1 + 1),
+    "gradient": (1 + 1, 1),
     "x0": (1, 1 + 1),
-    "all-terms": (1 + 3, 1 + 2),
-    "one-sample": (1 + 3, 1 + 2),
+    "all-terms": (1 + 4, 1 + 2),
+    "one-sample": (1 + 4, 1 + 2),
 }
 PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece")
 # One element at a time.

@@ -118,7 +118,7 @@ def test_columns_need_a_length() -> None:
 
 @pytest.mark.parametrize("shape", [(0, len(COLUMNS)), (2, len(COLUMNS) - 1), (len(COLUMNS),)])
 def test_rows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"rows: got shape .*, expected \[R >= 1, 18\]"):
+    with pytest.raises(ValueError, match=r"rows: got shape .*, expected \[R >= 1, 20\]"):
         StepTable(np.zeros(shape))
 
 

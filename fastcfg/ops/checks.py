@@ -63,6 +63,7 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
         "bound": (spec.clip, (batch,), x.dtype),
         "noise": (spec.noise == "tensor", shape, x.dtype),
         "seeds": (spec.noise == "philox", (batch,), torch.int64),
+        "gradient": (spec.gradient, shape, x.dtype),
         "history": (spec.history > 0, (spec.history + 1, *shape), x.dtype),
         "x0": (spec.keep_x0, shape, x.dtype),
     }

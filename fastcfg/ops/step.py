@@ -94,6 +94,7 @@ class GuidedStep:
             buffers.noise,
             buffers.seeds,
             buffers.history,
+            buffers.gradient,
             buffers.x0,
             buffers.model_input,
             buffers.time,
@@ -103,6 +104,7 @@ class GuidedStep:
             -1 if spec.unconditional is None else spec.unconditional,
             spec.learned_variance,
             spec.raw_output,
+            spec.gradient,
             spec.history,
             spec.clip,
             spec.noise,
@@ -126,6 +128,7 @@ def _guided_step_op(
     noise: Tensor | None,
     seeds: Tensor | None,
     history: Tensor | None,
+    gradient: Tensor | None,
     x0: Tensor | None,
     model_input: Tensor | None,
     time: Tensor | None,
@@ -135,6 +138,7 @@ def _guided_step_op(
     unconditional: int,
     learned_variance: bool,
     raw_output: bool,
+    classified: bool,
     saved: int,
     clip: bool,
     noise_kind: str,
@@ -148,12 +152,14 @@ def _guided_step_op(
         None if unconditional < 0 else unconditional,
         learned_variance,
         raw_output,
+        classified,
         saved,
         clip,
         noise_kind,
         keep_x0,
     )
-    _launch(output, spec, StepBuffers(x, table, counter, weights, bound, noise, seeds, history, x0, model_input, time))
+    buffers = StepBuffers(x, table, counter, weights, bound, noise, seeds, history, gradient, x0, model_input, time)
+    _launch(output, spec, buffers)
 
 
 def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:

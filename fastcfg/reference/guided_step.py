@@ -60,6 +60,7 @@ class ReferenceStep:
             variance=branches[spec.conditional][:, channels:] if spec.learned_variance else None,
             bound=buffers.bound,
             noise=noise,
+            gradient=buffers.gradient,
             history=() if history is None else history[:-1].unbind(),
             scratch=self._scratch,
         )

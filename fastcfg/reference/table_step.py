@@ -46,6 +46,7 @@ def table_step(
     bound: Tensor | None = None,
     noise: Tensor | None = None,
     history: Sequence[Tensor] = (),
+    gradient: Tensor | None = None,
     scratch: Scratch = Scratch(),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Guidance, x0, update and the tensor to save.
@@ -60,6 +61,7 @@ def table_step(
         bound: [B], the clip bound of x0; needed for clip.
         noise: standard normals like x; needed unless spec.noise is "none".
         history: the saved tensors, each like x.
+        gradient: the classifier's, like x; needed for spec.gradient.
         scratch: memory for the results.
 
     Returns:
@@ -71,6 +73,9 @@ def table_step(
     if spec.clip:
         limit = _per_sample(bound, x)  # type: ignore[arg-type]
         x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)
+
+    if spec.gradient:
+        x0 = fma(row["p_g"], gradient, x0, out=scratch.x0)  # type: ignore[arg-type]
 
     saved = None
     if spec.history:
@@ -84,6 +89,13 @@ def table_step(
         y = fma(row["a_u"], outputs[spec.unconditional], y, out=scratch.y)
     for j, h in enumerate(history):
         y = fma(row[f"a_h{j}"], h, y, out=scratch.y)
+
+    if spec.gradient:
+        scale = row["a_g"]
+        if spec.learned_variance:
+            scale = torch.mul(variance, row["l_v"] + row["l_v"], out=scratch.m)  # type: ignore[arg-type]
+            scale = torch.mul(torch.exp2(scale, out=scratch.m), row["a_g"], out=scratch.m)
+        y = fma(scale, gradient, y, out=scratch.y)  # type: ignore[arg-type]
 
     if spec.noise != "none":
         std = row["s"]

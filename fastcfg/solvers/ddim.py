@@ -14,8 +14,9 @@ def ddim(
 ) -> StepTable:
     """Equation 12 of the paper: guided-diffusion's and GLIDE's `ddim_sample_loop`.
 
-    ε is re-derived from the clipped x0, as the originals do. A model with learned variances may be used; its variance
-    channels are ignored.
+    ε is re-derived from the clipped x0, as the originals do. A classifier's gradient g moves ε by -√(1-ᾱ) g, which is not
+    clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's `condition_score`). A model with learned
+    variances may be used; its variance channels are ignored.
 
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
@@ -78,6 +79,9 @@ def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_tim
 def _rows(schedule, prediction, rescale_timesteps, ᾱ_to, direction, σ, order, name) -> StepTable:  # type: ignore[no-untyped-def]
     """x' = √ᾱ_to x0 + direction ε + σ z with ε = (x - √ᾱ x0) / √(1-ᾱ), as a row over (x, x0)."""
     p_x, p_m = x0_coefficients(schedule, prediction)
+    # Where ᾱ is 0 nothing of the image is left, and a classifier's gradient vanishes.
+    ᾱ = schedule.alphas_cumprod
+    p_g = np.divide(1 - ᾱ, np.sqrt(ᾱ), out=np.zeros_like(ᾱ), where=ᾱ > 0)
     a_x = direction / schedule.sqrt_one_minus_alphas_cumprod
     a_0 = np.sqrt(ᾱ_to) - a_x * schedule.sqrt_alphas_cumprod
     return StepTable.from_columns(
@@ -87,6 +91,7 @@ def _rows(schedule, prediction, rescale_timesteps, ᾱ_to, direction, σ, order,
         a_x=a_x[order],
         a_0=a_0[order],
         s=σ[order],
+        p_g=p_g[order],
         integer_time=not rescale_timesteps,
         name=name,
     )

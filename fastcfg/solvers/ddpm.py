@@ -17,6 +17,9 @@ def ddpm(
 ) -> StepTable:
     """x_{t-1} ~ N(μ̃(x_t, x0), σ²): guided-diffusion's and GLIDE's `p_sample_loop`.
 
+    A classifier's gradient g moves the mean by σ² g, at the last step too (Dhariwal & Nichol 2021, algorithm 1;
+    guided-diffusion's `condition_mean`).
+
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
         prediction: "epsilon", "x0", "v" or "previous_x".
@@ -47,19 +50,20 @@ def ddpm(
     else:
         a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
 
-    # log2 std = l_0 + l_v*v. The last step is the mean itself.
+    # log2 std = l_0 + l_v*v. The last step is the mean itself; only a gradient still asks for its variance a_g.
     noisy = np.arange(n) > 0
     s = l_0 = l_v = zero
     low, high = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
     if variance == "fixed_small":
-        s = np.where(noisy, np.exp(0.5 * low), 0.0)
+        s, a_g = np.where(noisy, np.exp(0.5 * low), 0.0), schedule.posterior_variance
     elif variance == "fixed_large":
-        s = np.where(noisy, np.sqrt(schedule.fixed_large_variance), 0.0)
+        s, a_g = np.where(noisy, np.sqrt(schedule.fixed_large_variance), 0.0), schedule.fixed_large_variance
     elif variance == "learned":
-        l_0, l_v = np.where(noisy, 0.0, NO_NOISE), np.where(noisy, 0.5 / np.log(2), 0.0)
+        l_0, l_v, a_g = np.where(noisy, 0.0, NO_NOISE), np.full(n, 0.5 / np.log(2)), np.ones(n)
     else:
         # log σ² = f*high + (1 - f)*low with f = (v + 1)/2.
-        l_0, l_v = np.where(noisy, (high + low) / (4 * np.log(2)), NO_NOISE), noisy * (high - low) / (4 * np.log(2))
+        l_0, l_v = np.where(noisy, (high + low) / (4 * np.log(2)), NO_NOISE), (high - low) / (4 * np.log(2))
+        a_g = np.exp(0.5 * (high + low))
 
     return StepTable.from_columns(
         t=schedule.model_timesteps(rescale_timesteps)[::-1],
@@ -71,6 +75,7 @@ def ddpm(
         s=s[::-1],
         l_0=l_0[::-1],
         l_v=l_v[::-1],
+        a_g=a_g[::-1],
         learned_variance=variance.startswith("learned"),
         integer_time=not rescale_timesteps,
         name="ddpm",

@@ -39,6 +39,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     # How many saved tensors, and the slots of the two rows.
     "history": ((0, -1, -1), (1, 0, -1), (1, -1, 0), (2, 1, 0), (2, 0, -1), (3, 0, 2), (3, 2, 1), (3, -1, -1)),
     "raw output": (False, True),
+    "gradient": (False, True),
     "keep x0": (False, True),
     "dtype": (torch.float32, torch.float16, torch.bfloat16),
     "spatial": ((1,), (17,), (63,), (5, 7), (8, 8), (3, 4, 5)),
@@ -112,6 +113,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         unconditional=ends[case["unconditional"]],
         learned_variance=case["variance"] != "fixed",
         raw_output=case["raw output"],
+        gradient=case["gradient"],
         history=history,
         clip=case["clip"] != "off",
         noise=case["noise"],
@@ -143,6 +145,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         noise=normal(*shape) if spec.noise == "tensor" else None,
         seeds=sample_seeds(2**63 - 2 + seed, batch) if spec.noise == "philox" else None,
         history=normal(history + 1, *shape) if history else None,
+        gradient=normal(*shape) if spec.gradient else None,
         x0=normal(*shape) if spec.keep_x0 else None,
         model_input=model_tensor(case["slots"] * batch, channels, case["input layout"]) if case["slots"] else None,
         time=torch.zeros(case["slots"] * batch, dtype=case["time"]) if case["slots"] else None,
@@ -158,7 +161,7 @@ def build_table(case: dict[str, Any], seed: int, slots: list[int]) -> Tensor:
     numbers = torch.Generator().manual_seed(seed)
     if case["prediction"] == "random row":
         table = torch.randn(5, len(COLUMNS), generator=numbers)
-        table[-1] = torch.tensor([1.0] + [0.0] * (len(COLUMNS) - 2) + [-1.0])
+        table[-1] = torch.tensor([{"c_in": 1.0, "slot": -1.0}.get(name, 0.0) for name in COLUMNS])
         table[:, COLUMNS.index("t")] = torch.arange(100, 105)
     else:
         schedule = Schedule.named(rng.choice(["linear", "cosine", "scaled_linear"])).respace(rng.randint(4, 9))
@@ -168,7 +171,7 @@ def build_table(case: dict[str, Any], seed: int, slots: list[int]) -> Tensor:
             variance = "fixed_small" if case["variance"] == "fixed" else case["variance"]
             table = solvers.ddpm(schedule, prediction=case["prediction"], variance=variance).on("cpu")
     rows = table[:-1]
-    for name in ("c_in", "a_u", "a_h0", "a_h1", "a_h2", "k_x", "k_0", "k_m"):
+    for name in ("c_in", "a_u", "a_h0", "a_h1", "a_h2", "k_x", "k_0", "k_m", "p_g", "a_g"):
         rows[:, COLUMNS.index(name)] = torch.randn(len(rows), generator=numbers)
     if case["raw output"]:
         rows[:, COLUMNS.index("a_m")] += torch.randn(len(rows), generator=numbers)
