@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "check_conditioning"]
+__all__ = ["Conditioning", "Same", "check_conditioning"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,17 +121,17 @@ def _identity(value: Any) -> Any:
         return (dict, *((key, _identity(item)) for key, item in value.items()))
     if isinstance(value, int | float | str | bytes | torch.dtype | None):
         return type(value), value
-    return _Same(value)
+    return Same(value)
 
 
-class _Same:
+class Same:
     """Equal for the same object, which it keeps: an identity alone may be given to another object later."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value is other._value
+        return isinstance(other, Same) and self._value is other._value
 
     def __hash__(self) -> int:
         return id(self._value)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import check_conditioning
+from .conditioning import Same, check_conditioning
 from .guidance import Guidance, NoGuidance
 from .ops import resolve_backend
 from .sources import NoiseSource, Recording, philox_source, recorded_source, torch_source
@@ -56,6 +56,10 @@ class Sampler:
         table: from `fastcfg.solvers` (or any `StepTable`).
         guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
         clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), or B numbers.
+        denoised_fn: changes x0 before the clip: x0 [B, C, ...] -> the same shape (guided-diffusion's argument of that
+            name; inpainting puts the known pixels back).
+        cond_fn: classifier guidance: (x [B, C, ...], t [B], **cond) -> ∇ log p(y | x_t), of x's shape
+            (guided-diffusion's argument of the same name). Called without gradients: it turns them on for itself.
         noise: where the steps' noise comes from unless `sample` is given some: "philox" (drawn in the step; image i
             depends on its seed alone) or "torch" (`torch.randn`, from the global generator where no seed is given).
         backend: "auto", "triton" or "reference".
@@ -67,8 +71,8 @@ class Sampler:
         memory_format: torch.contiguous_format or torch.channels_last, for the model input.
 
     Attributes:
-        table, guidance, clip: as given. They may be replaced between calls; buffers and graphs are kept where the new
-            values allow it.
+        table, guidance, clip, denoised_fn, cond_fn: as given. They may be replaced between calls; buffers and graphs
+            are kept where the new values allow it.
 
     Raises:
         TypeError: model not callable, table not a StepTable, guidance not a Guidance, clip not numbers.
@@ -91,6 +95,8 @@ class Sampler:
         *,
         guidance: Guidance | None = None,
         clip: float | Sequence[float] | Tensor | None = None,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Callable[..., Tensor] | None = None,
         noise: str = "philox",
         backend: str = "auto",
         graph: str | bool = "auto",
@@ -121,6 +127,7 @@ class Sampler:
         self.model, self.table = model, table
         self.guidance = guidance or NoGuidance()
         self.clip = clip
+        self.denoised_fn, self.cond_fn = denoised_fn, cond_fn
         self.noise = noise
         self.device = _with_index(device or (parameter.device if parameter is not None else "cpu"))
         self.dtype = dtype or (parameter.dtype if parameter is not None else torch.float32)
@@ -149,7 +156,7 @@ class Sampler:
         uncond: Mapping[str, Any] | None = None,
         branches: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | Sequence[int] | None = None,
-        noise: Recording | None = None,
+        noise: Recording | NoiseSource | None = None,
         x_T: Tensor | None = None,
         progress: bool = False,
         callback: Callable[[Step], None] | None = None,
@@ -164,8 +171,8 @@ class Sampler:
             branches: conditionings of further branches by name, for guidance that has them.
             seed: sample i gets `seed + i`; a sequence gives each its own. With noise "torch" one integer seeds the
                 whole batch. None takes a seed from torch's global generator.
-            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, instead of the
-                sampler's source.
+            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, or a `NoiseSource`,
+                instead of the sampler's source.
             x_T: the start [B, C, ...], instead of initial_scale times noise.
             progress: show a progress bar.
             callback: called with a `Step` after every row. It costs two copies of the state per row, and no sync.
@@ -190,7 +197,7 @@ class Sampler:
         uncond: Mapping[str, Any] | None = None,
         branches: Mapping[str, Mapping[str, Any]] | None = None,
         seed: int | Sequence[int] | None = None,
-        noise: Recording | None = None,
+        noise: Recording | NoiseSource | None = None,
         x_T: Tensor | None = None,
     ) -> Iterator[Step]:
         """`sample` as a generator: yields a `Step` after every row; arguments as there. The last one's x are the
@@ -229,8 +236,13 @@ class Sampler:
         """Check everything, then set the buffers to the start of a run."""
         shape = _checked_shape(shape)
         batch = shape[0]
-        given = {"cond": cond, "uncond": uncond, **(branches or {})}
-        conditioning = check_conditioning(self.guidance.branches, given, batch, self.device)
+        named = {"cond": cond, "uncond": uncond, **(branches or {})}
+        given = conditioning = check_conditioning(self.guidance.branches, named, batch, self.device)
+        if hasattr(self.model, "precompute"):
+            # What does not depend on t is computed once: encoded text, and its keys and values.
+            named = {name: self.model.precompute(**value) for name, value in named.items() if value is not None}
+            conditioning = check_conditioning(self.guidance.branches, named, batch, self.device)
+        self._check_functions()
         plan = self.guidance.plan(self.table, batch)
         if self.clip is not None and len(self.clip) not in (1, batch):
             raise ValueError(f"clip: got {len(self.clip)} bounds, expected 1 or one per sample ({batch})")
@@ -243,10 +255,13 @@ class Sampler:
         source = self._source(noise, seed, shape, x_T)
         kind = "none" if not self.table.uses_noise else "tensor" if source.fill else "philox"
         spec = (self.table, self.guidance.branches, self.guidance.base, self.clip is not None)
-        key = (shape, conditioning.signature(), plan.active, spec, kind, keep_x0)
+        functions = (Same(self.denoised_fn), Same(self.cond_fn))
+        key = (shape, conditioning.signature(), given.signature(), plan.active, spec, functions, kind, keep_x0)
         # A workspace in use (by a generator not yet exhausted) is out of the cache, so that runs never share buffers.
-        workspace = self._workspaces.pop(key, None) or self._build(shape, conditioning, plan, kind, keep_x0)
-        workspace.load(conditioning, plan, self.clip)
+        workspace = self._workspaces.pop(key, None)
+        if workspace is None:
+            workspace = self._build(shape, conditioning, given, plan, kind, keep_x0)
+        workspace.load(conditioning, plan, self.clip, given)
         buffers = workspace.buffers
         if source.seeds is not None:
             buffers.seeds.copy_(source.seeds)  # type: ignore[union-attr]
@@ -256,11 +271,13 @@ class Sampler:
 
     def _source(
         self,
-        noise: Recording | None,
+        noise: Recording | NoiseSource | None,
         seed: int | Sequence[int] | None,
         shape: tuple[int, ...],
         x_T: Tensor | None,
     ) -> NoiseSource:
+        if isinstance(noise, NoiseSource):
+            return noise
         if x_T is not None and (noise is not None or not self.table.uses_noise):
             # Nothing is random: torch's generator must not move for a seed that nobody uses.
             source = NoiseSource(lambda: x_T)
@@ -270,7 +287,24 @@ class Sampler:
             source = philox_source(seed, shape, self.device, self.backend)
         return source if noise is None else recorded_source(noise, self.table.num_rows, shape, source.start)
 
-    def _build(self, shape, conditioning, plan, noise, keep_x0) -> Workspace:  # type: ignore[no-untyped-def]
+    def _check_functions(self) -> None:
+        table = self.table
+        for name in ("denoised_fn", "cond_fn"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"{name}: got {type(function).__name__}, expected a function or None")
+        if self.denoised_fn is not None and (table.uses_raw_output or table.uses_unconditional or table["k_m"].any()):
+            raise ValueError(
+                f"denoised_fn: got a function with the table {table.name}, "
+                "expected None: its rows use the model's output beside x0"
+            )
+        if self.cond_fn is not None and not table.uses_gradient:
+            raise ValueError(
+                f"cond_fn: got a function with the table {table.name}, "
+                "expected None: its rows have no place for a gradient (p_g, a_g)"
+            )
+
+    def _build(self, shape, conditioning, given, plan, noise, keep_x0) -> Workspace:  # type: ignore[no-untyped-def]
         if self._pool is None and self.device.type == "cuda" and self.graph is not False:
             self._pool = torch.cuda.graph_pool_handle()
         on_gpu = self.device.type == "cuda"
@@ -281,6 +315,9 @@ class Sampler:
             plan,
             shape,
             conditioning,
+            given=given,
+            denoised_fn=self.denoised_fn,
+            cond_fn=self.cond_fn,
             clip=self.clip is not None,
             noise=noise,
             keep_x0=keep_x0,
@@ -309,9 +346,9 @@ class _Run:
         noise, fill = workspace.buffers.noise, self.source.fill
         try:
             for row, program in enumerate(workspace.programs):
-                if noise is not None:
+                if fill is not None and (noise is not None or self.source.always):
                     with torch.no_grad():
-                        fill(row, noise)  # type: ignore[misc]
+                        fill(row, noise)
                 program()
                 yield row
         finally:

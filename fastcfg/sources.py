@@ -27,11 +27,14 @@ class NoiseSource:
         start: the starting noise, standard normal [B, C, ...].
         fill: writes a row's noise to a buffer, fill(row, buffer); None where the step draws it itself.
         seeds: int64 [B], the samples' seeds where the step draws; else None.
+        always: whether fill is called (with None for the buffer) where the solver adds no noise: a generator may have
+            to move all the same.
     """
 
     start: Callable[[], Tensor]
-    fill: Callable[[int, Tensor], object] | None = None
+    fill: Callable[[int, Any], object] | None = None
     seeds: Tensor | None = None
+    always: bool = False
 
 
 def philox_source(

@@ -13,9 +13,10 @@ from torch import Tensor
 from .conditioning import Conditioning
 from .graphs import CudaGraph, Program, StandIn
 from .guidance import Guidance, GuidancePlan
+from .hooks import ClassifierGradient, DenoisedOutput
 from .ops import GuidedStep
 from .step import StepBuffers, StepSpec
-from .table import StepTable
+from .table import COLUMNS, StepTable
 
 __all__ = ["Workspace"]
 
@@ -30,6 +31,9 @@ class Workspace:
         plan: its plan for this table and batch.
         shape: (B, C, ...).
         conditioning: an example of the conditioning; later ones of the same signature are loaded with `load`.
+        given: the conditioning as the caller gave it, for cond_fn.
+        denoised_fn: as `Sampler`.
+        cond_fn: as `Sampler`.
         clip: whether x0 is clipped.
         noise: "none", "tensor" or "philox".
         keep_x0: whether x0 is kept for callbacks.
@@ -52,6 +56,9 @@ class Workspace:
         shape: tuple[int, ...],
         conditioning: Conditioning,
         *,
+        given: Conditioning,
+        denoised_fn: Callable[[Tensor], Tensor] | None,
+        cond_fn: Callable[..., Tensor] | None,
         clip: bool,
         noise: str,
         keep_x0: bool,
@@ -78,6 +85,7 @@ class Workspace:
             noise=state(*shape) if noise == "tensor" else None,
             seeds=torch.zeros(batch, dtype=torch.int64, device=device),
             history=state(table.num_history + 1, *shape) if table.num_history else None,
+            gradient=state(*shape) if cond_fn is not None else None,
             x0=state(*shape) if keep_x0 else None,
             model_input=torch.zeros((slots * batch, *shape[1:]), dtype=dtype, device=device).contiguous(
                 memory_format=memory_format
@@ -88,19 +96,32 @@ class Workspace:
             active: _BranchSet(active, conditioning, state(rows, batch, len(active)))
             for active in dict.fromkeys(plan.active)
         }
-        self.load(conditioning, plan, None)
+        self._conditional = guidance.conditional
+        self._given = given.allocate(1) if cond_fn is not None else {}
+        self.load(conditioning, plan, None, given)
+        gradient = None
+        if cond_fn is not None:
+            gradient = ClassifierGradient(cond_fn, self.buffers, {**self._given, **given.shared})
 
         programs: dict[tuple[int, ...], Program] = {}
         self.graph, self.graph_reason = "none", "the device is a CPU" if capture == "never" else ""
         for active, branch_set in self._branches.items():
-            spec = _spec(active, table, guidance, clip, noise, keep_x0)
-            step = GuidedStep(spec, replace(self.buffers, weights=branch_set.weights), backend)
-            programs[active] = self._captured(self._program(model, step, branch_set, conditioning), capture, pool)
+            spec = _spec(active, table, guidance, clip, noise, keep_x0, cond_fn is not None)
+            buffers, denoised = replace(self.buffers, weights=branch_set.weights), None
+            if denoised_fn is not None:
+                denoised = DenoisedOutput(denoised_fn, spec, buffers, backend)
+                spec = replace(spec, branches=1, base=None, conditional=0)
+                buffers = replace(buffers, weights=None, table=_takes_x0(table).on(device, state_dtype))
+            step = GuidedStep(spec, buffers, backend)
+            program = self._program(model, step, branch_set, conditioning, denoised, gradient)
+            programs[active] = self._captured(program, capture, pool)
         self.active = plan.active
         self.programs = [programs[active] for active in plan.active]
 
-    def load(self, conditioning: Conditioning, plan: GuidancePlan, bound: Tensor | None) -> None:
+    def load(self, conditioning: Conditioning, plan: GuidancePlan, bound: Tensor | None, given: Conditioning) -> None:
         """Copy a call's conditioning, guidance weights and clip bounds into the static buffers."""
+        if self._given:
+            given.copy_to(self._given, (self._conditional,))
         weights = torch.from_numpy(plan.weights)
         for active, branch_set in self._branches.items():
             branch_set.weights.copy_(weights[:, :, list(active)])
@@ -122,12 +143,19 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes of the static buffers."""
         tensors = [value for value in vars(self.buffers).values() if value is not None]
+        tensors += self._given.values()
         for branch_set in self._branches.values():
             tensors += [branch_set.weights, *branch_set.packed.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
     def _program(
-        self, model: Callable[..., Any], step: GuidedStep, branch_set: _BranchSet, conditioning: Conditioning
+        self,
+        model: Callable[..., Any],
+        step: GuidedStep,
+        branch_set: _BranchSet,
+        conditioning: Conditioning,
+        denoised: DenoisedOutput | None,
+        gradient: ClassifierGradient | None,
     ) -> Program:
         rows = len(branch_set.active) * len(self.buffers.x)
         # Every slot holds the same input, so any subset of the branches takes the first ones.
@@ -139,7 +167,12 @@ class Workspace:
         @torch.no_grad()
         def program() -> None:
             output = model(model_input, time, **keywords)
-            step(output[0] if isinstance(output, tuple) else output)
+            output = output[0] if isinstance(output, tuple) else output
+            if denoised is not None:
+                output = denoised(output)
+            if gradient is not None:
+                gradient()
+            step(output)
 
         return program
 
@@ -172,7 +205,13 @@ class _BranchSet:
 
 
 def _spec(
-    active: tuple[int, ...], table: StepTable, guidance: Guidance, clip: bool, noise: str, keep_x0: bool
+    active: tuple[int, ...],
+    table: StepTable,
+    guidance: Guidance,
+    clip: bool,
+    noise: str,
+    keep_x0: bool,
+    gradient: bool,
 ) -> StepSpec:
     def position(branch: int | None) -> int | None:
         return active.index(branch) if branch in active else None
@@ -184,8 +223,16 @@ def _spec(
         unconditional=position(guidance.unconditional) if table.uses_unconditional else None,
         learned_variance=table.learned_variance,
         raw_output=table.uses_raw_output,
+        gradient=gradient,
         history=table.num_history,
         clip=clip,
         noise=noise,
         keep_x0=keep_x0,
     )
+
+
+def _takes_x0(table: StepTable) -> StepTable:
+    """The same solver for a model output that is x0 already."""
+    rows = table.rows.copy()
+    rows[:, COLUMNS.index("p_x")], rows[:, COLUMNS.index("p_m")] = 0, 1
+    return replace(table, rows=rows)

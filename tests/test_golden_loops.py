@@ -26,8 +26,6 @@ from fastcfg import CFG, Sampler, StepTable, solvers
 from fastcfg.reference import gaussian
 
 LOOPS = [pytest.param(case, id=case["id"]) for case in cases("loops")]
-# A table has no hook for x0 or for a classifier's gradient.
-TABLE_LOOPS = [pytest.param(case, id=case["id"]) for case in cases("loops") if not {"denoised", "cond"} & case.keys()]
 
 
 def stem_of(case: dict[str, Any]) -> str:
@@ -58,16 +56,20 @@ def conditioning_of(case: dict[str, Any]) -> dict[str, Tensor]:
     return {"y": torch.tensor(case["y"])} if "y" in case else {"low_res": tensor(stem_of(case), "low_res")}
 
 
+def denoised_fn_of(case: dict[str, Any], batch: int | None = None) -> Callable[[Tensor], Tensor] | None:
+    """That of the case, if it has one, for the first `batch` samples."""
+    if "denoised" not in case:
+        return None
+    return fill_known(*(tensor(stem_of(case), f"known_{name}", dtype_of(case))[:batch] for name in ("image", "mask")))
+
+
 def original_loop(case: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Sample and pred_xstart of every step, by `gaussian` alone."""
     schedule, conditioning = schedule_of(case), conditioning_of(case)
     model = guided(TOYS[case["model"]], case["scale"]) if case["kind"] == "cfg" else TOYS[case["model"]]
     rescale = case.get("rescale", False)
     times = torch.from_numpy(schedule.model_timesteps(rescale)).to(torch.float32 if rescale else torch.int64)
-    denoised_fn = None
-    if "denoised" in case:
-        known = (tensor(stem_of(case), f"known_{name}", dtype_of(case)) for name in ("image", "mask"))
-        denoised_fn = fill_known(*known)
+    denoised_fn = denoised_fn_of(case)
 
     x, noise = start_and_noise(case)
     for i, step in enumerate(reversed(range(schedule.num_timesteps))):
@@ -130,6 +132,8 @@ def run_sampler(case: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, 
         table_of(case),
         guidance=CFG(case["scale"]) if is_guided else None,
         clip=1.0 if case["clip"] else None,
+        denoised_fn=denoised_fn_of(case, batch),
+        cond_fn=toy_gradient if "cond" in case else None,
         noise="torch",
         backend="reference",
         dtype=dtype,
@@ -145,7 +149,7 @@ def run_sampler(case: dict[str, Any], dtype: torch.dtype) -> list[tuple[Tensor, 
     return [(step.x, step.x0) for step in run]
 
 
-@pytest.mark.parametrize("case", TABLE_LOOPS)
+@pytest.mark.parametrize("case", LOOPS)
 def test_the_sampler_runs_the_originals_loop(case: dict[str, Any]) -> None:
     stem = stem_of(case)
     steps = run_sampler(case, dtype_of(case))
@@ -164,7 +168,7 @@ def test_the_sampler_runs_the_originals_loop(case: dict[str, Any]) -> None:
         assert torch.equal(torch.rand(4), tensor(stem, "rng_probe"))
 
 
-@pytest.mark.parametrize("case", [case for case in TABLE_LOOPS if "dtype" not in case.values[0]])
+@pytest.mark.parametrize("case", [case for case in LOOPS if "dtype" not in case.values[0]])
 def test_the_sampler_is_no_further_from_float64_than_the_originals(case: dict[str, Any]) -> None:
     truth = run_sampler(case, torch.float64)[-1][0]
     ours = run_sampler(case, torch.float32)[-1][0]

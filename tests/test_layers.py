@@ -27,6 +27,7 @@ LAYERS = (
     "graphs",
     "conditioning",
     "sources",
+    "hooks",
     "workspace",
     "sampler",
     "models",

@@ -14,8 +14,8 @@ def ddim(
 ) -> StepTable:
     """Equation 12 of the paper: guided-diffusion's and GLIDE's `ddim_sample_loop`.
 
-    ε is re-derived from the clipped x0, as the originals do. A classifier's gradient g moves ε by -√(1-ᾱ) g, which is not
-    clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's `condition_score`). A model with learned
+    ε is re-derived from the clipped x0, as the originals do. A classifier's gradient g moves ε by -√(1-ᾱ) g, and x0 is
+    not clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's `condition_score`). A model with learned
     variances may be used; its variance channels are ignored.
 
     Args:

@@ -1,0 +1,91 @@
+"""Functions of the user's that run inside a step's program, between the model and the fused step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops.checks import check_output
+from .reference import pieces
+from .step import StepBuffers, StepSpec
+from .table import COLUMNS
+
+__all__ = ["ClassifierGradient", "DenoisedOutput"]
+
+_P_X, _P_M = COLUMNS.index("p_x"), COLUMNS.index("p_m")
+
+
+class DenoisedOutput:
+    """Turns a model's output into x0, has a function change it, and gives that to the step as its output.
+
+    Blend and x0 are rounded as in the step, which then gets a table with p_x = 0 and p_m = 1: a function that changes
+    nothing changes no bit.
+
+    Args:
+        function: x0 [B, C, ...] -> the same shape (guided-diffusion's `denoised_fn`), before the clip.
+        spec: of the step without the function.
+        buffers: of the run; their table predicts x0.
+        backend: "triton" or another, which runs the reference.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], spec: StepSpec, buffers: StepBuffers, backend: str
+    ) -> None:
+        self._function, self._spec, self._buffers = function, spec, buffers
+        self._pieces: Any = ops if backend == "triton" else pieces
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """[K*B, C or 2C, ...] to [B, C, ...], or [B, 2C, ...] where the variance is learned.
+
+        Raises:
+            ValueError: an output that does not fit, or a function that returned another shape.
+        """
+        check_output(output, self._spec, self._buffers)
+        spec, buffers, x = self._spec, self._buffers, self._buffers.x
+        channels, row = x.shape[1], buffers.counter[:1]
+        m = output[:, :channels]
+        if spec.branches > 1:
+            weights = buffers.weights.index_select(0, row)[0]  # type: ignore[union-attr]
+            m = self._pieces.guidance_blend(m, weights, base=spec.base)
+        coefficients = buffers.table.index_select(0, row).expand(len(x), -1).t().contiguous()
+        x0 = self._function(self._pieces.predict_x0(x, m, coefficients[_P_X], coefficients[_P_M]))
+        _check("denoised_fn", x0, x)
+        if not spec.learned_variance:
+            return x0
+        return torch.cat([x0, output.chunk(spec.branches)[spec.conditional][:, channels:].to(x0.dtype)], dim=1)
+
+
+class ClassifierGradient:
+    """Writes ∇ log p(y | x_t) to the run's gradient buffer.
+
+    Args:
+        function: (x [B, C, ...], t [B], **conditioning) -> [B, C, ...] (guided-diffusion's `cond_fn`). Gradients are
+            off where it is called: it must turn them on for itself.
+        buffers: of the run.
+        conditioning: its keyword arguments.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], buffers: StepBuffers, conditioning: Mapping[str, Any]) -> None:
+        self._function, self._buffers, self._conditioning = function, buffers, conditioning
+        self._time = buffers.time[: len(buffers.x)]  # type: ignore[index]
+
+    def __call__(self) -> None:
+        """Evaluate the function at the state.
+
+        Raises:
+            ValueError: it returned another shape.
+        """
+        buffers = self._buffers
+        gradient = self._function(buffers.x, self._time, **self._conditioning)
+        _check("cond_fn", gradient, buffers.x)
+        buffers.gradient.copy_(gradient)  # type: ignore[union-attr]
+
+
+def _check(name: str, result: Any, x: Tensor) -> None:
+    if not isinstance(result, Tensor) or result.shape != x.shape:
+        got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"{name}: returned {got}, expected a tensor of shape {tuple(x.shape)}")
