@@ -9,6 +9,7 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 """
 
 from . import solvers
+from .frontends import ClassifierFree, accelerate
 from .guidance import CFG, Compose, Guidance, NoGuidance
 from .sampler import Sampler, Step
 from .schedule import Schedule
@@ -16,4 +17,16 @@ from .table import StepTable
 
 __version__ = "0.1.0"
 
-__all__ = ["CFG", "Compose", "Guidance", "NoGuidance", "Sampler", "Schedule", "Step", "StepTable", "solvers"]
+__all__ = [
+    "CFG",
+    "ClassifierFree",
+    "Compose",
+    "Guidance",
+    "NoGuidance",
+    "Sampler",
+    "Schedule",
+    "Step",
+    "StepTable",
+    "accelerate",
+    "solvers",
+]

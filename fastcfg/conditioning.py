@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Same", "check_conditioning"]
+__all__ = ["Conditioning", "Same", "Shared", "check_conditioning"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Marks a value, tensor or not, that the model is given as it is, whatever the branch and the batch."""
+
+    value: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +93,8 @@ def check_conditioning(
             tensors[key] = tuple(
                 _checked(key, name, value, values[0], batch, device) for name, value in zip(names, values, strict=True)
             )
+        elif isinstance(values[0], Shared):
+            shared[key] = values[0].value
         else:
             for name, value in zip(names, values, strict=True):
                 if _identity(value) != _identity(values[0]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from .noise import sample_seeds
 from .ops import initial_noise
 
-__all__ = ["NoiseSource", "philox_source", "recorded_source", "torch_source"]
+__all__ = ["NoiseSource", "cuda_normal_offset", "philox_source", "recorded_source", "torch_source"]
 
 Recording = Tensor | Callable[[int, tuple[int, ...]], Tensor]
 
@@ -48,17 +50,87 @@ def philox_source(
     return NoiseSource(lambda: initial_noise(torch.empty(shape, device=device), seeds, backend), seeds=seeds)
 
 
-def torch_source(seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device) -> NoiseSource:
-    """`torch.randn` on the device: the start, then one draw per row, from the global generator where no seed is
-    given."""
+def torch_source(
+    seed: int | Sequence[int] | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    drawn: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    every_row: bool = False,
+) -> NoiseSource:
+    """`torch.randn` on the device: the start, then one draw per row.
+
+    Args:
+        seed: one integer for the whole batch; None draws from torch's global generator.
+        shape: (B, C, ...).
+        device: where to draw.
+        drawn: samples drawn each time, of which the first B are used: guided-diffusion's and GLIDE's loops draw for a
+            doubled batch. The generator is left as if all had been drawn.
+        dtype: of the steps' draws. The start is float32, as in the originals.
+        every_row: draw also where the solver adds no noise, as the originals do.
+
+    Raises:
+        ValueError: several seeds.
+    """
     seed = None if seed is None else _integers(seed)
     if isinstance(seed, list):
         raise ValueError(f"seed: got {seed!r}, expected one integer for the whole batch with noise='torch'")
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    whole = (drawn or shape[0], *shape[1:])
+    if whole == shape and not every_row:
+        fill: Callable[[int, Any], object] = partial(_draw, generator)
+    elif device.type == "cuda":
+        fill = partial(_fill_and_skip, numel=math.prod(whole), generator=generator or _default_generator(device))
+    else:
+        fill = partial(_fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
     return NoiseSource(
-        lambda: torch.randn(shape, generator=generator, device=device),
-        lambda row, buffer: buffer.normal_(generator=generator),
+        lambda: torch.randn(whole, generator=generator, device=device)[: shape[0]], fill, always=every_row
     )
+
+
+def _draw(generator: torch.Generator | None, row: int, buffer: Tensor) -> None:
+    buffer.normal_(generator=generator)
+
+
+def _fill_from(scratch: Tensor, generator: torch.Generator | None, row: int, buffer: Tensor | None) -> None:
+    """Draw all of the scratch; the buffer takes its first samples."""
+    scratch.normal_(generator=generator)
+    if buffer is not None:
+        buffer.copy_(scratch[: len(buffer)])
+
+
+def _fill_and_skip(row: int, buffer: Tensor | None, *, numel: int, generator: torch.Generator) -> None:
+    """Draw the buffer, whose elements begin a draw of `numel`, and set the generator to where that draw leaves it."""
+    offset = generator.get_offset()
+    if buffer is not None:
+        buffer.normal_(generator=generator)
+    properties = torch.cuda.get_device_properties(generator.device)
+    generator.set_offset(
+        offset + cuda_normal_offset(numel, properties.multi_processor_count, properties.max_threads_per_multi_processor)
+    )
+
+
+def cuda_normal_offset(numel: int, multiprocessors: int, threads: int = 2048) -> int:
+    """How far `torch.randn` of `numel` float32 values moves a CUDA generator's offset.
+
+    torch (`aten/src/ATen/native/cuda/DistributionTemplates.h`) runs 256 threads a block, as many blocks as the elements
+    need and fit on the GPU at once; a thread draws four values each time, and advances by four. Element i is the value
+    that thread i draws first wherever the elements do not outnumber the threads, and else depends on a full grid:
+    either way the first elements of a larger draw are those of a smaller one.
+
+    Args:
+        numel: number of values.
+        multiprocessors: of the GPU.
+        threads: that fit on one of them.
+    """
+    grid = min(-(-numel // 256), multiprocessors * (threads // 256))
+    return ((numel - 1) // (256 * grid * 4) + 1) * 4
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    torch.cuda.init()
+    return torch.cuda.default_generators[device.index or 0]
 
 
 def recorded_source(noise: Recording, rows: int, shape: tuple[int, ...], start: Callable[[], Tensor]) -> NoiseSource:

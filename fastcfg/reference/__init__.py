@@ -1,8 +1,8 @@
 """The step in plain torch: what the kernels equal (`table_step` and `pieces`), and the originals' own formulas
 (`gaussian`)."""
 
-from . import gaussian, pieces
+from . import bound, gaussian, pieces
 from .guided_step import ReferenceStep
 from .table_step import Scratch, blend, table_step
 
-__all__ = ["ReferenceStep", "Scratch", "blend", "gaussian", "pieces", "table_step"]
+__all__ = ["ReferenceStep", "Scratch", "blend", "bound", "gaussian", "pieces", "table_step"]

@@ -21,6 +21,7 @@ Throughout, x is [B, C, ...] of any floating dtype and t int64 [B] on x's device
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -50,45 +51,45 @@ VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 def q_mean_variance(schedule: Schedule, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and log variance of q(x_t | x0), each shaped like x_start."""
-    mean = _look_up(schedule.sqrt_alphas_cumprod, t, x_start) * x_start
-    variance = _look_up(1.0 - schedule.alphas_cumprod, t, x_start)
-    return mean, variance, _look_up(schedule.log_one_minus_alphas_cumprod, t, x_start)
+    mean = _look_up(schedule, "sqrt_alphas_cumprod", t, x_start) * x_start
+    variance = _look_up(schedule, "variance", t, x_start)
+    return mean, variance, _look_up(schedule, "log_one_minus_alphas_cumprod", t, x_start)
 
 
 def q_sample(schedule: Schedule, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """x_t = √ᾱ x0 + √(1-ᾱ) noise."""
-    signal = _look_up(schedule.sqrt_alphas_cumprod, t, x_start) * x_start
-    return signal + _look_up(schedule.sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+    signal = _look_up(schedule, "sqrt_alphas_cumprod", t, x_start) * x_start
+    return signal + _look_up(schedule, "sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
 
 def q_posterior_mean_variance(
     schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0), each shaped like x_t."""
-    variance = _look_up(schedule.posterior_variance, t, x_t)
+    variance = _look_up(schedule, "posterior_variance", t, x_t)
     return (
         _posterior_mean(schedule, x_start, x_t, t),
         variance,
-        _look_up(schedule.posterior_log_variance_clipped, t, x_t),
+        _look_up(schedule, "posterior_log_variance_clipped", t, x_t),
     )
 
 
 def predict_xstart_from_eps(schedule: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """x0 = √(1/ᾱ) x_t - √(1/ᾱ - 1) ε."""
-    scaled = _look_up(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-    return scaled - _look_up(schedule.sqrt_recipm1_alphas_cumprod, t, x_t) * eps
+    scaled = _look_up(schedule, "sqrt_recip_alphas_cumprod", t, x_t) * x_t
+    return scaled - _look_up(schedule, "sqrt_recipm1_alphas_cumprod", t, x_t) * eps
 
 
 def predict_xstart_from_xprev(schedule: Schedule, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
     """The x0 whose posterior mean is xprev."""
-    c1, c2 = schedule.posterior_mean_coef1, schedule.posterior_mean_coef2
-    return _look_up(1.0 / c1, t, x_t) * xprev - _look_up(c2 / c1, t, x_t) * x_t
+    scaled = _look_up(schedule, "recip_coef1", t, x_t) * xprev
+    return scaled - _look_up(schedule, "coef2_by_coef1", t, x_t) * x_t
 
 
 def predict_eps_from_xstart(schedule: Schedule, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
     """ε = (√(1/ᾱ) x_t - x0) / √(1/ᾱ - 1)."""
-    scaled = _look_up(schedule.sqrt_recip_alphas_cumprod, t, x_t) * x_t
-    return (scaled - pred_xstart) / _look_up(schedule.sqrt_recipm1_alphas_cumprod, t, x_t)
+    scaled = _look_up(schedule, "sqrt_recip_alphas_cumprod", t, x_t) * x_t
+    return (scaled - pred_xstart) / _look_up(schedule, "sqrt_recipm1_alphas_cumprod", t, x_t)
 
 
 def p_mean_variance(
@@ -165,7 +166,7 @@ def condition_score(
 ) -> dict[str, Tensor]:
     """p with mean and pred_xstart from ε - √(1-ᾱ) ∇ log p(y | x_t) (Dhariwal & Nichol 2021); not clamped again."""
     eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
-    eps = eps - (1 - _look_up(schedule.alphas_cumprod, t, x)).sqrt() * gradient
+    eps = eps - (1 - _look_up(schedule, "alphas_cumprod", t, x)).sqrt() * gradient
     pred_xstart = predict_xstart_from_eps(schedule, x, t, eps)
     return {**p, "pred_xstart": pred_xstart, "mean": _posterior_mean(schedule, pred_xstart, x, t)}
 
@@ -181,8 +182,8 @@ def ddim_sample(
 ) -> Tensor:
     """x_{t-1} of DDIM (Song et al. 2020, equation 12), with ε re-derived from pred_xstart; σ is 0 at t = 0."""
     eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
-    alpha_bar = _look_up(schedule.alphas_cumprod, t, x)
-    alpha_bar_prev = _look_up(schedule.alphas_cumprod_prev, t, x)
+    alpha_bar = _look_up(schedule, "alphas_cumprod", t, x)
+    alpha_bar_prev = _look_up(schedule, "alphas_cumprod_prev", t, x)
     sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
     mean = p["pred_xstart"] * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
     return mean + sigma * noise
@@ -191,21 +192,22 @@ def ddim_sample(
 def ddim_reverse_sample(schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
     """x_{t+1} of the deterministic ODE run towards noise."""
     eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
-    alpha_bar_next = _look_up(schedule.alphas_cumprod_next, t, x)
+    alpha_bar_next = _look_up(schedule, "alphas_cumprod_next", t, x)
     return p["pred_xstart"] * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
 
 
 def _variance(schedule: Schedule, variance: str, values: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Log variance and variance; `values` are the model's variance channels, if it has any."""
     if variance == "fixed_small":
-        return _look_up(schedule.posterior_log_variance_clipped, t, x), _look_up(schedule.posterior_variance, t, x)
+        return _look_up(schedule, "posterior_log_variance_clipped", t, x), _look_up(
+            schedule, "posterior_variance", t, x
+        )
     if variance == "fixed_large":
-        table = schedule.fixed_large_variance
-        return _look_up(np.log(table), t, x), _look_up(table, t, x)
+        return _look_up(schedule, "log_fixed_large_variance", t, x), _look_up(schedule, "fixed_large_variance", t, x)
     if variance == "learned":
         return values, torch.exp(values)
-    low = _look_up(schedule.posterior_log_variance_clipped, t, x)
-    high = _look_up(np.log(schedule.betas), t, x)
+    low = _look_up(schedule, "posterior_log_variance_clipped", t, x)
+    high = _look_up(schedule, "log_betas", t, x)
     fraction = (values + 1) / 2
     log_variance = fraction * high + (1 - fraction) * low
     return log_variance, torch.exp(log_variance)
@@ -213,11 +215,32 @@ def _variance(schedule: Schedule, variance: str, values: Tensor, x: Tensor, t: T
 
 def _posterior_mean(schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The mean of q(x_{t-1} | x_t, x0)."""
-    towards_start = _look_up(schedule.posterior_mean_coef1, t, x_t) * x_start
-    return towards_start + _look_up(schedule.posterior_mean_coef2, t, x_t) * x_t
+    towards_start = _look_up(schedule, "posterior_mean_coef1", t, x_t) * x_start
+    return towards_start + _look_up(schedule, "posterior_mean_coef2", t, x_t) * x_t
 
 
-def _look_up(table: NDArray[np.float64], t: Tensor, like: Tensor) -> Tensor:
-    """table[t] in float32, expanded to the shape of `like`."""
-    entries = torch.as_tensor(table, dtype=torch.float32, device=t.device)[t]
+def _look_up(schedule: Schedule, name: str, t: Tensor, like: Tensor) -> Tensor:
+    """A table's entries at t in float32, expanded to the shape of `like`."""
+    entries = _table(schedule, name, t.device)[t]
     return entries.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+
+
+# By schedule, the tables that were looked at and the devices they are on: each is copied there once.
+_tables: WeakKeyDictionary[Schedule, dict[tuple[str, torch.device], Tensor]] = WeakKeyDictionary()
+
+_DERIVED: dict[str, Callable[[Schedule], NDArray[np.float64]]] = {
+    "variance": lambda schedule: 1.0 - schedule.alphas_cumprod,
+    "log_betas": lambda schedule: np.log(schedule.betas),
+    "log_fixed_large_variance": lambda schedule: np.log(schedule.fixed_large_variance),
+    "recip_coef1": lambda schedule: 1.0 / schedule.posterior_mean_coef1,
+    "coef2_by_coef1": lambda schedule: schedule.posterior_mean_coef2 / schedule.posterior_mean_coef1,
+}
+
+
+def _table(schedule: Schedule, name: str, device: torch.device) -> Tensor:
+    """float32 [T] on a device: an attribute of the schedule, or what is derived from them."""
+    tables = _tables.setdefault(schedule, {})
+    if (name, device) not in tables:
+        values = _DERIVED[name](schedule) if name in _DERIVED else getattr(schedule, name)
+        tables[name, device] = torch.as_tensor(values, dtype=torch.float32, device=device)
+    return tables[name, device]

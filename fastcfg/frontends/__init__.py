@@ -1,0 +1,6 @@
+"""Drop-ins for other projects' samplers: they translate arguments and delegate."""
+
+from .accelerate import accelerate
+from .classifier_free import ClassifierFree
+
+__all__ = ["ClassifierFree", "accelerate"]

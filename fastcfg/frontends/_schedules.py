@@ -1,0 +1,84 @@
+"""The originals' schedule functions, refusing what they refuse: our ValueErrors are of their types too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import schedule as schedules
+from ..schedule import Schedule
+
+__all__ = [
+    "AssertionValueError",
+    "IndexValueError",
+    "UnknownScheduleError",
+    "ZeroDivisionValueError",
+    "betas_for_alpha_bar",
+    "make_schedule",
+    "named_betas",
+    "space_timesteps",
+]
+
+
+class AssertionValueError(ValueError, AssertionError):
+    """Where the originals assert."""
+
+
+class IndexValueError(ValueError, IndexError):
+    """Where the originals read an entry that is not there: a process of one step."""
+
+
+class ZeroDivisionValueError(ValueError, ZeroDivisionError):
+    """Where the originals divide by nothing: no sections to keep timesteps of."""
+
+
+class UnknownScheduleError(ValueError, NotImplementedError):
+    """A schedule's name that the original does not know."""
+
+
+def betas_for_alpha_bar(
+    num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
+) -> NDArray[np.float64]:
+    """The originals' `betas_for_alpha_bar`: see `fastcfg.schedule.betas_for_alpha_bar`."""
+    return schedules.betas_for_alpha_bar(num_diffusion_timesteps, alpha_bar, max_beta)
+
+
+def named_betas(name: str, known: tuple[str, ...], num_timesteps: int) -> NDArray[np.float64]:
+    """Betas by one of the names an original knows.
+
+    Raises:
+        UnknownScheduleError: another name.
+        AssertionValueError: so few timesteps that there are no betas.
+    """
+    if name not in known:
+        raise UnknownScheduleError(f"unknown beta schedule: {name}")
+    try:
+        return schedules.named_betas(name, num_timesteps)
+    except ValueError as error:
+        raise AssertionValueError(str(error)) from None
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+    """The originals' `space_timesteps`: see `fastcfg.schedule.space_timesteps`."""
+    if not isinstance(section_counts, str) and not len(section_counts):
+        raise ZeroDivisionValueError("section_counts: got an empty list, expected at least one count")
+    return schedules.space_timesteps(num_timesteps, section_counts)
+
+
+def make_schedule(betas: Any, timestep_map: Any = None, original_num_timesteps: int = 0) -> Schedule:
+    """A schedule, refused as the originals refuse it.
+
+    Raises:
+        AssertionValueError: betas that are not one-dimensional, or outside (0, 1].
+        IndexValueError: a single one.
+    """
+    try:
+        schedule = Schedule(betas, timestep_map, original_num_timesteps)
+    except ValueError as error:
+        raise AssertionValueError(str(error)) from None
+    if schedule.num_timesteps < 2:
+        raise IndexValueError(f"betas: got {schedule.num_timesteps}, expected at least 2")
+    return schedule

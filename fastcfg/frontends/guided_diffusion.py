@@ -1,0 +1,276 @@
+"""Drop-in for guided-diffusion's `gaussian_diffusion`, `respace` and the diffusion side of `script_util`.
+
+    from fastcfg.frontends.guided_diffusion import create_gaussian_diffusion    # was guided_diffusion.script_util
+
+Names, arguments, defaults, attributes and results are the originals'; sampling loops run on the engine.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ..reference import bound, gaussian
+from ..schedule import Schedule
+from . import _schedules
+from ._process import Function, Keywords, Model, Process, deterministic
+from ._schedules import betas_for_alpha_bar, make_schedule, named_betas
+
+__all__ = [
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "SpacedDiffusion",
+    "betas_for_alpha_bar",
+    "create_gaussian_diffusion",
+    "get_named_beta_schedule",
+    "space_timesteps",
+]
+
+
+class ModelMeanType(enum.Enum):
+    """What the model predicts."""
+
+    PREVIOUS_X = enum.auto()
+    START_X = enum.auto()
+    EPSILON = enum.auto()
+
+
+class ModelVarType(enum.Enum):
+    """Where the variance comes from; LEARNED_RANGE lets the model interpolate between FIXED_SMALL and FIXED_LARGE."""
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()
+    FIXED_LARGE = enum.auto()
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """What training minimises."""
+
+    MSE = enum.auto()
+    RESCALED_MSE = enum.auto()
+    KL = enum.auto()
+    RESCALED_KL = enum.auto()
+
+    def is_vb(self) -> bool:
+        """Whether it is the variational bound."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+_PREDICTIONS = {"PREVIOUS_X": "previous_x", "START_X": "x0", "EPSILON": "epsilon"}
+
+
+def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> NDArray[np.float64]:
+    """Betas by name: "linear" or "cosine".
+
+    Raises:
+        UnknownScheduleError: another name; a NotImplementedError, as in the original.
+        ValueError: fewer than 1 timestep.
+    """
+    return named_betas(schedule_name, ("linear", "cosine"), num_diffusion_timesteps)
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
+    """Timesteps to keep: "100", "10,15,20", a list, or "ddim25"; see `fastcfg.schedule.space_timesteps`.
+
+    Raises:
+        ValueError: what cannot be kept, or "fast27", which only GLIDE knows.
+    """
+    if section_counts == "fast27":
+        raise ValueError("section_counts: got 'fast27', expected '100', '10,15,20', 'ddim25' or the like")
+    return _schedules.space_timesteps(num_timesteps, section_counts)
+
+
+class GaussianDiffusion(Process):
+    """guided-diffusion's `GaussianDiffusion`.
+
+    Args:
+        betas: [T] in (0, 1].
+        model_mean_type: what the model predicts.
+        model_var_type: where the variance comes from.
+        loss_type: of `training_losses`.
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Attributes:
+        num_timesteps: T.
+        betas, alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next, sqrt_alphas_cumprod,
+        sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
+        sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1,
+        posterior_mean_coef2: float64 [T].
+
+    Raises:
+        ValueError: betas that are no process (an AssertionError too, as in the original), or a single one (an
+            IndexError too).
+
+    Example:
+        >>> diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="ddim25")
+        >>> model = lambda x, t: torch.cat([0.1 * x, 0 * x], dim=1)
+        >>> diffusion.ddim_sample_loop(model, (2, 3, 8, 8), device="cpu").shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        *,
+        betas: ArrayLike,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+    ) -> None:
+        self._set_types(model_mean_type, model_var_type, loss_type, rescale_timesteps)
+        self._set_up(make_schedule(betas), *self._names(), rescale_timesteps)
+
+    def _set_types(self, mean: Any, variance: Any, loss: Any, rescale_timesteps: bool) -> None:
+        # The originals' enums are taken by name, so that objects made with them can be accelerated.
+        self.model_mean_type = ModelMeanType[mean.name]
+        self.model_var_type = ModelVarType[variance.name]
+        self.loss_type = LossType[loss.name]
+        self.rescale_timesteps = rescale_timesteps
+
+    def _adopt(self, other: Any, schedule: Schedule) -> None:
+        """Be the process that another project's object describes."""
+        self._set_types(other.model_mean_type, other.model_var_type, other.loss_type, other.rescale_timesteps)
+        self._set_up(schedule, *self._names(), other.rescale_timesteps)
+
+    def _names(self) -> tuple[str, str]:
+        return _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
+
+    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+        return gaussian.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
+
+    def ddim_reverse_sample(  # type: ignore[override]
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Function | None = None,
+        model_kwargs: Keywords = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
+        deterministic(eta)
+        return self._reversed(self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs), x, t)
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: Keywords = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of one step.
+
+        Args:
+            model: called as model(x_t, the model's times, **model_kwargs).
+            x_start: [B, C, ...] in [-1, 1].
+            t: int64 [B].
+            model_kwargs: for the model.
+            noise: drawn like x_start if left out.
+
+        Returns:
+            "loss" [B], and where it has such parts "mse" and "vb" (in bits per dimension).
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        output = self._call(model, x_t, t, model_kwargs)
+        prediction, variance = self._names()
+        loss = self.loss_type.name.lower()
+        return bound.training_losses(
+            self._schedule, output, x_start, x_t, t, noise, prediction=prediction, variance=variance, loss=loss
+        )
+
+    def _vb_terms_bpd(
+        self,
+        model: Model,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: Keywords = None,
+    ) -> dict[str, Tensor]:
+        p = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+        return bound.vb_terms(self._schedule, p, x_start, x_t, t)
+
+    def _prior_bpd(self, x_start: Tensor) -> Tensor:
+        return bound.prior_bpd(self._schedule, x_start)
+
+    def calc_bpd_loop(
+        self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Keywords = None
+    ) -> dict[str, Tensor]:
+        """The variational bound of images x_start [B, C, ...], in bits per dimension.
+
+        Returns:
+            total_bpd and prior_bpd [B]; vb, xstart_mse and mse (of ε) [B, T], the noisiest step first.
+        """
+
+        def predict(x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
+            return self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+
+        return bound.bits_per_dimension(self._schedule, predict, x_start)
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """guided-diffusion's `SpacedDiffusion`: a process that keeps some timesteps of another.
+
+    Args:
+        use_timesteps: those it keeps.
+        **kwargs: of the `GaussianDiffusion` whose timesteps they are.
+
+    Attributes:
+        use_timesteps: as a set.
+        timestep_map: as a sorted list.
+        original_num_steps: T of the other process.
+    """
+
+    def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
+        base = GaussianDiffusion(**kwargs)
+        self._set_types(base.model_mean_type, base.model_var_type, base.loss_type, base.rescale_timesteps)
+        self._keep(base, use_timesteps, self._names())
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | Sequence[int] = "",
+) -> SpacedDiffusion:
+    """guided-diffusion's `script_util.create_gaussian_diffusion`.
+
+    Args:
+        steps: T of the original process.
+        learn_sigma: the model interpolates the variance (LEARNED_RANGE); else it is FIXED_LARGE, or
+        sigma_small: FIXED_SMALL.
+        noise_schedule: for `get_named_beta_schedule`.
+        use_kl: train on the bound (RESCALED_KL).
+        predict_xstart: the model predicts x0, else ε.
+        rescale_timesteps: as `GaussianDiffusion`.
+        rescale_learned_sigmas: RESCALED_MSE instead of MSE.
+        timestep_respacing: for `space_timesteps`; empty keeps all.
+    """
+    loss = LossType.RESCALED_KL if use_kl else LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
+        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
+        loss_type=loss,
+        rescale_timesteps=rescale_timesteps,
+    )
