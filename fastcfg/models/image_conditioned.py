@@ -1,4 +1,4 @@
-"""GLIDE's text-conditional UNets that also see images: super-resolution, inpainting, and both."""
+"""UNets that also see images: super-resolution of guided-diffusion and GLIDE, and GLIDE's inpainting."""
 
 from __future__ import annotations
 
@@ -9,6 +9,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastcfg.models.text2im import Text2ImUNet
+from fastcfg.models.unet import UNetModel
+
+
+class SuperResModel(UNetModel):
+    """`UNetModel` that also sees a smaller image, resized to the output's size (guided-diffusion, class of this name).
+
+    Args:
+        image_size: as `UNetModel`.
+        in_channels: the image's; the network's input has twice as many.
+        *args: further positional arguments of `UNetModel`.
+        **kwargs: its keyword arguments.
+    """
+
+    def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(image_size, 2 * in_channels, *args, **kwargs)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Apply the network.
+
+        Args:
+            x: [B, C, H, W].
+            timesteps: [B], integer or float.
+            low_res: [B, C, h, w], in [-1, 1]; taken as it is if it has the size of `x` already.
+            **kwargs: `y`, as for `UNetModel.forward`.
+
+        Returns:
+            [B, out_channels, H, W].
+
+        Raises:
+            ValueError: `low_res` is missing, or a shape does not fit.
+        """
+        return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
 
 
 class SuperResText2ImUNet(Text2ImUNet):
@@ -25,7 +59,7 @@ class SuperResText2ImUNet(Text2ImUNet):
         Args:
             x: [B, C, H, W].
             timesteps: [B], integer or float.
-            low_res: [B, C, h, w], in [-1, 1].
+            low_res: [B, C, h, w], in [-1, 1]; taken as it is if it has the size of `x` already.
             **kwargs: the text, as for `Text2ImUNet.forward`.
 
         Returns:
@@ -99,7 +133,7 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
             timesteps: [B], integer or float.
             inpaint_image: [B, C, H, W] in [-1, 1]; zeros if left out.
             inpaint_mask: [B, 1, H, W], 1 where the image is known; zeros if left out.
-            low_res: [B, C, h, w], in [-1, 1].
+            low_res: [B, C, h, w], in [-1, 1]; taken as it is if it has the size of `x` already.
             **kwargs: the text, as for `Text2ImUNet.forward`.
 
         Returns:
@@ -121,6 +155,8 @@ def _resize(low_res: Tensor | None, x: Tensor) -> Tensor:
     if low_res is None or low_res.ndim != 4 or low_res.shape[:2] != x.shape[:2]:
         got = "None" if low_res is None else f"shape {tuple(low_res.shape)}"
         raise ValueError(f"low_res: got {got}, expected [{x.shape[0]}, {x.shape[1]}, height, width]")
+    if low_res.shape == x.shape:  # what interpolation would give, to the bit
+        return low_res
     return F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,10 @@ from fastcfg.models.unet import UNetModel
 
 # Upstream leaves the positional and padding embeddings uninitialised memory. CLIP's value serves training from scratch.
 _POSITION_STD = 0.01
+
+# The forms text comes in, one of which a call is given: as tokens, encoded, and with all of its work done.
+_TEXT = ("tokens", "mask", "xf_proj", "xf_out", "xf_kv")
+_FORMS = ({"tokens"}, {"tokens", "mask"}, {"xf_proj", "xf_out"}, {"xf_proj", "xf_kv"})
 
 
 class HasVocabulary(Protocol):
@@ -35,21 +40,22 @@ class Text2ImUNet(UNetModel):
         xf_final_ln: a layer norm ends it.
         tokenizer: anything with `n_vocab`; kept as `tokenizer`, for callers.
         in_channels: channels of the image; subclasses add those of their conditioning images.
-        *args: further positional arguments of `UNetModel`.
+        *args: further positional arguments of `UNetModel`, from `model_channels` on.
         cache_text_emb: keep the encoded text of the last call, detached, and use it while tokens and mask stay equal.
-            Comparing them waits for the device; passing `xf_proj` and `xf_out` to `forward` does not.
+            Comparing them waits for the device; passing what `precompute` returns to `forward` does not.
         xf_ar: nonzero adds the layer `unemb` of GLIDE's auxiliary language-model loss, for its parameters only.
         xf_padding: positions whose mask is False get a learned padding embedding.
         share_unemb: `unemb` shares its weight with the token embedding.
-        **kwargs: keyword arguments of `UNetModel`.
+        image_size: as `UNetModel`.
+        **kwargs: further keyword arguments of `UNetModel`.
 
     Example:
         >>> model = Text2ImUNet(
         ...     16, 64, 2, 2, True, tokenizer, xf_padding=True, in_channels=3, model_channels=32, out_channels=6,
         ...     num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=32,
         ... )
-        >>> text = model.get_text_emb(tokens, mask)  # once
-        >>> output = model(x, timesteps, **text)     # every step
+        >>> text = model.precompute(tokens=tokens, mask=mask)  # once
+        >>> output = model(x, timesteps, **text)               # every step
     """
 
     def __init__(
@@ -66,10 +72,11 @@ class Text2ImUNet(UNetModel):
         xf_ar: float = 0.0,
         xf_padding: bool = False,
         share_unemb: bool = False,
+        image_size: int | None = None,
         **kwargs: Any,
     ) -> None:
         channels = self._input_channels(in_channels)
-        super().__init__(channels, *args, **kwargs, encoder_channels=xf_width or None)  # type: ignore[misc]
+        super().__init__(image_size, channels, *args, **kwargs, encoder_channels=xf_width or None)
         self.text_ctx = text_ctx
         self.xf_width = xf_width
         self.xf_ar = xf_ar
@@ -137,6 +144,31 @@ class Text2ImUNet(UNetModel):
         """Forget the text kept by `cache_text_emb`."""
         self.cache = None
 
+    def precompute(self, **conditioning: Any) -> dict[str, Any]:
+        """Do the text's work, which no step changes, before the first.
+
+        Args:
+            **conditioning: keyword arguments for `forward`: the text in any form it takes, and any others.
+
+        Returns:
+            Keyword arguments for `forward` that give the same output, to the bit in a batch of the same size: the text
+            as `xf_proj` [B, 4 * model_channels] and `xf_kv` [B, text_ctx, K], the keys and values of all attention
+            blocks side by side; the others as they came. Batches concatenate along B.
+
+        Raises:
+            ValueError: as `forward`, for the text.
+
+        Example:
+            >>> text = model.precompute(tokens=tokens, mask=mask, low_res=low_res)
+            >>> sorted(text)
+            ['low_res', 'xf_kv', 'xf_proj']
+        """
+        if not self.xf_width:
+            return conditioning
+        text = {name: conditioning.pop(name, None) for name in _TEXT}
+        xf_proj, encoder_kv = self._attended_text(**text)
+        return {**conditioning, "xf_proj": xf_proj, "xf_kv": torch.cat(list(encoder_kv), dim=2)}
+
     def forward(
         self,
         x: Tensor,
@@ -146,8 +178,9 @@ class Text2ImUNet(UNetModel):
         *,
         xf_proj: Tensor | None = None,
         xf_out: Tensor | None = None,
+        xf_kv: Tensor | None = None,
     ) -> Tensor:
-        """Apply the network to text given as tokens, or encoded already by `get_text_emb`.
+        """Apply the network to text given as tokens, or encoded by `get_text_emb`, or made ready by `precompute`.
 
         Args:
             x: [B, in_channels, H, W].
@@ -156,36 +189,59 @@ class Text2ImUNet(UNetModel):
             mask: [B, text_ctx] bool, True on real tokens.
             xf_proj: [B, 4 * model_channels].
             xf_out: [B, xf_width, text_ctx].
+            xf_kv: [B, text_ctx, K], K twice the channels of all attention blocks together.
 
         Returns:
             [B, out_channels, H, W], of the dtype of `x`.
 
         Raises:
-            ValueError: shapes that do not fit, or text given in neither form or in both.
+            ValueError: shapes that do not fit, or text given in no form or in several.
         """
-        emb = self._embed_timesteps(x, timesteps)
+        emb = self._embed(x, timesteps)
         if not self.xf_width:
             return self._forward_blocks(x, emb)
-        if tokens is not None and xf_proj is None and xf_out is None:
-            text = self.get_text_emb(tokens, mask)
-            xf_proj, xf_out = text["xf_proj"], text["xf_out"]
-        elif tokens is not None or mask is not None or xf_proj is None or xf_out is None:
-            given = {"tokens": tokens, "mask": mask, "xf_proj": xf_proj, "xf_out": xf_out}
-            names = ", ".join(name for name, value in given.items() if value is not None)
-            raise ValueError(f"text: got {names or 'nothing'}, expected tokens and mask, or xf_proj and xf_out")
-        for name, value, sizes in (
-            ("xf_proj", xf_proj, (4 * self.model_channels,)),
-            ("xf_out", xf_out, (self.xf_width, self.text_ctx)),
-        ):
-            if value.shape != (x.shape[0], *sizes):
-                name = name if tokens is None else "tokens"
-                raise ValueError(f"{name}: got encoded shape {tuple(value.shape)}, expected {(x.shape[0], *sizes)}")
-        return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), xf_out.to(self.dtype))
+        xf_proj, encoder_kv = self._attended_text(tokens, mask, xf_proj, xf_out, xf_kv, batch=x.shape[0])
+        return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), encoder_kv)
 
     @staticmethod
     def _input_channels(image_channels: int) -> int:
         """Channels of the first convolution's input."""
         return image_channels
+
+    def _attended_text(
+        self,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        xf_proj: Tensor | None,
+        xf_out: Tensor | None,
+        xf_kv: Tensor | None,
+        batch: int | None = None,
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The text's summary, and the keys and values of every attention block, from text in any one form."""
+        values = (tokens, mask, xf_proj, xf_out, xf_kv)
+        given = [name for name, value in zip(_TEXT, values, strict=True) if value is not None]
+        if set(given) not in _FORMS:
+            expected = "tokens and mask, xf_proj and xf_out, or xf_proj and xf_kv"
+            raise ValueError(f"text: got {', '.join(given) or 'nothing'}, expected {expected}")
+        if tokens is not None:
+            xf_proj, xf_out = self.get_text_emb(tokens, mask).values()
+        assert xf_proj is not None
+        blocks = [block.attention for block in self._blocks() if block.attention is not None]
+        widths = [2 * block.norm.num_channels for block in blocks]
+        batch = xf_proj.shape[0] if batch is None else batch
+        for name, value, sizes in (
+            ("xf_proj", xf_proj, (4 * self.model_channels,)),
+            ("xf_out", xf_out, (self.xf_width, self.text_ctx)),
+            ("xf_kv", xf_kv, (self.text_ctx, sum(widths))),
+        ):
+            if value is not None and value.shape != (batch, *sizes):
+                name = name if tokens is None else "tokens"
+                raise ValueError(f"{name}: got encoded shape {tuple(value.shape)}, expected {(batch, *sizes)}")
+        if xf_kv is not None:
+            return xf_proj, xf_kv.to(self.dtype).split(widths, dim=2)
+        assert xf_out is not None
+        features = xf_out.to(self.dtype).transpose(1, 2)
+        return xf_proj, [block.encoder_kv(features) for block in blocks]  # type: ignore[misc]
 
     def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
         """Raise ValueError unless tokens and mask fit the network."""

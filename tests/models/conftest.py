@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastcfg.models
-from fastcfg.models import Text2ImUNet
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -26,24 +25,34 @@ class Recorded:
     case: dict[str, Any]
     arrays: dict[str, Tensor]
 
-    def build(self, **options: Any) -> Text2ImUNet:
+    def build(self, **options: Any) -> nn.Module:
         """The network with the recorded weights, in eval mode."""
         from safetensors.torch import load_file
 
         case = self.case
-        tokenizer = SimpleNamespace(n_vocab=case["n_vocab"])
-        model = getattr(fastcfg.models, case["cls"])(tokenizer=tokenizer, **{**case["kwargs"], **options})
+        kwargs = {**case["kwargs"], **options}
+        if "n_vocab" in case:
+            kwargs["tokenizer"] = SimpleNamespace(n_vocab=case["n_vocab"])
+        model = getattr(fastcfg.models, case["cls"])(**kwargs)
         weights = load_file(GOLDEN / f"{case['id']}.safetensors")
         model.load_state_dict({key: value.float() for key, value in weights.items()})
         return model.eval()
 
     @property
     def text(self) -> dict[str, Tensor]:
-        return {name: self.arrays[name] for name in ("tokens", "mask")}
+        return self._some("tokens", "mask")
 
     @property
     def images(self) -> dict[str, Tensor]:
-        names = ("low_res", "inpaint_image", "inpaint_mask")
+        return self._some("low_res", "inpaint_image", "inpaint_mask")
+
+    @property
+    def conditioning(self) -> dict[str, Tensor]:
+        """All that the network takes beside x and timesteps. A classifier's `y` is not its input."""
+        classes = {} if self.case["cls"] == "EncoderUNetModel" else self._some("y")
+        return {**self.text, **self.images, **classes}
+
+    def _some(self, *names: str) -> dict[str, Tensor]:
         return {name: self.arrays[name] for name in names if name in self.arrays}
 
 
@@ -54,8 +63,31 @@ def load_recorded(name: str) -> Recorded:
         return Recorded(cases[name], {key: torch.from_numpy(value) for key, value in arrays.items()})
 
 
-@pytest.fixture(params=["glide_base", "glide_superres", "glide_inpaint"])
+GLIDE = ("glide_base", "glide_superres", "glide_inpaint")
+GUIDED_DIFFUSION = ("gd_unet_class", "gd_unet_legacy", "gd_superres")
+CLASSIFIERS = ("gd_classifier_attention",)
+
+
+@pytest.fixture(params=GLIDE)
 def recorded(request: pytest.FixtureRequest) -> Recorded:
+    """Every recorded network of GLIDE in turn."""
+    return load_recorded(request.param)
+
+
+@pytest.fixture(params=GUIDED_DIFFUSION)
+def guided(request: pytest.FixtureRequest) -> Recorded:
+    """Every recorded diffusion model of guided-diffusion in turn."""
+    return load_recorded(request.param)
+
+
+@pytest.fixture(params=CLASSIFIERS)
+def classifier(request: pytest.FixtureRequest) -> Recorded:
+    """Every recorded classifier in turn."""
+    return load_recorded(request.param)
+
+
+@pytest.fixture(params=(*GLIDE, *GUIDED_DIFFUSION, *CLASSIFIERS))
+def network(request: pytest.FixtureRequest) -> Recorded:
     """Every recorded network in turn."""
     return load_recorded(request.param)
 

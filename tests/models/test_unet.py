@@ -129,19 +129,21 @@ class _OnDevice(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_forward_makes_nothing_on_the_host(recorded):
-    model = recorded.build().to("meta")
-    inputs = {**recorded.text, **recorded.images, "x": recorded.arrays["x"], "timesteps": recorded.arrays["timesteps"]}
+def test_forward_makes_nothing_on_the_host(network):
+    model, arrays = network.build().to("meta"), network.arrays
+    inputs = {**network.conditioning, "x": arrays["x"], "timesteps": arrays["timesteps"]}
     inputs = {name: value.to("meta") for name, value in inputs.items()}
     with _OnDevice():
-        output = model(**inputs)
-    assert output.shape == recorded.arrays["output"].shape
+        outputs = [model(**inputs)]
+        if hasattr(model, "precompute"):
+            outputs.append(model(**model.precompute(**inputs)))
+    assert {output.shape for output in outputs} == {arrays["logits" if "logits" in arrays else "output"].shape}
 
 
 @torch.no_grad()
 def test_compiles_without_graph_breaks(base):
     model, arrays = base.build(), base.arrays
-    text = model.get_text_emb(**base.text)
+    text = model.precompute(**base.text)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(
         compiled(arrays["x"], arrays["timesteps"], **text), model(arrays["x"], arrays["timesteps"], **text)
@@ -152,6 +154,7 @@ def test_network_without_text(base):
     model = fill(Text2ImUNet(12, 0, 0, 0, False, None, **SMALL))
     assert not any("transformer" in key or "encoder_kv" in key for key in model.state_dict())
     assert model(base.arrays["x"], base.arrays["timesteps"]).shape == (3, 6, 16, 16)
+    assert model.precompute(low_res=1) == {"low_res": 1}
 
 
 def test_auxiliary_text_head_has_upstream_names():
@@ -164,7 +167,7 @@ def test_auxiliary_text_head_has_upstream_names():
 @pytest.mark.parametrize("resblock_updown", [True, False])
 @pytest.mark.parametrize(("dims", "size"), [(1, (16,)), (2, (8, 4)), (3, (3, 4, 4))])
 def test_any_number_of_dimensions(dims, size, resblock_updown):
-    model = fill(UNetModel(**SMALL, dims=dims, resblock_updown=resblock_updown)).eval()
+    model = fill(UNetModel(image_size=8, **SMALL, dims=dims, resblock_updown=resblock_updown)).eval()
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     output = model(x, torch.tensor([1, 999]))
     assert output.shape == (2, 6, *size)
@@ -176,10 +179,10 @@ def test_any_number_of_dimensions(dims, size, resblock_updown):
 @torch.no_grad()
 def test_heads_of_the_upsampling_half():
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    reference = fill(UNetModel(**SMALL, num_heads=2)).eval()
+    reference = fill(UNetModel(image_size=8, **SMALL, num_heads=2)).eval()
     outputs = {}
     for heads in (-1, 2, 4):
-        model = UNetModel(**SMALL, num_heads=2, num_heads_upsample=heads).eval()
+        model = UNetModel(image_size=8, **SMALL, num_heads=2, num_heads_upsample=heads).eval()
         model.load_state_dict(reference.state_dict())
         outputs[heads] = model(x, torch.tensor([5, 5]))
     assert torch.equal(outputs[-1], outputs[2])
@@ -213,7 +216,7 @@ def test_norms_compute_in_float32(base, autocast):
 
 @torch.no_grad()
 def test_class_embedding():
-    model = fill(UNetModel(**SMALL, num_classes=4)).eval()
+    model = fill(UNetModel(image_size=8, **SMALL, num_classes=4)).eval()
     assert model.label_emb.weight.shape == (4, 128)
     x, timesteps = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 5])
     a, b = model(x, timesteps, torch.tensor([0, 1])), model(x, timesteps, torch.tensor([0, 3]))
@@ -261,7 +264,7 @@ def test_inputs_that_do_not_fit(base, x, timesteps, message):
 )
 def test_sizes_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
-        UNetModel(**{**SMALL, **options})
+        UNetModel(image_size=8, **{**SMALL, **options})
 
 
 def test_text_sizes_that_do_not_fit():
@@ -269,6 +272,31 @@ def test_text_sizes_that_do_not_fit():
         Text2ImUNet(12, 32, 1, 3, True, SimpleNamespace(n_vocab=20), **SMALL)
     with pytest.raises(ValueError, match="tokenizer: got None"):
         Text2ImUNet(12, 32, 1, 2, True, None, **SMALL)
+
+
+@pytest.mark.parametrize("network", ["glide_superres", "gd_superres"], indirect=True)
+@torch.no_grad()
+def test_an_image_of_the_outputs_size_is_not_resized(network, monkeypatch):
+    model, arrays = network.build(), network.arrays
+    conditioning = {**network.conditioning, "low_res": resized(arrays["low_res"], arrays["x"].shape[2:])}
+    want = model(arrays["x"], arrays["timesteps"], **network.conditioning)
+    modes = []
+    interpolate = torch.nn.functional.interpolate
+
+    def noted(*args, mode, **kwargs):
+        modes.append(mode)
+        return interpolate(*args, mode=mode, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "interpolate", noted)
+        assert torch.equal(model(arrays["x"], arrays["timesteps"], **conditioning), want)
+    assert set(modes) == {"nearest"}
+    # What is left out would change nothing.
+    assert torch.equal(resized(conditioning["low_res"], arrays["x"].shape[2:]), conditioning["low_res"])
+
+
+def resized(image: torch.Tensor, size: torch.Size) -> torch.Tensor:
+    return torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False)
 
 
 def test_conditioning_images_that_do_not_fit():

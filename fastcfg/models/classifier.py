@@ -1,0 +1,196 @@
+"""guided-diffusion's classifier of noised images: half a UNet, pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcfg.models.nn import GroupNorm32, PointwiseConv1d, conv_nd, zero_module
+from fastcfg.models.unet_encoder import LayerOptions, UNetEncoder, weight_dtype
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+
+# Width of the hidden layer of the spatial pools.
+_SPATIAL_WIDTH = 2048
+
+
+class AttentionPool2d(nn.Module):
+    """What the mean position attends to among all positions and itself (guided-diffusion, class of the same name).
+
+    Args:
+        spacial_dim: height and width of the feature map (upstream's spelling).
+        embed_dim: its channels.
+        num_heads_channels: channels per attention head.
+        output_dim: channels of the output; `embed_dim` if None.
+
+    Raises:
+        ValueError: `embed_dim` cannot be divided into such heads.
+    """
+
+    def __init__(
+        self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None
+    ) -> None:
+        super().__init__()
+        if num_heads_channels < 1 or embed_dim % num_heads_channels:
+            raise ValueError(
+                f"num_heads_channels: got {num_heads_channels}, expected a divisor of the {embed_dim} channels"
+            )
+        self.spacial_dim = spacial_dim
+        self.num_heads = embed_dim // num_heads_channels
+        self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
+        self.qkv_proj = PointwiseConv1d(embed_dim, 3 * embed_dim)
+        self.c_proj = PointwiseConv1d(embed_dim, output_dim or embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool [B, embed_dim, spacial_dim, spacial_dim] to [B, output_dim]; ValueError for other sizes.
+
+        Only the mean's query is asked for, so only its attention is computed.
+        """
+        if x.shape[2:] != (self.spacial_dim, self.spacial_dim):
+            raise ValueError(f"x: got features of {tuple(x.shape[2:])}, expected {(self.spacial_dim,) * 2}")
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+        tokens = tokens + self.positional_embedding.t().to(x.dtype)
+        weight, bias = self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias
+        channels = x.shape[1]
+        query = F.linear(tokens[:, :1], weight[:channels], bias[:channels])  # type: ignore[index]
+        key, value = F.linear(tokens, weight[channels:], bias[channels:]).chunk(2, dim=2)  # type: ignore[index]
+        h = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
+        return self.c_proj(h.transpose(1, 2).flatten(2))[:, 0]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, C] as [B, heads, T, C / heads]."""
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class EncoderUNetModel(UNetEncoder):
+    """Classifier of noised images (guided-diffusion `unet.EncoderUNetModel`), state-dict compatible with it.
+
+    Args:
+        image_size: height and width of the images; only "attention" depends on it.
+        in_channels: channels of the input.
+        model_channels: base width; a multiple of 32.
+        out_channels: number of classes.
+        num_res_blocks: as in `UNetModel`, like what follows.
+        attention_resolutions: as there.
+        dropout: as there.
+        channel_mult: as there.
+        conv_resample: as there.
+        dims: 2: the pools are for images.
+        use_checkpoint: as there.
+        use_fp16: as there.
+        num_heads: as there.
+        num_head_channels: as there; "attention" needs it.
+        num_heads_upsample: without effect.
+        use_scale_shift_norm: as there.
+        resblock_updown: as there.
+        use_new_attention_order: as there.
+        pool: how the features become logits. "adaptive": their mean over the positions, projected; "attention":
+            `AttentionPool2d`; "spatial": two layers on the means of every block's features; "spatial_v2": the same with
+            a norm between the layers.
+
+    Raises:
+        ValueError: an unknown pool, one without the options it needs, or what `UNetModel` refuses.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        use_checkpoint: bool = False,
+        use_fp16: bool = False,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        pool: str = "adaptive",
+    ) -> None:
+        if pool not in POOLS:
+            raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
+        if dims != 2:
+            raise ValueError(f"dims: got {dims!r}, expected 2")
+        if pool == "attention" and num_head_channels == -1:
+            raise ValueError("num_head_channels: got -1, expected the channels per head of the attention pool")
+        options = LayerOptions(
+            model_channels=model_channels,
+            dropout=dropout,
+            conv_resample=conv_resample,
+            dims=dims,
+            num_head_channels=num_head_channels,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+        )
+        super().__init__(
+            options,
+            in_channels,
+            num_res_blocks,
+            attention_resolutions,
+            channel_mult,
+            None,
+            num_heads,
+            use_checkpoint,
+            use_fp16,
+        )
+        self.image_size = image_size
+        self.out_channels = out_channels
+        self.pool = pool
+        channels = self.widths[-1]
+        if pool == "adaptive":
+            self.out = nn.Sequential(
+                GroupNorm32(channels),
+                nn.SiLU(),
+                nn.AdaptiveAvgPool2d((1, 1)),
+                zero_module(conv_nd(dims, channels, out_channels, 1)),
+                nn.Flatten(),
+            )
+        elif pool == "attention":
+            if image_size % self.size_divisor:
+                raise ValueError(f"image_size: got {image_size}, expected a multiple of {self.size_divisor}")
+            size = image_size // self.size_divisor
+            attention = AttentionPool2d(size, channels, num_head_channels, out_channels)
+            self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), attention)
+        else:
+            features = sum(self.block_channels) + channels
+            between = [nn.ReLU()] if pool == "spatial" else [GroupNorm32(_SPATIAL_WIDTH), nn.SiLU()]
+            self.out = nn.Sequential(
+                nn.Linear(features, _SPATIAL_WIDTH), *between, nn.Linear(_SPATIAL_WIDTH, out_channels)
+            )
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Classify noised images.
+
+        Args:
+            x: [B, in_channels, H, W]; H and W multiples of 2 per level but the first, and `image_size` for "attention".
+            timesteps: [B], integer or float.
+
+        Returns:
+            Logits [B, out_channels], of the dtype of `x`.
+
+        Raises:
+            ValueError: an argument's shape does not fit.
+        """
+        emb = self._embed(x, timesteps)
+        if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"x: got spatial sizes {tuple(x.shape[2:])}, expected {(self.image_size,) * 2}")
+        dtype = weight_dtype(self.out)
+        means = []
+        h = x.to(self.dtype)
+        for block in self._blocks():
+            h = self._run(block, h, emb)
+            if self.pool.startswith("spatial"):
+                means.append(h.to(dtype).mean(dim=(2, 3)))
+        return self.out(torch.cat(means, dim=1) if means else h.to(dtype)).to(x.dtype)

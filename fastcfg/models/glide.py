@@ -1,0 +1,153 @@
+"""GLIDE's networks from its options: the model side of `glide_text2im.model_creation`."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from fastcfg.models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet, SuperResText2ImUNet
+from fastcfg.models.options import downsampling_factors, level_multiples
+from fastcfg.models.text2im import HasVocabulary, Text2ImUNet
+
+N_VOCAB = 50257
+"""Number of ids of GPT-2's vocabulary, GLIDE's."""
+
+_CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
+
+# By (inpaint, super_res).
+_CLASSES: dict[tuple[bool, bool], type[Text2ImUNet]] = {
+    (False, False): Text2ImUNet,
+    (False, True): SuperResText2ImUNet,
+    (True, False): InpaintText2ImUNet,
+    (True, True): SuperResInpaintText2ImUnet,
+}
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Options of GLIDE's base model and its diffusion process."""
+    return {
+        "image_size": 64,
+        "num_channels": 192,
+        "num_res_blocks": 3,
+        "channel_mult": "",
+        "num_heads": 1,
+        "num_head_channels": 64,
+        "num_heads_upsample": -1,
+        "attention_resolutions": "32,16,8",
+        "dropout": 0.1,
+        "text_ctx": 128,
+        "xf_width": 512,
+        "xf_layers": 16,
+        "xf_heads": 8,
+        "xf_final_ln": True,
+        "xf_padding": True,
+        "diffusion_steps": 1000,
+        "noise_schedule": "squaredcos_cap_v2",
+        "timestep_respacing": "",
+        "use_scale_shift_norm": True,
+        "resblock_updown": True,
+        "use_fp16": True,
+        "cache_text_emb": False,
+        "inpaint": False,
+        "super_res": False,
+    }
+
+
+def model_and_diffusion_defaults_upsampler() -> dict[str, Any]:
+    """Options of GLIDE's upsampler and its diffusion process."""
+    return {
+        **model_and_diffusion_defaults(),
+        "image_size": 256,
+        "num_res_blocks": 2,
+        "noise_schedule": "linear",
+        "super_res": True,
+    }
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str,
+    attention_resolutions: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    text_ctx: int,
+    xf_width: int,
+    xf_layers: int,
+    xf_heads: int,
+    xf_final_ln: bool,
+    xf_padding: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    cache_text_emb: bool,
+    inpaint: bool,
+    super_res: bool,
+    *,
+    tokenizer: HasVocabulary | None = None,
+) -> Text2ImUNet:
+    """A model of GLIDE's options (`model_creation.create_model`).
+
+    Args:
+        image_size: height and width: 64, 128 or 256, or that of `channel_mult`.
+        num_channels: base width.
+        num_res_blocks: residual blocks per level.
+        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,4", for an image size of 2 to the
+            power of their number plus 2; empty for that of the size.
+        attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
+        num_heads: as `UNetModel`.
+        num_head_channels: as there.
+        num_heads_upsample: as there.
+        use_scale_shift_norm: as there.
+        dropout: as there.
+        text_ctx: as `Text2ImUNet`.
+        xf_width: as there.
+        xf_layers: as there.
+        xf_heads: as there.
+        xf_final_ln: as there.
+        xf_padding: as there.
+        resblock_updown: as `UNetModel`.
+        use_fp16: as there: convert after loading weights.
+        cache_text_emb: as `Text2ImUNet`.
+        inpaint: the model sees the known part of the image and its mask.
+        super_res: the model sees a smaller image.
+        tokenizer: becomes the model's `tokenizer`; None stands for the size of GLIDE's vocabulary alone.
+
+    Returns:
+        A `Text2ImUNet`, or the subclass that sees the images asked for.
+
+    Raises:
+        ValueError: an image size without default widths or that does not go with `channel_mult`, lists that are not of
+            positive integers, or what `Text2ImUNet` refuses.
+    """
+    multiples = level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult)
+    if channel_mult and image_size != 2 ** (len(multiples) + 2):
+        levels = f"{len(multiples)} levels of channel_mult {channel_mult!r}"
+        raise ValueError(f"image_size: got {image_size}, expected {2 ** (len(multiples) + 2)} for the {levels}")
+    return _CLASSES[bool(inpaint), bool(super_res)](
+        text_ctx=text_ctx,
+        xf_width=xf_width,
+        xf_layers=xf_layers,
+        xf_heads=xf_heads,
+        xf_final_ln=xf_final_ln,
+        tokenizer=SimpleNamespace(n_vocab=N_VOCAB) if tokenizer is None else tokenizer,
+        xf_padding=xf_padding,
+        image_size=image_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=downsampling_factors("attention_resolutions", image_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=multiples,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        cache_text_emb=cache_text_emb,
+    )

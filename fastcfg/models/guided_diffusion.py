@@ -1,0 +1,253 @@
+"""guided-diffusion's networks from its options: the model side of `guided_diffusion.script_util`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastcfg.models.classifier import EncoderUNetModel
+from fastcfg.models.image_conditioned import SuperResModel
+from fastcfg.models.options import downsampling_factors, level_multiples
+from fastcfg.models.unet import UNetModel
+
+NUM_CLASSES = 1000
+
+_CHANNEL_MULT = {
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+_SUPER_RES_CHANNEL_MULT = {64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (1, 1, 2, 2, 4, 4)}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """Default options of the diffusion process."""
+    return {
+        "learn_sigma": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": False,
+        "rescale_learned_sigmas": False,
+    }
+
+
+def classifier_defaults() -> dict[str, Any]:
+    """Default arguments of `create_classifier`."""
+    return {
+        "image_size": 64,
+        "classifier_use_fp16": False,
+        "classifier_width": 128,
+        "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+    }
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Default options of an image model and its diffusion process.
+
+    They are the scripts' defaults, of which some differ from those in the signature of `create_model`.
+    """
+    return {
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "num_head_channels": -1,
+        "attention_resolutions": "16,8",
+        "channel_mult": "",
+        "dropout": 0.0,
+        "class_cond": False,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+        "resblock_updown": False,
+        "use_fp16": False,
+        "use_new_attention_order": False,
+        **diffusion_defaults(),
+    }
+
+
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """Default options of a classifier and its diffusion process."""
+    return {**classifier_defaults(), **diffusion_defaults()}
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Default options of an upsampler and its diffusion process."""
+    options = model_and_diffusion_defaults()
+    for name in ("image_size", "channel_mult", "use_new_attention_order"):
+        del options[name]
+    return {**options, "large_size": 256, "small_size": 64}
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+) -> UNetModel:
+    """An image model of guided-diffusion's options (`script_util.create_model`).
+
+    Args:
+        image_size: height and width; 64, 128, 256 or 512 unless `channel_mult` is given.
+        num_channels: base width.
+        num_res_blocks: residual blocks per level.
+        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,3,4"; empty for that of the size.
+        learn_sigma: the model learns its variance: six channels come out, not three.
+        class_cond: the model takes one of `NUM_CLASSES` classes.
+        use_checkpoint: as `UNetModel`, like the rest unless said otherwise.
+        attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
+        num_heads: as there.
+        num_head_channels: as there.
+        num_heads_upsample: as there.
+        use_scale_shift_norm: as there.
+        dropout: as there.
+        resblock_updown: as there.
+        use_fp16: as there: convert after loading weights.
+        use_new_attention_order: as there.
+
+    Raises:
+        ValueError: an image size without default widths, lists that are not of positive integers, or what `UNetModel`
+            refuses.
+    """
+    return UNetModel(
+        image_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=downsampling_factors("attention_resolutions", image_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult),
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+    )
+
+
+def create_classifier(
+    image_size: int,
+    classifier_use_fp16: bool,
+    classifier_width: int,
+    classifier_depth: int,
+    classifier_attention_resolutions: str,
+    classifier_use_scale_shift_norm: bool,
+    classifier_resblock_updown: bool,
+    classifier_pool: str,
+) -> EncoderUNetModel:
+    """A classifier of guided-diffusion's options (`script_util.create_classifier`).
+
+    Args:
+        image_size: height and width: 64, 128, 256 or 512.
+        classifier_use_fp16: as `use_fp16` of `create_model`.
+        classifier_width: base width.
+        classifier_depth: residual blocks per level.
+        classifier_attention_resolutions: as `attention_resolutions` of `create_model`.
+        classifier_use_scale_shift_norm: as `UNetModel`.
+        classifier_resblock_updown: as `UNetModel`.
+        classifier_pool: as `EncoderUNetModel`.
+
+    Raises:
+        ValueError: an image size without default widths, resolutions that are not positive integers, or what
+            `EncoderUNetModel` refuses.
+    """
+    return EncoderUNetModel(
+        image_size,
+        in_channels=3,
+        model_channels=classifier_width,
+        out_channels=NUM_CLASSES,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=downsampling_factors(
+            "classifier_attention_resolutions", image_size, classifier_attention_resolutions
+        ),
+        channel_mult=level_multiples("image_size", image_size, _CHANNEL_MULT),
+        use_fp16=classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+    )
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    resblock_updown: bool,
+    use_fp16: bool,
+) -> SuperResModel:
+    """An upsampler of guided-diffusion's options (`script_util.sr_create_model`).
+
+    Args:
+        large_size: height and width of its output: 64, 256 or 512.
+        small_size: without effect: `low_res` may have any size.
+        num_channels: as `create_model`, like the rest.
+        num_res_blocks: as there.
+        learn_sigma: as there.
+        class_cond: as there.
+        use_checkpoint: as there.
+        attention_resolutions: as there.
+        num_heads: as there.
+        num_head_channels: as there.
+        num_heads_upsample: as there.
+        use_scale_shift_norm: as there.
+        dropout: as there.
+        resblock_updown: as there.
+        use_fp16: as there.
+
+    Raises:
+        ValueError: a size without default widths, resolutions that are not positive integers, or what `UNetModel`
+            refuses.
+    """
+    return SuperResModel(
+        large_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=downsampling_factors("attention_resolutions", large_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=level_multiples("large_size", large_size, _SUPER_RES_CHANNEL_MULT),
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_fp16=use_fp16,
+    )

@@ -1,0 +1,208 @@
+"""The half that guided-diffusion's classifiers and all UNets have in common: embedding, input blocks, middle block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastcfg.models.attention import AttentionBlock
+from fastcfg.models.nn import Downsample, Upsample, conv_nd, convert_modules, timestep_embedding
+from fastcfg.models.resblock import ResBlock
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class UNetBlock(nn.Sequential):
+    """Layers in sequence, each given what it takes beside the features."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, encoder_kv: Tensor | None = None
+    ) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, AttentionBlock):
+                x = layer(x, encoder_kv)
+            else:
+                x = layer(x)
+        return x
+
+    @property
+    def attention(self) -> AttentionBlock | None:
+        """The block's attention layer, if it has one."""
+        return next((layer for layer in self if isinstance(layer, AttentionBlock)), None)
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What all layers of a network have in common; makes them. Fields as in `UNetModel`."""
+
+    model_channels: int
+    dropout: float
+    conv_resample: bool
+    dims: int
+    num_head_channels: int
+    use_scale_shift_norm: bool
+    resblock_updown: bool
+    use_new_attention_order: bool
+    encoder_channels: int | None = None
+
+    @property
+    def emb_channels(self) -> int:
+        """Width of the timestep embedding."""
+        return 4 * self.model_channels
+
+    def res_block(self, channels: int, width: int | None = None, **resampling: bool) -> ResBlock:
+        """A residual block of `channels` in and `width` out."""
+        return ResBlock(
+            channels, self.emb_channels, self.dropout, width, self.use_scale_shift_norm, self.dims, **resampling
+        )
+
+    def attention(self, channels: int, heads: int) -> AttentionBlock:
+        """An attention block."""
+        return AttentionBlock(
+            channels, heads, self.num_head_channels, self.encoder_channels, self.use_new_attention_order
+        )
+
+    def down(self, channels: int) -> nn.Module:
+        """What halves the resolution."""
+        if self.resblock_updown:
+            return self.res_block(channels, down=True)
+        return Downsample(channels, self.conv_resample, self.dims)
+
+    def up(self, channels: int) -> nn.Module:
+        """What doubles the resolution."""
+        if self.resblock_updown:
+            return self.res_block(channels, up=True)
+        return Upsample(channels, self.conv_resample, self.dims)
+
+
+class UNetEncoder(nn.Module):
+    """The contracting half of a UNet, of which `UNetModel` and `EncoderUNetModel` are made.
+
+    Args:
+        options: what its layers have in common.
+        in_channels: channels of the input.
+        num_res_blocks: residual blocks per level.
+        attention_resolutions: downsampling factors at which attention is used.
+        channel_mult: width of each level as a multiple of the base width; one level per entry.
+        num_classes: number of classes of a class-conditional model, or None.
+        num_heads: attention heads, used when the options fix no channels per head.
+        use_checkpoint: recompute activations in the backward pass.
+        use_fp16: kept as an attribute.
+
+    Attributes:
+        widths: channels of each level.
+        block_channels: channels that come out of each input block.
+
+    Raises:
+        ValueError: channels not divisible by the 32 groups of the norms, or into the heads asked for.
+    """
+
+    def __init__(
+        self,
+        options: LayerOptions,
+        in_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Collection[int],
+        channel_mult: Sequence[float],
+        num_classes: int | None,
+        num_heads: int,
+        use_checkpoint: bool,
+        use_fp16: bool,
+    ) -> None:
+        super().__init__()
+        self.widths = [int(multiple * options.model_channels) for multiple in channel_mult]
+        if any(width % 32 for width in self.widths):
+            raise ValueError(f"model_channels x channel_mult: got widths {self.widths}, expected multiples of 32")
+        self.in_channels = in_channels
+        self.model_channels = options.model_channels
+        self.num_classes = num_classes
+        self.dims = options.dims
+        self.use_checkpoint = use_checkpoint
+        self.use_fp16 = use_fp16
+        self.size_divisor = 2 ** (len(self.widths) - 1)
+
+        emb_channels = options.emb_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(self.model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        channels = self.widths[0]
+        self.input_blocks = nn.ModuleList([UNetBlock(conv_nd(self.dims, in_channels, channels, 3, padding=1))])
+        self.block_channels = [channels]
+        for level, width in enumerate(self.widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [options.res_block(channels, width)]
+                channels = width
+                if 2**level in attention_resolutions:
+                    layers.append(options.attention(channels, num_heads))
+                self.input_blocks.append(UNetBlock(*layers))
+                self.block_channels.append(channels)
+            if level != len(self.widths) - 1:
+                self.input_blocks.append(UNetBlock(options.down(channels)))
+                self.block_channels.append(channels)
+
+        self.middle_block = UNetBlock(
+            options.res_block(channels), options.attention(channels, num_heads), options.res_block(channels)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the blocks' features: that of their convolutions."""
+        return weight_dtype(self.input_blocks)
+
+    def convert_to_fp16(self) -> None:
+        """Make the blocks' convolutions float16; norms, embeddings and `out` keep float32, as in upstream."""
+        self._convert_blocks(torch.float16)
+
+    def convert_to_fp32(self) -> None:
+        """Undo `convert_to_fp16`."""
+        self._convert_blocks(torch.float32)
+
+    def _blocks(self) -> Iterator[UNetBlock]:
+        """All blocks in the order they run."""
+        yield from self.input_blocks  # type: ignore[misc]
+        yield self.middle_block
+
+    def _convert_blocks(self, dtype: torch.dtype) -> None:
+        """Cast the convolutions of all blocks."""
+        for block in self._blocks():
+            convert_modules(block, _CONVOLUTIONS, dtype)
+
+    def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """Check the shapes of all inputs and embed timesteps and classes."""
+        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
+            expected = f"[B, {self.in_channels}] and {self.dims} spatial sizes, conditioning channels included"
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
+        resized = x.shape[-min(self.dims, 2) :]
+        if any(size % self.size_divisor for size in resized):
+            raise ValueError(f"x: got spatial sizes {tuple(resized)}, expected multiples of {self.size_divisor}")
+        if timesteps.shape != x.shape[:1]:
+            raise ValueError(f"timesteps: got shape {tuple(timesteps.shape)}, expected {tuple(x.shape[:1])}")
+        if (y is None) != (self.num_classes is None):
+            got = "None" if y is None else "a tensor"
+            raise ValueError(f"y: got {got}, expected it exactly if num_classes is set (it is {self.num_classes})")
+        if y is not None and y.shape != timesteps.shape:
+            raise ValueError(f"y: got shape {tuple(y.shape)}, expected {tuple(timesteps.shape)}")
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        emb: Tensor = self.time_embed(embedding.to(weight_dtype(self.time_embed)))
+        return emb if y is None else emb + self.label_emb(y)
+
+    def _run(self, block: UNetBlock, h: Tensor, emb: Tensor, encoder_kv: Iterator[Tensor] | None = None) -> Tensor:
+        """One block, under activation checkpointing if asked for; it takes the next keys and values if it attends."""
+        kv = None if encoder_kv is None or block.attention is None else next(encoder_kv)
+        if self.use_checkpoint and self.training:
+            return checkpoint(block, h, emb, kv, use_reentrant=False)
+        return block(h, emb, kv)
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """Dtype of the module's first parameter."""
+    return next(module.parameters()).dtype
