@@ -25,17 +25,20 @@ class Recorded:
     case: dict[str, Any]
     arrays: dict[str, Tensor]
 
-    def build(self, **options: Any) -> nn.Module:
-        """The network with the recorded weights, in eval mode."""
+    def weights(self) -> dict[str, Tensor]:
+        """The recorded weights, in float32."""
         from safetensors.torch import load_file
 
+        return {key: value.float() for key, value in load_file(GOLDEN / f"{self.case['id']}.safetensors").items()}
+
+    def build(self, **options: Any) -> nn.Module:
+        """The network with the recorded weights, in eval mode."""
         case = self.case
         kwargs = {**case["kwargs"], **options}
         if "n_vocab" in case:
             kwargs["tokenizer"] = SimpleNamespace(n_vocab=case["n_vocab"])
         model = getattr(fastcfg.models, case["cls"])(**kwargs)
-        weights = load_file(GOLDEN / f"{case['id']}.safetensors")
-        model.load_state_dict({key: value.float() for key, value in weights.items()})
+        model.load_state_dict(self.weights())
         return model.eval()
 
     @property
@@ -58,14 +61,15 @@ class Recorded:
 
 def load_recorded(name: str) -> Recorded:
     """The recorded network `name`."""
-    cases = {case["id"]: case for case in json.loads((GOLDEN / "models.json").read_text())}
+    files = [GOLDEN / "models.json", GOLDEN / "models_extra.json"]
+    cases = {case["id"]: case for file in files for case in json.loads(file.read_text())}
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         return Recorded(cases[name], {key: torch.from_numpy(value) for key, value in arrays.items()})
 
 
 GLIDE = ("glide_base", "glide_superres", "glide_inpaint")
 GUIDED_DIFFUSION = ("gd_unet_class", "gd_unet_legacy", "gd_superres")
-CLASSIFIERS = ("gd_classifier_attention",)
+CLASSIFIERS = ("gd_classifier_attention", "gd_classifier_adaptive", "gd_classifier_spatial", "gd_classifier_spatial_v2")
 
 
 @pytest.fixture(params=GLIDE)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-# Measured: at most 4.8e-6, channels-last (outputs have a standard deviation of 0.6); logits 3.2e-7 and their gradients,
-# at most 0.03, 4.4e-8.
+# Measured: at most 4.8e-6, channels-last (outputs have a standard deviation of 0.6).
 TOLERANCE = 1e-5
-TOLERANCE_CLASSIFIER = 1e-6
+# Measured: at most 7.2e-7 (logits have standard deviations of 0.17 to 0.58).
+TOLERANCE_LOGITS = 5e-6
+# Measured: at most 4.8e-8, where gradients reach 0.03.
+TOLERANCE_GRADIENT = 5e-7
 # Measured: 4.4e-3 between two sets of half kernels, where half itself is 5.5e-3 from single precision.
 TOLERANCE_FP16 = 2e-2
 
@@ -52,10 +54,10 @@ def test_classifier_and_its_gradient(classifier, memory_format):
     model = classifier.build().to(memory_format=memory_format)
     x = arrays["x"].to(memory_format=memory_format, copy=True).requires_grad_(True)
     logits = model(x, arrays["timesteps"])
-    assert largest_difference(logits.detach(), arrays["logits"]) < TOLERANCE_CLASSIFIER
+    assert largest_difference(logits.detach(), arrays["logits"]) < TOLERANCE_LOGITS
     chosen = logits.log_softmax(dim=1).gather(1, arrays["y"][:, None]).sum()
     (gradient,) = torch.autograd.grad(chosen, x)
-    assert largest_difference(gradient, arrays["grad_log_prob"]) < TOLERANCE_CLASSIFIER
+    assert largest_difference(gradient, arrays["grad_log_prob"]) < TOLERANCE_GRADIENT
 
 
 @torch.no_grad()
@@ -66,5 +68,5 @@ def test_classifier_in_fp16(classifier):
     assert model.dtype == torch.float16
     assert {parameter.dtype for parameter in model.out.parameters()} == {torch.float32}
     got = model(arrays["x"], arrays["timesteps"])
-    # Measured: 3.0e-4 (logits have a standard deviation of 0.17).
+    # Measured: 1.7e-4 to 5.5e-4.
     assert 1e-5 < largest_difference(got, arrays["logits"]) < 3e-3

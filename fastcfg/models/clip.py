@@ -1,0 +1,394 @@
+"""GLIDE's noised CLIP: encoders of noised images and of text, and the guidance by their likeness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# CLIP's own, for pixels of 0 to 255.
+_CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
+_CHANNEL_STDS = (68.50053285, 66.63215831, 70.32316309)
+
+START_TOKEN = 49406
+END_TOKEN = 49407
+
+
+class HasEncode(Protocol):
+    """What `CLIPModel` asks of a tokenizer."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text, without start and end."""
+
+
+class LayerNorm(nn.Module):
+    """Layer norm computed in float32 whatever the dtype of input and weights."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.ones(width))
+        self.b = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.g.shape, self.g.float(), self.b.float()).to(x.dtype)
+
+
+class Affine(nn.Module):
+    """A linear layer, with weights of the standard deviation given."""
+
+    def __init__(self, n_in: int, n_out: int, std: float, use_bias: bool = True) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(n_out, n_in).normal_(std=std))
+        self.b = nn.Parameter(torch.zeros(n_out)) if use_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.w, self.b)
+
+
+class AttentionResblock(nn.Module):
+    """Residual self-attention over tokens; causal ones see no later token."""
+
+    def __init__(self, width: int, heads: int, blocks: int, causal: bool) -> None:
+        super().__init__()
+        std = width**-0.5
+        self.heads = heads
+        self.causal = causal
+        self.ln = LayerNorm(width)
+        self.f_q = Affine(width, width, std)
+        self.f_k = Affine(width, width, std, use_bias=False)
+        self.f_v = Affine(width, width, std)
+        self.f_c = Affine(width, width, std / (2 * blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.ln(x)
+        query, key, value = (
+            layer(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.f_q, self.f_k, self.f_v)
+        )
+        h = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return x + self.f_c(h.transpose(1, 2).flatten(2))
+
+
+class FullyConnectedResblock(nn.Module):
+    """Residual MLP, four times as wide inside, with the exact GELU."""
+
+    def __init__(self, width: int, blocks: int) -> None:
+        super().__init__()
+        self.ln = LayerNorm(width)
+        self.f_1 = Affine(width, 4 * width, (2 * width) ** -0.5)
+        self.f_2 = Affine(4 * width, width, width**-0.5 / (2 * blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f_2(F.gelu(self.f_1(self.ln(x))))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then MLP."""
+
+    def __init__(self, width: int, heads: int, blocks: int, causal: bool) -> None:
+        super().__init__()
+        self.f_attn = AttentionResblock(width, heads, blocks, causal)
+        self.f_mlp = FullyConnectedResblock(width, blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f_mlp(self.f_attn(x))
+
+
+class TextEmbedding(nn.Module):
+    """Token and position embeddings, added."""
+
+    def __init__(self, n_vocab: int, n_context: int, width: int) -> None:
+        super().__init__()
+        self.w_voc = nn.Parameter(torch.empty(n_vocab, width).normal_(std=0.02))
+        self.w_pos = nn.Parameter(torch.empty(n_context, width).normal_(std=0.01))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.w_voc) + self.w_pos
+
+
+class ImageEmbedding(nn.Module):
+    """Patches of an image, behind a token for its timestep."""
+
+    def __init__(self, image_size: int, patch_size: int, width: int, n_timestep: int) -> None:
+        super().__init__()
+        std = width**-0.5
+        self.patch_size = patch_size
+        if n_timestep:
+            self.w_t = nn.Parameter(torch.empty(n_timestep, width).normal_(std=std))
+        else:
+            self.pred_state = nn.Parameter(torch.empty(width).normal_(std=std))
+        self.patch_proj = nn.Parameter(
+            torch.empty(width, 3, patch_size, patch_size).normal_(std=math.sqrt(2 * std**2 / patch_size**2))
+        )
+        self.w_pos = nn.Parameter(torch.empty(1 + (image_size // patch_size) ** 2, width).normal_(std=std))
+        self.ln = LayerNorm(width)
+        # Buffers, so that they move with the weights and no call copies them from the host.
+        for name, values in (("channel_means", _CHANNEL_MEANS), ("channel_stds", _CHANNEL_STDS)):
+            self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor | None) -> Tensor:
+        # In float32: pixels of 0 to 255 have three bits after the point in float16.
+        x = (x.float() - self.channel_means.float()) / self.channel_stds.float()  # type: ignore[operator]
+        patches = F.conv2d(x.to(self.patch_proj.dtype), self.patch_proj, stride=self.patch_size)
+        first = self.pred_state.expand(len(x), -1) if t is None else F.embedding(t.long(), self.w_t)
+        return self.ln(torch.cat([first[:, None], patches.flatten(2).transpose(1, 2)], dim=1) + self.w_pos)
+
+
+class FeatureExtractor(nn.Module):
+    """One token's features, normed and projected."""
+
+    def __init__(self, width: int, n_embd: int) -> None:
+        super().__init__()
+        self.ln = LayerNorm(width)
+        self.f = Affine(width, n_embd, math.sqrt(2 / (width + n_embd)), use_bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.ln(x))
+
+
+class TextEncoder(nn.Module):
+    """Text encoder of GLIDE's CLIP (`clip.encoders.TextEncoder`), state-dict compatible with it.
+
+    Args:
+        n_bpe_vocab: number of token ids.
+        max_text_len: number of tokens of a padded text.
+        n_embd: width of the embedding.
+        n_head: attention heads.
+        n_xf_blocks: transformer blocks.
+        n_head_state: channels per attention head.
+    """
+
+    def __init__(
+        self, n_bpe_vocab: int, max_text_len: int, n_embd: int, n_head: int, n_xf_blocks: int, n_head_state: int = 64
+    ) -> None:
+        super().__init__()
+        width = n_head * n_head_state
+        self.max_text_len = max_text_len
+        blocks: dict[str, nn.Module] = {"input": TextEmbedding(n_bpe_vocab, max_text_len, width)}
+        for index in range(n_xf_blocks):
+            blocks[f"block_{index}"] = TransformerBlock(width, n_head, n_xf_blocks, causal=True)
+        blocks["output"] = FeatureExtractor(width, n_embd)
+        self.blocks = nn.ModuleDict(blocks)
+
+    def forward(self, text: Tensor, text_len: Tensor) -> Tensor:
+        """Encode padded texts.
+
+        Args:
+            text: [B, max_text_len] integer ids.
+            text_len: [B] integer lengths; the features of the last token count.
+
+        Returns:
+            [B, n_embd], of the dtype of the weights, not normalised.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        if text.ndim != 2 or text.shape[1] != self.max_text_len:
+            raise ValueError(f"text: got shape {tuple(text.shape)}, expected [B, {self.max_text_len}]")
+        if text_len.shape != text.shape[:1]:
+            raise ValueError(f"text_len: got shape {tuple(text_len.shape)}, expected {tuple(text.shape[:1])}")
+        *blocks, output = self.blocks.values()
+        h = text.long()
+        for block in blocks:
+            h = block(h)
+        last = (text_len.long() - 1)[:, None, None].expand(-1, 1, h.shape[2])
+        return output(h.gather(1, last)[:, 0])
+
+
+class ImageEncoder(nn.Module):
+    """Encoder of noised images of GLIDE's CLIP (`clip.encoders.ImageEncoder`), state-dict compatible with it.
+
+    Args:
+        image_size: height and width of the images.
+        patch_size: height and width of a patch.
+        n_embd: width of the embedding.
+        n_head: attention heads.
+        n_xf_blocks: transformer blocks.
+        n_head_state: channels per attention head.
+        n_timestep: number of timesteps; 0 for an encoder of clean images.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of `patch_size`.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        n_embd: int,
+        n_head: int,
+        n_xf_blocks: int,
+        n_head_state: int = 64,
+        n_timestep: int = 0,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"patch_size: got {patch_size}, expected a divisor of image_size {image_size}")
+        width = n_head * n_head_state
+        self.image_size = image_size
+        self.n_timestep = n_timestep
+        blocks: dict[str, nn.Module] = {"input": ImageEmbedding(image_size, patch_size, width, n_timestep)}
+        for index in range(n_xf_blocks):
+            blocks[f"block_{index}"] = TransformerBlock(width, n_head, n_xf_blocks, causal=False)
+        blocks["output"] = FeatureExtractor(width, n_embd)
+        self.blocks = nn.ModuleDict(blocks)
+
+    def forward(self, image: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Encode noised images.
+
+        Args:
+            image: [B, 3, image_size, image_size], pixels of 0 to 255.
+            timesteps: [B], whole numbers below `n_timestep`; None for an encoder of clean images.
+
+        Returns:
+            [B, n_embd], of the dtype of the weights, not normalised.
+
+        Raises:
+            ValueError: a shape does not fit, or timesteps that are missing or not wanted.
+        """
+        expected = (3, self.image_size, self.image_size)
+        if image.ndim != 4 or image.shape[1:] != expected:
+            raise ValueError(f"image: got shape {tuple(image.shape)}, expected {('B', *expected)}")
+        if (timesteps is None) != (self.n_timestep == 0):
+            got = "None" if timesteps is None else "a tensor"
+            raise ValueError(f"timesteps: got {got}, expected it exactly if n_timestep ({self.n_timestep}) is not 0")
+        if timesteps is not None and timesteps.shape != image.shape[:1]:
+            raise ValueError(f"timesteps: got shape {tuple(timesteps.shape)}, expected {tuple(image.shape[:1])}")
+        first, *blocks, output = self.blocks.values()
+        h = first(image, timesteps)
+        for block in blocks:
+            h = block(h)
+        return output(h[:, 0])
+
+
+@dataclass
+class CLIPModel:
+    """GLIDE's CLIP (`clip.model_creation.CLIPModel`): how alike noised images and texts are.
+
+    Attributes:
+        text_encoder: the text encoder.
+        image_encoder: the image encoder.
+        tokenizer: anything with `encode(text)` giving the ids of CLIP's vocabulary, without start and end.
+        logit_scale: logarithm of the factor of the likeness.
+        start_token: id set before every text.
+        end_token: id set behind every text.
+
+    Example:
+        >>> clip = create_clip_model(tokenizer=tokenizer)
+        >>> clip.image_encoder.load_state_dict(image_weights)
+        >>> clip.text_encoder.load_state_dict(text_weights)
+        >>> cond_fn = clip.cond_fn(["a red circle"] * batch, grad_scale=3.0)
+        >>> gradient = cond_fn(x, t)  # every step
+    """
+
+    text_encoder: TextEncoder
+    image_encoder: ImageEncoder
+    tokenizer: HasEncode | None = None
+    logit_scale: float = math.log(100.0)
+    start_token: int = START_TOKEN
+    end_token: int = END_TOKEN
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text encoder is."""
+        return next(self.text_encoder.parameters()).device
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and lengths of texts, cut to what fits between start and end, and padded with zeros.
+
+        Args:
+            prompts: the texts.
+
+        Returns:
+            int64 [B, max_text_len] and [B], on the encoder's device.
+
+        Raises:
+            TypeError: one text instead of several.
+            ValueError: no text, or no tokenizer.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts: got a string, expected several")
+        if not prompts:
+            raise ValueError("prompts: got none, expected at least one")
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: got None, expected one to encode prompts with")
+        context = self.text_encoder.max_text_len
+        kept = [list(self.tokenizer.encode(prompt))[: context - 2] for prompt in prompts]
+        padded = [[self.start_token, *ids, self.end_token] + [0] * (context - 2 - len(ids)) for ids in kept]
+        lengths = [len(ids) + 2 for ids in kept]
+        return torch.tensor(padded, device=self.device), torch.tensor(lengths, device=self.device)
+
+    def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, float32 [B, n_embd] of length 1; raises what `encode_prompts` does."""
+        return _normalised(self.text_encoder(*self.encode_prompts(prompts)))
+
+    def image_embeddings(self, images: Tensor, t: Tensor) -> Tensor:
+        """Embeddings of noised images.
+
+        Args:
+            images: [B, 3, image_size, image_size], in [-1, 1].
+            t: [B], timesteps of the whole process.
+
+        Returns:
+            float32 [B, n_embd] of length 1.
+
+        Raises:
+            ValueError: as `ImageEncoder`.
+        """
+        return _normalised(self.image_encoder((images + 1) * 127.5, t))
+
+    def cond_fn(self, prompts: Sequence[str], grad_scale: float) -> Callable[..., Tensor]:
+        """The gradient that guides samples towards texts, which are encoded now.
+
+        Args:
+            prompts: one text per sample, or one for all.
+            grad_scale: factor of the gradient.
+
+        Returns:
+            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the scaled likeness of `x`, [B, 3, H, W],
+            and its texts, of the shape and dtype of `x`; other keyword arguments are ignored.
+
+        Raises:
+            TypeError: as `encode_prompts`.
+            ValueError: likewise; and the function, for a batch of another size than `prompts`.
+        """
+        with torch.no_grad():
+            texts = self.text_embeddings(prompts)
+
+        def cond_fn(x: Tensor, t: Tensor, grad_scale: float = grad_scale, **kwargs: Any) -> Tensor:
+            if len(texts) not in (1, len(x)):
+                raise ValueError(f"x: got a batch of {len(x)}, expected {len(texts)}, one per prompt")
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(True)
+                likeness = math.exp(self.logit_scale) * (texts * self.image_embeddings(x, t)).sum()
+                (gradient,) = torch.autograd.grad(likeness, x)
+            return gradient * grad_scale
+
+        return cond_fn
+
+
+def create_clip_model(*, device: torch.device | str | None = None, tokenizer: HasEncode | None = None) -> CLIPModel:
+    """GLIDE's CLIP without weights (`clip.model_creation.create_clip_model` with its one configuration).
+
+    Args:
+        device: where to make it; None is torch's default device.
+        tokenizer: as `CLIPModel`.
+    """
+    with torch.device(torch.get_default_device() if device is None else device):
+        return CLIPModel(
+            text_encoder=TextEncoder(n_bpe_vocab=65536, max_text_len=77, n_embd=512, n_head=8, n_xf_blocks=12),
+            image_encoder=ImageEncoder(
+                image_size=64, patch_size=4, n_embd=512, n_head=12, n_xf_blocks=12, n_timestep=1000
+            ),
+            tokenizer=tokenizer,
+        )
+
+
+def _normalised(features: Tensor) -> Tensor:
+    """Features in float32, of length 1."""
+    features = features.float()
+    return features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-12)
