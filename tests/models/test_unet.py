@@ -150,6 +150,17 @@ def test_compiles_without_graph_breaks(base):
     )
 
 
+@torch.no_grad()
+def test_precomputed_text_of_blocks_of_different_widths(base):
+    model = fill(small_text_model(attention_resolutions=(1, 2))).eval()
+    x, timesteps = base.arrays["x"], base.arrays["timesteps"]
+    text = {"tokens": base.text["tokens"] % 20, "mask": base.text["mask"]}
+    ready = model.precompute(**text)
+    # Blocks of 32, 64, 64 (the middle one), 64, 64, 32 and 32 channels.
+    assert ready["xf_kv"].shape == (3, 12, 2 * 352)
+    assert torch.equal(model(x, timesteps, **ready), model(x, timesteps, **text))
+
+
 def test_network_without_text(base):
     model = fill(Text2ImUNet(12, 0, 0, 0, False, None, **SMALL))
     assert not any("transformer" in key or "encoder_kv" in key for key in model.state_dict())
