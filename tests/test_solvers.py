@@ -10,7 +10,7 @@ import torch
 from golden_data import PREDICTIONS, cases, error, schedule_of, tensor
 from torch import Tensor
 
-from fastcfg import Schedule, StepTable, solvers
+from fastcfg import Sampler, Schedule, StepTable, solvers
 from fastcfg.reference import table_step
 from fastcfg.step import StepSpec
 from fastcfg.table import COLUMNS
@@ -158,6 +158,26 @@ def test_reverse_ddim_is_the_papers(name: str, prediction: str, clip: bool) -> N
         assert error(y, paper.ddim_reverse(x0, x)) < 1e-12
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "previous_x"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_extrapolated_ddim_is_its_formula(name: str, prediction: str, clip: float | None) -> None:
+    schedule, outputs = SCHEDULES[name], [random_inputs(t)[1][:, :3] for t in range(SCHEDULES[name].num_timesteps)]
+    x, remaining = random_inputs(99)[0], iter(outputs)
+    table = solvers.ddim_extrapolated(schedule, prediction=prediction)
+    dtype = {"dtype": torch.float64, "state_dtype": torch.float64}
+    sampler = Sampler(lambda x, t: next(remaining), table, clip=clip, backend="reference", **dtype)
+    last = None
+    for step, m in zip(sampler.iterate(x.shape, x_T=x), outputs, strict=True):
+        paper = Paper(schedule.betas, schedule.num_timesteps - 1 - step.row)
+        x0 = paper.x0(prediction, x, m).clamp(-(clip or np.inf), clip or np.inf)
+        eps = (x - paper.ᾱ**0.5 * x0) / (1 - paper.ᾱ) ** 0.5
+        x = paper.ᾱ_prev**0.5 * x0 + (1 - paper.ᾱ_prev) ** 0.5 * (eps if last is None else 1.5 * eps - 0.5 * last)
+        last = eps
+        # Measured: 2.1e-14.
+        assert error(step.x, x) < 1e-11
+
+
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance() -> None:
     schedule = SCHEDULES["linear"]
     ddim, ddpm = solvers.ddim(schedule, eta=1.0), solvers.ddpm(schedule, variance="fixed_small")
@@ -180,7 +200,9 @@ def test_reverse_ddim_undoes_ddim_for_a_constant_epsilon(name: str) -> None:
     assert error(x, start) < 1e-11
 
 
-@pytest.mark.parametrize("build", [solvers.ddpm, solvers.ddim, solvers.ddim_reverse])
+@pytest.mark.parametrize(
+    "build", [solvers.ddpm, solvers.ddim, solvers.ddim_extrapolated, solvers.ddim_reverse, solvers.plms]
+)
 @pytest.mark.parametrize("rescale", [False, True])
 def test_the_model_is_called_with_the_original_timesteps(build: Any, rescale: bool) -> None:
     schedule = Schedule.named("linear", 500).respace("10")

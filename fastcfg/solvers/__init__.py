@@ -1,6 +1,7 @@
 """Solvers: each builds a `StepTable` from a schedule. One module per family, in the paper's symbols."""
 
-from .ddim import ddim, ddim_reverse
+from .ddim import ddim, ddim_extrapolated, ddim_reverse
 from .ddpm import ddpm
+from .pndm import plms, prk
 
-__all__ = ["ddim", "ddim_reverse", "ddpm"]
+__all__ = ["ddim", "ddim_extrapolated", "ddim_reverse", "ddpm", "plms", "prk"]

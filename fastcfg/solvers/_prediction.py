@@ -1,4 +1,4 @@
-"""What a model predicts, as the two numbers that turn (x, output) into x0."""
+"""What a model predicts, as the numbers that turn (x, output) into x0 or ε."""
 
 from __future__ import annotations
 
@@ -7,21 +7,39 @@ from numpy.typing import NDArray
 
 from ..schedule import Schedule
 
+Array = NDArray[np.float64]
+
 PREDICTIONS = ("epsilon", "x0", "v", "previous_x")
 
 
-def x0_coefficients(schedule: Schedule, prediction: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def x0_coefficients(schedule: Schedule, prediction: str) -> tuple[Array, Array]:
     """(p_x, p_m), each float64 [T] by timestep, with x0 = p_x*x + p_m*output.
 
-    "epsilon": Ho et al. 2020; "x0"; "v" = √ᾱ ε - √(1-ᾱ) x0: Salimans & Ho 2022; "previous_x": the mean of x_{t-1}
-    (guided-diffusion's PREVIOUS_X), solved for the x0 whose posterior mean it is.
+    "previous_x" is the mean of x_{t-1} (guided-diffusion's PREVIOUS_X), solved for the x0 whose posterior mean it is;
+    the others are those of `level_coefficients`.
     """
-    if prediction == "epsilon":
-        return schedule.sqrt_recip_alphas_cumprod, -schedule.sqrt_recipm1_alphas_cumprod
-    if prediction == "x0":
-        return np.zeros(schedule.num_timesteps), np.ones(schedule.num_timesteps)
-    if prediction == "v":
-        return schedule.sqrt_alphas_cumprod, -schedule.sqrt_one_minus_alphas_cumprod
     if prediction == "previous_x":
         return -schedule.posterior_mean_coef2 / schedule.posterior_mean_coef1, 1.0 / schedule.posterior_mean_coef1
-    raise ValueError(f"prediction: got {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+    return level_coefficients(schedule.alphas_cumprod, prediction, PREDICTIONS)
+
+
+def level_coefficients(ᾱ: Array, prediction: str, expected: tuple[str, ...] = PREDICTIONS[:3]) -> tuple[Array, Array]:
+    """(p_x, p_m) at noise levels ᾱ, each like ᾱ, for the predictions that ᾱ alone defines.
+
+    "epsilon": Ho et al. 2020; "x0"; "v" = √ᾱ ε - √(1-ᾱ) x0: Salimans & Ho 2022.
+    """
+    if prediction == "epsilon":
+        with np.errstate(divide="ignore"):
+            return np.sqrt(1.0 / ᾱ), -np.sqrt(1.0 / ᾱ - 1)
+    if prediction == "x0":
+        return np.zeros_like(ᾱ), np.ones_like(ᾱ)
+    if prediction == "v":
+        return np.sqrt(ᾱ), -np.sqrt(1.0 - ᾱ)
+    raise ValueError(f"prediction: got {prediction!r}, expected one of {', '.join(expected)}")
+
+
+def epsilon_coefficients(ᾱ: Array, p_x: Array, p_m: Array, prediction: str) -> tuple[Array, Array]:
+    """(e_x, e_m), each like ᾱ, with ε = e_x*x + e_m*output."""
+    if prediction == "epsilon":
+        return np.zeros_like(ᾱ), np.ones_like(ᾱ)
+    return (1 - np.sqrt(ᾱ) * p_x) / np.sqrt(1 - ᾱ), -np.sqrt(ᾱ) * p_m / np.sqrt(1 - ᾱ)

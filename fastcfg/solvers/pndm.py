@@ -1,0 +1,145 @@
+"""Pseudo numerical methods (Liu et al. 2022, https://arxiv.org/abs/2202.09778): Runge-Kutta and linear multistep.
+
+Both move x along ε with the transfer φ(x, ε) = √ᾱ_to (x - √(1-ᾱ) ε)/√ᾱ + √(1-ᾱ_to) ε, and combine several ε as the
+classical methods combine slopes. ε is the model's own: clipping changes the reported x0 alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..schedule import Schedule
+from ..table import StepTable
+from ._prediction import Array, epsilon_coefficients, level_coefficients, x0_coefficients
+
+# Weights of the newest ε first, by order.
+ADAMS_BASHFORTH = {
+    1: (1.0,),
+    2: (3 / 2, -1 / 2),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
+
+
+def plms(
+    schedule: Schedule, *, order: int = 4, prediction: str = "epsilon", rescale_timesteps: bool = False
+) -> StepTable:
+    """Pseudo linear multistep: one model evaluation a step, the last `order` ε combined.
+
+    The first steps have the order that the ε seen so far allow, and order - 1 tensors are saved. The paper's warm-up,
+    three steps of `prk`, would need four, one more than a table has: within the third of them its start, the sum of its
+    ε so far and the ε of both steps before are all yet to be used.
+
+    Args:
+        schedule: the process, re-spaced to the number of steps wanted.
+        order: 1 (DDIM) to 4.
+        prediction: "epsilon", "x0", "v" or "previous_x".
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Returns:
+        A table of `schedule.num_timesteps` rows, noisiest first.
+
+    Raises:
+        ValueError: unknown order or prediction.
+
+    Example:
+        >>> table = plms(Schedule.named("linear", 1000).respace(20))
+        >>> len(table), table.num_history
+        (20, 3)
+    """
+    if order not in ADAMS_BASHFORTH:
+        raise ValueError(f"order: got {order}, expected one of {', '.join(map(str, ADAMS_BASHFORTH))}")
+    p_x, p_m = x0_coefficients(schedule, prediction)
+    e_x, e_m = epsilon_coefficients(schedule.alphas_cumprod, p_x, p_m, prediction)
+    A, B = _transfer(schedule.alphas_cumprod, schedule.alphas_cumprod_prev)
+    p_x, p_m, e_x, e_m, A, B = (column[::-1] for column in (p_x, p_m, e_x, e_m, A, B))
+
+    rows = np.arange(schedule.num_timesteps)
+    weights = np.zeros((len(rows), 4))
+    for row in range(len(rows)):
+        b = ADAMS_BASHFORTH[min(row + 1, order)]
+        weights[row, : len(b)] = b
+    # The ε of row i goes where that of row i - (order - 1), which it is the last to read, was.
+    slots = max(order - 1, 1)
+    a_h = np.zeros((3, len(rows)))
+    for age in range(1, order):
+        a_h[(rows - age) % slots, rows] = B * weights[:, age]
+    return StepTable.from_columns(
+        t=schedule.model_timesteps(rescale_timesteps)[::-1],
+        p_x=p_x,
+        p_m=p_m,
+        a_x=A + B * weights[:, 0] * e_x,
+        a_m=B * weights[:, 0] * e_m,
+        a_h0=a_h[0],
+        a_h1=a_h[1],
+        a_h2=a_h[2],
+        k_x=e_x,
+        k_m=e_m,
+        slot=rows % slots if order > 1 else -1,
+        integer_time=not rescale_timesteps,
+        name="plms",
+    )
+
+
+def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
+    """Pseudo Runge-Kutta of fourth order, four model evaluations a step: glide-finetune's `prk_sample_loop`.
+
+    As there, the steps lead from t = T-2 to t = 0 (x_T is taken for x_{T-2}, and x_0 is returned as it is), and the
+    stages halfway between two timesteps take the mean of their ᾱ and of their model times, which are therefore floats.
+
+    Args:
+        schedule: the process, re-spaced to the number of steps wanted plus 2.
+        prediction: "epsilon", "x0" or "v".
+        rescale_timesteps: give the model times in the range of a 1000-step process.
+
+    Returns:
+        A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first, those of one step sharing its index.
+
+    Raises:
+        ValueError: unknown prediction, or fewer than 3 timesteps.
+
+    Example:
+        >>> table = prk(Schedule.named("linear", 1000).respace(20))
+        >>> table.num_steps, table["t"][:4].tolist()
+        (18, [946.0, 920.0, 920.0, 894.0])
+    """
+    if schedule.num_timesteps < 3:
+        raise ValueError(f"schedule: got {schedule.num_timesteps} timesteps, expected at least 3")
+    t = np.arange(schedule.num_timesteps - 2, 0, -1)
+    stages = (t[:, None] - np.array([0, 0.5, 0.5, 1])).ravel()
+    indices = np.arange(schedule.num_timesteps)
+    ᾱ = np.interp(stages, indices, schedule.alphas_cumprod)
+    p_x, p_m = level_coefficients(ᾱ, prediction)
+    e_x, e_m = epsilon_coefficients(ᾱ, p_x, p_m, prediction)
+
+    start, half, _, end = ᾱ.reshape(-1, 4).T
+    A_half, B_half = _transfer(start, half)
+    A, B = _transfer(start, end)
+    zero, one = np.zeros(len(t)), np.ones(len(t))
+    # With X the step's start: h0 <- X at the first stage, h1 <- A_half X + B_half (ε_1 + 2 ε_2) at the second. At the
+    # fourth x is A X + B ε_3, so A X + B (ε_1 + 2 ε_2 + 2 ε_3 + ε_4)/6 is a sum over x, ε_4, h0 and h1.
+    c = B / (6 * B_half)
+    on_x = np.stack([A_half, zero, zero, one / 3], axis=1).ravel()
+    on_ε = np.stack([B_half, B_half, B, B / 6], axis=1).ravel()
+    saved_ε = np.stack([zero, 2 * B_half, zero, zero], axis=1).ravel()
+    return StepTable.from_columns(
+        steps=np.repeat(np.arange(len(t)), 4),
+        t=np.interp(stages, indices, schedule.model_timesteps(rescale_timesteps)),
+        p_x=p_x,
+        p_m=p_m,
+        a_x=on_x + on_ε * e_x,
+        a_m=on_ε * e_m,
+        a_h0=np.stack([zero, A_half, A, 2 * A / 3 - c * A_half], axis=1).ravel(),
+        a_h1=np.stack([zero, zero, zero, c], axis=1).ravel(),
+        k_x=np.tile([1.0, 1.0, 0.0, 0.0], len(t)) + saved_ε * e_x,
+        k_m=saved_ε * e_m,
+        slot=np.tile([0.0, 1.0, -1.0, -1.0], len(t)),
+        integer_time=False,
+        name="prk",
+    )
+
+
+def _transfer(ᾱ: Array, ᾱ_to: Array) -> tuple[Array, Array]:
+    """(A, B) with φ(x, ε) = A x + B ε."""
+    A = np.sqrt(ᾱ_to / ᾱ)
+    return A, np.sqrt(1 - ᾱ_to) - A * np.sqrt(1 - ᾱ)
