@@ -56,35 +56,46 @@ class Mixture:
         """∇ log p(y | x_t), what a cond_fn returns, like x."""
         return self.score(x, ᾱ, y) - self.score(x, ᾱ, NULL)
 
-    def model(self, schedule: Schedule, prediction: str = "epsilon") -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """The perfect model(x, t, y) of a process, t being timesteps of the original one; "epsilon", "x0" or "v"."""
-        alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)
+    def model(
+        self, schedule: Schedule, prediction: str = "epsilon", rescale: bool = False
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The perfect model(x, t, y) of a (re-spaced) process, called at its times. "previous_x" is the
+        mean of x_{t-1}."""
+        times = torch.from_numpy(schedule.model_timesteps(rescale))
+        arrays = (schedule.alphas_cumprod, schedule.posterior_mean_coef1, schedule.posterior_mean_coef2)
+        tables = [torch.from_numpy(array) for array in arrays]
 
         def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            ᾱ = alphas_cumprod[t.long()].to(x.dtype)
-            eps, ᾱ_x = self.eps(x, ᾱ, y), _per_sample(ᾱ, x)
-            x0 = (x - (1 - ᾱ_x) ** 0.5 * eps) / ᾱ_x**0.5
-            return {"epsilon": eps, "x0": x0, "v": ᾱ_x**0.5 * eps - (1 - ᾱ_x) ** 0.5 * x0}[prediction]
+            level = torch.searchsorted(times, t.double())
+            ᾱ, c_0, c_x = (_per_sample(table[level], x) for table in tables)
+            eps = self.eps(x, ᾱ, y)
+            x0 = (x - (1 - ᾱ) ** 0.5 * eps) / ᾱ**0.5
+            v = ᾱ**0.5 * eps - (1 - ᾱ) ** 0.5 * x0
+            return {"epsilon": eps, "x0": x0, "v": v, "previous_x": c_0 * x0 + c_x * x}[prediction]
 
         return predict
 
     def _components(self, x: Tensor, ᾱ: float | Tensor) -> tuple[Tensor, Tensor]:
         """Means and variances of the components at ᾱ, [K, B or 1, 1, ...]."""
-        means, stds = (torch.tensor(v, dtype=x.dtype).view(-1, *[1] * x.ndim) for v in (self.means, self.stds))
-        ᾱ = _per_sample(ᾱ, x)
+        means, stds, ᾱ = _per_component(self.means, x), _per_component(self.stds, x), _per_sample(ᾱ, x)
         return ᾱ**0.5 * means, ᾱ * stds**2 + 1 - ᾱ
 
     def _log_joint(self, x: Tensor, ᾱ: float | Tensor, y: int | Tensor, data: bool = True) -> Tensor:
         """log (weights[k] p(x_t | k)) for every component k, [K, *x.shape] (log weights[k] alone without `data`), with
         -inf for those of other classes than y."""
-        weights, classes = (torch.tensor(v).view(-1, *[1] * x.ndim) for v in (self.weights, self.classes))
-        log_joint = weights.to(x.dtype).log()
+        log_joint = _per_component(self.weights, x).log()
         if data:
             mean, variance = self._components(x, ᾱ)
             log_joint = log_joint - 0.5 * ((x - mean) ** 2 / variance + (2 * torch.pi * variance).log())
-        y = _per_sample(y, x, torch.int64)
+        classes, y = _per_component(self.classes, x), _per_sample(y, x)
         return log_joint.masked_fill((classes != y) & (y != NULL), -torch.inf)
 
 
-def _per_sample(values: float | Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.as_tensor(values, dtype=dtype or x.dtype).view(-1, *[1] * (x.ndim - 1))
+def _per_component(values: tuple[float, ...], x: Tensor) -> Tensor:
+    """[K, 1, ...], one more dimension than x."""
+    return torch.tensor(values, dtype=x.dtype).view(-1, *[1] * x.ndim)
+
+
+def _per_sample(values: float | Tensor, x: Tensor) -> Tensor:
+    """[B or 1, 1, ...], the dimensions of x."""
+    return torch.as_tensor(values, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))

@@ -2,6 +2,17 @@
 
 from .ddim import ddim, ddim_extrapolated, ddim_reverse
 from .ddpm import ddpm
+from .langevin import langevin, predictor_corrector, sgld
 from .pndm import plms, prk
 
-__all__ = ["ddim", "ddim_extrapolated", "ddim_reverse", "ddpm", "plms", "prk"]
+__all__ = [
+    "ddim",
+    "ddim_extrapolated",
+    "ddim_reverse",
+    "ddpm",
+    "langevin",
+    "plms",
+    "predictor_corrector",
+    "prk",
+    "sgld",
+]

@@ -1,0 +1,206 @@
+"""Langevin dynamics: annealed over noise levels, at one level, and as the corrector of another solver.
+
+A step at level ᾱ is x' = x + δ/2 ∇ log p(x) + √δ z with ∇ log p(x) = -ε/√(1-ᾱ). Everywhere δ = step_size (1-ᾱ), so that
+step_size means the same at every level: the step takes the fraction step_size/2 of the noise away and adds as much new
+one, and from 4 on it diverges. A signal-to-noise ratio r of Song et al. is a step_size of 4 r² (0.16 is 0.1), with the
+norms that they measure replaced by their expectations. ε is re-derived from the clipped x0, as in `ddim`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..schedule import Schedule
+from ..table import StepTable
+from ._prediction import Array, x0_coefficients
+
+
+def langevin(
+    schedule: Schedule,
+    *,
+    steps_per_level: int = 1,
+    step_size: float = 0.3,
+    denoise: bool = True,
+    prediction: str = "epsilon",
+    rescale_timesteps: bool = False,
+) -> StepTable:
+    """Annealed Langevin dynamics (Song & Ermon 2019, https://arxiv.org/abs/1907.05600) from the noisiest level to the
+    least noisy one.
+
+    Between levels x stays as it is, as in the corrector-only sampler of Song et al. 2021: variance-preserving levels
+    have about one scale. (Keeping x/√ᾱ instead, which variance-exploding levels keep, scales x by 20,000 on the way
+    through the cosine schedule.) Samples get better with the number of steps; count on several hundred.
+
+    Args:
+        schedule: the process, re-spaced to the levels wanted.
+        steps_per_level: Langevin steps at each of them.
+        step_size: δ/(1-ᾱ), in (0, 4). Larger steps mix faster and leave more noise.
+        denoise: end with a row that returns x0, without the last level's noise (Jolicoeur-Martineau et al. 2020,
+            https://arxiv.org/abs/2009.05475).
+        prediction: "epsilon", "x0", "v" or "previous_x".
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Returns:
+        A table of `steps_per_level` rows for each level, which share a step, and the row of `denoise` in the last one.
+
+    Raises:
+        ValueError: unknown prediction, steps_per_level below 1, or step_size out of range.
+
+    Example:
+        >>> table = langevin(Schedule.named("cosine", 1000).respace(100), steps_per_level=5)
+        >>> len(table), table.num_steps
+        (501, 100)
+    """
+    _check_count("steps_per_level", steps_per_level)
+    levels = np.repeat(np.arange(schedule.num_timesteps)[::-1], steps_per_level)
+    sizes = _sizes(step_size, len(levels))
+    steps = schedule.num_timesteps - 1 - levels
+    return _table(schedule, levels, sizes, steps, denoise, prediction, rescale_timesteps, "langevin")
+
+
+def sgld(
+    schedule: Schedule,
+    timestep: int,
+    num_steps: int,
+    *,
+    step_size: float | Sequence[float] = 0.1,
+    denoise: bool = False,
+    prediction: str = "epsilon",
+    rescale_timesteps: bool = False,
+) -> StepTable:
+    """Langevin dynamics at one noise level (Welling & Teh 2011, https://dl.acm.org/doi/10.5555/3104482.3104568).
+
+    With guidance of scale γ they sample the density proportional to p(x_t)^(1-γ) p(x_t | y)^γ.
+
+    Args:
+        schedule: the process, perhaps re-spaced.
+        timestep: the level, an index into the schedule, 0 the least noisy.
+        num_steps: Langevin steps.
+        step_size: δ/(1-ᾱ), in (0, 4): one number, or one for each step, say a (b + i)^-c with 1/2 < c <= 1 to end
+            without a bias.
+        denoise: end with a row that returns x0.
+        prediction: "epsilon", "x0", "v" or "previous_x".
+        rescale_timesteps: give the model float times in the range of a 1000-step process.
+
+    Returns:
+        A table of `num_steps` rows, and the row of `denoise` in the last one's step.
+
+    Raises:
+        ValueError: unknown prediction, a timestep outside the schedule, num_steps below 1, or step sizes out of range
+            or of another number.
+    """
+    _check_count("num_steps", num_steps)
+    if not 0 <= timestep < schedule.num_timesteps:
+        raise ValueError(f"timestep: got {timestep}, expected 0 ... {schedule.num_timesteps - 1}")
+    sizes, levels = _sizes(step_size, num_steps), np.full(num_steps, timestep)
+    return _table(schedule, levels, sizes, np.arange(num_steps), denoise, prediction, rescale_timesteps, "sgld")
+
+
+def predictor_corrector(
+    predictor: StepTable, schedule: Schedule, *, corrector_steps: int = 1, step_size: float = 0.1
+) -> StepTable:
+    """Langevin steps at the level of each step of another solver, before it (Song et al. 2021,
+    https://arxiv.org/abs/2011.13456).
+
+    Args:
+        predictor: a table of this package for the same schedule, such as `ddpm(schedule)` or `ddim(schedule)`. What the
+            model predicts is read off its rows.
+        schedule: the process.
+        corrector_steps: Langevin steps before each step of the predictor.
+        step_size: δ/(1-ᾱ), in (0, 4).
+
+    Returns:
+        The predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
+
+    Raises:
+        TypeError: a predictor that is no table.
+        ValueError: a predictor whose steps do not begin at timesteps of the schedule, or whose x is not that of the
+            schedule (c_in is not 1), corrector_steps below 1, or step_size out of range.
+
+    Example:
+        >>> from fastcfg.solvers import ddim
+        >>> schedule = Schedule.named("linear", 1000).respace(50)
+        >>> table = predictor_corrector(ddim(schedule), schedule, corrector_steps=2)
+        >>> len(table), table.num_steps
+        (150, 50)
+    """
+    if not isinstance(predictor, StepTable):
+        raise TypeError(f"predictor: got {type(predictor).__name__}, expected a StepTable")
+    _check_count("corrector_steps", corrector_steps)
+    (size,) = _sizes(step_size, 1)
+    if (predictor["c_in"] != 1).any():
+        raise ValueError(f"predictor: got the table {predictor.name} with c_in other than 1, expected one over x_t")
+    first = np.flatnonzero(np.diff(predictor.steps, prepend=-1))
+    ᾱ = schedule.alphas_cumprod[_levels(predictor, first, schedule)]
+    columns = {name: predictor[name][first] for name in ("t", "p_x", "p_m")}
+    rows = StepTable.from_columns(**columns, **_step(ᾱ, size, predictor.learned_variance)).rows
+    return replace(
+        predictor,
+        rows=_at_heads(predictor.rows, first, rows, corrector_steps),
+        steps=_at_heads(predictor.steps, first, predictor.steps[first], corrector_steps),
+        name="predictor_corrector",
+    )
+
+
+def _table(schedule, levels, sizes, steps, denoise, prediction, rescale_timesteps, name) -> StepTable:  # type: ignore[no-untyped-def]
+    """Langevin steps at some levels, and a row that returns the x0 of the last one."""
+    columns = _step(schedule.alphas_cumprod[levels], sizes)
+    if denoise:
+        levels, steps = np.append(levels, levels[-1]), np.append(steps, steps[-1])
+        columns = {key: np.append(column, float(key == "a_0")) for key, column in columns.items()}
+    p_x, p_m = x0_coefficients(schedule, prediction)
+    return StepTable.from_columns(
+        steps=steps,
+        t=schedule.model_timesteps(rescale_timesteps)[levels],
+        p_x=p_x[levels],
+        p_m=p_m[levels],
+        integer_time=not rescale_timesteps,
+        name=name,
+        **columns,
+    )
+
+
+def _step(ᾱ: Array, step_size: Array, learned_variance: bool = False) -> dict[str, Array]:
+    """x' = x - δ/2 (x - √ᾱ x0)/(1-ᾱ) + √δ z, as columns over (x, x0)."""
+    std = np.sqrt(step_size * (1 - ᾱ))
+    # A table of learned variances takes its std from l_0 + l_v*v.
+    noise = {"l_0": np.log2(std)} if learned_variance else {"s": std}
+    return {"a_x": np.broadcast_to(1 - step_size / 2, ᾱ.shape), "a_0": step_size / 2 * np.sqrt(ᾱ), **noise}
+
+
+def _levels(predictor: StepTable, first: NDArray[np.int64], schedule: Schedule) -> NDArray[np.int64]:
+    """The timestep at which each step of the predictor begins."""
+    times = predictor["t"][first].tolist()
+    # Times that are floats need not be rescaled: those of `prk` are between two timesteps.
+    for rescale in (not predictor.integer_time, False):
+        level_of = {time: level for level, time in enumerate(schedule.model_timesteps(rescale).tolist())}
+        if set(times) <= level_of.keys():
+            return np.array([level_of[time] for time in times])
+    raise ValueError(
+        f"predictor: got the table {predictor.name} with steps beginning at times {times}, expected some of the "
+        f"schedule's, {schedule.model_timesteps().tolist()}"
+    )
+
+
+def _at_heads(values: NDArray[Any], first: NDArray[np.int64], inserted: NDArray[Any], repeats: int) -> NDArray[Any]:
+    """`values` with each of `inserted`, repeated, before the entries at `first`."""
+    return np.insert(values, np.repeat(first, repeats), np.repeat(inserted, repeats, axis=0), axis=0)
+
+
+def _sizes(step_size: float | Sequence[float], num_steps: int) -> Array:
+    sizes = np.asarray(step_size, dtype=np.float64)
+    if sizes.shape not in ((), (num_steps,)):
+        raise ValueError(f"step_size: got shape {sizes.shape}, expected a number or {num_steps} numbers")
+    if not ((sizes > 0) & (sizes < 4)).all():
+        raise ValueError(f"step_size: got {step_size}, expected values in (0, 4)")
+    return np.broadcast_to(sizes, num_steps)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: got {value}, expected at least 1")
