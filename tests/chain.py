@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 GRID = np.linspace(-6.5, 6.5, 401)
 SPACING = float(GRID[1] - GRID[0])
 # A deterministic chain keeps its points: it gets more of them.
-FINER = 50
+FINER = 20
 FALSE_ALARM = 1e-6
 # Two-sided normal quantiles of the false alarm rate, for one comparison and for one of 20.
 ONE, ONE_OF_20 = 4.89, 5.45

@@ -1,9 +1,9 @@
 """Langevin dynamics: annealed over noise levels, at one level, and as the corrector of another solver.
 
 A step at level ᾱ is x' = x + δ/2 ∇ log p(x) + √δ z with ∇ log p(x) = -ε/√(1-ᾱ). Everywhere δ = step_size (1-ᾱ), so that
-step_size means the same at every level: the step takes the fraction step_size/2 of the noise away and adds as much new
-one, and from 4 on it diverges. A signal-to-noise ratio r of Song et al. is a step_size of 4 r² (0.16 is 0.1), with the
-norms that they measure replaced by their expectations. ε is re-derived from the clipped x0, as in `ddim`.
+step_size means the same at every level: pure noise is scaled by 1 - step_size/2 before √step_size of new noise is
+added, and from 4 on that diverges. A signal-to-noise ratio r of Song et al. is a step_size of 4 r² (0.16 is 0.1), with
+the norms that they measure replaced by their expectations. ε is re-derived from the clipped x0, as in `ddim`.
 """
 
 from __future__ import annotations
