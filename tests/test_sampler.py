@@ -79,6 +79,8 @@ TABLES = {
     "ddim": solvers.ddim(schedule(6)),
     "ddim eta": solvers.ddim(schedule(6), eta=0.7, prediction="v", rescale_timesteps=True),
     "ddim reverse": solvers.ddim_reverse(schedule(6), prediction="x0"),
+    "plms": solvers.plms(schedule(6), prediction="x0"),
+    "corrected": solvers.predictor_corrector(solvers.ddpm(schedule(3)), schedule(3), step_size=0.5),
     "history 1": multistep(1),
     "history 2": multistep(2),
     "history 3": multistep(3),
