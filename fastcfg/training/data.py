@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.config import TrainConfig
 from fastcfg.training.reading import batch_targets
 from fastcfg.training.shapes import Scene, caption, render_named, sample_scene
+from fastcfg.training.shapes_config import ShapesConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ShapesData:
         tokenizer: encodes the captions.
     """
 
-    def __init__(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: ShapesConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)

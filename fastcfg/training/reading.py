@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastcfg.models.text2im import Text2ImUNet
 from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.config import TrainConfig
 from fastcfg.training.shapes import COLOURS, SHAPES, SIZE_WORDS, SIZES, Scene, caption, sample_scene
+from fastcfg.training.shapes_config import ShapesConfig
 
 IGNORED = -100
 # Answers asked for at each word of an object: its colour, shape, size (or not said) and place (or anywhere).
@@ -102,7 +102,7 @@ class ReadingHeads(nn.Module):
         return word_loss + scene_loss, (word_right + scene_right) / 2
 
 
-def train_reading(model: Text2ImUNet, config: TrainConfig) -> tuple[ReadingHeads, float]:
+def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHeads, float]:
     """Train the model's text transformer to read captions, by ``config.reading_steps`` steps of its own.
 
     Args:
@@ -142,7 +142,7 @@ def reading_parameters(model: Text2ImUNet) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes)]
 
 
-def _batch(model: Text2ImUNet, config: TrainConfig, step: int) -> tuple[Tensor, ...]:
+def _batch(model: Text2ImUNet, config: ShapesConfig, step: int) -> tuple[Tensor, ...]:
     """Tokens, mask and answers of a step's captions."""
     tokenizer, length = model.tokenizer, model.text_ctx
     assert isinstance(tokenizer, Tokenizer)

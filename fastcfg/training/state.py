@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from fastcfg.files import replacing
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.ema import EMA
+from fastcfg.training.recipes import make_recipe
 
 _FORMAT = "fastcfg-training-state"
 # What may change on resuming, as long as the steps already made would have been the same: the run's length, while the
@@ -23,6 +23,7 @@ _LENGTH = {"steps", "decay_steps"}
 def save_state(
     path: str | os.PathLike[str],
     config: TrainConfig,
+    fingerprint: str,
     step: int,
     seconds: float,
     model: nn.Module,
@@ -35,6 +36,7 @@ def save_state(
     Args:
         path: the file to write.
         config: the recipe.
+        fingerprint: what identifies its data.
         step: steps made.
         seconds: time they took.
         model: the network.
@@ -48,6 +50,7 @@ def save_state(
     state = {
         "format": _FORMAT,
         "config": dataclasses.asdict(config),
+        "fingerprint": fingerprint,
         "step": step,
         "seconds": seconds,
         "model": model.state_dict(),
@@ -62,6 +65,7 @@ def save_state(
 def load_state(
     path: str | os.PathLike[str],
     config: TrainConfig,
+    fingerprint: str,
     model: nn.Module,
     heads: nn.Module,
     ema: EMA,
@@ -72,6 +76,7 @@ def load_state(
     Args:
         path: a file that ``save_state`` wrote.
         config: the recipe to go on with: that of the state, but for its length.
+        fingerprint: what identifies its data.
         model: the network.
         heads: the heads of its other tasks.
         ema: its average.
@@ -81,11 +86,9 @@ def load_state(
         Steps made and the seconds they took.
 
     Raises:
-        ValueError: not such a file, or of another recipe.
+        ValueError: not such a file, or of another recipe or other data.
         OSError: the file cannot be read.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"resume: got {path}, which is not a file, expected a training state")
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != _FORMAT:
@@ -96,7 +99,12 @@ def load_state(
         raise ValueError(
             f"resume: got {path}, which is not a training state, expected one written by fastcfg"
         ) from error
-    _check_same_run(TrainConfig.from_dict(state["config"]), config, state["step"])
+    _check_same_run(make_recipe(state["config"]), config, state["step"])
+    if state.get("fingerprint", "") != fingerprint:
+        raise ValueError(
+            f"resume: got data that are not those of the state ({fingerprint}), expected {state.get('fingerprint')}: "
+            "pictures or captions were added, removed or changed"
+        )
     model.load_state_dict(state["model"])
     heads.load_state_dict(state["heads"])
     ema.load_state_dict(state["ema"])
@@ -106,7 +114,10 @@ def load_state(
 
 def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
     """Raise ValueError unless ``config`` would have led to the same state."""
-    starts = {0, *(stage["at"] for c in (saved, config) for stage in c.stages)}
+    if type(saved) is not type(config):
+        got, expected = type(config).__name__, type(saved).__name__
+        raise ValueError(f"resume: got a {got}, expected the state's {expected}")
+    starts = saved.starts() | config.starts()
     pairs = [
         tuple(dataclasses.asdict(c.at(start)) for c in (saved, config)) for start in starts if start < max(step, 1)
     ]
@@ -114,7 +125,7 @@ def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
         (name, new[name], old[name])
         for old, new in pairs
         for name in new
-        if old[name] != new[name] and name not in _LENGTH
+        if old[name] != new[name] and name not in _LENGTH | config.FREE
     ]
     longer = any(getattr(saved, name) != getattr(config, name) for name in _LENGTH)
     if other:

@@ -1,14 +1,16 @@
-"""Training a text-conditional model for classifier-free guidance on captioned shapes."""
+"""The training loop: one for every task."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,29 +19,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcfg.files import write_text
-from fastcfg.models.checkpoint import CheckpointMeta, save_checkpoint
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.tokenizer import Tokenizer
+from fastcfg.files import replacing, write_text
+from fastcfg.models.checkpoint import save_checkpoint
 from fastcfg.schedule import Schedule
 from fastcfg.training import curve
 from fastcfg.training.config import TrainConfig
-from fastcfg.training.data import ShapesData
 from fastcfg.training.ema import EMA
-from fastcfg.training.layout import LayoutHead
+from fastcfg.training.folder_config import FolderConfig
+from fastcfg.training.folder_task import FolderTask
 from fastcfg.training.losses import HybridLoss
-from fastcfg.training.reading import ReadingHeads, reading_parameters, train_reading
-from fastcfg.training.shapes import IMAGE_SIZE, VOCABULARY
+from fastcfg.training.recipes import read_recipe
+from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes_task import ShapesTask
 from fastcfg.training.state import load_state, save_state
+from fastcfg.training.task import Task, seed_for
 
 RECIPE, STATE, CHECKPOINT, LOG, PLOT = "recipe.json", "state.pt", "model.safetensors", "log.jsonl", "loss_curve.png"
-
-# Captions are short and their meaning hangs on word order, so places start as loud as words; the constructor leaves
-# them a hundred times quieter.
-_TEXT_INIT_STD = 0.3
+GLIDE = "glide.pt"
 
 # The part of the diffusion that `noisy_share` adds to.
 _NOISY = 0.15
+
+# Writing takes at most about this share of a run: the state of a network of GLIDE's size is 6 GB.
+_SAVING_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,35 +53,36 @@ class TrainResult:
         seconds: time they took.
         loss: mean loss of the last tenth of the logged steps.
         checkpoint: the averaged weights.
+        glide: the same as a state dict that GLIDE's own code loads, or None, see ``Task``.
     """
 
     steps: int
     seconds: float
     loss: float
     checkpoint: Path
+    glide: Path | None = None
 
 
-def build_model(config: TrainConfig) -> Text2ImUNet:
-    """The network of a recipe with its initial weights, which depend on the recipe's seed alone.
+def make_task(config: TrainConfig, run: str | os.PathLike[str] | None = None) -> Task:
+    """The task of a recipe.
 
     Args:
         config: the recipe.
+        run: folder of the run that is resumed: initial weights are then not read, as the state has later ones.
 
     Returns:
-        The network in train mode on the CPU, its tokenizer as attribute.
+        The task, on the CPU.
 
     Raises:
-        ValueError: the recipe's ``model`` does not describe a network.
+        ValueError: the recipe does not fit its network, weights or data.
+        TypeError: a recipe of no known kind.
+        OSError: a file cannot be read.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_step_seed(config.seed, "weights"))
-        try:
-            model = Text2ImUNet(tokenizer=Tokenizer.word_level(VOCABULARY), **config.model)
-        except TypeError as error:
-            raise ValueError(f"model: got {config.model}, expected arguments of Text2ImUNet ({error})") from error
-        for weight in (model.token_embedding.weight, model.positional_embedding, model.padding_embedding):
-            nn.init.normal_(weight, std=_TEXT_INIT_STD)
-    return model.train()
+    if isinstance(config, ShapesConfig):
+        return ShapesTask(config)
+    if isinstance(config, FolderConfig):
+        return FolderTask(config, None if run is None else Path(run) / CHECKPOINT)
+    raise TypeError(f"config: got {type(config).__name__}, expected ShapesConfig or FolderConfig")
 
 
 def train(
@@ -91,11 +94,13 @@ def train(
     device: str = "cpu",
     save_seconds: float = 180.0,
     stop_after: int | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train by a recipe. Writes into ``out_dir``: recipe, log, loss curve, state, and the averaged weights.
 
-    State and weights are also written every ``save_seconds``, so an interrupted run loses little: ``resume=True`` goes
-    on from the state, and the result is the same, bit for bit, as without the interruption.
+    State and weights are also written every ``save_seconds``, or more rarely where that takes long, so an interrupted
+    run loses little: ``resume=True`` goes on from the state, and the result is the same, bit for bit, as without the
+    interruption.
 
     Args:
         config: the recipe.
@@ -105,89 +110,96 @@ def train(
         device: where to train.
         save_seconds: time between writes.
         stop_after: stop once this many steps are made in all, as an interruption would.
+        tell: called with a line about the data, before the first step.
 
     Returns:
         The result.
 
     Raises:
-        ValueError: a recipe that does not fit the network or the state; a folder that holds a run, without ``resume``.
-        OSError: the folder cannot be written to.
+        ValueError: a recipe that does not fit the network, the data or the state; a folder that holds a run, without
+            ``resume``.
+        OSError: the folder cannot be written to, or data or weights cannot be read.
 
     Example:
-        >>> result = train(TrainConfig(steps=100), "run", progress=False)
+        >>> result = train(ShapesConfig(steps=100), "run", progress=False)
         >>> model, tokenizer, meta = load_checkpoint(result.checkpoint)
     """
     out = Path(out_dir)
-    run = _Run(config, torch.device(device))
-    step, seconds, log = 0, 0.0, []
-    if resume:
-        step, seconds = load_state(out / STATE, config, run.model, run.heads, run.ema, run.optimizer)
-        log = curve.read_log(out / LOG)[:step]
-    elif (out / STATE).exists():
+    if resume and not (out / STATE).is_file():
+        raise ValueError(f"resume: got {out / STATE}, which is not a file, expected a training state")
+    if not resume and (out / STATE).exists():
         raise ValueError(f"out_dir: got {out}, which holds a run, expected resume or another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / RECIPE, config.to_json())
-    write_text(out / LOG, "".join(json.dumps(entry) + "\n" for entry in log))
-    end = config.steps if stop_after is None else min(stop_after, config.steps)
-    started = saved = time.monotonic()
-    with _progress_bar(step, config.steps, progress) as bar, open(out / LOG, "a", encoding="utf-8") as log_file:
-        while step < end:
-            if lessons := config.lessons_at(step):
-                run.read(lessons)
-            entry = run.step(step)
-            step += 1
-            log.append(entry)
-            log_file.write(json.dumps(entry) + "\n")
-            bar.update(1)
-            now = time.monotonic()
-            if step % 20 == 0:
-                loss = np.mean([e["loss"] for e in log[-100:]])
-                rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
-                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.0f}", refresh=False)
-            if now - saved > save_seconds and step < end:
-                log_file.flush()
-                run.save(out, step, seconds + now - started)
-                saved = now
-    seconds += time.monotonic() - started
-    run.save(out, step, seconds)
+    task = make_task(config, out if resume else None)
+    with contextlib.closing(_Run(config, task, torch.device(device))) as run:
+        step, seconds, log = 0, 0.0, []
+        if resume:
+            parts = (run.model, run.heads, run.ema, run.optimizer)
+            step, seconds = load_state(out / STATE, config, task.fingerprint, *parts)
+            log = curve.read_log(out / LOG)[:step]
+        if tell and task.summary:
+            tell(task.summary)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / RECIPE, config.to_json())
+        write_text(out / LOG, "".join(json.dumps(entry) + "\n" for entry in log))
+        end = config.steps if stop_after is None else min(stop_after, config.steps)
+        started = saved = time.monotonic()
+        pause = save_seconds
+        with _progress_bar(step, config.steps, progress) as bar, open(out / LOG, "a", encoding="utf-8") as log_file:
+            while step < end:
+                entry = run.step(step)
+                step += 1
+                log.append(entry)
+                log_file.write(json.dumps(entry) + "\n")
+                bar.update(1)
+                now = time.monotonic()
+                if step % 20 == 0:
+                    loss = np.mean([e["loss"] for e in log[-100:]])
+                    rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
+                    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.0f}", refresh=False)
+                if now - saved > pause and step < end:
+                    log_file.flush()
+                    run.save(out, step, seconds + now - started)
+                    saved = time.monotonic()
+                    pause = max(save_seconds, (saved - now) / _SAVING_SHARE)
+        seconds += time.monotonic() - started
+        run.save(out, step, seconds)
     curve.plot(log, out / PLOT)
     tail = log[-max(len(log) // 10, 1) :]
-    return TrainResult(step, seconds, float(np.mean([e["loss"] for e in tail])), out / CHECKPOINT)
+    glide = out / GLIDE if task.glide else None
+    return TrainResult(step, seconds, float(np.mean([e["loss"] for e in tail])), out / CHECKPOINT, glide)
 
 
-def draw_noise(config: TrainConfig, shape: torch.Size) -> tuple[Tensor, Tensor]:
+def draw_noise(num_timesteps: int, noisy_share: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """Draw the steps of the diffusion to train at, and the noise, from torch's CPU generator whatever the device.
 
     Args:
-        config: the recipe.
+        num_timesteps: length T of the diffusion.
+        noisy_share: see ``TrainConfig``.
         shape: shape of the batch's pictures.
 
     Returns:
         Steps, int64 ``[B]``, and noise, float32 of ``shape``.
     """
-    t = torch.randint(config.num_timesteps, shape[:1])
+    t = torch.randint(num_timesteps, shape[:1])
     noise = torch.randn(shape)
-    if config.noisy_share:
-        latest = config.num_timesteps - torch.randint(math.ceil(_NOISY * config.num_timesteps), t.shape) - 1
-        t = torch.where(torch.rand(t.shape) < config.noisy_share, latest, t)
+    if noisy_share:
+        latest = num_timesteps - torch.randint(math.ceil(_NOISY * num_timesteps), t.shape) - 1
+        t = torch.where(torch.rand(t.shape) < noisy_share, latest, t)
     return t, noise
 
 
 class _Run:
-    """Model, average, optimizer and data of one run."""
+    """Task, average and optimizer of one run."""
 
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
         self.config = config
+        self.task = task
         self.device = device
-        self.model = build_model(config).to(device)
+        self.model = task.model.to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_step_seed(config.seed, "layout"))
-            self.layout = LayoutHead(self.model)
-            self.reading = ReadingHeads(self.model.xf_width)
-            self.heads = nn.ModuleList([self.layout, self.reading]).to(device)
-        self.parameters = list(self.model.parameters())
+        self.heads = task.heads.to(device)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = EMA(self.model, config.ema_decay)
         self.optimizer = torch.optim.AdamW(
             [*self.parameters, *self.heads.parameters()],
@@ -195,56 +207,50 @@ class _Run:
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
-        assert isinstance(self.model.tokenizer, Tokenizer)
-        self.data = ShapesData(config, self.model.tokenizer)
-        self.loss = HybridLoss(Schedule.named(config.schedule, config.num_timesteps), config.mse_weight_cap)
+        self.num_timesteps = task.meta.num_timesteps
+        self.loss = HybridLoss(Schedule.named(task.meta.schedule, self.num_timesteps), config.mse_weight_cap)
         threads = max(torch.get_num_threads() // config.shards, 1)
         self.pool = ThreadPoolExecutor(config.shards, initializer=torch.set_num_threads, initargs=(threads,))
-
-    def read(self, steps: int) -> None:
-        """Train the text transformer alone; optimizer and average of its parameters start anew."""
-        heads, _ = train_reading(self.model, dataclasses.replace(self.config, reading_steps=steps))
-        self.reading.load_state_dict(heads.state_dict())
-        changed = reading_parameters(self.model)
-        self.ema.reset(changed)
-        for parameter in [*(parameter for _, parameter in changed), *self.reading.parameters()]:
-            self.optimizer.state.pop(parameter, None)
 
     def step(self, step: int) -> dict[str, float]:
         """Make one optimizer step; returns the log entry."""
         config = self.config.at(step)
+        self._start_anew(self.task.before(step))
         learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        batch = self.data.batch(step)
+        batch = self.task.batch(step)
+        trained = [*self.parameters, *self.task.trained_heads(config)]
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(_step_seed(self.config.seed, "step", step))
-            t, noise = draw_noise(config, batch.images.shape)
-            tensors = {**vars(batch), "t": t, "noise": noise}
-            parts = [tensor.to(self.device).chunk(config.shards) for tensor in tensors.values()]
-            shards = [dict(zip(tensors, shard, strict=True)) for shard in zip(*parts, strict=True)]
-            trained = list(self.parameters)
-            if config.layout_weight:
-                trained += self.layout.parameters()
-            if config.reading_weight:
-                trained += self.reading.parameters()
-            results = list(self.pool.map(self._shard, shards, itertools.repeat(trained), itertools.repeat(config)))
+        terms: list[dict[str, Tensor]] = []
         self.optimizer.zero_grad(set_to_none=True)
-        loss, mse, vlb, layout, reading = (
-            torch.stack(parts).sum() for parts in zip(*(terms for terms, _ in results), strict=True)
-        )
-        for parameter, *gradients in zip(trained, *(grads for _, grads in results), strict=True):
-            parameter.grad = torch.stack(gradients).sum(dim=0) if len(gradients) > 1 else gradients[0]
+        with torch.random.fork_rng(devices=cuda):
+            torch.manual_seed(seed_for(self.config.seed, "step", step))
+            t, noise = draw_noise(self.num_timesteps, config.noisy_share, batch["images"].shape)
+            for part in _split({**batch, "t": t, "noise": noise}, config.accumulate):
+                shards = _split({name: rows.to(self.device) for name, rows in part.items()}, config.shards)
+                results = list(self.pool.map(self._shard, shards, itertools.repeat(trained), itertools.repeat(config)))
+                terms += [losses for losses, _ in results]
+                for parameter, *gradients in zip(trained, *(grads for _, grads in results), strict=True):
+                    gradient = torch.stack(gradients).sum(dim=0) if len(gradients) > 1 else gradients[0]
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         norm = nn.utils.clip_grad_norm_(trained, self.config.grad_clip)
         self.optimizer.step()
         self.ema.update(self.model)
-        values = {"loss": loss, "mse": mse, "vlb": vlb, "layout": layout, "reading": reading, "grad_norm": norm}
+        values = {name: torch.stack([part[name] for part in terms]).sum() for name in terms[0]}
+        values["grad_norm"] = norm
         return {"step": step + 1, **{name: float(f"{value.item():.5g}") for name, value in values.items()}}
+
+    def _start_anew(self, parameters: list[nn.Parameter]) -> None:
+        """Forget average and optimizer state of parameters that were set anew."""
+        changed = set(parameters)
+        self.ema.reset((name, parameter) for name, parameter in self.model.named_parameters() if parameter in changed)
+        for parameter in parameters:
+            self.optimizer.state.pop(parameter, None)
 
     def _shard(
         self, shard: dict[str, Tensor], trained: list[nn.Parameter], config: TrainConfig
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """A shard's part of the batch's mean losses, the weighted sum first, and the sum's gradient."""
         x_start, t, noise = shard["images"], shard["t"], shard["noise"]
         x_t = self.loss.q_sample(x_start, t, noise)
@@ -252,32 +258,41 @@ class _Run:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
             text = self.model.get_text_emb(shard["tokens"], shard["mask"])
-            output = self.model(x_t, t, **text).float()
+            output = self.model(x_t, t, **text, **self.task.conditioning(shard)).float()
         terms = self.loss(output, x_start, x_t, t, noise)
-        loss, layout, reading = terms.loss.sum(), output.new_zeros(()), output.new_zeros(())
-        if config.layout_weight:
-            layout = self.layout(shard["colours"], shard["shapes"]).sum()
-            loss = loss + config.layout_weight * layout
-        if config.reading_weight:
-            reading = self.reading(text["xf_out"], shard["at_words"], shard["about"])[0] * len(t)
-            loss = loss + config.reading_weight * reading
-        parts = [part / config.batch_size for part in (loss, terms.mse.sum(), terms.vlb.sum(), layout, reading)]
-        return tuple(part.detach() for part in parts), torch.autograd.grad(parts[0], trained)
+        others = self.task.losses(shard, text, config)
+        loss = terms.loss.sum()
+        for weight, other in others.values():
+            if weight:
+                loss = loss + weight * other
+        sums = {"loss": loss, "mse": terms.mse.sum(), "vlb": terms.vlb.sum()}
+        sums |= {name: other for name, (_, other) in others.items()}
+        parts = {name: value / config.batch_size for name, value in sums.items()}
+        gradients = torch.autograd.grad(parts["loss"], trained)
+        return {name: part.detach() for name, part in parts.items()}, gradients
 
     def save(self, out: Path, step: int, seconds: float) -> None:
-        """Write the state and the averaged weights."""
-        save_state(out / STATE, self.config, step, seconds, self.model, self.heads, self.ema, self.optimizer)
-        averaged = build_model(self.config)
-        self.ema.copy_to(averaged)
+        """Write the averaged weights, then the state: where there is a state, there are weights."""
+        averaged = self.task.empty_model()
+        averaged.load_state_dict({name: value.cpu() for name, value in self.ema.shadow.items()}, assign=True)
         recipe = {**dataclasses.asdict(self.config), "steps_made": step}
-        meta = CheckpointMeta(self.config.model, self.config.schedule, self.config.num_timesteps, IMAGE_SIZE, recipe)
-        save_checkpoint(out / CHECKPOINT, averaged, meta)
+        save_checkpoint(out / CHECKPOINT, averaged, dataclasses.replace(self.task.meta, recipe=recipe))
+        if self.task.glide:
+            with replacing(out / GLIDE) as temporary:
+                torch.save(dict(averaged.state_dict()), temporary)
+        parts = (self.model, self.heads, self.ema, self.optimizer)
+        save_state(out / STATE, self.config, self.task.fingerprint, step, seconds, *parts)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.task.close()
+        self.pool.shutdown(cancel_futures=True)
 
 
-def _step_seed(seed: int, *path: str | int) -> int:
-    """A torch seed for one purpose, unrelated to those of other purposes."""
-    words = [int.from_bytes(part.encode(), "little") if isinstance(part, str) else part for part in path]
-    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """At most ``parts`` parts of the rows of all tensors."""
+    chunks = zip(*(tensor.chunk(parts) for tensor in tensors.values()), strict=True)
+    return [dict(zip(tensors, chunk, strict=True)) for chunk in chunks]
 
 
 def _progress_bar(step: int, steps: int, show: bool) -> Any:
@@ -290,12 +305,12 @@ def _progress_bar(step: int, steps: int, show: bool) -> Any:
 def main(argv: list[str] | None = None) -> int:
     """Train from the command line: ``python -m fastcfg.training.train --recipe recipe.json --out DIR``."""
     parser = argparse.ArgumentParser(description="Train a model by a recipe.")
-    parser.add_argument("--recipe", required=True, help="JSON file of TrainConfig's settings")
+    parser.add_argument("--recipe", required=True, help="JSON file of a recipe's settings")
     parser.add_argument("--out", required=True, help="folder to write to")
     parser.add_argument("--resume", action="store_true", help="go on from the state in the folder")
     arguments = parser.parse_args(argv)
     try:
-        result = train(TrainConfig.from_file(arguments.recipe), arguments.out, resume=arguments.resume)
+        result = train(read_recipe(arguments.recipe), arguments.out, resume=arguments.resume)
     except (OSError, ValueError) as error:
         parser.exit(2, f"train: {error}\n")
     print(f"{result.steps} steps in {result.seconds / 60:.1f} min, loss {result.loss:.4f}: {result.checkpoint}")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastcfg.training.config import TrainConfig
 from fastcfg.training.layout import LayoutHead
 from fastcfg.training.shapes import COLOURS, SHAPES, Scene, SceneObject, render_batch, render_named, sample_scene
-from fastcfg.training.train import build_model
+from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes_task import build_model
 
-TINY = TrainConfig.from_dict(
+TINY = ShapesConfig.from_dict(
     {
         "model": {
             "xf_width": 32,

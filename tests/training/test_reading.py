@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import torch
 
-from fastcfg.training.config import TrainConfig
 from fastcfg.training.reading import (
     IGNORED,
     ReadingHeads,
@@ -17,9 +16,10 @@ from fastcfg.training.reading import (
     train_reading,
 )
 from fastcfg.training.shapes import COLOURS, SHAPES, Scene, SceneObject, caption, sample_scene
-from fastcfg.training.train import build_model
+from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes_task import build_model
 
-TINY = TrainConfig.from_dict(
+TINY = ShapesConfig.from_dict(
     {
         "reading_steps": 100,
         "reading_batch_size": 64,

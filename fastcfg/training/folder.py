@@ -1,0 +1,187 @@
+"""A folder of pictures with captions beside them: what is in it, and the sample that a draw makes of one picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of a folder.
+
+    Attributes:
+        path: its file.
+        captions: the lines of its ``.txt`` that are not blank, stripped; none where there is no such file.
+    """
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+class PictureFolder:
+    """The pictures of a folder and its subfolders, in the order of their names, with the captions beside them.
+
+    Args:
+        folder: the folder.
+        skip_uncaptioned: leave pictures without a caption out.
+
+    Attributes:
+        pictures: those to train on.
+        uncaptioned: how many pictures have no caption.
+        skipped: how many of them were left out.
+        fingerprint: SHA-256 of names and sizes of the pictures and of their captions. A picture that was replaced by
+            one of exactly as many bytes is not noticed.
+
+    Raises:
+        ValueError: no such folder, no pictures in it, two that share a caption file, or a caption that is not UTF-8.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, skip_uncaptioned: bool = False) -> None:
+        root = Path(folder)
+        if not root.is_dir():
+            raise ValueError(f"data: got {os.fspath(folder)}, which is not a folder, expected one with pictures")
+        listed = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if _is_picture(path, root))
+        _check_stems(listed)
+        digest = hashlib.sha256()
+        found = []
+        for name in listed:
+            path = root / name
+            captions = _read_captions(path.with_suffix(".txt"))
+            digest.update(ascii((name, path.stat().st_size, captions)).encode())
+            found.append(Picture(path, captions))
+        self.pictures = [picture for picture in found if picture.captions or not skip_uncaptioned]
+        self.uncaptioned = sum(not picture.captions for picture in found)
+        self.skipped = len(found) - len(self.pictures)
+        self.fingerprint = digest.hexdigest()
+        if not self.pictures:
+            kinds = ", ".join(SUFFIXES)
+            got = f"{len(found)} pictures, none with a caption" if found else "no pictures"
+            raise ValueError(f"data: got {os.fspath(folder)} with {got}, expected files named {kinds} and their .txt")
+
+    def summary(self) -> str:
+        """How many pictures and captions there are, in words."""
+        told = f"{len(self.pictures)} pictures"
+        if self.skipped:
+            told += f", {self.skipped} without a caption left out"
+        elif self.uncaptioned:
+            told += f", {self.uncaptioned} without a caption (trained on unconditionally)"
+        return told
+
+
+class PictureReader:
+    """Reads pictures and cuts them to one size; safe to call from several threads.
+
+    A picture is turned as its EXIF data say, put on white where it is transparent, cropped, and resized bicubically
+    with antialiasing. (torchvision's `RandomResizedCrop`, which glide-finetune uses, takes the share of the whole
+    picture's area instead, so long pictures always lose their ends, and resizes bilinearly.)
+
+    Args:
+        width: width wanted.
+        height: height wanted.
+        crop: "random", or "centre" for the largest crop of that shape in the picture's middle.
+        resize_ratio: smallest share of the largest crop's area that a random crop has; it lies anywhere.
+        random_hflip: mirror half of the pictures.
+    """
+
+    def __init__(self, width: int, height: int, crop: str, resize_ratio: float, random_hflip: bool) -> None:
+        self._size = (width, height)
+        self._random = crop == "random"
+        self._resize_ratio = resize_ratio
+        self._flip = random_hflip
+
+    def read(self, path: Path, rng: np.random.Generator) -> Image.Image:
+        """Read a picture and cut it to size.
+
+        Args:
+            path: its file.
+            rng: draws crop and mirroring: four numbers, whether they are used or not.
+
+        Returns:
+            An RGB picture of the size asked for.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        place, flip = rng.random(3), bool(rng.random() < 0.5)
+        try:
+            with Image.open(path) as file:
+                picture = _on_white(ImageOps.exif_transpose(file))
+        except Exception as error:  # Pillow raises whatever its decoders meet in a damaged file
+            raise ValueError(f"data: got {path}, which cannot be read ({error}), expected a picture") from error
+        picture = picture.resize(self._size, Image.Resampling.BICUBIC, box=self._box(picture.size, place))
+        return ImageOps.mirror(picture) if self._flip and flip else picture
+
+    def _box(self, size: tuple[int, int], place: np.ndarray) -> tuple[float, float, float, float]:
+        """The crop: left, upper, right and lower edge."""
+        width, height = size
+        scale = min(width / self._size[0], height / self._size[1])
+        x = y = 0.5
+        if self._random:
+            area, x, y = place.tolist()
+            scale *= (self._resize_ratio + (1 - self._resize_ratio) * area) ** 0.5
+        crop_width, crop_height = scale * self._size[0], scale * self._size[1]
+        left, upper = x * (width - crop_width), y * (height - crop_height)
+        # Rounding must not carry the edge beyond the picture: resize refuses that.
+        return left, upper, min(left + crop_width, width), min(upper + crop_height, height)
+
+
+def to_array(picture: Image.Image) -> np.ndarray:
+    """Pixels of an RGB picture.
+
+    Args:
+        picture: the picture.
+
+    Returns:
+        float32 ``[3, H, W]`` in [-1, 1].
+    """
+    return np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    """The picture as RGB; what is transparent shows white."""
+    if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
+        return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def _is_picture(path: Path, root: Path) -> bool:
+    """Whether a path looks like a picture; what is hidden below the root (macOS writes `._name.jpg`) does not."""
+    hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
+def _check_stems(names: Sequence[str]) -> None:
+    """Raise ValueError where two pictures would share a caption."""
+    seen: dict[str, str] = {}
+    for name in names:
+        stem = name.rpartition(".")[0]
+        if stem in seen:
+            raise ValueError(f"data: got {seen[stem]} and {name}, expected one picture for the captions of {stem}.txt")
+        seen[stem] = name
+
+
+def _read_captions(path: Path) -> tuple[str, ...]:
+    """The lines of a caption file that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return ()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data: got {path}, which is not UTF-8 ({error.reason}), expected captions, one a line"
+        ) from None
+    return tuple(line.strip() for line in text.split("\n") if line.strip())

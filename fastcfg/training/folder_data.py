@@ -1,0 +1,139 @@
+"""Batches of a folder, decoded ahead in threads: a step's depends only on the folder, the seed and the step."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastcfg.models.tokenizer import Tokenizer
+from fastcfg.training.folder import PictureFolder, PictureReader, to_array
+from fastcfg.training.folder_config import FolderConfig
+
+# Steps decoded ahead of the one that is computed.
+_AHEAD = 2
+
+
+class _Sample(NamedTuple):
+    """One row of a batch, its picture as float32 ``[3, H, W]``."""
+
+    image: np.ndarray
+    low_res: np.ndarray | None
+    tokens: Sequence[int]
+    mask: Sequence[bool]
+    unreadable: Sequence[str]  # what was skipped on the way to it
+
+
+class FolderData:
+    """Random access to the batches of a run.
+
+    Every picture comes once in each pass over the folder, in an order of the pass's own. One that cannot be read is
+    replaced by the next of that order that can. Dropped captions, the choice among several, crop and mirroring are
+    drawn anew each time.
+
+    Args:
+        config: the recipe.
+        tokenizer: encodes the captions.
+        text_ctx: number of text positions.
+        size: width and height of the pictures.
+
+    Attributes:
+        folder: what was found.
+
+    Raises:
+        ValueError: the folder is none, or has nothing to train on, or the size does not go with ``upscale_factor``.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, config: FolderConfig, tokenizer: Tokenizer, text_ctx: int, size: tuple[int, int]) -> None:
+        if config.upsample and any(side % config.upscale_factor for side in size):
+            raise ValueError(f"upscale_factor: got {config.upscale_factor}, expected a divisor of {size[0]}x{size[1]}")
+        self._config = config
+        self._tokenizer = tokenizer
+        self._text_ctx = text_ctx
+        self.folder = PictureFolder(config.data, skip_uncaptioned=config.skip_uncaptioned)
+        self._reader = PictureReader(*size, config.crop, config.resize_ratio, config.random_hflip)
+        factor = config.upscale_factor
+        self._low_size = (size[0] // factor, size[1] // factor) if config.upsample else None
+        self._order = functools.lru_cache(maxsize=4)(self._order_uncached)
+        self._pool = ThreadPoolExecutor(config.workers)
+        self._told: set[str] = set()
+        self._ahead: dict[int, list[Future[_Sample]]] = {}
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Make the batch of a step, and begin with those after it.
+
+        Args:
+            step: the step, counted from 0.
+
+        Returns:
+            ``images``, float32 ``[B, 3, H, W]`` in [-1, 1]; ``tokens``, int64 ``[B, text_ctx]``, and ``mask``, bool,
+            alike: all padding and all False where there is no caption or it was dropped; for the upsampler
+            ``low_res``, float32 ``[B, 3, H / upscale_factor, W / upscale_factor]``.
+
+        A picture that cannot be read is named in a warning, once.
+
+        Raises:
+            ValueError: no picture of the folder can be read.
+        """
+        for other in [other for other in self._ahead if not step <= other <= step + _AHEAD]:
+            for future in self._ahead.pop(other):
+                future.cancel()
+        for wanted in range(step, min(step + _AHEAD + 1, max(self._config.steps, step + 1))):
+            if wanted not in self._ahead:
+                rows = range(self._config.batch_size)
+                self._ahead[wanted] = [self._pool.submit(self._sample, wanted, row) for row in rows]
+        samples = [future.result() for future in self._ahead.pop(step)]
+        for message in dict.fromkeys(message for sample in samples for message in sample.unreadable):
+            if message not in self._told:
+                self._told.add(message)
+                warnings.warn(f"skipped: {message}", stacklevel=2)
+        batch = {
+            "images": torch.from_numpy(np.stack([sample.image for sample in samples])),
+            "tokens": torch.tensor([sample.tokens for sample in samples]),
+            "mask": torch.tensor([sample.mask for sample in samples]),
+        }
+        low_res = [sample.low_res for sample in samples if sample.low_res is not None]
+        return {**batch, "low_res": torch.from_numpy(np.stack(low_res))} if low_res else batch
+
+    def close(self) -> None:
+        """End the threads; what was decoded ahead is lost."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _sample(self, step: int, row: int) -> _Sample:
+        """Make one row of a step's batch."""
+        rng = np.random.default_rng([self._config.seed, step, row])
+        dropped, choice = rng.random() < self._config.uncond_p, rng.random()
+        pictures = self.folder.pictures
+        passes, place = divmod(step * self._config.batch_size + row, len(pictures))
+        order = self._order(passes)
+        unreadable: list[str] = []
+        for later in range(len(pictures)):
+            picture = pictures[order[(place + later) % len(pictures)]]
+            try:
+                image = self._reader.read(picture.path, rng)
+            except ValueError as error:
+                unreadable.append(str(error))
+                continue
+            captions = ("",) if dropped or not picture.captions else picture.captions
+            tokens = self._tokenizer.encode(captions[int(choice * len(captions))])
+            padded = self._tokenizer.padded_tokens_and_mask(tokens, self._text_ctx)
+            return _Sample(to_array(image), self._shrink(image), *padded, unreadable)
+        raise ValueError(f"data: got {len(pictures)} pictures in {self._config.data}, none of which can be read")
+
+    def _shrink(self, image: Image.Image) -> np.ndarray | None:
+        """What the upsampler sees: the picture made smaller, rounded to 8 bits as sampled ones are."""
+        if self._low_size is None:
+            return None
+        return to_array(image.resize(self._low_size, Image.Resampling.BICUBIC))
+
+    def _order_uncached(self, passes: int) -> np.ndarray:
+        """The order of the pictures in a pass over the folder."""
+        return np.random.default_rng([self._config.seed, passes, 0x0DE5]).permutation(len(self.folder.pictures))

@@ -1,0 +1,154 @@
+"""Fine-tuning of GLIDE's networks on a folder of pictures and captions (what glide-finetune does)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastcfg.models.checkpoint import CheckpointMeta, has_header, load_checkpoint
+from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from fastcfg.models.image_conditioned import SuperResText2ImUNet
+from fastcfg.models.text2im import Text2ImUNet
+from fastcfg.models.tokenizer import Tokenizer
+from fastcfg.models.vocabulary import glide_tokenizer, vocabulary_files
+from fastcfg.models.weights import load_weights, read_state_dict
+from fastcfg.training.config import TrainConfig
+from fastcfg.training.folder_config import FolderConfig
+from fastcfg.training.folder_data import FolderData
+from fastcfg.training.task import seed_for
+
+_TRANSFORMER = (
+    *("transformer.", "transformer_proj.", "token_embedding.", "final_ln."),
+    *("positional_embedding", "padding_embedding"),
+)
+# The layers of the attention blocks that take in the text: they must follow a transformer that moves.
+_TEXT_ATTENTION = ".encoder_kv."
+
+
+class FolderTask:
+    """The ``Task`` of a folder.
+
+    Args:
+        config: the recipe.
+        resumed: checkpoint of the run that goes on: network and tokenizer are taken from there, and the state brings
+            the weights, so that ``init`` and ``tokenizer`` are not needed a second time.
+
+    Attributes:
+        model: see ``Task``.
+        heads: none.
+        meta: see ``Task``.
+        fingerprint: of pictures, captions and tokenizer.
+        summary: how many pictures and captions there are.
+        glide: True.
+
+    Raises:
+        ValueError: weights, options, tokenizer or data are not what they should be or do not go together.
+        OSError: a file cannot be read.
+    """
+
+    glide = True
+
+    def __init__(self, config: FolderConfig, resumed: Path | None = None) -> None:
+        self.model, self.meta = _network(config, resumed)
+        tokenizer = self.model.tokenizer
+        assert isinstance(tokenizer, Tokenizer)
+        size = (config.side_x or self.meta.image_size, config.side_y or self.meta.image_size)
+        divisor = self.model.size_divisor
+        if any(side % divisor for side in size):
+            raise ValueError(f"side_x, side_y: got {size[0]}x{size[1]}, expected multiples of {divisor}")
+        if size[0] == size[1]:
+            self.meta = dataclasses.replace(self.meta, image_size=size[0])
+        self.model.use_checkpoint = config.use_checkpoint
+        self.model.cache_text_emb = False
+        self.model.train()
+        _freeze(self.model, config)
+        self.heads: nn.Module = nn.ModuleList()
+        self._data = FolderData(config, tokenizer, self.model.text_ctx, size)
+        vocabulary = hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
+        self.fingerprint = f"{len(self._data.folder.pictures)} pictures, {self._data.folder.fingerprint}, {vocabulary}"
+        self.summary = f"{config.data}: {self._data.folder.summary()}"
+
+    def empty_model(self) -> Text2ImUNet:
+        """See ``Task``."""
+        return self.meta.build(self.model.tokenizer)
+
+    def batch(self, step: int) -> Mapping[str, Tensor]:
+        """See ``Task``; with ``low_res`` for the upsampler."""
+        return self._data.batch(step)
+
+    def before(self, step: int) -> list[nn.Parameter]:
+        """Nothing."""
+        return []
+
+    def conditioning(self, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The picture to be made larger, for the upsampler."""
+        return {"low_res": shard["low_res"]} if "low_res" in shard else {}
+
+    def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
+        """None."""
+        return []
+
+    def losses(
+        self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Nothing beside the noise."""
+        return {}
+
+    def close(self) -> None:
+        """End the decoding threads."""
+        self._data.close()
+
+
+def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, CheckpointMeta]:
+    """The network with its initial weights, its tokenizer as attribute, and what describes it."""
+    checkpoint = resumed or (Path(config.init) if config.init and has_header(config.init) else None)
+    if checkpoint is not None:
+        model, _, meta = load_checkpoint(checkpoint)
+        if resumed is None:
+            for name in ("model", "tokenizer"):
+                if getattr(config, name):
+                    raise ValueError(
+                        f"{name}: got {getattr(config, name)!r}, expected none, as {config.init} brings its own"
+                    )
+        wanted = SuperResText2ImUNet if config.upsample else Text2ImUNet
+        if type(model) is not wanted:
+            raise ValueError(f"init: got {checkpoint} with a {type(model).__name__}, expected a {wanted.__name__}")
+        return model, dataclasses.replace(meta, recipe={})
+    if config.model.get("inpaint") or config.model.get("super_res"):
+        raise ValueError("model: got inpaint or super_res, expected neither: upsample says which network is trained")
+    meta = glide_network(GLIDE_UPSAMPLER if config.upsample else GLIDE_BASE, **config.model)
+    if not config.model.get("xf_width", 1):
+        raise ValueError("model: got xf_width = 0, expected a network with text")
+    tokenizer = _tokenizer(config.tokenizer)
+    if config.init:
+        model = meta.build(tokenizer)
+        load_weights(model, read_state_dict(config.init), config.init)
+        return model, meta
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(config.seed, "weights"))
+        model = meta.build(tokenizer, device="cpu")
+    return model, meta
+
+
+def _tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of a folder or file, or GLIDE's."""
+    if not source:
+        return glide_tokenizer()
+    if Path(source).is_dir():
+        return Tokenizer.from_gpt2_files(*vocabulary_files(source))
+    if not Path(source).is_file():
+        raise ValueError(f"tokenizer: got {source}, which is not there, expected a folder or a JSON file")
+    return Tokenizer.from_file(source)
+
+
+def _freeze(model: Text2ImUNet, config: FolderConfig) -> None:
+    """Let the parameters that are not trained go without gradient, the same that glide-finetune freezes."""
+    for name, parameter in model.named_parameters():
+        text = name.startswith(_TRANSFORMER)
+        frozen = config.freeze_transformer if text else config.freeze_diffusion and _TEXT_ATTENTION not in name
+        parameter.requires_grad_(not frozen)
