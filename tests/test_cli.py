@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from picture_folder import OPTIONS, draw_folder, write_tokenizer
 from PIL import Image
 from tiny_checkpoint import MODEL, SIZE, TIMESTEPS, write_tiny_checkpoint
 
@@ -315,6 +316,10 @@ def test_train_resumes_with_the_runs_own_recipe(capsys: pytest.CaptureFixture[st
             ["--out", "run", "--resume"],
             "argument --resume: got 'run', which has no recipe.json, expected a run's folder",
         ),
+        (
+            ["--out", "run", "--upsample"],
+            "argument --upsample: got True without --data, expected a folder to train on",
+        ),
         (["--out", "bad.json"], "argument --out: got 'bad.json', expected a folder"),
         (["--out", "/proc/run"], "argument --out: got '/proc/run', expected a folder that can be written to"),
     ],
@@ -336,6 +341,75 @@ def test_train_refuses_a_folder_that_holds_a_run(capsys: pytest.CaptureFixture[s
     assert train("--out", "run", "--seed", "9") == 2
     assert "which holds a run, expected resume or another folder" in capsys.readouterr().err
     assert Path("run/model.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a short run on a folder of pictures."""
+    outside = tmp_path_factory.mktemp("pictures")
+    folder = draw_folder(outside / "data")
+    tokenizer = write_tokenizer(outside / "words.json")
+    network = f"model={json.dumps(OPTIONS)}"
+    short = ["--steps", "2", "--batch-size", "2", "--no-progress", "--device", "cpu", "--set", network]
+    return ["train", "--data", str(folder), "--tokenizer", str(tokenizer), *short]
+
+
+def test_train_on_a_folder_resumes_and_goes_on_from_its_weights(
+    pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--uncond-p",
+        "0.5",
+        "--resize-ratio",
+        "0.9",
+        "--freeze-transformer",
+        "--accumulate",
+        "2",
+        "--random-hflip",
+    ]
+    assert main([*pictures, "--out", "run", *options]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"data     {pictures[2]}: 6 pictures\n"
+    assert captured.out.startswith("wrote    run/model.safetensors and run/glide.pt\ntrained  2 steps")
+    recipe = json.loads(Path("run/recipe.json").read_text())
+    settings = ("uncond_p", "resize_ratio", "freeze_transformer", "accumulate", "random_hflip", "bf16", "learning_rate")
+    assert [recipe[name] for name in settings] == [0.5, 0.9, True, 2, True, False, 1e-5]
+    assert main(["train", "--out", "run", "--resume", "--steps", "3", "--device", "cpu", "--no-progress"]) == 0
+    assert "trained  3 steps" in capsys.readouterr().out
+    assert sample(Path("run/model.safetensors"), "--num-samples", "1", prompts=["a red square"]) == 0
+    short = [*pictures[1:3], "--steps", "1", "--batch-size", "1", "--no-progress", "--device", "cpu"]
+    assert main(["train", *short, "--init", "run/glide.pt", "--out", "other", *pictures[3:5], *pictures[-2:]]) == 0
+    assert main(["train", *short, "--init", "run/model.safetensors", "--out", "further", "--no-bf16"]) == 0
+
+
+@pytest.mark.filterwarnings("default")
+def test_train_tells_of_damaged_pictures_in_one_line(pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(pictures[2]) / "0.png").write_bytes(b"nothing")
+    assert main([*pictures, "--out", "run", "--steps", "4"]) == 0
+    told = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("fastcfg: warning: skipped: data:")
+    ]
+    assert len(told) == 1
+    assert "0.png, which cannot be read" in told[0]
+
+
+def test_train_on_a_folder_refuses_in_one_line(pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    Path("base.pt").write_bytes(b"nothing")
+    for arguments, message in (
+        (["--data", "none"], "data: got none, which is not a folder, expected one with pictures"),
+        (["--data", "empty"], "data: got empty with no pictures, expected files named .png"),
+        (["--uncond-p", "1"], "uncond_p: got 1.0, expected 0 <= value < 1"),
+        (["--init", "base.pt"], "weights base.pt: got a file that cannot be loaded, expected a state dict"),
+        (["--init", "none.pt"], "init: got none.pt, which is not a file, expected weights to start from"),
+        (["--crop", "left"], "argument --crop: got 'left', expected one of random, centre"),
+        (["--set", "cond_drop=0.1"], "recipe: got unknown settings cond_drop, expected some of steps"),
+    ):
+        assert main([*pictures, "--out", "run", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"fastcfg: error: {message}")
+        assert captured.err.count("\n") == 1
+    assert sorted(os.listdir()) == ["base.pt", "empty"]
 
 
 # doctor
@@ -483,7 +557,18 @@ def test_without_nvml_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
             ["sample"],
             ["PROMPT", "--guidance-scale", "(default: 3)", "(default: samples.png)", "(default: 50)", "examples:"],
         ),
-        (["train"], ["--out DIR", "--recipe", "--resume", "--set NAME=VALUE", "examples:", "model.safetensors"]),
+        (
+            ["train"],
+            [
+                "--out DIR",
+                "--resume",
+                "--set NAME=VALUE",
+                "--data DIR",
+                "--uncond-p P",
+                "examples:",
+                "model.safetensors",
+            ],
+        ),
         (["doctor"], ["--json", "Exit status", "examples:"]),
     ],
 )

@@ -50,7 +50,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load a state dict as float32, if it is exactly the model's.
+    """Load a copy of a state dict as float32, if it is exactly the model's.
 
     Args:
         model: the network, possibly on torch's meta device.
@@ -75,7 +75,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
             f"weights {os.fspath(source)}: got {'; '.join(problems)}, "
             f"expected the {len(wanted)} tensors of a {type(model).__name__} with these options"
         )
-    model.load_state_dict({name: weights[name].float() for name in wanted}, assign=True)
+    # Copies: training must not write to what the caller holds, or to a mapped file.
+    model.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in wanted}, assign=True)
 
 
 def _listed(names: Iterable[object]) -> str:

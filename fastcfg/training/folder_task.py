@@ -106,6 +106,8 @@ class FolderTask:
 
 def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, CheckpointMeta]:
     """The network with its initial weights, its tokenizer as attribute, and what describes it."""
+    if config.init and resumed is None and not Path(config.init).is_file():
+        raise ValueError(f"init: got {config.init}, which is not a file, expected weights to start from")
     checkpoint = resumed or (Path(config.init) if config.init and has_header(config.init) else None)
     if checkpoint is not None:
         model, _, meta = load_checkpoint(checkpoint)

@@ -12,12 +12,17 @@ import torch
 from torch import nn
 
 from fastcfg.models.checkpoint import load_checkpoint
+from fastcfg.schedule import Schedule
 from fastcfg.training import curve
 from fastcfg.training.data import ShapesData
 from fastcfg.training.ema import EMA
+from fastcfg.training.layout import LayoutHead
+from fastcfg.training.losses import HybridLoss
+from fastcfg.training.reading import ReadingHeads, train_reading
 from fastcfg.training.recipes import make_recipe, read_recipe
 from fastcfg.training.shapes_config import ShapesConfig
 from fastcfg.training.shapes_task import build_model
+from fastcfg.training.task import seed_for
 from fastcfg.training.train import LOG, PLOT, RECIPE, STATE, draw_noise, main, train
 
 MODEL = {
@@ -82,6 +87,48 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert (tmp_path / "whole" / LOG).read_text() == (tmp_path / "parts" / LOG).read_text()
     other = train(dataclasses.replace(TINY, seed=4), tmp_path / "other", progress=False)
     assert other.loss != whole.loss
+
+
+def test_a_run_is_what_its_recipe_says_written_out(tmp_path: Path) -> None:
+    # The whole of a shapes run in plain steps, bit for bit: how the loop is organised must not change what it computes.
+    config = dataclasses.replace(
+        TINY, steps=3, shards=1, noisy_share=0.4, mse_weight_cap=5.0, reading_steps=2, reading_batch_size=8
+    )
+    model = build_model(config)
+    torch.manual_seed(seed_for(config.seed, "layout"))
+    layout, reading = LayoutHead(model), ReadingHeads(model.xf_width)
+    lessons, _ = train_reading(model, config)
+    reading.load_state_dict(lessons.state_dict())
+    parameters = [*model.parameters(), *layout.parameters(), *reading.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+    average = EMA(model, config.ema_decay)
+    hybrid = HybridLoss(Schedule.named(config.schedule, config.num_timesteps), config.mse_weight_cap)
+    losses = []
+    for step in range(3):
+        batch = ShapesData(config, model.tokenizer).batch(step)
+        torch.manual_seed(seed_for(config.seed, "step", step))
+        t, noise = torch.randint(1000, (4,)), torch.randn(4, 3, 32, 32)
+        late = 1000 - torch.randint(150, (4,)) - 1
+        t = torch.where(torch.rand(4) < 0.4, late, t)
+        x_t = hybrid.q_sample(batch.images, t, noise)
+        text = model.get_text_emb(batch.tokens, batch.mask)
+        terms = hybrid(model(x_t, t, **text), batch.images, x_t, t, noise)
+        named = layout(batch.colours, batch.shapes).sum()
+        read = reading(text["xf_out"], batch.at_words, batch.about)[0] * 4
+        loss = (terms.loss.sum() + config.layout_weight * named + config.reading_weight * read) / 4
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+        optimizer.param_groups[0]["lr"] = config.learning_rate_at(step)
+        optimizer.step()
+        average.update(model)
+        losses.append(float(f"{loss.item():.5g}"))
+    result = train(config, tmp_path, progress=False)
+    state = torch.load(tmp_path / STATE, weights_only=True)
+    assert_equal_trees(state["model"], dict(model.state_dict()))
+    assert_equal_trees(state["ema"]["shadow"], average.shadow)
+    assert_equal_trees(weights(result.checkpoint), {n: v.half().float() for n, v in average.shadow.items()})
+    assert [entry["loss"] for entry in curve.read_log(tmp_path / LOG)] == losses
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
