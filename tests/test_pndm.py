@@ -140,9 +140,8 @@ def test_four_times_the_steps_bring_the_exact_flow_nearer(build: Callable[[Sched
         # The probability flow ODE keeps every point's quantile.
         return float((MIXTURE.cdf(y, last) - MIXTURE.cdf(x, first)).abs().mean())
 
-    ratio = distance(20) / distance(80)
-
-    assert gain <= ratio < 2 * gain, ratio
+    # Measured: 4.2, 4.2, 12.2, 36.6, 82, 11.0 and 1.05.
+    assert gain <= distance(20) / distance(80) < 2 * gain
 
 
 def saved_tensors_needed(schedule: Schedule, loop: Callable[[PNDM], Callable[..., Iterator[Any]]]) -> int:
@@ -245,18 +244,18 @@ def test_the_papers_loop_is_the_forks(name: str) -> None:
     assert error(x, tensor(STEM, f"{name}/final")) < 1e-5
 
 
-def with_saved(table: StepTable, row: int) -> StepTable:
-    """plms from `row` on, after rows that only save an output each: the ε of the three steps before, oldest first."""
+def after_saved(table: StepTable, row: int) -> StepTable:
+    """plms from a row on, behind three rows that only save an output each: the ε of the three rows before it."""
     saving = StepTable.from_columns(t=[0, 0, 0], a_x=1.0, k_m=1.0, slot=[(row - age) % 3 for age in (3, 2, 1)])
     return StepTable(np.concatenate([saving.rows, table.rows[row:]]))
 
 
-def given_first(outputs: list[Tensor], model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A model whose first answers, for every branch, are given."""
-    remaining = list(outputs)
+def answering_first(outputs: list[Tensor], model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A model whose first answers, in every branch, are given."""
+    given = list(outputs)
 
     def answer(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return remaining.pop(0).repeat(len(x) // len(outputs[0]), 1, 1, 1) if remaining else model(x, t, y)
+        return given.pop(0).repeat(len(x) // len(outputs[0]), 1, 1, 1) if given else model(x, t, y)
 
     return answer
 
@@ -305,7 +304,7 @@ def test_the_papers_step_is_the_forks(name: str, sample: int) -> None:
     assert error(paper.x0(x, eps, t).clamp(-1, 1), want["pred_xstart"]) < 2e-6
 
 
-# The other sample of the multistep case is at t = 18, where a run of 20 steps has seen fewer than three ε.
+# The other sample of the multistep case is at t = 18, where a run of 20 steps has seen but one ε.
 @pytest.mark.parametrize(("name", "sample"), [("prk_sample", 0), ("prk_sample", 1), ("plms_sample", 1)])
 def test_the_rows_of_a_step_are_the_forks(name: str, sample: int) -> None:
     schedule = recorded_schedule()
@@ -321,22 +320,6 @@ def test_the_rows_of_a_step_are_the_forks(name: str, sample: int) -> None:
     assert error(last.x, want["sample"]) < 5e-6
     if name == "plms_sample":
         assert error(last.x0, want["pred_xstart"]) < 5e-6
-
-
-def after_saved(table: StepTable, row: int) -> StepTable:
-    """plms from a row on, behind three rows that only save an output each: the ε of the three rows before it."""
-    saving = StepTable.from_columns(t=[0, 0, 0], a_x=1.0, k_m=1.0, slot=[(row - age) % 3 for age in (3, 2, 1)])
-    return StepTable(np.concatenate([saving.rows, table.rows[row:]]))
-
-
-def answering_first(outputs: list[Tensor], model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A model whose first answers, in every branch, are given."""
-    given = list(outputs)
-
-    def answer(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return given.pop(0).repeat(len(x) // len(outputs[0]), 1, 1, 1) if given else model(x, t, y)
-
-    return answer
 
 
 @pytest.mark.parametrize("length", [30, 1000])
