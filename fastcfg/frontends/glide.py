@@ -7,24 +7,41 @@ Names, arguments, defaults, attributes and results are the originals'; sampling 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..models.glide import create_model, model_and_diffusion_defaults, model_and_diffusion_defaults_upsampler
+from ..models.text2im import HasVocabulary, Text2ImUNet
+from ..models.vocabulary import glide_tokenizer
+from ..models.weights import read_state_dict
 from ..schedule import Schedule, legacy_betas
 from ._process import Function, Keywords, Model, Process, deterministic
 from ._schedules import UnknownScheduleError, betas_for_alpha_bar, make_schedule, named_betas, space_timesteps
 
+# What `load_checkpoint` of the original downloads.
+CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "upsample", "upsample-inpaint")
+
 __all__ = [
+    "CHECKPOINT_NAMES",
     "GaussianDiffusion",
     "SpacedDiffusion",
     "betas_for_alpha_bar",
     "create_gaussian_diffusion",
+    "create_model",
+    "create_model_and_diffusion",
     "get_beta_schedule",
     "get_named_beta_schedule",
+    "glide_tokenizer",
+    "load_checkpoint",
+    "model_and_diffusion_defaults",
+    "model_and_diffusion_defaults_upsampler",
     "space_timesteps",
 ]
 
@@ -151,3 +168,51 @@ def create_gaussian_diffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=get_named_beta_schedule(noise_schedule, steps),
     )
+
+
+def create_model_and_diffusion(
+    *, tokenizer: HasVocabulary | None = None, **options: Any
+) -> tuple[Text2ImUNet, SpacedDiffusion]:
+    """GLIDE's `model_creation.create_model_and_diffusion`.
+
+    Args:
+        tokenizer: becomes the model's `tokenizer`; None looks for GLIDE's own (`glide_tokenizer`).
+        **options: all of `model_and_diffusion_defaults()`.
+
+    Raises:
+        TypeError: an option that is missing or unknown.
+        ValueError: options that do not fit each other, or GLIDE's vocabulary not found.
+
+    Example:
+        >>> options = model_and_diffusion_defaults()
+        >>> options["timestep_respacing"] = "100"
+        >>> model, diffusion = create_model_and_diffusion(**options)
+    """
+    expected = model_and_diffusion_defaults()
+    if set(options) != set(expected):
+        wrong = ", ".join(sorted(set(options) ^ set(expected)))
+        raise TypeError(f"options: got {wrong} missing or unknown, expected all of model_and_diffusion_defaults()")
+    steps, noise_schedule, respacing = (
+        options.pop(name) for name in ("diffusion_steps", "noise_schedule", "timestep_respacing")
+    )
+    model = create_model(**options, tokenizer=glide_tokenizer() if tokenizer is None else tokenizer)
+    return model, create_gaussian_diffusion(steps, noise_schedule, respacing)
+
+
+def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Weights from a file, for `load_state_dict`. The original downloads them by name; this takes what is there.
+
+    Args:
+        path: a state dict in safetensors, or of `torch.save` (`base.pt`), of which only tensors are unpickled.
+        device: where to put them.
+
+    Raises:
+        ValueError: the file is not a state dict, or there is none.
+        OSError: the file cannot be read.
+    """
+    if not Path(path).is_file():
+        hint = " (fastcfg downloads nothing)" if os.fspath(path) in CHECKPOINT_NAMES else ""
+        raise ValueError(
+            f"path: got {os.fspath(path)!r}, which is no file{hint}, expected a checkpoint such as base.pt"
+        )
+    return {name: value.to(device) for name, value in read_state_dict(path).items()}

@@ -1,4 +1,4 @@
-"""Drop-in for guided-diffusion's `gaussian_diffusion`, `respace` and the diffusion side of `script_util`.
+"""Drop-in for guided-diffusion's `gaussian_diffusion`, `respace` and `script_util`.
 
     from fastcfg.frontends.guided_diffusion import create_gaussian_diffusion    # was guided_diffusion.script_util
 
@@ -16,6 +16,20 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..models.classifier import EncoderUNetModel
+from ..models.guided_diffusion import (
+    NUM_CLASSES,
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    create_classifier,
+    create_model,
+    diffusion_defaults,
+    model_and_diffusion_defaults,
+    sr_create_model,
+    sr_model_and_diffusion_defaults,
+)
+from ..models.image_conditioned import SuperResModel
+from ..models.unet import UNetModel
 from ..reference import bound, gaussian
 from ..schedule import Schedule
 from . import _schedules
@@ -23,15 +37,27 @@ from ._process import Function, Keywords, Model, Process, deterministic
 from ._schedules import betas_for_alpha_bar, make_schedule, named_betas
 
 __all__ = [
+    "NUM_CLASSES",
     "GaussianDiffusion",
     "LossType",
     "ModelMeanType",
     "ModelVarType",
     "SpacedDiffusion",
     "betas_for_alpha_bar",
+    "classifier_and_diffusion_defaults",
+    "classifier_defaults",
+    "create_classifier",
+    "create_classifier_and_diffusion",
     "create_gaussian_diffusion",
+    "create_model",
+    "create_model_and_diffusion",
+    "diffusion_defaults",
     "get_named_beta_schedule",
+    "model_and_diffusion_defaults",
     "space_timesteps",
+    "sr_create_model",
+    "sr_create_model_and_diffusion",
+    "sr_model_and_diffusion_defaults",
 ]
 
 
@@ -274,3 +300,44 @@ def create_gaussian_diffusion(
         loss_type=loss,
         rescale_timesteps=rescale_timesteps,
     )
+
+
+def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """guided-diffusion's `script_util.create_model_and_diffusion`.
+
+    Args:
+        **options: all of `model_and_diffusion_defaults()`.
+
+    Raises:
+        TypeError: an option that is missing or unknown.
+        ValueError: options that do not fit each other.
+    """
+    model, diffusion = _divided(options, model_and_diffusion_defaults())
+    return create_model(**model), create_gaussian_diffusion(**diffusion)
+
+
+def create_classifier_and_diffusion(**options: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """guided-diffusion's `script_util.create_classifier_and_diffusion`; options as
+    `classifier_and_diffusion_defaults()`, otherwise as `create_model_and_diffusion`."""
+    classifier, diffusion = _divided(options, classifier_and_diffusion_defaults())
+    return create_classifier(**classifier), create_gaussian_diffusion(**diffusion)
+
+
+def sr_create_model_and_diffusion(**options: Any) -> tuple[SuperResModel, SpacedDiffusion]:
+    """guided-diffusion's `script_util.sr_create_model_and_diffusion`; options as `sr_model_and_diffusion_defaults()`,
+    otherwise as `create_model_and_diffusion`."""
+    model, diffusion = _divided(options, sr_model_and_diffusion_defaults())
+    return sr_create_model(**model), create_gaussian_diffusion(**diffusion)
+
+
+def _divided(options: dict[str, Any], expected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the network, and arguments of `create_gaussian_diffusion`."""
+    if set(options) != set(expected):
+        wrong = ", ".join(sorted(set(options) ^ set(expected)))
+        raise TypeError(f"options: got {wrong} missing or unknown, expected {', '.join(expected)}")
+    diffusion = {name: options[name] for name in diffusion_defaults()}
+    network = {name: value for name, value in options.items() if name not in diffusion}
+    if "classifier_width" not in options:
+        network["learn_sigma"] = options["learn_sigma"]
+    diffusion["steps"] = diffusion.pop("diffusion_steps")
+    return network, diffusion
