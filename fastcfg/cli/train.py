@@ -82,9 +82,7 @@ def add_parser(commands: Any) -> None:
         help="AdamW's rate after warm-up (default: 5e-4, with --data 1e-5)",
     )
     parser.add_argument("--seed", metavar="N", type=any_integer, help="seed of weights, data and noise (default: 0)")
-    _add_flag(
-        parser, "--bf16", "run the network in bfloat16, weights and loss in float32 (default: on, with --data off)"
-    )
+    _add_flag(parser, "--bf16", "run the network in bfloat16, all else in float32 (default: on, with --data off)")
     parser.add_argument(
         "--set",
         metavar="NAME=VALUE",

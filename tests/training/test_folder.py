@@ -137,6 +137,28 @@ def test_the_centre_crop_is_the_middle_resized_bicubically(tmp_path: Path) -> No
     assert np.array_equal(read(path, centre(10, 10)), tall)
 
 
+@pytest.mark.parametrize(
+    ("crop", "ratio", "decoded"), [("centre", 0.1, 100), ("random", 1.0, 100), ("random", 0.2, 200)]
+)
+def test_large_jpegs_are_decoded_no_larger_than_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crop: str, ratio: float, decoded: int
+) -> None:
+    smooth = Image.fromarray(rng().integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((1064, 800), Image.BICUBIC)
+    smooth.save(tmp_path / "a.png")
+    smooth.save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    sizes = []
+    box = PictureReader._box
+    monkeypatch.setattr(
+        PictureReader, "_box", lambda self, size, place: sizes.append(size[1]) or box(self, size, place)
+    )
+    reader = PictureReader(40, 40, crop, ratio, False)
+    exact, jpeg = (np.asarray(reader.read(tmp_path / name, rng()), dtype=float) for name in ("a.png", "a.jpg"))
+    # Needed are 80 of the smallest crop's rows, which are a share of all of ratio ** 0.5.
+    assert sizes == [800, decoded]
+    # Measured: at most 2 of 255.
+    assert np.abs(exact - jpeg).max() < 4
+
+
 def crops(path: Path, reader: PictureReader, count: int = 300) -> tuple[np.ndarray, np.ndarray]:
     """Left edge and width of crops of a picture whose red is the column, measured on them."""
     rows = np.stack([np.asarray(reader.read(path, rng(seed)))[8, :, 0].astype(float) for seed in range(count)])
