@@ -1,1 +1,1 @@
-"""Training for classifier-free guidance: captioned shapes, the hybrid loss, the loop, and a judge of the results."""
+"""Training for classifier-free guidance: the loop and its hybrid loss, for captioned shapes or a folder of pictures."""

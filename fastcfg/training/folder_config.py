@@ -23,7 +23,8 @@ class FolderConfig(TrainConfig):
         tokenizer: folder with GPT-2's ``encoder.json`` and ``vocab.bpe``, or a tokenizer as JSON; empty for GLIDE's.
         uncond_p: probability that a caption is dropped, so that the network learns to do without, in [0, 1).
         skip_uncaptioned: leave pictures without a caption out, instead of training on them unconditionally.
-        side_x: width of the pictures trained on; 0 for the network's own size.
+        side_x: width of the pictures trained on; 0 for the network's own size, which is also what the checkpoint says
+            of pictures that are not square.
         side_y: their height, likewise.
         crop: random, or centre for the largest crop in the middle.
         resize_ratio: smallest share of the largest crop's area that a random crop has, in (0, 1].

@@ -40,25 +40,29 @@ class FolderData:
 
     Args:
         config: the recipe.
+        folder: what was found.
         tokenizer: encodes the captions.
         text_ctx: number of text positions.
         size: width and height of the pictures.
 
-    Attributes:
-        folder: what was found.
-
     Raises:
-        ValueError: the folder is none, or has nothing to train on, or the size does not go with ``upscale_factor``.
-        OSError: a file cannot be read.
+        ValueError: the size does not go with ``upscale_factor``.
     """
 
-    def __init__(self, config: FolderConfig, tokenizer: Tokenizer, text_ctx: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: FolderConfig,
+        folder: PictureFolder,
+        tokenizer: Tokenizer,
+        text_ctx: int,
+        size: tuple[int, int],
+    ) -> None:
         if config.upsample and any(side % config.upscale_factor for side in size):
             raise ValueError(f"upscale_factor: got {config.upscale_factor}, expected a divisor of {size[0]}x{size[1]}")
         self._config = config
+        self._pictures = folder.pictures
         self._tokenizer = tokenizer
         self._text_ctx = text_ctx
-        self.folder = PictureFolder(config.data, skip_uncaptioned=config.skip_uncaptioned)
         self._reader = PictureReader(*size, config.crop, config.resize_ratio, config.random_hflip)
         factor = config.upscale_factor
         self._low_size = (size[0] // factor, size[1] // factor) if config.upsample else None
@@ -111,7 +115,7 @@ class FolderData:
         """Make one row of a step's batch."""
         rng = np.random.default_rng([self._config.seed, step, row])
         dropped, choice = rng.random() < self._config.uncond_p, rng.random()
-        pictures = self.folder.pictures
+        pictures = self._pictures
         passes, place = divmod(step * self._config.batch_size + row, len(pictures))
         order = self._order(passes)
         unreadable: list[str] = []
@@ -136,4 +140,4 @@ class FolderData:
 
     def _order_uncached(self, passes: int) -> np.ndarray:
         """The order of the pictures in a pass over the folder."""
-        return np.random.default_rng([self._config.seed, passes, 0x0DE5]).permutation(len(self.folder.pictures))
+        return np.random.default_rng([self._config.seed, passes, 0x0DE5]).permutation(len(self._pictures))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from fastcfg.models.tokenizer import Tokenizer
 from fastcfg.models.vocabulary import glide_tokenizer, vocabulary_files
 from fastcfg.models.weights import load_weights, read_state_dict
 from fastcfg.training.config import TrainConfig
+from fastcfg.training.folder import PictureFolder
 from fastcfg.training.folder_config import FolderConfig
 from fastcfg.training.folder_data import FolderData
 from fastcfg.training.task import seed_for
@@ -42,7 +42,7 @@ class FolderTask:
         model: see ``Task``.
         heads: none.
         meta: see ``Task``.
-        fingerprint: of pictures, captions and tokenizer.
+        fingerprint: of pictures and captions.
         summary: how many pictures and captions there are.
         glide: True.
 
@@ -54,6 +54,8 @@ class FolderTask:
     glide = True
 
     def __init__(self, config: FolderConfig, resumed: Path | None = None) -> None:
+        # First, as it takes less time to find out than loading a network does.
+        folder = PictureFolder(config.data, skip_uncaptioned=config.skip_uncaptioned)
         self.model, self.meta = _network(config, resumed)
         tokenizer = self.model.tokenizer
         assert isinstance(tokenizer, Tokenizer)
@@ -68,10 +70,9 @@ class FolderTask:
         self.model.train()
         _freeze(self.model, config)
         self.heads: nn.Module = nn.ModuleList()
-        self._data = FolderData(config, tokenizer, self.model.text_ctx, size)
-        vocabulary = hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
-        self.fingerprint = f"{len(self._data.folder.pictures)} pictures, {self._data.folder.fingerprint}, {vocabulary}"
-        self.summary = f"{config.data}: {self._data.folder.summary()}"
+        self._data = FolderData(config, folder, tokenizer, self.model.text_ctx, size)
+        self.fingerprint = f"{len(folder.pictures)} pictures, SHA-256 {folder.fingerprint}"
+        self.summary = f"{config.data}: {folder.summary()}"
 
     def empty_model(self) -> Text2ImUNet:
         """See ``Task``."""

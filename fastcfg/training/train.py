@@ -99,8 +99,8 @@ def train(
     """Train by a recipe. Writes into ``out_dir``: recipe, log, loss curve, state, and the averaged weights.
 
     State and weights are also written every ``save_seconds``, or more rarely where that takes long, so an interrupted
-    run loses little: ``resume=True`` goes on from the state, and the result is the same, bit for bit, as without the
-    interruption.
+    run loses little: ``resume=True`` goes on from the state, and the result is the same as without the interruption:
+    bit for bit on a CPU, while kernels of a GPU may add in another order each time.
 
     Args:
         config: the recipe.
@@ -152,10 +152,10 @@ def train(
                 log_file.write(json.dumps(entry) + "\n")
                 bar.update(1)
                 now = time.monotonic()
-                if step % 20 == 0:
+                if progress:
                     loss = np.mean([e["loss"] for e in log[-100:]])
                     rate = (bar.format_dict["rate"] or 0.0) * config.batch_size
-                    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.0f}", refresh=False)
+                    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.3g}", refresh=False)
                 if now - saved > pause and step < end:
                     log_file.flush()
                     run.save(out, step, seconds + now - started)

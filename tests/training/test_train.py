@@ -131,6 +131,31 @@ def test_a_run_is_what_its_recipe_says_written_out(tmp_path: Path) -> None:
     assert [entry["loss"] for entry in curve.read_log(tmp_path / LOG)] == losses
 
 
+# Six steps of 5 seconds, to be saved every 4: 0.4 seconds of saving ask for 8 in between, 9 for 180.
+@pytest.mark.parametrize(
+    ("saving", "saves"), [(0.0, [1, 2, 3, 4, 5, 6]), (0.4, [1, 3, 5, 6]), (9.0, [1, 6])], ids=["fast", "slow", "slower"]
+)
+def test_saving_takes_a_twentieth_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: float, saves: list[int]
+) -> None:
+    clock = [0.0]
+    calls = []
+
+    def save(run: object, out: Path, step: int, seconds: float) -> None:
+        calls.append(step)
+        clock[0] += saving
+
+    def step(run: object, step: int) -> dict[str, float]:
+        clock[0] += 5.0
+        return {"step": step + 1, "loss": 1.0, "mse": 1.0}
+
+    monkeypatch.setattr("fastcfg.training.train.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fastcfg.training.train._Run.save", save)
+    monkeypatch.setattr("fastcfg.training.train._Run.step", step)
+    train(TINY, tmp_path, progress=False, save_seconds=4.0)
+    assert calls == saves
+
+
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, steps=2, bf16=True, channels_last=True)
     result = train(config, tmp_path / "new" / "run", progress=False)
