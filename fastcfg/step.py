@@ -26,6 +26,7 @@ class StepSpec:
         gradient: whether p_g and a_g are used.
         history: the number of saved tensors, 0 to 3.
         clip: whether x0 is clipped to a bound per sample.
+        rescale: whether the clipped x0 is then divided by the bound (dynamic thresholding); needs clip.
         noise: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
         keep_x0: whether x0 is written out.
     """
@@ -39,6 +40,7 @@ class StepSpec:
     gradient: bool = False
     history: int = 0
     clip: bool = False
+    rescale: bool = False
     noise: str = "none"
     keep_x0: bool = False
 
@@ -58,7 +60,7 @@ class StepBuffers:
         history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write
             to.
         gradient: [B, C, ...] in the state's dtype: that of the classifier.
-        x0: [B, C, ...] in the state's dtype.
+        x0: [B, C, ...] in the state's dtype; with dynamic thresholding also where x0 waits for its bound.
         model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
         time: [S*B], int64 or floating: the model's time.
     """

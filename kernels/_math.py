@@ -16,6 +16,18 @@ def clip(x, bound):
 
 
 @triton.jit
+def threshold(x, bound):
+    """x limited to [-bound, bound], then divided by the bound, correctly rounded."""
+    return tl.div_rn(clip(x, bound), bound + tl.zeros_like(x))
+
+
+@triton.jit
+def predict_x0(x, m, p_x, p_m):
+    """p_x*x + p_m*m for scalar coefficients."""
+    return tl.fma(p_x + tl.zeros_like(x), x, p_m * m)
+
+
+@triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds of Philox4x32 on uint32 values."""
     for _ in tl.static_range(10):

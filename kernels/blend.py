@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from ._guidance import blend
 from ._layout import BLOCK, blocks_per_sample, locate, model_offsets
 
 
@@ -22,22 +23,9 @@ def _blend_kernel(
     BLOCK: tl.constexpr,
 ):
     sample, offs, mask = locate(size, blocks, BLOCK)
-    output_ptr += model_offsets(offs, channels, spatial, CHANNELS_LAST)
+    output_offs = model_offsets(offs, channels, spatial, CHANNELS_LAST)
     weights_ptr += sample * BRANCHES
-    if BASE < 0:
-        first = tl.load(output_ptr + sample * size, mask=mask).to(tl.float32)
-        blended = tl.load(weights_ptr) * first
-    else:
-        first = tl.load(output_ptr + (BASE * batch + sample) * size, mask=mask).to(tl.float32)
-        blended = first
-    for k in tl.static_range(BRANCHES):
-        if k != (0 if BASE < 0 else BASE):
-            branch = tl.load(output_ptr + (k * batch + sample) * size, mask=mask).to(tl.float32)
-            weight = tl.broadcast_to(tl.load(weights_ptr + k), branch.shape)
-            if BASE < 0:
-                blended = tl.fma(weight, branch, blended)
-            else:
-                blended = tl.fma(weight, branch - first, blended)
+    blended, _ = blend(output_ptr, output_offs, mask, weights_ptr, sample, batch, size, BRANCHES, BASE, -1)
     tl.store(out_ptr + sample * size + offs, blended, mask=mask)
 
 

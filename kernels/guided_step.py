@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ._math import clip, normal4
+from ._guidance import blend
+from ._math import clip, normal4, predict_x0, threshold
 
 STEP_STREAM = 1
 
@@ -62,6 +63,7 @@ def _guided_step_kernel(
     GRADIENT: tl.constexpr,
     HISTORY: tl.constexpr,
     CLIP: tl.constexpr,
+    RESCALE: tl.constexpr,
     NOISE: tl.constexpr,
     KEEP_X0: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -106,41 +108,27 @@ def _guided_step_kernel(
         variance_shift = size
     sample_offset = sample.to(tl.int64) * size
 
-    # Guidance.
-    weights = weights_ptr + (row * batch + sample) * BRANCHES
-    unconditional = 0.0
-    if BASE < 0:
-        for k in tl.static_range(BRANCHES):
-            branch_ptr = output_ptr + (k * batch + sample).to(tl.int64) * output_stride
-            m_k = tl.load(branch_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
-            if k == UNCONDITIONAL:
-                unconditional = m_k
-            if BRANCHES == 1:
-                m = m_k
-            elif k == 0:
-                m = tl.load(weights) * m_k
-            else:
-                m = tl.fma(tl.load(weights + k) + tl.zeros_like(m_k), m_k, m)
-    else:
-        branch_ptr = output_ptr + (BASE * batch + sample).to(tl.int64) * output_stride
-        base = tl.load(branch_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
-        if BASE == UNCONDITIONAL:
-            unconditional = base
-        m = base
-        for k in tl.static_range(BRANCHES):
-            if k != BASE:
-                branch_ptr = output_ptr + (k * batch + sample).to(tl.int64) * output_stride
-                m_k = tl.load(branch_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
-                if k == UNCONDITIONAL:
-                    unconditional = m_k
-                m = tl.fma(tl.load(weights + k) + tl.zeros_like(m_k), m_k - base, m)
+    m, unconditional = blend(
+        output_ptr,
+        output_offs,
+        mask,
+        weights_ptr + (row * batch + sample) * BRANCHES,
+        sample,
+        batch,
+        output_stride,
+        BRANCHES,
+        BASE,
+        UNCONDITIONAL,
+    )
 
     # x0.
     x_ptrs = x_ptr + sample_offset + offs
     x = tl.load(x_ptrs, mask=mask, other=0.0)
     zeros = tl.zeros_like(x)
-    x0 = tl.fma(p_x + zeros, x, p_m * m)
-    if CLIP:
+    x0 = predict_x0(x, m, p_x, p_m)
+    if RESCALE:
+        x0 = threshold(x0, tl.load(bound_ptr + sample))
+    elif CLIP:
         x0 = clip(x0, tl.load(bound_ptr + sample))
     if GRADIENT:
         g = tl.load(gradient_ptr + sample_offset + offs, mask=mask, other=0.0)
@@ -252,6 +240,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         GRADIENT=spec.gradient,
         HISTORY=spec.history,
         CLIP=spec.clip,
+        RESCALE=spec.rescale,
         NOISE=("none", "tensor", "philox").index(spec.noise),
         KEEP_X0=spec.keep_x0,
         SLOTS=0 if model_input is None else model_input.shape[0] // batch,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ._layout import BLOCK, blocks_per_sample, locate, model_offsets
-from ._math import clip
+from ._math import clip, predict_x0
 
 
 @triton.jit
@@ -27,8 +27,7 @@ def _x0_kernel(
     output_ptrs = output_ptr + sample * size + model_offsets(offs, channels, spatial, CHANNELS_LAST)
     x = tl.load(x_ptr + sample * size + offs, mask=mask).to(tl.float32)
     m = tl.load(output_ptrs, mask=mask).to(tl.float32)
-    p_x = tl.broadcast_to(tl.load(p_x_ptr + sample), x.shape)
-    x0 = tl.fma(p_x, x, tl.load(p_m_ptr + sample) * m)
+    x0 = predict_x0(x, m, tl.load(p_x_ptr + sample), tl.load(p_m_ptr + sample))
     if CLIP:
         x0 = clip(x0, tl.load(bound_ptr + sample))
     tl.store(out_ptr + sample * size + offs, x0, mask=mask)

@@ -188,6 +188,7 @@ def test_initial_noise_refuses(out: Tensor, seeds: Tensor, message: str) -> None
         ({"unconditional": 5}, "spec.unconditional: got 5"),
         ({"history": 4}, r"spec.history: got 4, expected 0 \.\.\. 3"),
         ({"history": -1}, "spec.history: got -1"),
+        ({"rescale": True}, "spec.rescale: got True without clip"),
         ({"noise": "gaussian"}, "spec.noise: got 'gaussian', expected one of none, tensor, philox"),
         ({"learned_variance": True}, "spec.noise: got 'none' with learned_variance"),
     ],
@@ -328,7 +329,7 @@ CASES: dict[str, tuple[StepSpec, dict[str, Any], Callable[[Tensor], Tensor]]] = 
         lambda output: channels_last(output.half()),
     ),
     "weighted sum of three with history, raw output, CFG++ and given noise": (
-        StepSpec(branches=3, unconditional=2, raw_output=True, history=2, noise="tensor"),
+        StepSpec(3, unconditional=2, raw_output=True, history=2, clip=True, rescale=True, noise="tensor"),
         {},
         strided,
     ),

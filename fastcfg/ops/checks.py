@@ -39,6 +39,8 @@ def check_spec(spec: StepSpec) -> None:
             raise ValueError(f"spec.{name}: got {index}, expected a branch index below {k}")
     if not 0 <= spec.history <= MAX_HISTORY:
         raise ValueError(f"spec.history: got {spec.history}, expected 0 ... {MAX_HISTORY}")
+    if spec.rescale and not spec.clip:
+        raise ValueError("spec.rescale: got True without clip, expected both")
     if spec.noise not in NOISES:
         raise ValueError(f"spec.noise: got {spec.noise!r}, expected one of {', '.join(NOISES)}")
     if spec.learned_variance and spec.noise == "none":

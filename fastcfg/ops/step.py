@@ -70,10 +70,7 @@ class GuidedStep:
             check_output(output, self.spec, self.buffers)
             if not compiling:
                 self._checked = signature
-        if output.requires_grad:
-            output = output.detach()
-        if not output.is_contiguous() and not is_channels_last(output):
-            output = output.contiguous()
+        output = readable(output)
         if compiling and self.backend == "triton":
             self._dispatched(output)
         else:
@@ -107,9 +104,17 @@ class GuidedStep:
             spec.gradient,
             spec.history,
             spec.clip,
+            spec.rescale,
             spec.noise,
             spec.keep_x0,
         )
+
+
+def readable(output: Tensor) -> Tensor:
+    """The output without its gradient, in a layout that the kernels read."""
+    if output.requires_grad:
+        output = output.detach()
+    return output if output.is_contiguous() or is_channels_last(output) else output.contiguous()
 
 
 def guided_step(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str = "auto") -> None:
@@ -141,6 +146,7 @@ def _guided_step_op(
     classified: bool,
     saved: int,
     clip: bool,
+    rescale: bool,
     noise_kind: str,
     keep_x0: bool,
 ) -> None:
@@ -155,6 +161,7 @@ def _guided_step_op(
         classified,
         saved,
         clip,
+        rescale,
         noise_kind,
         keep_x0,
     )

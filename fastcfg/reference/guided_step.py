@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..noise import STEP_STREAM, philox_normal
 from ..step import StepBuffers, StepSpec
-from ..table import COLUMNS
+from ._row import RowReader
 from .table_step import Scratch, table_step
 
 
@@ -33,30 +33,27 @@ class ReferenceStep:
             saved=torch.empty_like(x) if spec.history else None,
             y=x,
         )
-        self._indices = torch.empty(2, dtype=torch.int32, device=x.device)
-        self._rows = torch.empty_like(buffers.table[:2])
-        self._weights = None if buffers.weights is None else torch.empty_like(buffers.weights[:1])
-        self._row = dict(zip(COLUMNS, self._rows[0].unbind(), strict=True))
-        self._next = dict(zip(COLUMNS, self._rows[1].unbind(), strict=True))
+        self._reader = RowReader(buffers)
         self._slot = torch.empty(1, dtype=torch.int64, device=x.device)
         self._output: Tensor | None = None
 
     def __call__(self, output: Tensor) -> None:
         """Args: output: the model's output [K*B, C or 2C, ...] in any floating dtype."""
         spec, buffers, x = self.spec, self.buffers, self.buffers.x
-        self._look_up()
+        reader = self._reader
+        reader.read()
         branches = self._in_state_dtype(output).chunk(spec.branches)
         channels = x.shape[1]
         noise = buffers.noise
         if spec.noise == "philox":
-            noise = philox_normal(buffers.seeds, x.shape[1:], row=self._indices[0], stream=STEP_STREAM).to(x.dtype)  # type: ignore[arg-type]
+            noise = philox_normal(buffers.seeds, x.shape[1:], row=reader.index[0], stream=STEP_STREAM).to(x.dtype)  # type: ignore[arg-type]
         history = buffers.history if spec.history else None
         _, _, saved = table_step(
-            self._row,
+            reader.row,
             x,
             [branch[:, :channels] for branch in branches],
             spec,
-            weights=None if self._weights is None else self._weights[0],
+            weights=reader.weights,
             variance=branches[spec.conditional][:, channels:] if spec.learned_variance else None,
             bound=buffers.bound,
             noise=noise,
@@ -65,21 +62,13 @@ class ReferenceStep:
             scratch=self._scratch,
         )
         if history is not None:
-            self._slot.copy_(self._row["slot"]).remainder_(len(history))
+            self._slot.copy_(reader.row["slot"]).remainder_(len(history))
             history.index_copy_(0, self._slot, saved[None])  # type: ignore[index]
         if buffers.model_input is not None:
             slots = buffers.model_input.unflatten(0, (-1, len(x)))
-            torch.mul(x.expand_as(slots), self._next["c_in"], out=slots)
-            buffers.time.copy_(self._next["t"])  # type: ignore[union-attr]
+            torch.mul(x.expand_as(slots), reader.next["c_in"], out=slots)
+            buffers.time.copy_(reader.next["t"])  # type: ignore[union-attr]
         buffers.counter[0].add_(1)
-
-    def _look_up(self) -> None:
-        buffers = self.buffers
-        self._indices.copy_(buffers.counter[0])
-        self._indices[1].add_(1)
-        torch.index_select(buffers.table, 0, self._indices, out=self._rows)
-        if self._weights is not None:
-            torch.index_select(buffers.weights, 0, self._indices[:1], out=self._weights)  # type: ignore[arg-type]
 
     def _in_state_dtype(self, output: Tensor) -> Tensor:
         if output.dtype == self.buffers.x.dtype:

@@ -69,10 +69,12 @@ def table_step(
     """
     m = blend(outputs, spec.base, weights, scratch.m, scratch.difference)
 
-    x0 = fma(row["p_x"], x, torch.mul(m, row["p_m"], out=scratch.x0), out=scratch.x0)
+    x0 = predict(row, x, m, scratch.x0)
     if spec.clip:
         limit = _per_sample(bound, x)  # type: ignore[arg-type]
         x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)
+        if spec.rescale:
+            x0 = torch.div(x0, limit, out=scratch.x0)
 
     if spec.gradient:
         x0 = fma(row["p_g"], gradient, x0, out=scratch.x0)  # type: ignore[arg-type]
@@ -104,6 +106,11 @@ def table_step(
             std = torch.exp2(std, out=scratch.m)
         y = fma(std, noise, y, out=scratch.y)  # type: ignore[arg-type]
     return y, x0, saved
+
+
+def predict(row: Mapping[str, Tensor], x: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
+    """x0 of a row before it is limited, from the state and the blended output, each [B, C, ...]."""
+    return fma(row["p_x"], x, torch.mul(m, row["p_m"], out=out), out=out)
 
 
 def blend(

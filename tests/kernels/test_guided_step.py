@@ -31,6 +31,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "output channels": ("C", "2C"),
     "noise": ("none", "tensor", "philox"),
     "clip": ("off", "one bound", "bound per sample"),
+    "rescale": (False, True),
     # K, and the base of the delta form or None for the weighted sum.
     "branches": ((1, None), (2, None), (2, 0), (2, 1), (3, None), (3, 0), (3, 1), (3, 2)),
     "conditional": ("first", "last"),
@@ -56,7 +57,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def forbidden(case: dict[str, Any]) -> bool:
-    """Learned variance needs noise, and the channels it is read from."""
+    """Learned variance needs noise, and the channels it is read from; dividing by the bound needs one."""
+    if case.get("clip") == "off" and case.get("rescale"):
+        return True
     learned = case.get("variance") in ("learned", "learned_range")
     return learned and (case.get("noise") == "none" or case.get("output channels") == "C")
 
@@ -116,6 +119,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         gradient=case["gradient"],
         history=history,
         clip=case["clip"] != "off",
+        rescale=case["rescale"],
         noise=case["noise"],
         keep_x0=case["keep x0"],
     )
@@ -259,9 +263,9 @@ PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | 
 
 
 @interpreted
-@pytest.mark.parametrize("clip", ["off", "one bound"])
-def test_nan_and_infinity_come_through(clip: str) -> None:
-    spec, expected, (output, _) = build({**PLAIN, "clip": clip}, seed=1)
+@pytest.mark.parametrize(("clip", "rescale"), [("off", False), ("one bound", False), ("one bound", True)])
+def test_nan_and_infinity_come_through(clip: str, rescale: bool) -> None:
+    spec, expected, (output, _) = build({**PLAIN, "clip": clip, "rescale": rescale}, seed=1)
     expected.x[0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     output[1, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     buffers = map_tensors(Tensor.clone, expected)

@@ -1,0 +1,53 @@
+"""The guided output of K branches and the x0 it predicts, as the fused step computes them, from memory: shared by every
+kernel that needs them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def blend(
+    output_ptr,
+    offs,
+    mask,
+    weights_ptr,
+    sample,
+    batch,
+    stride,
+    BRANCHES: tl.constexpr,
+    BASE: tl.constexpr,
+    UNCONDITIONAL: tl.constexpr,
+):
+    """The blend of one sample's branches in float32, by its K weights, and the branch UNCONDITIONAL itself.
+
+    BASE is the branch that the delta form starts from, or -1 for the weighted sum; without an UNCONDITIONAL branch (-1)
+    the second result is the first.
+    """
+    if BASE < 0:
+        for k in tl.static_range(BRANCHES):
+            branch_ptr = output_ptr + (k * batch + sample).to(tl.int64) * stride
+            m_k = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if k == UNCONDITIONAL:
+                unconditional = m_k
+            if BRANCHES == 1:
+                m = m_k
+            elif k == 0:
+                m = tl.load(weights_ptr) * m_k
+            else:
+                m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k, m)
+    else:
+        branch_ptr = output_ptr + (BASE * batch + sample).to(tl.int64) * stride
+        base = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if BASE == UNCONDITIONAL:
+            unconditional = base
+        m = base
+        for k in tl.static_range(BRANCHES):
+            if k != BASE:
+                branch_ptr = output_ptr + (k * batch + sample).to(tl.int64) * stride
+                m_k = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                if k == UNCONDITIONAL:
+                    unconditional = m_k
+                m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k - base, m)
+    if UNCONDITIONAL < 0:
+        unconditional = m
+    return m, unconditional
