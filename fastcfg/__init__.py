@@ -14,6 +14,7 @@ from .guidance import CFG, Compose, Guidance, NoGuidance
 from .sampler import Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
+from .threshold import DynamicThreshold
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "CFG",
     "ClassifierFree",
     "Compose",
+    "DynamicThreshold",
     "Guidance",
     "NoGuidance",
     "Sampler",

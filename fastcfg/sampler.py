@@ -15,6 +15,7 @@ from .guidance import Guidance, NoGuidance
 from .ops import resolve_backend
 from .sources import NoiseSource, Recording, philox_source, recorded_source, torch_source
 from .table import StepTable
+from .threshold import DynamicThreshold
 from .workspace import Workspace
 
 __all__ = ["Sampler", "Step"]
@@ -55,7 +56,7 @@ class Sampler:
         model: any callable; a `torch.nn.Module` tells its device and dtype.
         table: from `fastcfg.solvers` (or any `StepTable`).
         guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
-        clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), or B numbers.
+        clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), B numbers, or a `DynamicThreshold`.
         denoised_fn: changes x0 before the clip: x0 [B, C, ...] -> the same shape (guided-diffusion's argument of that
             name; inpainting puts the known pixels back).
         cond_fn: classifier guidance: (x [B, C, ...], t [B], **cond) -> ∇ log p(y | x_t), of x's shape
@@ -94,7 +95,7 @@ class Sampler:
         table: StepTable,
         *,
         guidance: Guidance | None = None,
-        clip: float | Sequence[float] | Tensor | None = None,
+        clip: float | Sequence[float] | Tensor | DynamicThreshold | None = None,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
         noise: str = "philox",
@@ -140,13 +141,13 @@ class Sampler:
         self._report: dict[str, Any] = {}
 
     @property
-    def clip(self) -> Tensor | None:
-        """The bounds of x0, float64 [1] or [B]."""
+    def clip(self) -> Tensor | DynamicThreshold | None:
+        """The bounds of x0, float64 [1] or [B], or where they come from."""
         return self._clip
 
     @clip.setter
-    def clip(self, clip: float | Sequence[float] | Tensor | None) -> None:
-        self._clip = None if clip is None else _bounds(clip)
+    def clip(self, clip: float | Sequence[float] | Tensor | DynamicThreshold | None) -> None:
+        self._clip = clip if clip is None or isinstance(clip, DynamicThreshold) else _bounds(clip)
 
     def sample(
         self,
@@ -244,8 +245,10 @@ class Sampler:
             conditioning = check_conditioning(self.guidance.branches, named, batch, self.device)
         self._check_functions()
         plan = self.guidance.plan(self.table, batch)
-        if self.clip is not None and len(self.clip) not in (1, batch):
-            raise ValueError(f"clip: got {len(self.clip)} bounds, expected 1 or one per sample ({batch})")
+        bounds = self.clip if isinstance(self.clip, Tensor) else None
+        threshold = self.clip if isinstance(self.clip, DynamicThreshold) else None
+        if bounds is not None and len(bounds) not in (1, batch):
+            raise ValueError(f"clip: got {len(bounds)} bounds, expected 1 or one per sample ({batch})")
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:
@@ -254,14 +257,14 @@ class Sampler:
             raise ValueError(f"memory_format: got torch.channels_last with shape {shape}, expected (B, C, H, W)")
         source = self._source(noise, seed, shape, x_T)
         kind = "none" if not self.table.uses_noise else "tensor" if source.fill else "philox"
-        spec = (self.table, self.guidance.branches, self.guidance.base, self.clip is not None)
+        spec = (self.table, self.guidance.branches, self.guidance.base, bounds is not None, threshold)
         functions = (Same(self.denoised_fn), Same(self.cond_fn))
         key = (shape, conditioning.signature(), given.signature(), plan.active, spec, functions, kind, keep_x0)
         # A workspace in use (by a generator not yet exhausted) is out of the cache, so that runs never share buffers.
         workspace = self._workspaces.pop(key, None)
         if workspace is None:
             workspace = self._build(shape, conditioning, given, plan, kind, keep_x0)
-        workspace.load(conditioning, plan, self.clip, given)
+        workspace.load(conditioning, plan, bounds, given)
         buffers = workspace.buffers
         if source.seeds is not None:
             buffers.seeds.copy_(source.seeds)  # type: ignore[union-attr]
@@ -318,7 +321,8 @@ class Sampler:
             given=given,
             denoised_fn=self.denoised_fn,
             cond_fn=self.cond_fn,
-            clip=self.clip is not None,
+            clip=isinstance(self.clip, Tensor),
+            threshold=self.clip if isinstance(self.clip, DynamicThreshold) else None,
             noise=noise,
             keep_x0=keep_x0,
             backend=self.backend,
@@ -392,7 +396,7 @@ def _bounds(clip: float | Sequence[float] | Tensor) -> Tensor:
     try:
         bounds = torch.as_tensor(clip, dtype=torch.float64).detach().flatten().clone()
     except TypeError as error:
-        raise TypeError(f"clip: got {clip!r}, expected None, a number or one for each sample") from error
+        raise TypeError(f"clip: got {clip!r}, expected None, numbers or a DynamicThreshold") from error
     if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():
         raise ValueError(f"clip: got {clip!r}, expected None or positive finite bounds")
     return bounds

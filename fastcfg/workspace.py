@@ -14,15 +14,17 @@ from .conditioning import Conditioning
 from .graphs import CudaGraph, Program, StandIn
 from .guidance import Guidance, GuidancePlan
 from .hooks import ClassifierGradient, DenoisedOutput
-from .ops import GuidedStep
+from .ops import GuidedStep, QuantileBound
 from .step import StepBuffers, StepSpec
 from .table import COLUMNS, StepTable
+from .threshold import DynamicThreshold
 
 __all__ = ["Workspace"]
 
 
 class Workspace:
-    """Static buffers, and for every set of branches that some row evaluates the program "model call, then fused step".
+    """Static buffers, and for every set of branches that some row evaluates the program "model call, then fused step",
+    with dynamic thresholding the bound of x0 between the two.
 
     Args:
         model: as `Sampler`.
@@ -34,7 +36,8 @@ class Workspace:
         given: the conditioning as the caller gave it, for cond_fn.
         denoised_fn: as `Sampler`.
         cond_fn: as `Sampler`.
-        clip: whether x0 is clipped.
+        clip: whether x0 is clipped to bounds that `load` is given.
+        threshold: dynamic thresholding, instead of clip.
         noise: "none", "tensor" or "philox".
         keep_x0: whether x0 is kept for callbacks.
         backend: "triton" or "reference".
@@ -60,6 +63,7 @@ class Workspace:
         denoised_fn: Callable[[Tensor], Tensor] | None,
         cond_fn: Callable[..., Tensor] | None,
         clip: bool,
+        threshold: DynamicThreshold | None,
         noise: str,
         keep_x0: bool,
         backend: str,
@@ -81,12 +85,12 @@ class Workspace:
             x=state(*shape),
             table=table.on(device, state_dtype),
             counter=torch.zeros(2, dtype=torch.int32, device=device),
-            bound=state(batch) if clip else None,
+            bound=state(batch) if clip or threshold else None,
             noise=state(*shape) if noise == "tensor" else None,
             seeds=torch.zeros(batch, dtype=torch.int64, device=device),
             history=state(table.num_history + 1, *shape) if table.num_history else None,
             gradient=state(*shape) if cond_fn is not None else None,
-            x0=state(*shape) if keep_x0 else None,
+            x0=state(*shape) if keep_x0 or threshold else None,
             model_input=torch.zeros((slots * batch, *shape[1:]), dtype=dtype, device=device).contiguous(
                 memory_format=memory_format
             ),
@@ -106,14 +110,15 @@ class Workspace:
         programs: dict[tuple[int, ...], Program] = {}
         self.graph, self.graph_reason = "none", "the device is a CPU" if capture == "never" else ""
         for active, branch_set in self._branches.items():
-            spec = _spec(active, table, guidance, clip, noise, keep_x0, cond_fn is not None)
+            spec = _spec(active, table, guidance, clip, threshold, noise, keep_x0, cond_fn is not None)
             buffers, denoised = replace(self.buffers, weights=branch_set.weights), None
             if denoised_fn is not None:
                 denoised = DenoisedOutput(denoised_fn, spec, buffers, backend)
                 spec = replace(spec, branches=1, base=None, conditional=0)
                 buffers = replace(buffers, weights=None, table=_takes_x0(table).on(device, state_dtype))
+            bound = QuantileBound(threshold, spec, buffers, backend) if threshold else None
             step = GuidedStep(spec, buffers, backend)
-            program = self._program(model, step, branch_set, conditioning, denoised, gradient)
+            program = self._program(model, denoised, bound, gradient, step, branch_set, conditioning)
             programs[active] = self._captured(program, capture, pool)
         self.active = plan.active
         self.programs = [programs[active] for active in plan.active]
@@ -151,11 +156,12 @@ class Workspace:
     def _program(
         self,
         model: Callable[..., Any],
+        denoised: DenoisedOutput | None,
+        bound: QuantileBound | None,
+        gradient: ClassifierGradient | None,
         step: GuidedStep,
         branch_set: _BranchSet,
         conditioning: Conditioning,
-        denoised: DenoisedOutput | None,
-        gradient: ClassifierGradient | None,
     ) -> Program:
         rows = len(branch_set.active) * len(self.buffers.x)
         # Every slot holds the same input, so any subset of the branches takes the first ones.
@@ -170,6 +176,8 @@ class Workspace:
             output = output[0] if isinstance(output, tuple) else output
             if denoised is not None:
                 output = denoised(output)
+            if bound is not None:
+                bound(output)
             if gradient is not None:
                 gradient()
             step(output)
@@ -209,6 +217,7 @@ def _spec(
     table: StepTable,
     guidance: Guidance,
     clip: bool,
+    threshold: DynamicThreshold | None,
     noise: str,
     keep_x0: bool,
     gradient: bool,
@@ -225,7 +234,8 @@ def _spec(
         raw_output=table.uses_raw_output,
         gradient=gradient,
         history=table.num_history,
-        clip=clip,
+        clip=clip or threshold is not None,
+        rescale=threshold is not None,
         noise=noise,
         keep_x0=keep_x0,
     )

@@ -17,6 +17,7 @@ LAYERS = (
     "schedule",
     "table",
     "guidance",
+    "threshold",
     "solvers",
     "compiler",
     "noise",

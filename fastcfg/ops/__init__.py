@@ -10,16 +10,20 @@ from .checks import is_channels_last
 from .noise import initial_noise
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
 from .step import GuidedStep, guided_step
+from .threshold import QuantileBound, dynamic_threshold, quantile_bound
 
 __all__ = [
     "BACKENDS",
     "GuidedStep",
+    "QuantileBound",
+    "dynamic_threshold",
     "guidance_blend",
     "guided_step",
     "initial_noise",
     "is_channels_last",
     "posterior_mean_variance",
     "predict_x0",
+    "quantile_bound",
     "resolve_backend",
     "split_model_output",
     "triton_problem",

@@ -3,6 +3,17 @@
 
 from . import bound, gaussian, pieces
 from .guided_step import ReferenceStep
+from .quantile import ReferenceBound, quantile_bound
 from .table_step import Scratch, blend, table_step
 
-__all__ = ["ReferenceStep", "Scratch", "blend", "bound", "gaussian", "pieces", "table_step"]
+__all__ = [
+    "ReferenceBound",
+    "ReferenceStep",
+    "Scratch",
+    "blend",
+    "bound",
+    "gaussian",
+    "pieces",
+    "quantile_bound",
+    "table_step",
+]

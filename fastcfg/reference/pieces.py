@@ -8,10 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..threshold import Place
+from . import quantile
 from ._fma import fma
 from .table_step import blend
 
-__all__ = ["guidance_blend", "posterior_mean_variance", "predict_x0", "split_model_output"]
+__all__ = [
+    "guidance_blend",
+    "posterior_mean_variance",
+    "predict_x0",
+    "quantile_bound",
+    "split_model_output",
+    "threshold",
+]
 
 
 def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +67,17 @@ def posterior_mean_variance(
     fraction = (_computed(variance) + 1) * 0.5
     log_variance = fma(fraction, _per_sample(max_log, x), (1 - fraction) * log_variance)
     return mean, torch.exp(log_variance), log_variance
+
+
+def quantile_bound(x0: Tensor, place: Place) -> Tensor:
+    """[B, ...] to [B], by `quantile.quantile_bound`."""
+    return quantile.quantile_bound(_computed(x0), place)
+
+
+def threshold(x0: Tensor, bound: Tensor) -> Tensor:
+    """x0 limited to ±bound and divided by it; NaN stays NaN."""
+    x0, limit = _computed(x0), _per_sample(bound, x0)
+    return torch.clamp(x0, -limit, limit).div_(limit)
 
 
 def _computed(tensor: Tensor) -> Tensor:

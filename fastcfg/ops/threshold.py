@@ -1,0 +1,240 @@
+"""Dynamic thresholding: the bound of a run's next row, and the two pieces as operations of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..reference import ReferenceBound
+from ..reference import pieces as reference
+from ..step import StepBuffers, StepSpec
+from ..threshold import DynamicThreshold, Place
+from .backend import interpreting, resolve_backend, through_dispatcher
+from .checks import check_buffers, check_image, check_output, check_spec
+from .step import readable
+
+
+class QuantileBound:
+    """The bound of x0 in a run's next row, bound to the run's buffers: calling it with the model's output writes
+    `buffers.bound` for the guided step that follows, and leaves the run where it is.
+
+    Everything but the output is checked once, here; nothing is read back to the host.
+
+    Args:
+        threshold: the quantile and its limits.
+        spec: the guided step's: branches and base are used.
+        buffers: the guided step's, with bound and x0, which are written.
+        backend: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: buffers whose shape, dtype, device or layout does not fit the spec, samples of more than 2**24
+            elements, or a backend that cannot run.
+
+    Example:
+        >>> from fastcfg import Schedule, solvers
+        >>> table = solvers.ddim(Schedule.named("linear").respace(10))
+        >>> x, bound = torch.randn(2, 3, 8, 8), torch.ones(2)
+        >>> counter = torch.zeros(2, dtype=torch.int32)
+        >>> buffers = StepBuffers(x, table.on("cpu"), counter, bound=bound, x0=torch.empty_like(x))
+        >>> QuantileBound(DynamicThreshold(), StepSpec(), buffers)(torch.randn(2, 3, 8, 8))
+        >>> bool((bound > 1).all())
+        True
+    """
+
+    def __init__(
+        self, threshold: DynamicThreshold, spec: StepSpec, buffers: StepBuffers, backend: str = "auto"
+    ) -> None:
+        check_spec(spec)
+        check_buffers(StepSpec(branches=spec.branches, base=spec.base, clip=True, keep_x0=True), buffers)
+        x = buffers.x
+        self.spec, self.buffers = spec, buffers
+        self.backend = resolve_backend(backend, x.device, x.dtype)
+        self._place = threshold.place(x[0].numel(), x.dtype)
+        self._run: Callable[[Tensor], None]
+        if self.backend == "reference":
+            self._run = ReferenceBound(threshold, spec, buffers)
+        else:
+            self._selection = _empty_selection(x)
+            self._run = self._dispatched if interpreting() else self._launched
+        self._checked: tuple[object, ...] = ()
+
+    def __call__(self, output: Tensor) -> None:
+        """Find the bound.
+
+        Args:
+            output: as the guided step's.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        compiling = torch.compiler.is_compiling()
+        signature = (output.shape, output.dtype, output.device)
+        if compiling or signature != self._checked:
+            check_output(output, self.spec, self.buffers)
+            if not compiling:
+                self._checked = signature
+        output = readable(output)
+        if compiling and self.backend == "triton":
+            self._dispatched(output)
+        else:
+            self._run(output)
+
+    def _launched(self, output: Tensor) -> None:
+        _launch_step_bound(output, self.spec, self.buffers, self._selection, self._place)
+
+    def _dispatched(self, output: Tensor) -> None:
+        buffers, base = self.buffers, self.spec.base
+        _step_bound_op(
+            output,
+            buffers.x,
+            buffers.table,
+            buffers.counter,
+            buffers.weights,
+            buffers.bound,
+            buffers.x0,
+            self._selection,
+            self.spec.branches,
+            -1 if base is None else base,
+            *self._place,
+        )
+
+
+@torch.no_grad()
+def quantile_bound(
+    x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """The bound of dynamic thresholding: `torch.quantile` of |x0| over each sample to the last bit, at least floor and
+    at most ceiling.
+
+    Args:
+        x0: [B, C, ...], at most 2**24 elements in a sample.
+        quantile: p in [0, 1].
+        floor: positive.
+        ceiling: at least floor; None for none.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        float32 [B]; NaN for a sample with NaN.
+
+    Raises:
+        TypeError: a quantile, floor or ceiling that is not a number.
+        ValueError: values, shapes or dtypes out of range, or a backend that cannot run.
+
+    Example:
+        >>> quantile_bound(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)
+        tensor([2.])
+    """
+    place, x0 = _checked(x0, quantile, floor, ceiling)
+    if resolve_backend(backend, x0.device) == "reference":
+        return reference.quantile_bound(x0, place)
+    return (_quantile_op if through_dispatcher() else _quantile)(x0, *place)
+
+
+@torch.no_grad()
+def dynamic_threshold(
+    x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """clip(x0, -s, s) / s with s = `quantile_bound` of the same arguments (Saharia et al. 2022, section 2.3,
+    https://arxiv.org/abs/2205.11487; diffusers' `_threshold_sample`).
+
+    Args:
+        x0: as for `quantile_bound`, and so the others.
+        quantile: likewise.
+        floor: likewise.
+        ceiling: likewise.
+        backend: likewise.
+
+    Returns:
+        [B, C, ...], in [-1, 1]; NaN for a sample with NaN.
+
+    Raises:
+        TypeError: as `quantile_bound`.
+        ValueError: likewise.
+
+    Example:
+        >>> dynamic_threshold(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)
+        tensor([[[-1.0000, -1.0000, -0.5000,  0.0000,  0.5000,  1.0000,  1.0000]]])
+    """
+    place, x0 = _checked(x0, quantile, floor, ceiling)
+    if resolve_backend(backend, x0.device) == "reference":
+        return reference.threshold(x0, reference.quantile_bound(x0, place))
+    dispatched = through_dispatcher()
+    bound = (_quantile_op if dispatched else _quantile)(x0, *place)
+    return (_threshold_op if dispatched else _threshold)(x0, bound)
+
+
+def _checked(x0: Tensor, quantile: float, floor: float, ceiling: float | None) -> tuple[Place, Tensor]:
+    check_image("x0", x0)
+    return DynamicThreshold(quantile, floor, ceiling).place(x0[0].numel()), x0.contiguous()
+
+
+def _empty_selection(x: Tensor) -> Tensor:
+    from ..kernels.quantile import SELECTION
+
+    return torch.zeros((len(x), SELECTION), dtype=torch.int32, device=x.device)
+
+
+def _quantile_result(x0: Tensor, rank: int, weight: float, floor: float, ceiling: float) -> Tensor:
+    return torch.empty(len(x0), dtype=torch.float32, device=x0.device)
+
+
+def _quantile(x0: Tensor, rank: int, weight: float, floor: float, ceiling: float) -> Tensor:
+    from ..kernels.quantile import launch_quantile
+
+    bound = _quantile_result(x0, rank, weight, floor, ceiling)
+    with torch.cuda.device_of(x0):
+        launch_quantile(x0, _empty_selection(x0), bound, (rank, weight, floor, ceiling))
+    return bound
+
+
+_quantile_op = torch.library.custom_op("fastcfg::quantile_bound", _quantile, mutates_args=())
+_quantile_op.register_fake(_quantile_result)
+
+
+def _threshold_result(x0: Tensor, bound: Tensor) -> Tensor:
+    return torch.empty(x0.shape, dtype=torch.float32, device=x0.device)
+
+
+def _threshold(x0: Tensor, bound: Tensor) -> Tensor:
+    from ..kernels.threshold import launch_threshold
+
+    out = _threshold_result(x0, bound)
+    with torch.cuda.device_of(x0):
+        launch_threshold(x0, bound, out)
+    return out
+
+
+_threshold_op = torch.library.custom_op("fastcfg::threshold", _threshold, mutates_args=())
+_threshold_op.register_fake(_threshold_result)
+
+
+@torch.library.custom_op("fastcfg::step_bound", mutates_args=("bound", "x0", "selection"))
+def _step_bound_op(
+    output: Tensor,
+    x: Tensor,
+    table: Tensor,
+    counter: Tensor,
+    weights: Tensor | None,
+    bound: Tensor,
+    x0: Tensor,
+    selection: Tensor,
+    branches: int,
+    base: int,
+    rank: int,
+    weight: float,
+    floor: float,
+    ceiling: float,
+) -> None:
+    """`_launch_step_bound` for the dispatcher; -1 stands for no base."""
+    spec = StepSpec(branches, None if base < 0 else base)
+    buffers = StepBuffers(x, table, counter, weights=weights, bound=bound, x0=x0)
+    _launch_step_bound(output, spec, buffers, selection, Place(rank, weight, floor, ceiling))
+
+
+def _launch_step_bound(output: Tensor, spec: StepSpec, buffers: StepBuffers, selection: Tensor, place: Place) -> None:
+    from ..kernels.step_bound import launch_step_bound
+
+    with torch.cuda.device_of(output):
+        launch_step_bound(output, spec, buffers, selection, place)

@@ -1,0 +1,106 @@
+"""The bound that dynamic thresholding puts on x0 in a row of the table: a quantile of the magnitudes of the x0 that the
+guided step is about to predict.
+
+The first kernel predicts x0 with the guided step's own operations, keeps it, and makes the first pass of the selection
+on the way; the other passes read it back. Bytes per element with float32 state and a bfloat16 model, K = 2: x 4 +
+outputs 2*2 read, x0 4 written, 3*4 read = 24. Predicting it anew in every pass would move 32, and 48 from a float32
+model.
+"""
+
+import triton
+import triton.language as tl
+
+from ._guidance import blend
+from ._layout import locate, model_offsets
+from ._math import predict_x0
+from .guided_step import launch_config
+from .quantile import PASSES, SELECTION, launch_quantile, magnitude, narrow
+
+
+@triton.jit(do_not_specialize=["batch", "blocks", "rank"])
+def _step_bound_kernel(
+    x_ptr,
+    output_ptr,
+    table_ptr,
+    counter_ptr,
+    weights_ptr,
+    x0_ptr,
+    selection_ptr,
+    batch,
+    size,
+    spatial,
+    output_stride,
+    blocks,
+    rank,
+    COLUMNS: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    BASE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SELECTION: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, offs, mask = locate(size, blocks, BLOCK)
+    row = tl.load(counter_ptr)
+    row_ptr = table_ptr + row * COLUMNS
+    weights_ptr += (row * batch + sample) * BRANCHES
+    output_offs = model_offsets(offs, output_stride // spatial, spatial, CHANNELS_LAST)
+    m, _ = blend(output_ptr, output_offs, mask, weights_ptr, sample, batch, output_stride, BRANCHES, BASE, -1)
+    x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
+    x0 = predict_x0(x, m, tl.load(row_ptr + 2), tl.load(row_ptr + 3))
+    tl.store(x0_ptr + sample * size + offs, x0, mask=mask)
+    # No bound yet: that is the last pass's.
+    narrow(
+        magnitude(x0), mask, selection_ptr + sample * SELECTION, x0_ptr, size, blocks, rank, 0.0, 0.0, 0.0, SHIFT, BITS
+    )
+
+
+def launch_first_pass(output, spec, buffers, selection, rank, config=None):
+    """Write `buffers.x0` and make the first pass; arguments as `launch_step_bound`."""
+    x = buffers.x
+    batch = x.shape[0]
+    size = x[0].numel()
+    config = config or launch_config(size, batch)
+    blocks = -(-size // config.block)
+    shift, bits = PASSES[0]
+    _step_bound_kernel[(batch * blocks,)](
+        x,
+        output,
+        buffers.table,
+        buffers.counter,
+        x if buffers.weights is None else buffers.weights,
+        buffers.x0,
+        selection,
+        batch,
+        size,
+        size // x.shape[1],
+        output[0].numel(),
+        blocks,
+        rank,
+        COLUMNS=buffers.table.shape[1],
+        BRANCHES=spec.branches,
+        BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
+        CHANNELS_LAST=not output.is_contiguous(),
+        SELECTION=SELECTION,
+        SHIFT=shift,
+        BITS=bits,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+        enable_fp_fusion=False,
+    )
+
+
+def launch_step_bound(output, spec, buffers, selection, place, config=None):
+    """Write `buffers.bound`, and the unlimited x0 to `buffers.x0`; the row stays the same.
+
+    Args:
+        output: the model's output, as in `launch_guided_step`.
+        spec: a `StepSpec`.
+        buffers: a `StepBuffers`.
+        selection: as in `launch_quantile`.
+        place: likewise.
+        config: likewise.
+    """
+    launch_first_pass(output, spec, buffers, selection, place[0], config)
+    launch_quantile(buffers.x0, selection, buffers.bound, place, config, first=1)
