@@ -134,6 +134,45 @@ def posterior_piece() -> Launch:
     return Launch(call, posterior, "_posterior_kernel", 22)
 
 
+def quantile_pass(index: int) -> Launch:
+    """A pass of the selection that finds a quantile."""
+    from fastcfg.kernels import quantile
+
+    batch = SHAPE[0]
+    selection = _tensor(batch, quantile.SELECTION, dtype="int32")
+    call = partial(quantile.launch_pass, index, _tensor(*SHAPE), selection, _tensor(batch), (5, 0.5, 1.0, 2.0))
+    return Launch(call, quantile, "_quantile_kernel", 4)
+
+
+def step_bound(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last: bool = False) -> Launch:
+    """x0 of a row of two branches, with the first pass over it."""
+    from fastcfg.kernels import quantile, step_bound
+    from fastcfg.step import StepBuffers, StepSpec
+    from fastcfg.table import COLUMNS
+
+    batch, channels, *rest = shape
+    buffers = StepBuffers(
+        x=_tensor(*shape),
+        table=_tensor(51, len(COLUMNS)),
+        counter=_tensor(2, dtype="int32"),
+        weights=_tensor(50, batch, 2),
+        x0=_tensor(*shape),
+    )
+    output = _tensor(2 * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
+    selection = _tensor(batch, quantile.SELECTION, dtype="int32")
+    call = partial(step_bound.launch_first_pass, output, StepSpec(2, 1), buffers, selection, 5)
+    return Launch(call, step_bound, "_step_bound_kernel", 8 + 2 * output.dtype.itemsize)
+
+
+def threshold_piece() -> Launch:
+    """Limit and divide, the second half of `dynamic_threshold`."""
+    from fastcfg.kernels import threshold
+
+    image = _tensor(*SHAPE)
+    call = partial(threshold.launch_threshold, image, _tensor(SHAPE[0]), image)
+    return Launch(call, threshold, "_threshold_kernel", 8)
+
+
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise": "philox"}
@@ -159,6 +198,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "history-3": partial(step, **_CFG, history=3),
     "gradient": partial(step, **_MAIN, gradient=True),
     "x0": partial(step, **_MAIN, keep_x0=True),
+    "rescale": partial(step, **_MAIN, rescale=True),
     "all-terms": partial(step, **_ALL),
     "one-sample": partial(step, (1, 3, 64, 64), **_ALL),
     "one-element": partial(step, (1, 1, 1), **_ALL),
@@ -169,4 +209,10 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "blend-piece": blend_piece,
     "x0-piece": x0_piece,
     "posterior-piece": posterior_piece,
+    "threshold-piece": threshold_piece,
+    "step-bound": step_bound,
+    "step-bound-one": partial(step_bound, (1, 3, 64, 64), "float32", channels_last=True),
+    "quantile-first": partial(quantile_pass, 0),
+    "quantile-pass": partial(quantile_pass, 1),
+    "quantile-last": partial(quantile_pass, 3),
 }

@@ -33,7 +33,8 @@ class MachineCode:
             v_* (scalar and memory instructions issue beside them).
         subroutine_instructions: of `instructions`, those of subroutines: slow paths that ordinary values never call.
         backward_branches: loops; 0 means that no instruction runs twice, so that the counts bound what is executed.
-        barriers_before_atomics: barriers of the program before its first atomic operation.
+        barriers_before_ticket: barriers of the program right before the first atomic operation whose result is used:
+            after any atomic without one.
         loads: how many loads from global memory each thread makes, by their width in bytes.
         stores: likewise.
         opcodes: instructions by their first name.
@@ -49,7 +50,7 @@ class MachineCode:
     vector_instructions: int
     subroutine_instructions: int
     backward_branches: int
-    barriers_before_atomics: int
+    barriers_before_ticket: int
     loads: dict[int, int]
     stores: dict[int, int]
     opcodes: dict[str, int]
@@ -163,17 +164,23 @@ def read_sass(sass: str, usage: str, target: str, elements_per_thread: float) ->
         vector_instructions=len(code),
         subroutine_instructions=sum(address >= subroutines for address, _, _ in code),
         backward_branches=sum(to < address for address, to in branches),
-        barriers_before_atomics=_count_before([name for _, name, _ in code], r"BAR\.", r"ATOM|RED\."),
+        barriers_before_ticket=_barriers_before_ticket(
+            [name for _, name, _ in code], r"BAR\.", r"REDG?\.", r"ATOMG?\."
+        ),
         loads=_widths("LDG", code),
         stores=_widths("STG", code),
         opcodes=dict(opcodes.most_common()),
     )
 
 
-def _count_before(names: list[str], counted: str, end: str) -> int:
-    """How many names match a pattern before the first that matches `end`; 0 where none does."""
-    first = next((i for i, name in enumerate(names) if re.match(end, name)), 0)
-    return sum(re.match(counted, name) is not None for name in names[:first])
+def _barriers_before_ticket(names: list[str], barrier: str, without: str, ticket: str) -> int:
+    """How many names match `barrier` between the last `without` and the first `ticket`; 0 where there is no ticket."""
+    barriers = 0
+    for name in names:
+        if re.match(ticket, name):
+            return barriers
+        barriers = 0 if re.match(without, name) else barriers + (re.match(barrier, name) is not None)
+    return 0
 
 
 def _widths(prefix: str, code: list[tuple[int, str, str]]) -> dict[int, int]:
@@ -193,7 +200,8 @@ def read_amdgcn(assembly: str, target: str, elements_per_thread: float) -> Machi
             labels.add(text[:-1])
         elif re.match(r"\t[a-z]", text) and not text.startswith("\ts_nop"):
             name, *operands = text.split()
-            names.append(name)
+            # An atomic returns what it found if told so by its last operand.
+            names.append(f"{name}.returning" if "_atomic_" in name and operands[-1] in ("sc0", "glc") else name)
             if name.startswith(("s_branch", "s_cbranch")):
                 backward += operands[0] in labels
 
@@ -219,7 +227,9 @@ def read_amdgcn(assembly: str, target: str, elements_per_thread: float) -> Machi
         vector_instructions=sum(name.startswith("v_") for name in names),
         subroutine_instructions=0,
         backward_branches=backward,
-        barriers_before_atomics=_count_before(names, "s_barrier", r"\w+_atomic_"),
+        barriers_before_ticket=_barriers_before_ticket(
+            names, "s_barrier", r"\w+_atomic_\w+$", r"\w+_atomic_\w+\.returning"
+        ),
         loads=widths("load"),
         stores=widths("store"),
         opcodes=dict(Counter(names).most_common()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,8 @@ class Sampler:
         threshold = self.clip if isinstance(self.clip, DynamicThreshold) else None
         if bounds is not None and len(bounds) not in (1, batch):
             raise ValueError(f"clip: got {len(bounds)} bounds, expected 1 or one per sample ({batch})")
+        if threshold is not None:
+            threshold.place(math.prod(shape[1:]))
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:

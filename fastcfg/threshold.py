@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,12 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         for name in ("quantile", "floor", "ceiling"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(
-                value, int | float | None if name == "ceiling" else int | float
-            ):
+            if name == "ceiling" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
                 optional = " or None" if name == "ceiling" else ""
                 raise TypeError(f"{name}: got {value!r}, expected a number{optional}")
+            object.__setattr__(self, name, float(value))
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"quantile: got {self.quantile!r}, expected 0 to 1")
         if not 0 < self.floor < math.inf:
@@ -75,11 +77,11 @@ class DynamicThreshold:
             ValueError: more magnitudes than `MAX_SIZE`.
         """
         if size > MAX_SIZE:
-            raise ValueError(f"size: got {size} elements in a sample, expected at most 2**24")
+            raise ValueError(f"size: got {size} elements in a sample, expected at most 2**24 for dynamic thresholding")
         # The product of two float32 numbers is exact in float64.
         rank = _rounded(_rounded(self.quantile, dtype) * (size - 1), dtype)
         ceiling = math.inf if self.ceiling is None else self.ceiling
-        return Place(int(rank), rank - int(rank), float(self.floor), float(ceiling))
+        return Place(int(rank), rank - int(rank), self.floor, ceiling)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

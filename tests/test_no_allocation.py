@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastcfg import CFG, Compose, Guidance, Sampler, Schedule, StepTable
+from fastcfg import CFG, Compose, DynamicThreshold, Guidance, Sampler, Schedule, StepTable
 from fastcfg.ops import triton_problem
 from fastcfg.solvers import ddim, ddpm
 
@@ -89,7 +89,7 @@ def record_rows(
     guidance = guidance or CFG(3.0)
     branches = len(guidance.branches)
     model = Stub(branches, 2 * SHAPE[1] if table.learned_variance else SHAPE[1], options.get("dtype", torch.float32))
-    sampler = Sampler(model, table, guidance=guidance, clip=1.0, **options)
+    sampler = Sampler(model, table, guidance=guidance, **{"clip": 1.0, **options})
     conditioning = {name: {"y": torch.zeros(SHAPE[0])} for name in guidance.branches}
     sampler.sample(SHAPE, branches=conditioning, seed=0)
     model.recorder = Recorder()
@@ -171,6 +171,16 @@ def test_the_fused_loop_is_one_operation(name: str, noise: str) -> None:
     drawn = ["normal_.default"] if noise == "torch" and TABLES[name].uses_noise else []
     for row in rows:
         assert [call.name for call in row if not call.is_view] == ["fastcfg.guided_step.default", *drawn]
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["ddim", "learned range"])
+def test_the_fused_loop_with_dynamic_thresholding_is_two_operations(name: str) -> None:
+    rows, storages = record_rows(TABLES[name], clip=DynamicThreshold(0.9), backend="triton")
+    assert_nothing_new(rows, storages)
+    for row in rows:
+        names = [call.name for call in row if not call.is_view]
+        assert names == ["fastcfg.step_bound.default", "fastcfg.guided_step.default"]
 
 
 def test_a_run_sees_the_allocations_it_is_asked_about() -> None:

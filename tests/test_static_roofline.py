@@ -30,12 +30,15 @@ STEPS = {
     "history-3": (1 + 3, 1 + 1),
     "gradient": (1 + 1, 1),
     "x0": (1, 1 + 1),
+    "rescale": (1, 1),
     "all-terms": (1 + 4, 1 + 2),
     "one-sample": (1 + 4, 1 + 2),
 }
-PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece")
+PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece")
+# Of dynamic thresholding: they count, and the last program of a sample goes on.
+PASSES = ("step-bound", "quantile-first", "quantile-pass", "quantile-last")
 # One element at a time.
-SCALAR = ("channels-last", "odd-size", "one-element")
+SCALAR = ("channels-last", "odd-size", "one-element", "step-bound-one")
 
 # Of a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6, at
 # most: 128 with x0 output, 108 otherwise.
@@ -58,7 +61,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((folder / "rows.json").read_text())
     found = {(row["target"], row["variant"]): row for row in report["rows"]}
-    assert set(found) == {(t, v) for t in TARGETS for v in (*STEPS, *PIECES, *SCALAR, "starting-noise")}
+    assert set(found) == {(t, v) for t in TARGETS for v in (*STEPS, *PIECES, *PASSES, *SCALAR, "starting-noise")}
     assert all(row["target"] in done.stdout and row["variant"] in done.stdout for row in report["rows"])
     return found
 
@@ -70,7 +73,10 @@ def test_nothing_spills_and_nothing_lives_in_local_memory(rows: dict[tuple[str, 
 
 def test_no_instruction_runs_twice(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     """So that the number of instructions bounds what is executed."""
-    assert {key: row["backward_branches"] for key, row in rows.items() if row["backward_branches"]} == {}
+    loops = {key: row["backward_branches"] for key, row in rows.items() if row["backward_branches"]}
+    # On AMD an atomic maximum is made of those of its active lanes, one after the other: here of a single one.
+    single = {("gfx942", variant) for variant in ("step-bound", "step-bound-one", "quantile-first", "quantile-last")}
+    assert {key: n for key, n in loops.items() if n > (key in single)} == {}
 
 
 def test_registers(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
@@ -79,9 +85,10 @@ def test_registers(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
 
 
 def test_every_warp_has_read_the_row_before_the_ticket(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Or the last program may advance the row under a slow warp of another. No interpreter shows it."""
-    steps = {key: row for key, row in rows.items() if key[1] in STEPS}
-    assert {key for key, row in steps.items() if not row["barriers_before_atomics"]} == set()
+    """Or the last program may advance the row under a slow warp of another, or miss its counts. No interpreter shows
+    it."""
+    with_ticket = {key: row for key, row in rows.items() if key[1] in (*STEPS, *PASSES, "step-bound-one")}
+    assert {key for key, row in with_ticket.items() if not row["barriers_before_ticket"]} == set()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -103,7 +110,7 @@ def test_float32_tensors_move_16_bytes_at_a_time(
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("variant", [*STEPS, *PIECES])
+@pytest.mark.parametrize("variant", [*STEPS, *PIECES, *PASSES])
 def test_the_code_moves_the_bytes_of_the_formula(
     rows: dict[tuple[str, str], dict[str, Any]], target: str, variant: str
 ) -> None:
@@ -134,6 +141,14 @@ def test_the_main_step_costs_at_most_80_instructions_per_element(
 def test_the_main_step_is_bound_by_bytes_everywhere(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     bounds = {name: gpu["bound"] for target in TARGETS for name, gpu in rows[target, "main"]["gpus"].items()}
     assert bounds == dict.fromkeys(["A100 SXM 80GB", "H100 SXM", "H200 SXM", "B200", "MI300X"], "bytes")
+
+
+def test_the_passes_over_x0_cost_few_instructions(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Those of one that counts and those of predicting x0, for 16 elements in a thread."""
+    # sm_90: 32.6, 21.1, 23.9, 28.4 with Triton 3.9, which counts with atomics; 99, 72.6, 72.6, 73.8 with 3.6's ballots.
+    most = {"step-bound": 110, "quantile-first": 80, "quantile-pass": 80, "quantile-last": 80}
+    measured = {variant: rows["sm_90", variant]["instructions_per_element"] for variant in most}
+    assert {variant: n for variant, n in measured.items() if n > most[variant]} == {}
 
 
 @pytest.mark.parametrize(

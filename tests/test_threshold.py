@@ -80,6 +80,12 @@ def test_bad_thresholds_are_refused(arguments: dict[str, Any], error: type[Excep
         ops.quantile_bound(normal(1, 1, 2), **arguments)
 
 
+def test_thresholds_of_equal_numbers_are_equal() -> None:
+    given = DynamicThreshold(np.float32(0.5), np.int64(1), 2)
+    assert given == DynamicThreshold(0.5, 1.0, 2.0)
+    assert hash(given) == hash(DynamicThreshold(0.5, 1.0, 2.0))
+
+
 def test_more_magnitudes_than_float32_can_number_are_refused() -> None:
     huge = torch.zeros(1).expand(1, 1, MAX_SIZE + 1)
     with pytest.raises(ValueError, match=r"got 16777217 elements in a sample, expected at most 2\*\*24"):
@@ -90,6 +96,9 @@ def test_more_magnitudes_than_float32_can_number_are_refused() -> None:
     buffers = StepBuffers(x, table, counter, bound=x[0, 0, :1], x0=x)
     with pytest.raises(ValueError, match=r"expected at most 2\*\*24"):
         QuantileBound(DynamicThreshold(), StepSpec(), buffers)
+    sampler = Sampler(rational, TABLES["ddim"], clip=DynamicThreshold())
+    with pytest.raises(ValueError, match=r"expected at most 2\*\*24"):
+        sampler.sample((1, 1, MAX_SIZE + 1), cond={"y": torch.zeros(1)}, seed=0)
 
 
 # The reference.

@@ -51,7 +51,7 @@ class ReferenceBound:
         x = buffers.x
         self._place = threshold.place(x[0].numel(), x.dtype)
         self._reader = RowReader(buffers)
-        self._m, self._magnitudes = torch.empty_like(x), torch.empty_like(x)
+        self._magnitudes = torch.empty_like(x)
 
     def __call__(self, output: Tensor) -> None:
         """Args: output: the model's output [K*B, C or 2C, ...] in any floating dtype."""
@@ -59,6 +59,6 @@ class ReferenceBound:
         self._reader.read()
         channels = buffers.x.shape[1]
         branches = [branch[:, :channels] for branch in output.to(buffers.x.dtype).chunk(spec.branches)]
-        m = blend(branches, spec.base, self._reader.weights, self._m, self._magnitudes)
+        m = blend(branches, spec.base, self._reader.weights, buffers.x0, self._magnitudes)
         x0 = predict(self._reader.row, buffers.x, m, buffers.x0)
         quantile_bound(x0, self._place, self._magnitudes, buffers.bound)

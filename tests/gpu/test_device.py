@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from fastcfg import CFG, Sampler, Schedule, StepTable, solvers
+from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, solvers
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
-from fastcfg.ops import GuidedStep, initial_noise
+from fastcfg.ops import GuidedStep, QuantileBound, initial_noise, quantile_bound
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS
 
@@ -24,10 +24,12 @@ TABLES = {
     "ddim": solvers.ddim(SCHEDULE),
     "ddim-eta": solvers.ddim(SCHEDULE, eta=0.7),
 }
+CLIPS = (1.0, DynamicThreshold(0.9))
 SPECS = {
     "plain": StepSpec(),
     "cfg": StepSpec(branches=2, base=1, clip=True, noise="philox"),
     "learned": StepSpec(branches=2, base=1, clip=True, noise="philox", learned_variance=True),
+    "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise="philox"),
     "history": StepSpec(branches=3, noise="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
 }
 
@@ -101,28 +103,59 @@ def test_kernel_equals_reference(name: str, shape: tuple[int, ...], dtype: torch
         assert torch.equal(got.history[: spec.history], expected.history[: spec.history])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5, 0.995, 1.0])
+@pytest.mark.parametrize("size", [1, 1000, 12288, 3 * 512**2, 2**24])
+def test_quantile_has_torchs_bits(size: int, p: float) -> None:
+    """Whatever the order in which programs arrive: sizes of one and of many, values all equal and all different."""
+    x = torch.randn((4, 1, size), generator=torch.Generator(DEVICE).manual_seed(0), device=DEVICE)
+    x[1] = x[1].round()
+    x[2] = 0.25
+    x[3, 0, size // 2] = torch.nan
+    expected = torch.quantile(x.abs().flatten(1), p, dim=1).clamp(min=1e-3)
+    for _ in range(10):
+        torch.testing.assert_close(quantile_bound(x, p, 1e-3), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 3, 5, 7), (64, 3, 256, 256)], ids=str)
+def test_bound_of_a_row_equals_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    spec = SPECS["rescale"]
+    expected, output = random_buffers(spec, shape, dtype)
+    got = dataclasses.replace(expected, bound=torch.empty_like(expected.bound), x0=torch.empty_like(expected.x0))
+    kernel = QuantileBound(DynamicThreshold(0.9), spec, got, "triton")
+    QuantileBound(DynamicThreshold(0.9), spec, expected, "reference")(output)
+    for _ in range(10):
+        kernel(output)
+        assert torch.equal(got.x0, expected.x0)
+        assert torch.equal(got.bound, expected.bound)
+
+
 def test_philox_is_the_cpus() -> None:
     seeds = sample_seeds(7, 3)
     got = initial_noise(torch.empty(3, 3, 37, 11, device=DEVICE), seeds.to(DEVICE), "triton")
     assert torch.equal(got.cpu(), philox_normal(seeds, (3, 37, 11), row=0, stream=INITIAL_STREAM))
 
 
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)], ids=str)
 @pytest.mark.parametrize("name", TABLES)
-def test_captured_equals_eager(name: str, interval: tuple[float, float], model: Model) -> None:
+def test_captured_equals_eager(
+    name: str, interval: tuple[float, float], clip: float | DynamicThreshold, model: Model
+) -> None:
     table = TABLES[name]
     guidance = CFG(3.0, interval=interval)
-    eager = Sampler(model, table, guidance=guidance, clip=1.0, graph=False)
-    captured = Sampler(model, table, guidance=guidance, clip=1.0, graph=True)
+    eager = Sampler(model, table, guidance=guidance, clip=clip, graph=False)
+    captured = Sampler(model, table, guidance=guidance, clip=clip, graph=True)
     for seed in (0, 1, 0):
         want = eager.sample(SHAPE, seed=seed, **conditioning())
         assert torch.equal(captured.sample(SHAPE, seed=seed, **conditioning()), want)
     assert captured.report()["graph"] == "cuda"
 
 
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
 @pytest.mark.parametrize("name", TABLES)
-def test_loop_never_syncs(name: str, model: Model) -> None:
-    sampler = Sampler(model, TABLES[name], guidance=CFG(3.0), clip=1.0)
+def test_loop_never_syncs(name: str, clip: float | DynamicThreshold, model: Model) -> None:
+    sampler = Sampler(model, TABLES[name], guidance=CFG(3.0), clip=clip)
     sampler.sample(SHAPE, seed=0, **conditioning())
     run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
     torch.cuda.set_sync_debug_mode("error")
