@@ -72,6 +72,18 @@ def test_the_kernel_gives_the_bits_of_torch_quantile(size: int, p: float) -> Non
     assert not selection[:, 2:].any()
 
 
+@pytest.mark.parametrize("p", [0.4, 0.7])
+def test_the_interpolation_starts_from_the_nearer_end(p: float) -> None:
+    """As torch.lerp's; from the other end some samples would have other bits."""
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
+    expected = torch.quantile(x.abs(), p, dim=1)
+    low, high = x.abs().sort(dim=1).values.T
+    weight = torch.tensor(p)
+    far = torch.addcmul(low, weight, high - low) if p > 0.5 else torch.addcmul(high, weight - 1, high - low)
+    assert (far != expected).any()
+    assert same_bits(quantile(x, p, empty_selection(len(x))), expected)
+
+
 def test_a_quantile_after_another_does_not_see_it() -> None:
     first, second = samples(65), samples(65).flip(0, 1).contiguous()
     selection = empty_selection(len(first))
