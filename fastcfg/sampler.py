@@ -64,7 +64,7 @@ class Sampler:
             (guided-diffusion's argument of the same name). Called without gradients: it turns them on for itself.
         noise: where the steps' noise comes from unless `sample` is given some: "philox" (drawn in the step; image i
             depends on its seed alone) or "torch" (`torch.randn`, from the global generator where no seed is given).
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "inductor" (compiles for seconds, see `GuidedStep`) or "reference".
         graph: "auto" captures the program on CUDA; True captures always (on a CPU, with the stand-in for graphs); False
             runs eagerly.
         dtype: the model input's dtype; by default that of the model's first floating parameter, else float32.

@@ -40,7 +40,7 @@ class Workspace:
         threshold: dynamic thresholding, instead of clip.
         noise: "none", "tensor" or "philox".
         keep_x0: whether x0 is kept for callbacks.
-        backend: "triton" or "reference".
+        backend: "triton", "inductor" or "reference".
         capture: whether programs are captured ("always", "try" or "never").
         dtype: of the model input.
         state_dtype: of the state.

@@ -164,7 +164,10 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         ([PROMPT, "--num-samples", "-3"], "argument --num-samples: got '-3', expected an integer of at least 1"),
         ([PROMPT, "--seed", "0.5"], "argument --seed: got '0.5', expected an integer"),
         ([PROMPT, "--device", "tpu"], "argument --device: got 'tpu', expected one of auto, cpu, cuda"),
-        ([PROMPT, "--backend", "cuda"], "argument --backend: got 'cuda', expected one of auto, triton, reference"),
+        (
+            [PROMPT, "--backend", "cuda"],
+            "argument --backend: got 'cuda', expected one of auto, triton, inductor, reference",
+        ),
         ([PROMPT, "--out", "samples.jpg"], "argument --out: got 'samples.jpg', expected a file name that ends in .png"),
         ([PROMPT, "--out", "nowhere/x.png"], "argument --out: got 'nowhere/x.png', expected a folder that exists"),
         ([PROMPT, "--out", "folder.png"], "argument --out: got the folder 'folder.png', expected a file"),
@@ -432,6 +435,7 @@ def test_doctor_tells_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(findings["gpus"]) == torch.cuda.device_count()
     assert findings["graphs"]["supported"] == torch.cuda.is_available()
     assert findings["backend"]["auto"] not in findings["backend"]["others"]
+    assert "inductor" in findings["backend"]["others"]
     assert main(["doctor", "--json", "doctor.json"]) == 0
     assert json.loads(Path("doctor.json").read_text())["versions"] == findings["versions"]
     assert "usable      yes" in capsys.readouterr().out

@@ -827,7 +827,7 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
         ({"clip": []}, ValueError, r"clip: got \[\]"),
         ({"clip": "1"}, TypeError, "clip: got '1'"),
         ({"noise": "gaussian"}, ValueError, "noise: got 'gaussian', expected 'philox' or 'torch'"),
-        ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of auto, triton, reference"),
+        ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of auto, triton, inductor, reference"),
         ({"backend": "triton", "state_dtype": torch.float64}, ValueError, "backend: 'triton' cannot run here"),
         ({"graph": "yes"}, ValueError, "graph: got 'yes', expected 'auto', True or False"),
         ({"dtype": torch.int64}, ValueError, "dtype: got torch.int64, expected a floating dtype"),

@@ -131,10 +131,11 @@ def _gpus() -> tuple[str, list[dict[str, Any]]]:
 
 def _others(chosen: str, device: torch.device) -> dict[str, str]:
     """Why the backends that "auto" did not choose were not chosen."""
-    from fastcfg.ops import triton_problem
+    from fastcfg.ops import inductor_problem, triton_problem
 
     reasons = {
         "triton": triton_problem(device) or "the interpreter runs kernels for tests only",
+        "inductor": inductor_problem(device) or "works if asked for; it compiles for seconds",
         "reference": "slower than the fused kernel",
     }
     return {name: reason for name, reason in reasons.items() if name != chosen}

@@ -82,9 +82,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        type=one_of("auto", "triton", "reference"),
+        type=one_of("auto", "triton", "inductor", "reference"),
         default="auto",
-        help="what runs the step: auto, triton or reference (default: %(default)s)",
+        help="what runs the step: auto, triton, inductor or reference (default: %(default)s)",
     )
     parser.add_argument("--no-graph", action="store_true", help="do not capture CUDA graphs")
     parser.add_argument(

@@ -1,11 +1,11 @@
-"""The public operations: validate, then dispatch to the kernels or to the reference. The only importer of
-`fastcfg.kernels`.
+"""The public operations: validate, then dispatch to the kernels, to the reference, or to the reference compiled by
+Inductor. The only importer of `fastcfg.kernels`.
 
 Eager calls launch directly; under `torch.compile` they go through `torch.library`, whose boundary costs more host time
 than a small kernel runs. No operation carries gradients.
 """
 
-from .backend import BACKENDS, resolve_backend, triton_problem
+from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem
 from .checks import is_channels_last
 from .noise import initial_noise
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
@@ -19,6 +19,7 @@ __all__ = [
     "dynamic_threshold",
     "guidance_blend",
     "guided_step",
+    "inductor_problem",
     "initial_noise",
     "is_channels_last",
     "posterior_mean_variance",

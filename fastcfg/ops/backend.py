@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import os
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "inductor", "reference")
 
 # Looked for here, once: torch.compile cannot trace the look-up.
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def resolve_backend(backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """The backend that runs: "triton" or "reference".
+def resolve_backend(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    backends: Sequence[str] = BACKENDS,
+) -> str:
+    """The backend that runs: "triton", "inductor" or "reference".
 
     Args:
         backend: "auto" takes Triton on a GPU for a float32 state and the reference elsewhere; a backend asked for by
-            name must work or raise.
+            name must work or raise. Inductor, which compiles for seconds, runs only where it is asked for.
         device: where the state lives.
         dtype: the state's dtype.
+        backends: what may be asked for.
 
     Raises:
-        ValueError: unknown backend, or Triton asked for where it cannot run.
+        ValueError: unknown backend, or one asked for where it cannot run.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend not in backends:
+        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(backends)}")
     problem = triton_problem(torch.device(device), dtype)
     if backend == "triton" and problem:
         raise ValueError(f"backend: 'triton' cannot run here: {problem}")
+    if backend == "inductor" and (reason := inductor_problem(torch.device(device))):
+        raise ValueError(f"backend: 'inductor' cannot run here: {reason}")
     if backend == "auto":
         # The interpreter is for tests; nobody means it by "auto".
         return "reference" if problem or torch.device(device).type == "cpu" else "triton"
@@ -46,6 +58,29 @@ def triton_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> 
         return "the device is a CPU (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"
     if device.type not in ("cpu", "cuda"):
         return f"no kernels for device type {device.type!r}"
+    return ""
+
+
+def inductor_problem(device: torch.device) -> str:
+    """Why Inductor cannot compile for this device; empty if nothing that it needs is missing."""
+    if device.type == "cpu":
+        return _cpp_problem()
+    if device.type != "cuda":
+        return f"no code generator for device type {device.type!r}"
+    return "" if _HAS_TRITON else "the package triton, with which Inductor compiles for GPUs, is not installed"
+
+
+@cache
+def _cpp_problem() -> str:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "Inductor finds no C++ compiler (install g++, or name one in the environment variable CXX)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's C headers are not installed (Debian and Ubuntu: python3-dev)"
     return ""
 
 

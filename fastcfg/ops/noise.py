@@ -16,7 +16,7 @@ def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
     Args:
         out: float32 [B, ...], contiguous.
         seeds: int64 [B] on the same device.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "inductor" (which draws as the reference) or "reference".
 
     Returns:
         `out`, standard normal; sample i depends on seeds[i] alone.

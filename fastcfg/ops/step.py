@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..reference import ReferenceStep
 from ..step import StepBuffers, StepSpec
 from .backend import interpreting, resolve_backend
 from .checks import check_buffers, check_output, check_spec, is_channels_last
+from .inductor import InductorStep
 
 
 class GuidedStep:
@@ -21,7 +23,7 @@ class GuidedStep:
     Args:
         spec: which terms exist.
         buffers: the run's tensors, written in place.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "inductor" or "reference".
 
     Raises:
         ValueError: buffers whose shape, dtype, device or layout does not fit the spec, or a backend that cannot run.
@@ -46,6 +48,8 @@ class GuidedStep:
         self._run: Callable[[Tensor], None]
         if self.backend == "reference":
             self._run = ReferenceStep(spec, buffers)
+        elif self.backend == "inductor":
+            self._run = InductorStep(spec, buffers)
         elif interpreting():
             # The dispatcher sees the launch, so that the stand-in for graphs can record it.
             self._run = self._dispatched
@@ -71,13 +75,20 @@ class GuidedStep:
             if not compiling:
                 self._checked = signature
         output = readable(output)
-        if compiling and self.backend == "triton":
+        if self._is_watched(compiling):
             self._dispatched(output)
         else:
             self._run(output)
 
+    def _is_watched(self, compiling: bool) -> bool:
+        """Whether somebody must see the launch: torch.compile that of a kernel, a dispatch mode (the stand-in for
+        graphs) that of compiled code."""
+        if self.backend == "inductor":
+            return not compiling and _get_current_dispatch_mode() is not None
+        return compiling and self.backend == "triton"
+
     def _launched(self, output: Tensor) -> None:
-        _launch(output, self.spec, self.buffers)
+        _launch(output, self.spec, self.buffers, self.backend)
 
     def _dispatched(self, output: Tensor) -> None:
         spec, buffers = self.spec, self.buffers
@@ -107,6 +118,7 @@ class GuidedStep:
             spec.rescale,
             spec.noise,
             spec.keep_x0,
+            self.backend,
         )
 
 
@@ -149,6 +161,7 @@ def _guided_step_op(
     rescale: bool,
     noise_kind: str,
     keep_x0: bool,
+    backend: str,
 ) -> None:
     """`_launch` for the dispatcher; -1 stands for no branch."""
     spec = StepSpec(
@@ -166,10 +179,13 @@ def _guided_step_op(
         keep_x0,
     )
     buffers = StepBuffers(x, table, counter, weights, bound, noise, seeds, history, gradient, x0, model_input, time)
-    _launch(output, spec, buffers)
+    _launch(output, spec, buffers, backend)
 
 
-def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
+def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str) -> None:
+    if backend == "inductor":
+        InductorStep(spec, buffers)(output)
+        return
     from ..kernels.guided_step import launch_guided_step
 
     with torch.cuda.device_of(output):
