@@ -13,28 +13,32 @@ class RowReader:
 
     Args:
         buffers: the run's tensors.
+        weighted: whether the row's weights are wanted.
 
     Attributes:
+        count: int32 scalar, the counter itself.
         index: int32 [2]: the row and the next one.
         row: a scalar tensor for every column.
         next: the same of the next row.
-        weights: [B, K], or None where there are none.
+        weights: [B, K], or None.
     """
 
-    def __init__(self, buffers: StepBuffers) -> None:
+    def __init__(self, buffers: StepBuffers, weighted: bool) -> None:
         self._buffers = buffers
-        self.index = torch.empty(2, dtype=torch.int32, device=buffers.x.device)
+        # Views of memory that stays are made once: at small sizes a dispatch is what costs.
+        self.count = buffers.counter[0]
+        self._offsets = torch.arange(2, dtype=torch.int32, device=buffers.x.device)
+        self.index = torch.empty_like(self._offsets)
+        self._first = self.index[:1]
         self._rows = torch.empty_like(buffers.table[:2])
-        self._weights = None if buffers.weights is None else torch.empty_like(buffers.weights[:1])
+        self._weights = torch.empty_like(buffers.weights[:1]) if weighted else None  # type: ignore[index]
         self.row = dict(zip(COLUMNS, self._rows[0].unbind(), strict=True))
         self.next = dict(zip(COLUMNS, self._rows[1].unbind(), strict=True))
         self.weights = None if self._weights is None else self._weights[0]
 
     def read(self) -> None:
         """Look the rows up."""
-        buffers = self._buffers
-        self.index.copy_(buffers.counter[0])
-        self.index[1].add_(1)
-        torch.index_select(buffers.table, 0, self.index, out=self._rows)
+        torch.add(self.count, self._offsets, out=self.index)
+        torch.index_select(self._buffers.table, 0, self.index, out=self._rows)
         if self._weights is not None:
-            torch.index_select(buffers.weights, 0, self.index[:1], out=self._weights)  # type: ignore[arg-type]
+            torch.index_select(self._buffers.weights, 0, self._first, out=self._weights)  # type: ignore[arg-type]

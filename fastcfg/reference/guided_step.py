@@ -33,8 +33,13 @@ class ReferenceStep:
             saved=torch.empty_like(x) if spec.history else None,
             y=x,
         )
-        self._reader = RowReader(buffers)
+        self._reader = RowReader(buffers, weighted=spec.branches > 1)
+        # Views of memory that stays are made once: at small sizes a dispatch is what costs.
         self._slot = torch.empty(1, dtype=torch.int64, device=x.device)
+        self._history = buffers.history[:-1].unbind() if spec.history else ()  # type: ignore[index]
+        if buffers.model_input is not None:
+            self._slots = buffers.model_input.unflatten(0, (-1, len(x)))
+            self._x_for_slots = x.expand_as(self._slots)
         self._output: Tensor | None = None
 
     def __call__(self, output: Tensor) -> None:
@@ -42,33 +47,35 @@ class ReferenceStep:
         spec, buffers, x = self.spec, self.buffers, self.buffers.x
         reader = self._reader
         reader.read()
-        branches = self._in_state_dtype(output).chunk(spec.branches)
-        channels = x.shape[1]
+        output = self._in_state_dtype(output)
+        batch, channels = x.shape[:2]
+        means = output if output.shape[1] == channels else output.narrow(1, 0, channels)
+        variance = None
+        if spec.learned_variance:
+            variance = output.narrow(0, spec.conditional * batch, batch).narrow(1, channels, channels)
         noise = buffers.noise
         if spec.noise == "philox":
             noise = philox_normal(buffers.seeds, x.shape[1:], row=reader.index[0], stream=STEP_STREAM).to(x.dtype)  # type: ignore[arg-type]
-        history = buffers.history if spec.history else None
         _, _, saved = table_step(
             reader.row,
             x,
-            [branch[:, :channels] for branch in branches],
+            means.chunk(spec.branches),
             spec,
             weights=reader.weights,
-            variance=branches[spec.conditional][:, channels:] if spec.learned_variance else None,
+            variance=variance,
             bound=buffers.bound,
             noise=noise,
             gradient=buffers.gradient,
-            history=() if history is None else history[:-1].unbind(),
+            history=self._history,
             scratch=self._scratch,
         )
-        if history is not None:
-            self._slot.copy_(reader.row["slot"]).remainder_(len(history))
-            history.index_copy_(0, self._slot, saved[None])  # type: ignore[index]
+        if spec.history:
+            self._slot.copy_(reader.row["slot"]).remainder_(len(buffers.history))  # type: ignore[arg-type]
+            buffers.history.index_copy_(0, self._slot, saved[None])  # type: ignore[index, union-attr]
         if buffers.model_input is not None:
-            slots = buffers.model_input.unflatten(0, (-1, len(x)))
-            torch.mul(x.expand_as(slots), reader.next["c_in"], out=slots)
+            torch.mul(self._x_for_slots, reader.next["c_in"], out=self._slots)
             buffers.time.copy_(reader.next["t"])  # type: ignore[union-attr]
-        buffers.counter[0].add_(1)
+        reader.count.add_(1)
 
     def _in_state_dtype(self, output: Tensor) -> Tensor:
         if output.dtype == self.buffers.x.dtype:

@@ -50,7 +50,7 @@ class ReferenceBound:
         self.spec, self.buffers = spec, buffers
         x = buffers.x
         self._place = threshold.place(x[0].numel(), x.dtype)
-        self._reader = RowReader(buffers)
+        self._reader = RowReader(buffers, weighted=spec.branches > 1)
         self._magnitudes = torch.empty_like(x)
 
     def __call__(self, output: Tensor) -> None:

@@ -124,7 +124,7 @@ def blend(
     weighted sum. `out` and `difference` are memory for them, as in `Scratch`."""
     if len(outputs) == 1:
         return outputs[0]
-    w = [_per_sample(column, outputs[0]) for column in weights.unbind(1)]  # type: ignore[union-attr]
+    w = weights.view(*weights.shape, *[1] * (outputs[0].ndim - 1)).unbind(1)  # type: ignore[union-attr]
     if base is None:
         m = torch.mul(outputs[0], w[0], out=out)
         for k in range(1, len(outputs)):
