@@ -1,163 +1,438 @@
-"""Time of one sampling step beside the model: ours against the originals' operations in their order, in one run.
+"""What a sampling step costs beside the network: fastcfg against the originals, side by side in one run.
 
-    python -m benchmarks.step [--shape 16,3,64,64] [--device cpu] [--json PATH]
+The network is a stub that returns a ready tensor, so what is timed is everything else that a step does under
+classifier-free guidance with learned-range variances and a clipped x0: doubling the batch, guidance, x0, posterior,
+noise, the next model input.
 
-The model is a stub that returns a ready tensor, so what is timed is everything else a step does under classifier-free
-guidance with learned
-variances: doubling the batch, split, blend, x0, posterior, noise. The originals work on the doubled batch (their
-    samplers keep 2B samples); ours keeps
-B. Noise is drawn beforehand on both sides ("step") or drawn in the step from torch ("step + noise"). Providers
-alternate, and the ratio is taken pair by pair: it holds on a machine whose speed drifts.
+  guided-diffusion, GLIDE    the originals' operations in their order, with their own table look-ups
+  ... itself                 the original's own code, where guided_diffusion or glide_text2im can be imported
+  reference                  fastcfg's plain torch step
+  inductor                   the same step compiled (seconds, once; not in these times)
+  triton                     fastcfg's kernel, on a GPU
+
+The originals keep 2B samples as their state and draw noise for all of them, for DDIM too; fastcfg keeps B. With noise
+"given" nobody draws, with "drawn" everybody draws what it needs from torch.
+
+Before anything is timed, every provider's result is compared with a float64 step; one that is wrong gets no time. Then
+they take turns, one step each, and ratios are taken turn by turn: they hold on a machine whose speed drifts. Times are
+medians, ratios medians with their 20 to 80 % range. With one thread on a CPU time is that thread's CPU time, to which
+other work on the machine does not add ("cpu" in the report); else it is wall-clock time.
+
+What is dispatched is counted on tensors that hold no data (benchmarks/counting.py): kernels are launches on a GPU, host
+copies are those that a GPU would have to wait for.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import os
+import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks.counting import Counts, count
+from benchmarks.originals import STYLES, Original, guided, step_of, upstream
 from fastcfg import Schedule, solvers
+from fastcfg.cli.doctor import cpu_name
+from fastcfg.cli.outputs import check_output
+from fastcfg.cli.parser import Parser, UsageError
+from fastcfg.cli.versions import versions
 from fastcfg.files import write_text
-from fastcfg.ops import GuidedStep, resolve_backend
-from fastcfg.reference import gaussian
+from fastcfg.ops import GuidedStep, inductor_problem, triton_problem
 from fastcfg.step import StepBuffers, StepSpec
 
+SHAPES = ((1, 3, 64, 64), (16, 3, 64, 64), (1, 4, 128, 128))
+SOLVERS = ("ddpm", "ddim")
+STEPS = 100
+TIMESTEP = 10  # the respaced timestep of the step; every one does the same work
 SCALE = 3.0
-T = 10  # the timestep that is timed; every one does the same work
+# Measured: 1.2e-6 (the originals) and 4.2e-7 (fastcfg), for values up to 5.
+TOLERANCE = 1e-5
+MIN_TURNS = 20
+
+_EXAMPLES = """examples:
+  python -m benchmarks step
+  python -m benchmarks step --shape 4,3,64,64 --threads 1 --seconds 1
+  python -m benchmarks step --json step.json --markdown step.md
+  PYTHONPATH=guided-diffusion:glide-text2im python -m benchmarks step      # the originals themselves, from checkouts"""
 
 
-def originals(
-    name: str, schedule: Schedule, shape: tuple[int, ...], device: torch.device, draw: bool
-) -> Callable[[], Any]:
-    """One step as guided-diffusion does it with GLIDE's guidance function, on 2B samples."""
-    batch, channels = shape[:2]
-    x = torch.randn((2 * batch, *shape[1:]), device=device)
-    raw = torch.randn((2 * batch, 2 * channels, *shape[2:]), device=device)
-    recorded = torch.randn_like(x)
+@dataclass(frozen=True, eq=False)
+class Case:
+    """The inputs of one step, the same for all providers.
 
-    def model() -> torch.Tensor:
-        half = x[:batch]
-        torch.cat([half, half])  # the doubled input that the network would be given
-        eps, rest = raw[:, :channels], raw[:, channels:]
-        cond, uncond = torch.split(eps, batch)
-        blended = uncond + SCALE * (cond - uncond)
-        return torch.cat([torch.cat([blended, blended]), rest], dim=1)
+    Attributes:
+        solver: "ddpm" or "ddim" (eta = 0).
+        x: [B, C, ...], the state.
+        output: [2B, 2C, ...], the model's, conditional half first.
+        noise: [2B, C, ...], of which fastcfg uses the first B.
+    """
 
-    def step() -> None:
-        t = torch.tensor([T] * (2 * batch), device=device)
-        p = gaussian.p_mean_variance(schedule, model(), x, t)
-        noise = torch.randn_like(x) if draw else recorded
-        if name == "ddpm":
-            gaussian.p_sample(p, t, noise)
-        else:
-            gaussian.ddim_sample(schedule, p, x, t, noise)
+    solver: str
+    x: Tensor
+    output: Tensor
+    noise: Tensor
 
-    return step
+    @classmethod
+    def random(cls, solver: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Case:
+        """Standard normal inputs, the same for the same shape."""
+        generator = torch.Generator().manual_seed(0)
+        batch, channels, *rest = shape
+        sizes = (shape, (2 * batch, 2 * channels, *rest), (2 * batch, channels, *rest))
+        return cls(solver, *(torch.randn(size, generator=generator).to(device) for size in sizes))
 
 
-def ours(name: str, schedule: Schedule, shape: tuple[int, ...], device: torch.device, draw: bool) -> Callable[[], Any]:
-    """One step of the engine on B samples."""
-    batch, channels = shape[:2]
-    table = solvers.ddpm(schedule) if name == "ddpm" else solvers.ddim(schedule)
-    noise = "tensor" if table.uses_noise else "none"
+@dataclass(frozen=True, eq=False)
+class Provider:
+    """Somebody who makes the step.
+
+    Attributes:
+        prepare: puts the inputs back; not timed.
+        step: the step, with noise given (False) or drawn (True).
+        result: the next x [B, C, ...] of the last step.
+    """
+
+    prepare: Callable[[], object]
+    step: Callable[[bool], object]
+    result: Callable[[], Tensor]
+
+
+def original(case: Case, process: Any) -> Provider:
+    """A process of `benchmarks.originals`, on the doubled batch."""
+    doubled = torch.cat([case.x, case.x])
+    x, results = doubled.clone(), []
+    run = step_of(process, case.solver, guided(case.output, SCALE), x, TIMESTEP)
+
+    def step(draw: bool) -> None:
+        results[:] = [run(None if draw else case.noise)]
+
+    return Provider(lambda: x.copy_(doubled), step, lambda: results[0][: len(case.x)])
+
+
+def fastcfg(case: Case, schedule: Schedule, backend: str, dtype: torch.dtype = torch.float32) -> Provider:
+    """The engine's step on its buffers."""
+    device, batch = case.x.device, len(case.x)
+    table = solvers.ddpm(schedule) if case.solver == "ddpm" else solvers.ddim(schedule)
+    spec = StepSpec(
+        branches=2,
+        base=1,
+        clip=True,
+        noise="tensor" if table.uses_noise else "none",
+        learned_variance=table.learned_variance,
+    )
+    given = case.noise[:batch].to(dtype)
     buffers = StepBuffers(
-        x=torch.randn(shape, device=device),
-        table=table.on(device),
+        x=case.x.to(dtype, copy=True),
+        table=table.on(device, dtype),
         counter=torch.zeros(2, dtype=torch.int32, device=device),
-        weights=torch.tensor([SCALE, 0.0], device=device).expand(table.num_rows, batch, 2).contiguous(),
-        bound=torch.ones(batch, device=device),
-        noise=torch.randn(shape, device=device),
-        model_input=torch.empty((2 * batch, *shape[1:]), device=device),
+        weights=torch.tensor([SCALE, 0.0], dtype=dtype, device=device).expand(table.num_rows, batch, 2).contiguous(),
+        bound=torch.ones(batch, dtype=dtype, device=device),
+        noise=given.clone(),
+        model_input=torch.empty((2 * batch, *case.x.shape[1:]), dtype=dtype, device=device),
         time=torch.empty(2 * batch, dtype=torch.int64, device=device),
     )
-    spec = StepSpec(branches=2, base=1, clip=True, noise=noise, learned_variance=table.learned_variance)
-    run = GuidedStep(spec, buffers)
-    raw = torch.randn((2 * batch, 2 * channels, *shape[2:]), device=device)
+    output, run = case.output.to(dtype), GuidedStep(spec, buffers, backend)
+    # Rows are in the order of execution: the last timestep's first.
+    row = table.num_rows - 1 - TIMESTEP
 
-    def step() -> None:
-        # The same row again: the counter stands still.
-        buffers.counter.zero_()
-        if draw and noise == "tensor":
+    def prepare() -> None:
+        buffers.x.copy_(case.x)
+        buffers.noise.copy_(given)  # type: ignore[union-attr]
+        buffers.counter.copy_(torch.tensor([row, 0], dtype=torch.int32))
+
+    def step(draw: bool) -> None:
+        if draw and spec.noise == "tensor":
             buffers.noise.normal_()  # type: ignore[union-attr]
-        run(raw)
+        run(output)
 
-    return step
+    return Provider(prepare, step, lambda: buffers.x)
 
 
-def measure(providers: dict[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each provider, one call of each in turn."""
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for provider in providers.values():
-        provider()
-    times: dict[str, list[float]] = {name: [] for name in providers}
+def providers(case: Case, schedule: Schedule, betas: np.ndarray) -> dict[str, Provider]:
+    """Everybody who can run here."""
+    device = case.x.device
+    found = {style: original(case, Original(schedule, style)) for style in STYLES}
+    for style in STYLES:
+        process = upstream(style, betas, STEPS)
+        if process is not None:
+            found[f"{style} itself"] = original(case, process)
+    names = ["reference"]
+    names += ["inductor"] if not inductor_problem(device) else []
+    names += ["triton"] if device.type == "cuda" and not triton_problem(device) else []
+    return {**found, **{name: fastcfg(case, schedule, name) for name in names}}
+
+
+def error(provider: Provider, truth: Tensor) -> tuple[float, float]:
+    """The largest distance of a provider's first step from `truth`, and the seconds the step took (compilation
+    included); a distance of infinity for values that are no numbers."""
+    provider.prepare()
+    start = time.perf_counter()
+    provider.step(False)
+    seconds = time.perf_counter() - start
+    distance = (provider.result().double() - truth).abs().max().item()
+    return (distance if distance == distance else float("inf")), seconds
+
+
+def clock_for(device: torch.device) -> str:
+    """ "cpu" where one thread does all the work, else "wall"."""
+    return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
+def measure(entered: dict[str, Provider], device: torch.device, draw: bool, seconds: float) -> dict[str, np.ndarray]:
+    """Seconds of each provider's steps, one step of each in turn."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    clock = time.thread_time if clock_for(device) == "cpu" else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in entered}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["ours"]) < 20:
-        for name, provider in providers.items():
-            sync()
-            start = time.perf_counter()
-            provider()
-            sync()
-            times[name].append(time.perf_counter() - start)
-    return times
+    turn = 0
+    while time.perf_counter() < end or turn < MIN_TURNS:
+        for name, provider in entered.items():
+            provider.prepare()
+            wait()
+            start = clock()
+            provider.step(draw)
+            wait()
+            times[name].append(clock() - start)
+        turn += 1
+    return {name: np.array(values) for name, values in times.items()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shape", action="append", help="B,C,H,W; several allowed (default 1,3,64,64 and 16,3,64,64)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="per measurement (default 2)")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    schedule = Schedule.named("squaredcos_cap_v2").respace(100)
-    results = []
-    print(f"{'shape':>16s} {'step':6s} {'noise':9s} {'originals':>12s} {'fastcfg':>12s} {'ratio (20-80 %)':>22s}")
-    for shape in [tuple(int(n) for n in text.split(",")) for text in args.shape or ["1,3,64,64", "16,3,64,64"]]:
-        for name in ("ddpm", "ddim"):
-            for draw in (False, True):
-                providers = {
-                    "originals": originals(name, schedule, shape, device, draw),
-                    "ours": ours(name, schedule, shape, device, draw),
-                }
-                times = measure(providers, device, args.seconds)
-                ratios = sorted(a / b for a, b in zip(times["originals"], times["ours"], strict=True))
-                low, middle, high = (ratios[int(q * (len(ratios) - 1))] for q in (0.2, 0.5, 0.8))
-                medians = {key: statistics.median(value) * 1e6 for key, value in times.items()}
-                noise = "drawn" if draw else "given"
-                times_text = f"{medians['originals']:9.0f} us {medians['ours']:9.0f} us"
-                size = "x".join(map(str, shape))
-                print(f"{size:>16s} {name:6s} {noise:9s} {times_text} {middle:8.1f}x ({low:.1f}-{high:.1f})")
-                results.append(
-                    {
-                        "shape": shape,
-                        "step": name,
-                        "noise": noise,
-                        "us": medians,
-                        "ratio": {"p20": low, "p50": middle, "p80": high},
-                    }
-                )
-    if args.json:
-        environment = {
-            "device": torch.cuda.get_device_name()
-            if device.type == "cuda"
-            else torch.backends.cpu.get_cpu_capability(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "backend": resolve_backend("auto", device),
+def compare(case: Case, entered: dict[str, Provider], truth: Tensor, seconds: float) -> list[dict[str, Any]]:
+    """The correctness gate, then times: one record with noise given and one with noise drawn.
+
+    Args:
+        case: the inputs.
+        entered: the providers by name.
+        truth: float64 [B, C, ...], the right next x.
+        seconds: of measuring, for each record.
+
+    Returns:
+        Records with "providers" (each "max_error" and either "us", or "refused" with the reason) and "ratios" (by
+        fastcfg's providers, then by original: how many times as long that takes).
+    """
+    checks = {name: error(provider, truth) for name, provider in entered.items()}
+    sound = {name: provider for name, provider in entered.items() if checks[name][0] <= TOLERANCE}
+    records = []
+    for draw in (False, True):
+        times = measure(sound, case.x.device, draw, seconds)
+        found: dict[str, dict[str, Any]] = {}
+        for name, (distance, first) in checks.items():
+            found[name] = {"max_error": distance, "first_step_s": first}
+            if name in times:
+                found[name]["us"] = _quantiles(times[name] * 1e6)
+            else:
+                found[name]["refused"] = f"{distance:.1e} from the float64 step, more than {TOLERANCE:.0e}"
+        ratios = {
+            name: {base: _quantiles(times[base] / times[name]) for base in times if base.startswith(STYLES)}
+            for name in times
+            if not name.startswith(STYLES)
         }
-        write_text(args.json, json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
-    return 0
+        records.append(
+            {
+                "shape": list(case.x.shape),
+                "solver": case.solver,
+                "noise": "drawn" if draw else "given",
+                "clock": clock_for(case.x.device),
+                "turns": len(next(iter(times.values()), ())),
+                "providers": found,
+                "ratios": ratios,
+            }
+        )
+    return records
+
+
+def counts() -> dict[str, dict[str, dict[str, Any]]]:
+    """What a step dispatches, by solver and provider; no count depends on the shape."""
+    meta = torch.device("meta")
+    schedule = Schedule.named("linear").respace(STEPS)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for solver in SOLVERS:
+        case = Case.random(solver, (2, 3, 64, 64), meta)
+        size = case.x.numel()
+        entered = {style: original(case, Original(schedule, style)) for style in STYLES}
+        # In float64, where the reference need not try how the device rounds.
+        entered["reference"] = fastcfg(case, schedule, "reference", torch.float64)
+        found[solver] = {name: asdict(_counted(provider, size)) for name, provider in entered.items()}
+        drawn = int(solver == "ddpm")
+        found[solver]["triton"] = asdict(Counts(1 + drawn, 1 + drawn, 1 + drawn, 0)) | {
+            "source": "tests/test_no_allocation.py: one launch, and the drawing where noise comes from torch"
+        }
+    return found
+
+
+def _counted(provider: Provider, size: int) -> Counts:
+    return count(lambda: provider.step(True), size)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Count, check and measure; returns the report."""
+    device = torch.device(arguments.device)
+    base = Schedule.named("linear")
+    schedule = base.respace(STEPS)
+    results = []
+    before = torch.get_num_threads()
+    load = _load()
+    try:
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)
+            for shape in arguments.shape or SHAPES:
+                for solver in SOLVERS:
+                    case = Case.random(solver, tuple(shape), device)
+                    truth = fastcfg(case, schedule, "reference", torch.float64)
+                    truth.prepare()
+                    truth.step(False)
+                    records = compare(case, providers(case, schedule, base.betas), truth.result(), arguments.seconds)
+                    results += [{"threads": threads, **record} for record in records]
+                    for line in map(row, results[-2:]):
+                        print(line, file=sys.stderr, flush=True)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "environment": {
+            **versions(),
+            "platform": platform.platform(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "load_average": [load, _load()],
+            "commit": _commit(),
+        },
+        "settings": {
+            "steps": STEPS,
+            "timestep": TIMESTEP,
+            "guidance_scale": SCALE,
+            "tolerance": TOLERANCE,
+            "seconds": arguments.seconds,
+            "threads": list(arguments.threads),
+        },
+        "counts": counts(),
+        "results": results,
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as two Markdown tables."""
+    names = list(dict.fromkeys(name for result in report["results"] for name in result["providers"]))
+    pairs = [(name, base) for name in names if not name.startswith(STYLES) for base in STYLES]
+    heads = [f"{name}, µs" for name in names] + [f"{base} / {name}" for name, base in pairs]
+    lines = [
+        "| shape | step | noise | threads | " + " | ".join(heads) + " |",
+        "|" + "---|" * (len(heads) + 4),
+    ]
+    for result in report["results"]:
+        cells = ["x".join(map(str, result["shape"])), result["solver"], result["noise"], str(result["threads"])]
+        for name in names:
+            found = result["providers"].get(name, {})
+            cells.append(f"{found['us']['p50']:.0f}" if "us" in found else "refused" if "refused" in found else "")
+        cells += [_ratio(result["ratios"].get(name, {}).get(base)) for name, base in pairs]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| dispatched per step, noise drawn | kernels | of full size | host copies |", "|---|---|---|---|"]
+    for solver, entries in report["counts"].items():
+        for name, found in entries.items():
+            lines.append(f"| {solver}, {name} | {found['kernels']} | {found['full_size']} | {found['host_copies']} |")
+    return "\n".join(lines) + "\n"
+
+
+def row(result: dict[str, Any]) -> str:
+    """A result as one line of text."""
+    parts = [
+        f"{'x'.join(map(str, result['shape'])):>12s} {result['solver']} {result['noise']} {result['threads']} thr:"
+    ]
+    for name, found in result["providers"].items():
+        parts.append(f"{name} {found['us']['p50']:.0f} us" if "us" in found else f"{name} refused: {found['refused']}")
+    for name, ratios in result["ratios"].items():
+        parts += [f"{name} vs {base} {_ratio(ratio)}" for base, ratio in ratios.items() if "itself" not in base]
+    return "  ".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status: 1 if a provider was refused."""
+    try:
+        arguments = _parser().parse_args(argv)
+        for option, suffix in (("json", ".json"), ("markdown", ".md")):
+            if getattr(arguments, option):
+                check_output(f"--{option}", getattr(arguments, option), suffix)
+        report = run(arguments)
+        if arguments.json:
+            write_text(arguments.json, json.dumps(report, indent=1) + "\n")
+        if arguments.markdown:
+            write_text(arguments.markdown, markdown(report))
+    except (UsageError, ValueError, OSError) as problem:
+        print(f"step: error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
+    print(markdown(report), end="")
+    refused = {name for result in report["results"] for name, p in result["providers"].items() if "refused" in p}
+    if refused:
+        print(f"step: refused, because its result is wrong: {', '.join(sorted(refused))}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m benchmarks step",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shapes = " and ".join(",".join(map(str, shape)) for shape in SHAPES)
+    parser.add_argument("--shape", metavar="B,C,H,W", type=_integers, action="append", help=f"default: {shapes}")
+    parser.add_argument(
+        "--threads", metavar="N,N", type=_integers, default=[1, 2], help="numbers of CPU threads (default: 1,2)"
+    )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu or cuda (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seconds", metavar="S", type=float, default=2.0, help="of measuring, for each row (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown")
+    return parser
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [0]
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected positive integers separated by commas")
+    return values
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    low, middle, high = np.quantile(values, [0.2, 0.5, 0.8])
+    return {"p20": float(low), "p50": float(middle), "p80": float(high)}
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['p50']:.1f} ({ratio['p20']:.1f}-{ratio['p80']:.1f})"
+
+
+def _load() -> float | None:
+    """Others' and our own load of the machine, last minute."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
