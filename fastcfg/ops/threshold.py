@@ -26,7 +26,7 @@ class QuantileBound:
         threshold: the quantile and its limits.
         spec: the guided step's: branches and base are used.
         buffers: the guided step's, with bound and x0, which are written.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "inductor" (which finds it as the reference) or "reference".
 
     Raises:
         ValueError: buffers whose shape, dtype, device or layout does not fit the spec, samples of more than 2**24
@@ -53,7 +53,7 @@ class QuantileBound:
         self.backend = resolve_backend(backend, x.device, x.dtype)
         self._place = threshold.place(x[0].numel(), x.dtype)
         self._run: Callable[[Tensor], None]
-        if self.backend == "reference":
+        if self.backend != "triton":
             self._run = ReferenceBound(threshold, spec, buffers)
         else:
             self._selection = _empty_selection(x)
@@ -127,7 +127,7 @@ def quantile_bound(
         tensor([2.])
     """
     place, x0 = _checked(x0, quantile, floor, ceiling)
-    if resolve_backend(backend, x0.device) == "reference":
+    if resolve_backend(backend, x0.device) != "triton":
         return reference.quantile_bound(x0, place)
     return (_quantile_op if through_dispatcher() else _quantile)(x0, *place)
 
@@ -158,7 +158,7 @@ def dynamic_threshold(
         tensor([[[-1.0000, -1.0000, -0.5000,  0.0000,  0.5000,  1.0000,  1.0000]]])
     """
     place, x0 = _checked(x0, quantile, floor, ceiling)
-    if resolve_backend(backend, x0.device) == "reference":
+    if resolve_backend(backend, x0.device) != "triton":
         return reference.threshold(x0, reference.quantile_bound(x0, place))
     dispatched = through_dispatcher()
     bound = (_quantile_op if dispatched else _quantile)(x0, *place)
