@@ -17,13 +17,14 @@ from fastcfg.ops.inductor import InductorStep
 from fastcfg.solvers import ddpm
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS
+from fastcfg.threshold import DynamicThreshold
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5, 7)
 ROWS = 4
 
 compiled = pytest.mark.skipif(bool(inductor_problem(CPU)), reason=inductor_problem(CPU))
-LEARNED = StepSpec(branches=2, base=1, learned_variance=True, clip=True, noise="tensor")
+LEARNED = StepSpec(branches=2, base=1, learned_variance=True, clip=True, rescale=True, noise="tensor")
 
 
 def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: Any) -> StepBuffers:
@@ -66,8 +67,8 @@ def compilations() -> int:
 
 # Every term of the step occurs; each case compiles, for seconds.
 CASES: dict[str, tuple[StepSpec, torch.dtype, dict[str, Any], Callable[[Tensor], Tensor]]] = {
-    "cfg, learned variance, clip, given noise": (LEARNED, torch.float32, {}, lambda output: output),
-    "weighted sum of three, history, raw output, CFG++, gradient, drawn noise, half-precision channels-last model": (
+    "cfg, learned variance, clip, rescale, given noise": (LEARNED, torch.float32, {}, lambda output: output),
+    "weighted sum of three, every other term, drawn noise, half-precision channels-last model": (
         StepSpec(branches=3, unconditional=2, raw_output=True, gradient=True, history=2, noise="philox", keep_x0=True),
         torch.float32,
         {"model_input": channels_last(torch.zeros(4, *SHAPE[1:], dtype=torch.float16)), "time": torch.zeros(4)},
@@ -236,5 +237,20 @@ def test_on_other_devices_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatc
 
 def test_the_pieces_have_no_such_backend() -> None:
     output = torch.zeros(2, 6, 4, 4)
-    with pytest.raises(ValueError, match="backend: got 'inductor', expected one of auto, triton, reference"):
-        ops.split_model_output(output, 3, backend="inductor")
+    for call in (
+        lambda: ops.split_model_output(output, 3, backend="inductor"),
+        lambda: ops.dynamic_threshold(output, backend="inductor"),
+        lambda: ops.quantile_bound(output, backend="inductor"),
+    ):
+        with pytest.raises(ValueError, match="backend: got 'inductor', expected one of auto, triton, reference"):
+            call()
+
+
+@compiled
+def test_the_bound_of_dynamic_thresholding_is_the_references() -> None:
+    spec, found = StepSpec(branches=2, base=1), []
+    for name in ("reference", "inductor"):
+        buffers = make_buffers(spec)
+        ops.QuantileBound(DynamicThreshold(0.9), spec, buffers, name)(output_of(0, spec))
+        found.append(buffers.bound)
+    assert torch.equal(*found)

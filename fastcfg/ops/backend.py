@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("auto", "triton", "inductor", "reference")
+# Of operations other than the step: Inductor compiles the whole step, and torch.compile does as well around a piece.
+PIECE_BACKENDS = ("auto", "triton", "reference")
 
 # Looked for here, once: torch.compile cannot trace the look-up.
 _HAS_TRITON = find_spec("triton") is not None

@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from ..reference import pieces as reference
-from .backend import resolve_backend, through_dispatcher
+from .backend import PIECE_BACKENDS, resolve_backend, through_dispatcher
 from .checks import check_image, expect, is_channels_last
-
-# Inductor compiles the whole step only; around a piece, torch.compile does as well.
-_BACKENDS = ("auto", "triton", "reference")
 
 
 @torch.no_grad()
@@ -43,7 +40,7 @@ def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") 
     if output.shape[1] != 2 * channels:
         raise ValueError(f"output: got {output.shape[1]} channels, expected 2*{channels}, prediction and variance")
     output = _dense(output)
-    if resolve_backend(backend, output.device, backends=_BACKENDS) == "reference":
+    if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
         return reference.split_model_output(output, channels)
     return (_split_op if through_dispatcher() else _split)(output, channels)
 
@@ -80,7 +77,7 @@ def guidance_blend(output: Tensor, weights: Tensor, *, base: int | None = None, 
     if base is not None and not 0 <= base < branches:
         raise ValueError(f"base: got {base}, expected a branch index below {branches}, or None")
     output = _dense(output)
-    if resolve_backend(backend, output.device, backends=_BACKENDS) == "reference":
+    if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
         return reference.guidance_blend(output, weights, base=base)
     return (_blend_op if through_dispatcher() else _blend)(output, weights, -1 if base is None else base)
 
@@ -119,7 +116,7 @@ def predict_x0(
     if bound is not None:
         expect("bound", bound, batch, torch.float32, x.device)
     x, output = x.contiguous(), _dense(output)
-    if resolve_backend(backend, x.device, backends=_BACKENDS) == "reference":
+    if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound)
     return (_x0_op if through_dispatcher() else _x0)(x, output, p_x, p_m, bound)
 
@@ -174,7 +171,7 @@ def posterior_mean_variance(
         variance = _dense(variance)
     x0, x = x0.contiguous(), x.contiguous()
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.posterior_mean_variance
-    if resolve_backend(backend, x.device, backends=_BACKENDS) == "triton":
+    if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "triton":
         run = _posterior_op if through_dispatcher() else _posterior
     mean, sigma2, log_variance = run(x0, x, *coefficients.values(), variance)
     return mean, sigma2.expand_as(mean), log_variance.expand_as(mean)

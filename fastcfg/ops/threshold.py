@@ -11,7 +11,7 @@ from ..reference import ReferenceBound
 from ..reference import pieces as reference
 from ..step import StepBuffers, StepSpec
 from ..threshold import DynamicThreshold, Place
-from .backend import interpreting, resolve_backend, through_dispatcher
+from .backend import PIECE_BACKENDS, interpreting, resolve_backend, through_dispatcher
 from .checks import check_buffers, check_image, check_output, check_spec
 from .step import readable
 
@@ -127,7 +127,7 @@ def quantile_bound(
         tensor([2.])
     """
     place, x0 = _checked(x0, quantile, floor, ceiling)
-    if resolve_backend(backend, x0.device) != "triton":
+    if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
         return reference.quantile_bound(x0, place)
     return (_quantile_op if through_dispatcher() else _quantile)(x0, *place)
 
@@ -158,7 +158,7 @@ def dynamic_threshold(
         tensor([[[-1.0000, -1.0000, -0.5000,  0.0000,  0.5000,  1.0000,  1.0000]]])
     """
     place, x0 = _checked(x0, quantile, floor, ceiling)
-    if resolve_backend(backend, x0.device) != "triton":
+    if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
         return reference.threshold(x0, reference.quantile_bound(x0, place))
     dispatched = through_dispatcher()
     bound = (_quantile_op if dispatched else _quantile)(x0, *place)
