@@ -112,8 +112,8 @@ def test_the_originals_themselves_take_part_where_they_can_be_imported(monkeypat
             return {"sample": super().p_sample(model, x, t, torch.randn_like(x))}
 
     process = originals._Upstream(Process(SCHEDULE, "GLIDE"))
-    monkeypatch.setattr(step, "upstream", lambda style, *_: process if style == "GLIDE" else None)
-    monkeypatch.setattr(step, "inductor_problem", lambda device: "not asked for")
+    monkeypatch.setattr("benchmarks.providers.upstream", lambda style, *_: process if style == "GLIDE" else None)
+    monkeypatch.setattr("benchmarks.providers.inductor_problem", lambda device: "not asked for")
     case = Case.random("ddpm", SHAPE)
     entered = step.providers(case, SCHEDULE, Schedule.named("linear").betas)
     assert list(entered) == ["guided-diffusion", "GLIDE", "GLIDE itself", "reference"]
@@ -126,7 +126,7 @@ def test_the_originals_themselves_take_part_where_they_can_be_imported(monkeypat
 
 
 def test_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(step, "inductor_problem", lambda device: "not asked for")
+    monkeypatch.setattr("benchmarks.providers.inductor_problem", lambda device: "not asked for")
     files = {"json": tmp_path / "step.json", "markdown": tmp_path / "step.md"}
     before = torch.get_num_threads()
     arguments = ["--shape", "1,3,4,4", "--threads", "1", "--seconds", "0", "--device", "cpu"]
@@ -160,7 +160,7 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
 
 
 def test_a_refusal_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(step, "inductor_problem", lambda device: "not asked for")
+    monkeypatch.setattr("benchmarks.providers.inductor_problem", lambda device: "not asked for")
     monkeypatch.setattr(step, "TOLERANCE", 1e-30)
     assert step.main(["--shape", "1,3,4,4", "--threads", "1", "--seconds", "0", "--device", "cpu"]) == 1
     told = capsys.readouterr()
