@@ -33,7 +33,10 @@ LAYERS = (
     "sampler",
     "models",
     "training",
+    "inpainting",
+    "stage",
     "pipeline",
+    "upsampler",
     "frontends",
     "cli",
 )

@@ -41,6 +41,26 @@ def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
     return _load(_wheel_folder() if folder is None else Path(folder))
 
 
+def read_tokenizer(source: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """A tokenizer from where it is kept.
+
+    Args:
+        source: a folder with a byte-level BPE vocabulary, or a file that `Tokenizer.save` wrote; None or empty takes
+            GLIDE's.
+
+    Raises:
+        ValueError: there is none, or GLIDE's vocabulary is not installed.
+        OSError: a file cannot be read.
+    """
+    if not source:
+        return glide_tokenizer()
+    if Path(source).is_dir():
+        return Tokenizer.from_gpt2_files(*vocabulary_files(source))
+    if not Path(source).is_file():
+        raise ValueError(f"tokenizer: got {os.fspath(source)}, which is not there, expected a folder or a JSON file")
+    return Tokenizer.from_file(source)
+
+
 def vocabulary_files(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The two files of a byte-level BPE vocabulary in a folder, for `Tokenizer.from_gpt2_files`.
 

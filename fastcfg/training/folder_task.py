@@ -14,7 +14,7 @@ from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 from fastcfg.models.image_conditioned import SuperResText2ImUNet
 from fastcfg.models.text2im import Text2ImUNet
 from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.models.vocabulary import glide_tokenizer, vocabulary_files
+from fastcfg.models.vocabulary import read_tokenizer
 from fastcfg.models.weights import load_weights, read_state_dict
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.folder import PictureFolder
@@ -127,7 +127,7 @@ def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, C
     meta = glide_network(GLIDE_UPSAMPLER if config.upsample else GLIDE_BASE, **config.model)
     if not config.model.get("xf_width", 1):
         raise ValueError("model: got xf_width = 0, expected a network with text")
-    tokenizer = _tokenizer(config.tokenizer)
+    tokenizer = read_tokenizer(config.tokenizer)
     if config.init:
         model = meta.build(tokenizer)
         load_weights(model, read_state_dict(config.init), config.init)
@@ -136,17 +136,6 @@ def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, C
         torch.manual_seed(seed_for(config.seed, "weights"))
         model = meta.build(tokenizer, device="cpu")
     return model, meta
-
-
-def _tokenizer(source: str) -> Tokenizer:
-    """The tokenizer of a folder or file, or GLIDE's."""
-    if not source:
-        return glide_tokenizer()
-    if Path(source).is_dir():
-        return Tokenizer.from_gpt2_files(*vocabulary_files(source))
-    if not Path(source).is_file():
-        raise ValueError(f"tokenizer: got {source}, which is not there, expected a folder or a JSON file")
-    return Tokenizer.from_file(source)
 
 
 def _freeze(model: Text2ImUNet, config: FolderConfig) -> None:
