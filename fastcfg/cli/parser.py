@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -32,6 +33,17 @@ def integer(least: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def respacing(text: str) -> int | str:
+    """The type of a number of steps of at least 1, or of steps as GLIDE writes them: "10,15,20", "ddim50", "fast27"."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    if text != "fast27" and not re.fullmatch(r"ddim[0-9]+|[0-9]+(,[0-9]+)+", text):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected an integer of at least 1, or steps such as 10,15,20, ddim50 or fast27"
+        )
+    return text
 
 
 def any_integer(text: str) -> int:

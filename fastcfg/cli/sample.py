@@ -9,20 +9,23 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .outputs import STDOUT, check_output, write_json
-from .parser import any_integer, choose_device, finite, integer, one_of, several_finite
+from .parser import any_integer, choose_device, finite, integer, one_of, respacing, several_finite
+from .stages import Stages, add_arguments, check_arguments, load_stages
 from .versions import versions
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from fastcfg.pipeline import TextToImage
-
 _DESCRIPTION = """\
 Draw pictures from prompts and write them as one captioned grid.
 
 The model that comes with the package knows coloured shapes: circle, square, triangle, star and cross; red, orange,
-yellow, green, blue, purple and white; small and large; and where they lie: above, below, left of, right of."""
+yellow, green, blue, purple and white; small and large; and where they lie: above, below, left of, right of.
+
+With --model glide it runs OpenAI's GLIDE from its released weights (fastcfg downloads nothing): 64 pixels from the base
+model, with guidance, then 256 from the upsampler, without. A picture and a mask are filled in by the inpainting
+weights, base_inpaint.pt and upsample_inpaint.pt, and what the mask keeps stays as it is."""
 
 _EXAMPLES = """\
 examples:
@@ -30,6 +33,9 @@ examples:
   fastcfg sample "a green star" "a small white cross" --num-samples 8 --solver ddim --steps 25
   fastcfg sample "a red circle left of a blue square" --guidance-scale 0,1,3,6 --num-samples 8 --out guidance.png
   fastcfg sample "a large star" --negative "a red star" --seed 7 --json star.json
+  fastcfg sample --model glide --base base.pt --upsample upsample.pt "an oil painting of a corgi"
+  fastcfg sample --model glide --base base_inpaint.pt --upsample upsample_inpaint.pt \\
+      --inpaint grass.png --mask keep.png "a corgi in a field"
 
 Sample i of every prompt has the seed SEED + i, whatever the number of samples: rows of a grid share their noise, and a
 picture found once is found again."""
@@ -55,7 +61,13 @@ def add_parser(commands: Any) -> None:
         help="strength of the prompt: 0 ignores it, 1 is the plain conditional model; several, with commas between or "
         "by repeating the option, make one grid row each (default: 3)",
     )
-    parser.add_argument("--steps", metavar="N", type=integer(1), default=50, help="timesteps (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        metavar="N",
+        type=respacing,
+        help="timesteps; or GLIDE's respacings 10,15,20 (of so many equal sections), ddim50 or fast27 (default: 50, "
+        "100 with --model glide)",
+    )
     parser.add_argument(
         "--solver",
         metavar="NAME",
@@ -67,11 +79,13 @@ def add_parser(commands: Any) -> None:
         "--eta", metavar="E", type=finite, default=0.0, help="noise of ddim, 1 for DDPM's (default: %(default)s)"
     )
     parser.add_argument(
-        "--num-samples", metavar="N", type=integer(1), default=16, help="pictures per prompt (default: %(default)s)"
+        "--num-samples",
+        metavar="N",
+        type=integer(1),
+        help="pictures per prompt (default: 16, 1 with --model glide)",
     )
     parser.add_argument("--seed", metavar="N", type=any_integer, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", default="samples.png", help="PNG to write (default: %(default)s)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of `fastcfg train` (default: the package's)")
     parser.add_argument(
         "--device",
         metavar="NAME",
@@ -94,6 +108,7 @@ def add_parser(commands: Any) -> None:
         const=STDOUT,
         help="write a summary as JSON to FILE, or alone to standard output where no FILE is given",
     )
+    add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -101,16 +116,18 @@ def run(arguments: argparse.Namespace) -> int:
     check_output("--out", arguments.out, ".png")
     if arguments.json not in (None, STDOUT):
         check_output("--json", arguments.json, ".json")
+    check_arguments(arguments)
     device = choose_device(arguments.device)
     scales = [scale for given in arguments.guidance_scale or [[3.0]] for scale in given]
+    glide = arguments.model == "glide"
+    arguments.steps = arguments.steps or (100 if glide else 50)
+    arguments.num_samples = arguments.num_samples or (1 if glide else 16)
 
-    from fastcfg.pipeline import TextToImage
-
-    pipeline = TextToImage.load(arguments.checkpoint, device)
+    stages = load_stages(arguments, device)
     started = time.perf_counter()
-    images = [_sample(pipeline, arguments, scale).cpu() for scale in scales]
+    images = [stages.sample(arguments, scale) for scale in scales]
     seconds = time.perf_counter() - started
-    summary = _summary(arguments, pipeline, scales, device, seconds)
+    summary = _summary(arguments, stages, scales, device, seconds)
     _write_grid(arguments, scales, images, summary)
     if arguments.json is not None:
         write_json(arguments.json, summary)
@@ -119,39 +136,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sample(pipeline: TextToImage, arguments: argparse.Namespace, scale: float) -> torch.Tensor:
-    return pipeline.sample(
-        arguments.prompts,
-        negative=arguments.negative,
-        guidance_scale=scale,
-        steps=arguments.steps,
-        solver=arguments.solver,
-        eta=arguments.eta,
-        num_samples=arguments.num_samples,
-        seed=arguments.seed,
-        backend=arguments.backend,
-        graph=False if arguments.no_graph else "auto",
-        progress=f"guidance {scale:g}",
-    )
-
-
 def _summary(
-    arguments: argparse.Namespace, pipeline: TextToImage, scales: list[float], device: str, seconds: float
+    arguments: argparse.Namespace, stages: Stages, scales: list[float], device: str, seconds: float
 ) -> dict[str, Any]:
-    report = pipeline.report()
+    report = stages.base.report()
     count = len(scales) * len(arguments.prompts) * arguments.num_samples
     return {
         "out": arguments.out,
+        "model": arguments.model,
         "prompts": arguments.prompts,
         "negative": arguments.negative,
         "guidance_scales": scales,
         "steps": arguments.steps,
+        "rows": report["rows"],
         "solver": arguments.solver,
         "eta": arguments.eta,
         "num_samples": arguments.num_samples,
         "seeds": [arguments.seed + i for i in range(arguments.num_samples)],
-        "checkpoint": arguments.checkpoint,
-        "image_size": pipeline.meta.image_size,
+        "checkpoint": arguments.checkpoint or arguments.base,
+        "inpaint": arguments.inpaint,
+        "mask": arguments.mask,
+        "image_size": stages.image_size,
+        "dtype": str(stages.base.model.dtype).removeprefix("torch."),
+        "upsample": stages.summary(arguments),
         "device": device,
         "backend": report["backend"],
         "graph": report["graph"],
@@ -165,9 +172,10 @@ def _summary(
 
 # What of the summary tells the pictures: not where and how fast they were made, so that equal runs write equal files.
 _SETTINGS = (
-    *("prompts", "negative", "guidance_scales", "steps", "solver", "eta", "num_samples", "seeds"),
-    *("checkpoint", "image_size", "versions"),
+    *("model", "prompts", "negative", "guidance_scales", "steps", "solver", "eta", "num_samples", "seeds"),
+    *("checkpoint", "inpaint", "mask", "image_size", "dtype", "versions"),
 )
+_UPSAMPLE_SETTINGS = ("file", "steps", "solver", "temperature", "seeds")
 
 
 def _write_grid(
@@ -187,12 +195,15 @@ def _write_grid(
     columns = math.ceil(math.sqrt(arguments.num_samples)) if alone else min(arguments.num_samples, 8)
     described = [f"guidance {scales[0]:g}"] if len(scales) == 1 else []
     described += [f"not: {arguments.negative}"] if arguments.negative else []
-    described += [f"{arguments.steps} steps of {arguments.solver}"]
+    described += [_steps(summary)]
     described += [f"eta {arguments.eta:g}"] if arguments.eta else []
     described += [_seeds(summary["seeds"])]
     image = draw_grid(sections, "   ·   ".join(described), columns)
     text = {"Software": f"fastcfg {summary['versions']['fastcfg']}", "Description": "; ".join(arguments.prompts)}
-    save_png(image, arguments.out, text, {name: summary[name] for name in _SETTINGS})
+    settings = {name: summary[name] for name in _SETTINGS}
+    if summary["upsample"] is not None:
+        settings["upsample"] = {name: summary["upsample"][name] for name in _UPSAMPLE_SETTINGS}
+    save_png(image, arguments.out, text, settings)
 
 
 def _to_bytes(images: torch.Tensor) -> np.ndarray:
@@ -200,6 +211,12 @@ def _to_bytes(images: torch.Tensor) -> np.ndarray:
     import torch
 
     return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _steps(summary: dict[str, Any]) -> str:
+    told = f"{summary['rows']} steps of {summary['solver']}"
+    second = summary["upsample"]
+    return told if second is None else f"{told}, then {second['rows']} of {second['solver']}"
 
 
 def _seeds(seeds: list[int]) -> str:
@@ -212,6 +229,6 @@ def _tell(summary: dict[str, Any]) -> None:
     rate = f"{summary['images_per_second']:.2f} images/s"
     seeds = _seeds(summary["seeds"]) + (" for every prompt" if len(summary["prompts"]) > 1 else "")
     print(f"wrote    {summary['out']}: {count} pictures of {size}x{size}, {seeds}")
-    print(f"time     {summary['seconds']:.1f} s, {rate}, {summary['steps']} steps of {summary['solver']}")
+    print(f"time     {summary['seconds']:.1f} s, {rate}, {_steps(summary)}")
     print(f"backend  {summary['backend']} on {summary['device']}, graph: {graph}")
     sys.stdout.flush()
