@@ -278,6 +278,13 @@ def test_a_grid_places_every_picture_in_order() -> None:
     assert len({round(y) for y, _ in corners}) == 3
 
 
+def test_a_page_is_as_long_as_its_pictures_need() -> None:
+    pictures = np.full((1, 256, 256, 3), 7, dtype=np.uint8)
+    page = np.asarray(draw_grid([Section("a caption", [Row("", pictures)])] * 120, "the footer", columns=1))
+    assert (page == 7).all(axis=2).sum() == 120 * 256 * 256
+    assert (page[-40:] < 200).any()
+
+
 # train
 
 RECIPE = {

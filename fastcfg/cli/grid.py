@@ -67,7 +67,12 @@ def draw_grid(sections: Sequence[Section], footer: str, columns: int) -> Image.I
     indent += _LABEL_GAP if indent else 0
     width = max(indent + columns * (tile + _GAP) - _GAP, 380)
 
-    page = Image.new("RGB", (width + 2 * _MARGIN, 1 << 15), _PAGE)
+    lines = sum(-(-len(row.pictures) // columns) for section in sections for row in section.rows)
+    texts = [footer, *(section.caption for section in sections)]
+    # Every word may need a line of its own; what is too much is cut off in the end.
+    words = sum(max(1, len(text.split())) for text in texts)
+    height = lines * (tile + _GAP) + words * int(_TITLE_SIZE * 1.4) + len(texts) * (_SECTION_GAP + _LABEL_GAP)
+    page = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), _PAGE)
     draw = ImageDraw.Draw(page)
     y = _MARGIN
     for section in sections:
