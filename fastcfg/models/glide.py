@@ -123,31 +123,65 @@ def create_model(
         ValueError: an image size without default widths or that does not go with `channel_mult`, lists that are not of
             positive integers, or what `Text2ImUNet` refuses.
     """
-    multiples = level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult)
-    if channel_mult and image_size != 2 ** (len(multiples) + 2):
-        levels = f"{len(multiples)} levels of channel_mult {channel_mult!r}"
-        raise ValueError(f"image_size: got {image_size}, expected {2 ** (len(multiples) + 2)} for the {levels}")
-    return _CLASSES[bool(inpaint), bool(super_res)](
+    network, arguments = describe_model(
+        image_size=image_size,
+        num_channels=num_channels,
+        num_res_blocks=num_res_blocks,
+        channel_mult=channel_mult,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
         text_ctx=text_ctx,
         xf_width=xf_width,
         xf_layers=xf_layers,
         xf_heads=xf_heads,
         xf_final_ln=xf_final_ln,
-        tokenizer=SimpleNamespace(n_vocab=N_VOCAB) if tokenizer is None else tokenizer,
         xf_padding=xf_padding,
-        image_size=image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=downsampling_factors("attention_resolutions", image_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=multiples,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
         resblock_updown=resblock_updown,
         cache_text_emb=cache_text_emb,
+        inpaint=inpaint,
+        super_res=super_res,
     )
+    levels = len(arguments["channel_mult"])
+    if channel_mult and image_size != 2 ** (levels + 2):
+        raise ValueError(
+            f"image_size: got {image_size}, expected {2 ** (levels + 2)} for the {levels} levels of "
+            f"channel_mult {channel_mult!r}"
+        )
+    return network(
+        tokenizer=SimpleNamespace(n_vocab=N_VOCAB) if tokenizer is None else tokenizer,
+        image_size=image_size,
+        use_fp16=use_fp16,
+        **arguments,
+    )
+
+
+def describe_model(
+    *,
+    image_size: int,
+    num_channels: int,
+    channel_mult: str,
+    attention_resolutions: str,
+    inpaint: bool,
+    super_res: bool,
+    **others: Any,
+) -> tuple[type[Text2ImUNet], dict[str, Any]]:
+    """The class and the arguments that options of `create_model` stand for, without `image_size`, `use_fp16` and the
+    tokenizer; `others` go by the same names.
+
+    Raises:
+        ValueError: as `create_model`, which alone, like GLIDE, ties the size to the number of levels.
+    """
+    multiples = level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult)
+    arguments = {
+        "in_channels": 3,
+        "out_channels": 6,
+        "model_channels": num_channels,
+        "channel_mult": multiples,
+        "attention_resolutions": downsampling_factors("attention_resolutions", image_size, attention_resolutions),
+        **others,
+    }
+    return _CLASSES[bool(inpaint), bool(super_res)], arguments

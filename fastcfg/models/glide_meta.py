@@ -6,57 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastcfg.models.checkpoint import CheckpointMeta
-
-GLIDE_BASE: dict[str, Any] = {
-    "image_size": 64,
-    "num_channels": 192,
-    "num_res_blocks": 3,
-    "channel_mult": "",
-    "num_heads": 1,
-    "num_head_channels": 64,
-    "num_heads_upsample": -1,
-    "attention_resolutions": "32,16,8",
-    "dropout": 0.1,
-    "text_ctx": 128,
-    "xf_width": 512,
-    "xf_layers": 16,
-    "xf_heads": 8,
-    "xf_final_ln": True,
-    "xf_padding": True,
-    "diffusion_steps": 1000,
-    "noise_schedule": "squaredcos_cap_v2",
-    "timestep_respacing": "",
-    "use_scale_shift_norm": True,
-    "resblock_updown": True,
-    "use_fp16": True,
-    "cache_text_emb": False,
-    "inpaint": False,
-    "super_res": False,
-}
-"""Options of the 64-pixel network (GLIDE `model_creation.model_and_diffusion_defaults`)."""
-
-GLIDE_UPSAMPLER: dict[str, Any] = {
-    **GLIDE_BASE,
-    "image_size": 256,
-    "num_res_blocks": 2,
-    "noise_schedule": "linear",
-    "super_res": True,
-}
-"""Options of the upsampler from 64 to 256 pixels (GLIDE `model_creation.model_and_diffusion_defaults_upsampler`)."""
-
-_CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
-_NETWORKS = {
-    (False, False): "Text2ImUNet",
-    (True, False): "InpaintText2ImUNet",
-    (False, True): "SuperResText2ImUNet",
-    (True, True): "SuperResInpaintText2ImUnet",
-}
-# Options that constructors take under the same name.
-_SAME = (
-    *("text_ctx", "xf_width", "xf_layers", "xf_heads", "xf_final_ln", "xf_padding", "num_res_blocks", "dropout"),
-    *("num_heads", "num_head_channels", "num_heads_upsample", "use_scale_shift_norm", "resblock_updown"),
-    "cache_text_emb",
+from fastcfg.models.glide import (
+    describe_model,
+    model_and_diffusion_defaults,
+    model_and_diffusion_defaults_upsampler,
 )
+
+GLIDE_BASE = model_and_diffusion_defaults()
+"""Options of the 64-pixel network."""
+
+GLIDE_UPSAMPLER = model_and_diffusion_defaults_upsampler()
+"""Options of the upsampler from 64 to 256 pixels."""
+
+# Options of the process, and those that tell how a network is run.
+_NOT_THE_NETWORK = ("diffusion_steps", "noise_schedule", "timestep_respacing", "use_fp16")
 
 
 def glide_network(options: Mapping[str, Any], **changes: Any) -> CheckpointMeta:
@@ -91,33 +54,10 @@ def glide_network(options: Mapping[str, Any], **changes: Any) -> CheckpointMeta:
         if type(values[name]) not in kinds:
             expected = type(default).__name__
             raise ValueError(f"model: got {name} = {values[name]!r}, expected a value of type {expected}")
-    size = values["image_size"]
-    if values["channel_mult"]:
-        channel_mult = _integers("channel_mult", values["channel_mult"])
-    elif size in _CHANNEL_MULT:
-        channel_mult = list(_CHANNEL_MULT[size])
-    else:
-        known = ", ".join(map(str, _CHANNEL_MULT))
-        raise ValueError(f"model: got image_size = {size} without channel_mult, expected one of {known}, or both")
-    resolutions = _integers("attention_resolutions", values["attention_resolutions"])
-    arguments = {
-        "in_channels": 3,
-        "out_channels": 6,
-        "model_channels": values["num_channels"],
-        "channel_mult": channel_mult,
-        "attention_resolutions": [size // resolution for resolution in resolutions],
-        **{name: values[name] for name in _SAME},
-    }
-    network = _NETWORKS[values["inpaint"], values["super_res"]]
-    return CheckpointMeta(arguments, values["noise_schedule"], values["diffusion_steps"], size, network=network)
-
-
-def _integers(name: str, text: str) -> list[int]:
-    """The positive numbers of an option like "32,16,8"."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise ValueError(f"model: got {name} = {text!r}, expected positive integers with commas between")
-    return numbers
+    network, arguments = describe_model(
+        **{name: value for name, value in values.items() if name not in _NOT_THE_NETWORK}
+    )
+    # As a checkpoint's header stores them, so that a description equals the one read back.
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    schedule, steps = values["noise_schedule"], values["diffusion_steps"]
+    return CheckpointMeta(arguments, schedule, steps, values["image_size"], network=network.__name__)

@@ -42,9 +42,9 @@ def test_full_size_networks_are_the_originals(name: str) -> None:
         ({"depth": 1}, "model: got unknown options depth, expected some of image_size, num_channels"),
         ({"num_channels": "64"}, "model: got num_channels = '64', expected a value of type int"),
         ({"num_heads": True}, "model: got num_heads = True, expected a value of type int"),
-        ({"image_size": 48}, "model: got image_size = 48 without channel_mult, expected one of 64, 128, 256, or both"),
-        ({"channel_mult": "1,x"}, "model: got channel_mult = '1,x', expected positive integers with commas between"),
-        ({"attention_resolutions": "8,0"}, "model: got attention_resolutions = '8,0', expected positive integers"),
+        ({"image_size": 48}, "image_size: got 48, expected one of 64, 128, 256"),
+        ({"channel_mult": "1,x"}, "channel_mult: got '1,x', expected positive integers separated by commas"),
+        ({"attention_resolutions": "8,0"}, "attention_resolutions: got '8,0', expected positive integers"),
     ],
 )
 def test_options_that_make_no_network_are_refused(changes: dict[str, Any], message: str) -> None:
