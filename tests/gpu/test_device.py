@@ -10,6 +10,7 @@ import torch
 from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, solvers
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.ops import GuidedStep, QuantileBound, initial_noise, quantile_bound
+from fastcfg.sources import torch_source
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS
 
@@ -185,3 +186,34 @@ def test_image_is_independent_of_the_batch(model: Model) -> None:
     y = conditioning()["cond"]["y"][2:3]
     alone = sampler.sample((1, *SHAPE[1:]), seed=7, cond={"y": y}, uncond=conditioning()["uncond"])
     assert torch.equal(alone[0], batch[2])
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 100])
+def test_half_a_draw_and_the_offset_of_a_whole_one(batch: int) -> None:
+    """What the originals' loops draw for 2B samples, of which B are used."""
+    shape = (batch, 3, 64, 64)
+    whole = torch.Generator(DEVICE).manual_seed(7)
+    source = torch_source(7, shape, DEVICE, drawn=2 * batch, every_row=True)
+    noise = torch.empty(shape, device=DEVICE)
+    assert torch.equal(source.start(), torch.randn((2 * batch, *shape[1:]), generator=whole, device=DEVICE)[:batch])
+    for row, buffer in enumerate([noise, None, noise]):
+        drawn = torch.randn((2 * batch, *shape[1:]), generator=whole, device=DEVICE)
+        source.fill(row, buffer)  # type: ignore[misc]
+        if buffer is not None:
+            assert torch.equal(buffer, drawn[:batch])
+
+
+@pytest.mark.parametrize("functions", ["denoised_fn", "cond_fn"])
+def test_functions_of_the_users_are_captured(model: Model, functions: str) -> None:
+    def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad((-0.5 * (x - y.view(-1, 1, 1, 1)) ** 2).sum(), x)[0]
+
+    options = {"denoised_fn": lambda x0: 0.5 * x0} if functions == "denoised_fn" else {"cond_fn": cond_fn}
+    results = []
+    for graph in (False, True):
+        sampler = Sampler(model, TABLES["ddpm"], guidance=CFG(3.0), clip=1.0, graph=graph, **options)
+        results.append(sampler.sample(SHAPE, **conditioning(), seed=3))
+        assert sampler.report()["graph"] == ("cuda" if graph else "none")
+    assert torch.equal(*results)
