@@ -15,6 +15,7 @@ from ..guidance import CFG, NoGuidance
 from ..sampler import Sampler
 from ..sources import NoiseSource, philox_source, torch_source
 from ..table import StepTable
+from ..threshold import DynamicThreshold
 from .classifier_free import ClassifierFree
 
 __all__ = ["Engine", "Request"]
@@ -33,6 +34,7 @@ class Request:
         backend: "auto", "triton", "reference" (the originals' own operations) or another of `Sampler`.
         noise_source: "torch", "philox", or a function (step, shape) -> standard normals, step 0 executed first.
         graph: as `Sampler`.
+        threshold: dynamic thresholding instead of the clamp to [-1, 1].
     """
 
     model: Callable[..., Any]
@@ -48,6 +50,7 @@ class Request:
     backend: str = "auto"
     noise_source: str | Callable[[int, tuple[int, ...]], Tensor] = "torch"
     graph: str | bool = "auto"
+    threshold: DynamicThreshold | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, tuple | list):
@@ -56,6 +59,8 @@ class Request:
             raise ValueError(f"noise: got shape {tuple(self.noise.shape)}, expected {tuple(self.shape)}")
         if not callable(self.noise_source) and self.noise_source not in ("torch", "philox"):
             raise ValueError(f"noise_source: got {self.noise_source!r}, expected 'torch', 'philox' or a function")
+        if self.threshold is not None and not isinstance(self.threshold, DynamicThreshold):
+            raise TypeError(f"threshold: got {type(self.threshold).__name__}, expected a DynamicThreshold or None")
         if isinstance(self.model, ClassifierFree) and self.shape[0] % 2:
             raise ValueError(
                 f"shape: got a batch of {self.shape[0]}, expected an even one: [conditional; unconditional]"
@@ -125,12 +130,13 @@ class Engine:
         model: Any = request.model.model if request.fused else request.model  # type: ignore[attr-defined]
         # float64 noise makes the originals compute in float64; all else becomes float32.
         dtype = torch.float64 if request.noise is not None and request.noise.dtype == torch.float64 else torch.float32
-        options = (request.clip_denoised, request.backend, request.graph, dtype, request.place)
+        clip = request.threshold or (1.0 if request.clip_denoised else None)
+        options = (clip, request.backend, request.graph, dtype, request.place)
         key = (Same(model), table, options)
         sampler = self._samplers.pop(key, None) or Sampler(
             model,
             table,
-            clip=1.0 if request.clip_denoised else None,
+            clip=clip,
             backend=request.backend,
             graph=request.graph,
             dtype=dtype,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import solvers
+from ..ops import dynamic_threshold
 from ..reference import gaussian
 from ..schedule import Schedule
 from ..sources import NoiseSource, recorded_source, torch_source
@@ -205,7 +206,8 @@ class Process:
             progress: show a progress bar.
             **engine: what the originals lack: seed, guidance_scale (wraps the model in `ClassifierFree`), backend
                 ("reference": the originals' own operations, bit for bit), noise_source ("torch", "philox" or a
-                function (step, shape) -> normals, step 0 executed first), graph.
+                function (step, shape) -> normals, step 0 executed first), graph, threshold (a `DynamicThreshold`
+                instead of the clamp).
 
         Returns:
             The samples, of the given shape. With `ClassifierFree` the second half repeats the first.
@@ -359,7 +361,7 @@ class Process:
         step: Any = {"ddpm": self.p_sample, "ddim": self.ddim_sample, "ddim_reverse": self._reverse_step}[solver]
         options: dict[str, Any] = {
             "clip_denoised": request.clip_denoised,
-            "denoised_fn": request.denoised_fn,
+            "denoised_fn": _thresholded(request),
             "cond_fn": request.cond_fn,
             "model_kwargs": request.model_kwargs,
             **({"eta": eta} if solver == "ddim" else {}),
@@ -387,11 +389,11 @@ class Process:
 def _request(loop: tuple[Any, ...], engine: dict[str, Any]) -> Request:
     options = dict(engine)
     scale = options.pop("guidance_scale", None)
-    unknown = sorted(set(options) - {"seed", "backend", "noise_source", "graph"})
+    unknown = sorted(set(options) - {"seed", "backend", "noise_source", "graph", "threshold"})
     if unknown:
         raise TypeError(
             f"sampling loop: got unexpected {', '.join(unknown)}, "
-            "expected the originals' arguments, seed, guidance_scale, backend, noise_source or graph"
+            "expected the originals' arguments, seed, guidance_scale, backend, noise_source, graph or threshold"
         )
     model, *others = loop
     return Request(model if scale is None else ClassifierFree(model, scale), *others, **options)
@@ -405,6 +407,15 @@ def _source(request: Request, shape: tuple[int, ...], device: torch.device) -> N
     if not callable(request.noise_source):
         return drawn
     return recorded_source(request.noise_source, 0, shape, drawn.start)
+
+
+def _thresholded(request: Request) -> Function | None:
+    """denoised_fn, and behind it the threshold, whose result the clamp leaves alone."""
+    function, threshold = request.denoised_fn, request.threshold
+    if threshold is None:
+        return function
+    limits = (threshold.quantile, threshold.floor, threshold.ceiling)
+    return lambda x0: dynamic_threshold(x0 if function is None else function(x0), *limits)
 
 
 def _draw(source: NoiseSource, step: int, x: Tensor) -> Tensor:
