@@ -35,6 +35,7 @@ class Request:
         noise_source: "torch", "philox", or a function (step, shape) -> standard normals, step 0 executed first.
         graph: as `Sampler`.
         threshold: dynamic thresholding instead of the clamp to [-1, 1].
+        draws: whether the original draws noise at every step: all but its reverse ODE do.
     """
 
     model: Callable[..., Any]
@@ -51,6 +52,7 @@ class Request:
     noise_source: str | Callable[[int, tuple[int, ...]], Tensor] = "torch"
     graph: str | bool = "auto"
     threshold: DynamicThreshold | None = None
+    draws: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, tuple | list):
@@ -156,7 +158,9 @@ def _noise(request: Request, sampler: Sampler, batch: int) -> NoiseSource:
     source = request.noise_source
     if source == "philox":
         return philox_source(request.seed, shape, sampler.device, sampler.backend)
-    drawn = torch_source(request.seed, shape, sampler.device, drawn=full[0], dtype=sampler.state_dtype, every_row=True)
+    drawn = torch_source(
+        request.seed, shape, sampler.device, drawn=full[0], dtype=sampler.state_dtype, every_row=request.draws
+    )
     if not callable(source):
         return drawn
 

@@ -318,7 +318,7 @@ class Process:
         return times.to(t.dtype)
 
     def _final(self, solver: str, eta: float, loop: tuple[Any, ...], engine: dict[str, Any]) -> Tensor:
-        request = _request(loop, engine)
+        request = _request(loop, engine, draws=solver != "ddim_reverse")
         if self._as_the_originals(request, solver):
             *_, last = self._originals_loop(solver, eta, request)
             return last["sample"]
@@ -327,7 +327,7 @@ class Process:
     def _steps(
         self, solver: str, eta: float, loop: tuple[Any, ...], engine: dict[str, Any]
     ) -> Iterator[dict[str, Tensor]]:
-        request = _request(loop, engine)
+        request = _request(loop, engine, draws=solver != "ddim_reverse")
         if self._as_the_originals(request, solver):
             return self._originals_loop(solver, eta, request)
         return self._engine.run(request, self._table(solver, eta))
@@ -386,7 +386,7 @@ class Process:
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
 
-def _request(loop: tuple[Any, ...], engine: dict[str, Any]) -> Request:
+def _request(loop: tuple[Any, ...], engine: dict[str, Any], draws: bool) -> Request:
     options = dict(engine)
     scale = options.pop("guidance_scale", None)
     unknown = sorted(set(options) - {"seed", "backend", "noise_source", "graph", "threshold"})
@@ -396,6 +396,7 @@ def _request(loop: tuple[Any, ...], engine: dict[str, Any]) -> Request:
             "expected the originals' arguments, seed, guidance_scale, backend, noise_source, graph or threshold"
         )
     model, *others = loop
+    options["draws"] = draws
     return Request(model if scale is None else ClassifierFree(model, scale), *others, **options)
 
 

@@ -184,6 +184,16 @@ def test_previous_x_with_denoised_fn_changes_only_what_is_reported() -> None:
     assert not changed[0]["pred_xstart"].any()
 
 
+def test_the_reverse_ode_draws_nothing(diffusion: glide.SpacedDiffusion) -> None:
+    x = torch.linspace(-1, 1, 192).view(SHAPE)
+    state = torch.get_rng_state()
+    want = diffusion.ddim_reverse_sample_loop(guided(toy, 2.0), x, model_kwargs={"y": Y}, backend="reference")
+    for model in (guided(toy, 2.0), ClassifierFree(toy, 2.0)):
+        got = diffusion.ddim_reverse_sample_loop(model, x, model_kwargs={"y": Y})
+        torch.testing.assert_close(got[:2], want[:2], rtol=0, atol=5e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 # torch's CUDA kernel: 256 threads a block, 8 blocks on each of 132 multiprocessors, four values a thread and draw.
 @pytest.mark.parametrize(
     ("numel", "offset"),
