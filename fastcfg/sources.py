@@ -81,7 +81,10 @@ def torch_source(
     if whole == shape and not every_row:
         fill: Callable[[int, Any], object] = partial(_draw, generator)
     elif device.type == "cuda":
-        fill = partial(_fill_and_skip, numel=math.prod(whole), generator=generator or _default_generator(device))
+        properties = torch.cuda.get_device_properties(device)
+        threads = properties.max_threads_per_multi_processor
+        skip = cuda_normal_offset(math.prod(whole), properties.multi_processor_count, threads)
+        fill = partial(_fill_and_skip, skip=skip, generator=generator or _default_generator(device))
     else:
         fill = partial(_fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
     return NoiseSource(
@@ -100,15 +103,12 @@ def _fill_from(scratch: Tensor, generator: torch.Generator | None, row: int, buf
         buffer.copy_(scratch[: len(buffer)])
 
 
-def _fill_and_skip(row: int, buffer: Tensor | None, *, numel: int, generator: torch.Generator) -> None:
-    """Draw the buffer, whose elements begin a draw of `numel`, and set the generator to where that draw leaves it."""
+def _fill_and_skip(row: int, buffer: Tensor | None, *, skip: int, generator: torch.Generator) -> None:
+    """Draw the buffer, whose elements begin a larger draw, and set the generator to where that one leaves it."""
     offset = generator.get_offset()
     if buffer is not None:
         buffer.normal_(generator=generator)
-    properties = torch.cuda.get_device_properties(generator.device)
-    generator.set_offset(
-        offset + cuda_normal_offset(numel, properties.multi_processor_count, properties.max_threads_per_multi_processor)
-    )
+    generator.set_offset(offset + skip)
 
 
 def cuda_normal_offset(numel: int, multiprocessors: int, threads: int = 2048) -> int:

@@ -51,6 +51,8 @@ class Process:
 
     num_timesteps: int
     betas: np.ndarray
+    # Each of the originals has its own arguments for it.
+    ddim_reverse_sample: Callable[..., dict[str, Tensor]]
 
     def _set_up(self, schedule: Schedule, prediction: str, variance: str, rescale_timesteps: bool = False) -> None:
         self._schedule, self._prediction, self._variance = schedule, prediction, variance
@@ -376,10 +378,6 @@ class Process:
     def _reverse_step(self, model: Model, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
         del options["noise"], options["cond_fn"]
         return self.ddim_reverse_sample(model, x, t, **options)
-
-    def ddim_reverse_sample(self, model: Model, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
-        """x_{t+1} of the deterministic ODE; see the frontends."""
-        raise NotImplementedError
 
     def _reversed(self, p: dict[str, Tensor], x: Tensor, t: Tensor) -> dict[str, Tensor]:
         sample = gaussian.ddim_reverse_sample(self._schedule, p, x, t)

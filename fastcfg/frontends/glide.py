@@ -118,7 +118,7 @@ class GaussianDiffusion(Process):
             output, extra = output
         return {**self._p_mean_variance(output, x, t, clip_denoised, denoised_fn), "extra": extra}
 
-    def ddim_reverse_sample(  # type: ignore[override]
+    def ddim_reverse_sample(
         self,
         model: Model,
         x: Tensor,

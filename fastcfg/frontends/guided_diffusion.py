@@ -173,7 +173,7 @@ class GaussianDiffusion(Process):
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         return gaussian.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
 
-    def ddim_reverse_sample(  # type: ignore[override]
+    def ddim_reverse_sample(
         self,
         model: Model,
         x: Tensor,
