@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastcfg import ClassifierFree, Sampler
 from fastcfg.frontends import accelerate, glide, guided_diffusion
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
-from fastcfg.sources import cuda_normal_offset, torch_source
+from fastcfg.sources import _fill_and_skip, cuda_normal_offset, torch_source
 
 SHAPE = (4, 3, 4, 4)
 Y = torch.tensor([1.0, 2.5, 0.0, 0.0])
@@ -201,6 +201,22 @@ def test_the_reverse_ode_draws_nothing(diffusion: glide.SpacedDiffusion) -> None
 )
 def test_how_far_a_draw_moves_a_cuda_generator(numel: int, offset: int) -> None:
     assert cuda_normal_offset(numel, 132) == offset
+
+
+def test_an_unused_draw_only_moves_a_cuda_generator() -> None:
+    class Generator:
+        offset = 8
+
+        def get_offset(self) -> int:
+            return self.offset
+
+        def set_offset(self, offset: int) -> None:
+            self.offset = offset
+
+    generator = Generator()
+    for row in range(2):
+        _fill_and_skip(row, None, skip=12, generator=generator)  # type: ignore[arg-type]
+    assert generator.offset == 32
 
 
 def test_the_generator_moves_where_nothing_is_used() -> None:
