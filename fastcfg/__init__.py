@@ -10,7 +10,7 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 
 from . import solvers
 from .frontends import ClassifierFree, accelerate
-from .guidance import CFG, Compose, Guidance, NoGuidance
+from .guidance import CFG, AdaptiveCFG, Compose, Guidance, NoGuidance
 from .sampler import Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CFG",
+    "AdaptiveCFG",
     "ClassifierFree",
     "Compose",
     "DynamicThreshold",

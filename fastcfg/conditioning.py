@@ -134,16 +134,16 @@ def _identity(value: Any) -> Any:
 
 
 class Same:
-    """Equal for the same object, which it keeps: an identity alone may be given to another object later."""
+    """Equal for the same object (`value`), which it keeps: an identity alone may be given to another object later."""
 
     def __init__(self, value: Any) -> None:
-        self._value = value
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self._value is other._value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
-        return id(self._value)
+        return id(self.value)
 
 
 def _listed(names: Any) -> str:

@@ -12,7 +12,7 @@ A branch whose weight is zero for every sample of a row is not evaluated there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .table import StepTable
 
-__all__ = ["CFG", "Compose", "Guidance", "GuidancePlan", "NoGuidance"]
+__all__ = ["CFG", "AdaptiveCFG", "Compose", "Guidance", "GuidancePlan", "NoGuidance"]
 
 Scale = float | Sequence[float] | NDArray[np.float64] | Callable[[float], ArrayLike]
 FORMULATIONS = ("standard", "original", "sum")
@@ -33,10 +33,15 @@ class GuidancePlan:
     Attributes:
         weights: float64 [R, B, K].
         active: for every row the branches that are evaluated, ascending.
+        threshold: of adaptive guidance: the cosine between the conditional and the unconditional branch from which on a
+            sample is not guided any more; None for guidance that does not look.
+        alone: the branch evaluated when no sample is.
     """
 
     weights: NDArray[np.float64]
     active: tuple[tuple[int, ...], ...]
+    threshold: float | None = None
+    alone: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,43 @@ class CFG(Guidance):
 
     def inside(self, table: StepTable) -> NDArray[np.bool_]:
         return inside_interval(self.interval, table)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveCFG(CFG):
+    """Classifier-free guidance that ends by itself, sample by sample, once the branches agree.
+
+    Adaptive guidance (Castillo et al. 2023, https://arxiv.org/abs/2312.12487): late in a run the two branches point the
+    same way, and guidance costs a forward that changes little. Until then it equals `CFG`. The cosine between the
+    branches is taken on the device after every model evaluation; a sample in which it has reached the threshold is
+    unguided from two rows later on, and when all samples are, the unconditional branch is not evaluated any more. The
+    host reads that decision one row late, so that the device never waits for it.
+
+    Attributes:
+        threshold: the cosine, at most 1; the paper uses 0.991.
+
+    Raises:
+        ValueError: as `CFG`, a threshold that is no cosine, or (when planned) a table that adds the unconditional
+            output.
+    """
+
+    threshold: float = 0.991
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.threshold, int | float) or not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold: got {self.threshold!r}, expected a cosine, -1 to 1")
+
+    def plan(self, table: StepTable, batch: int) -> GuidancePlan:
+        if table.uses_unconditional:
+            raise ValueError(
+                f"guidance: got AdaptiveCFG with the table {table.name}, "
+                "expected CFG: the table adds the unconditional output in every row"
+            )
+        plan = super().plan(table, batch)
+        if not any(len(active) > 1 for active in plan.active):
+            return plan
+        return replace(plan, threshold=float(self.threshold), alone=(self.conditional,))
 
 
 @dataclass(frozen=True, eq=False)

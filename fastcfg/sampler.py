@@ -1,49 +1,32 @@
-"""The sampler: static buffers, one program per row, the only loop in the project."""
+"""The sampler: checks a call's arguments, keeps memory and programs from call to call, and runs them."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .conditioning import Same, check_conditioning
-from .guidance import Guidance, NoGuidance
+from .guidance import Guidance, GuidancePlan, NoGuidance
+from .keeper import Keeper, Kept
 from .ops import resolve_backend
+from .ops.backend import inductor_problem
+from .programs import Decision
+from .run import Preview, Previews, ProgressBar, Run, Step
 from .sources import NoiseSource, Recording, philox_source, recorded_source, torch_source
 from .table import StepTable
 from .threshold import DynamicThreshold
-from .workspace import Workspace
+from .workspace import NO_CAPTURE, Options
 
-__all__ = ["Sampler", "Step"]
+__all__ = ["Preview", "Sampler", "Step"]
 
-# Shapes and option sets whose buffers and graphs are kept for the next call.
-MAX_WORKSPACES = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What a callback or `Sampler.iterate` sees after each model evaluation.
-
-    Attributes:
-        row: index of the table's row just executed, 0 first.
-        rows: their number.
-        step: the step of the run it belongs to.
-        t: the time the model was called with.
-        x: the state after it, [B, C, ...] (a copy, the caller's own).
-        x0: the predicted x0, likewise.
-    """
-
-    row: int
-    rows: int
-    step: int
-    t: float
-    x: Tensor
-    x0: Tensor
+BATCHINGS = ("auto", "batched", "serial")
+# Names of torch.compile's modes. Graphs are the engine's to capture.
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 class Sampler:
@@ -65,8 +48,13 @@ class Sampler:
         noise: where the steps' noise comes from unless `sample` is given some: "philox" (drawn in the step; image i
             depends on its seed alone) or "torch" (`torch.randn`, from the global generator where no seed is given).
         backend: "auto", "triton", "inductor" (compiles for seconds, see `GuidedStep`) or "reference".
-        graph: "auto" captures the program on CUDA; True captures always (on a CPU, with the stand-in for graphs); False
-            runs eagerly.
+        graph: "auto" captures model and step as one CUDA graph where that is measured to be faster, and runs eagerly
+            elsewhere; True captures without measuring (on a CPU, with the stand-in for graphs); False runs eagerly. A
+            model that cannot be captured runs eagerly, with a warning that names the line to blame.
+        batching: "batched" runs one forward for all branches, "serial" one for each; "auto" takes the faster one where
+            graphs are measured, and else the first. They may differ in the last bits.
+        steps_per_graph: rows in one graph, where nobody looks on (callback, preview, adaptive guidance).
+        compile: "default" or "max-autotune" has torch.compile compile the model, without graphs of its own.
         dtype: the model input's dtype; by default that of the model's first floating parameter, else float32.
         state_dtype: torch.float32, or torch.float64 on the reference path.
         device: by default that of the model's first parameter, else the CPU.
@@ -102,6 +90,9 @@ class Sampler:
         noise: str = "philox",
         backend: str = "auto",
         graph: str | bool = "auto",
+        batching: str = "auto",
+        steps_per_graph: int = 1,
+        compile: str | None = None,
         dtype: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -117,6 +108,12 @@ class Sampler:
             raise ValueError(f"noise: got {noise!r}, expected 'philox' or 'torch'")
         if graph not in ("auto", True, False):
             raise ValueError(f"graph: got {graph!r}, expected 'auto', True or False")
+        if batching not in BATCHINGS:
+            raise ValueError(f"batching: got {batching!r}, expected one of {', '.join(BATCHINGS)}")
+        if not isinstance(steps_per_graph, int) or steps_per_graph < 1:
+            raise ValueError(f"steps_per_graph: got {steps_per_graph!r}, expected an integer of at least 1")
+        if compile is not None and compile not in COMPILE_MODES:
+            raise ValueError(f"compile: got {compile!r}, expected None or one of {', '.join(COMPILE_MODES)}")
         if state_dtype not in (torch.float32, torch.float64):
             raise ValueError(f"state_dtype: got {state_dtype}, expected torch.float32 or torch.float64")
         if memory_format not in (torch.contiguous_format, torch.channels_last):
@@ -136,10 +133,12 @@ class Sampler:
         self.state_dtype = state_dtype
         self.backend = resolve_backend(backend, self.device, state_dtype)
         self.memory_format = memory_format
-        self.graph = graph
-        self._pool: Any = None
-        self._workspaces: OrderedDict[Any, Workspace] = OrderedDict()
-        self._report: dict[str, Any] = {}
+        self.graph, self.batching, self.steps_per_graph, self.compile = graph, batching, steps_per_graph, compile
+        if compile is not None and (problem := inductor_problem(self.device)):
+            raise ValueError(f"compile: {compile!r} cannot run here: {problem}")
+        self._compiled: tuple[Any, Callable[..., Any]] | None = None
+        self._keeper = Keeper()
+        self._last: tuple[Options, list[Decision], list[int]] | None = None
 
     @property
     def clip(self) -> Tensor | DynamicThreshold | None:
@@ -161,7 +160,9 @@ class Sampler:
         noise: Recording | NoiseSource | None = None,
         x_T: Tensor | None = None,
         progress: bool = False,
-        callback: Callable[[Step], None] | None = None,
+        callback: Callable[[Step], object] | None = None,
+        preview: Callable[[Preview], object] | None = None,
+        preview_every: int = 1,
     ) -> Tensor:
         """Run all rows.
 
@@ -176,8 +177,12 @@ class Sampler:
             noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, or a `NoiseSource`,
                 instead of the sampler's source.
             x_T: the start [B, C, ...], instead of initial_scale times noise.
-            progress: show a progress bar.
-            callback: called with a `Step` after every row. It costs two copies of the state per row, and no sync.
+            progress: show a progress bar. On a GPU the host then stays one row ahead of it.
+            callback: called with a `Step` after every row, when it is enqueued. It costs two copies of the state per
+                row on the device, and no sync.
+            preview: called with a `Preview`, x0 in the host's memory, one row after it was computed: the device has
+                work while the host waits for the copy. The last row's comes at the end.
+            preview_every: preview every n-th row only (and the last).
 
         Returns:
             The samples, [B, C, ...] in the state's dtype: the caller's own tensor.
@@ -185,11 +190,22 @@ class Sampler:
         Raises:
             ValueError: shapes, dtypes, devices, keys or lengths that do not fit, before any work.
         """
-        run = self._prepare(shape, cond, uncond, branches, seed, noise, x_T, keep_x0=callback is not None)
-        for row in _with_progress(run.rows(), self.table.num_rows, progress):
-            if callback is not None:
-                callback(run.step(row))
-        return run.workspace.buffers.x.clone()
+        if not isinstance(preview_every, int) or preview_every < 1:
+            raise ValueError(f"preview_every: got {preview_every!r}, expected an integer of at least 1")
+        keep_x0 = callback is not None or preview is not None
+        run = self._prepare(shape, cond, uncond, branches, seed, noise, x_T, keep_x0)
+        previews = None if preview is None else Previews(run, preview, preview_every)
+        with ProgressBar(run, progress) as bar:
+            for row in run.rows():
+                if callback is not None:
+                    callback(run.step(row))
+                if previews is not None:
+                    previews.after_row(row)
+                if progress:
+                    bar.after_row(row)
+        if previews is not None:
+            previews.deliver()
+        return run.result
 
     def iterate(
         self,
@@ -208,33 +224,48 @@ class Sampler:
         return (run.step(row) for row in run.rows())
 
     def report(self) -> dict[str, Any]:
-        """How the last run was executed: backend, graph ("cuda", "stand-in" or "none", with the reason), rows and
-        evaluated branches."""
-        return dict(self._report)
+        """How the last run was executed.
+
+        Returns:
+            backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is none, or none in part); rows;
+            branches, the number that each row evaluated; programs, a `Decision` as a dictionary for every set of
+            branches, with the measured times that it rests on; captures, how often this sampler has prepared programs;
+            and recaptured, why the last time, where something captured was no longer valid.
+        """
+        if self._last is None:
+            return {}
+        options, decisions, branches = self._last
+        graphs = sorted({decision.graph for decision in decisions} - {"none"})
+        reasons = [decision.reason for decision in decisions if decision.reason]
+        return {
+            "backend": options.backend,
+            "graph": graphs[0] if graphs else "none",
+            "graph_reason": reasons[0] if reasons else "",
+            "rows": len(branches),
+            "branches": list(branches),
+            "programs": [asdict(decision) for decision in decisions],
+            "captures": self._keeper.captures,
+            "recaptured": self._keeper.recaptured,
+        }
 
     def memory(self) -> int:
-        """Bytes held by the sampler's static buffers (graphs' own pools not counted)."""
-        return sum(workspace.nbytes() for workspace in self._workspaces.values())
+        """Bytes held by the sampler: its static buffers, and on CUDA the pool of its graphs."""
+        return self._keeper.nbytes()
 
     def release(self) -> None:
         """Give all buffers and graphs back; the next call builds them anew."""
-        self._workspaces.clear()
-        self._pool = None
+        self._keeper.release()
 
-    def _give_back(self, key: Any, workspace: Workspace) -> None:
-        self._report = {
-            "backend": self.backend,
-            "graph": workspace.graph,
-            "graph_reason": "graph=False" if self.graph is False else workspace.graph_reason,
-            "rows": self.table.num_rows,
-            "branches": [len(active) for active in workspace.active],
-        }
-        self._workspaces[key] = workspace
-        while len(self._workspaces) > MAX_WORKSPACES:
-            self._workspaces.popitem(last=False)
+    def refresh(self) -> None:
+        """Capture anew at the next call.
+
+        Weights changed in place are read by the graphs as they are, and replaced ones are noticed. Only what a graph
+        cannot see needs this: a model that decides by Python values of its own which operations it runs.
+        """
+        self._keeper.refresh()
 
     @torch.no_grad()
-    def _prepare(self, shape, cond, uncond, branches, seed, noise, x_T, keep_x0) -> _Run:  # type: ignore[no-untyped-def]
+    def _prepare(self, shape, cond, uncond, branches, seed, noise, x_T, keep_x0) -> Run:  # type: ignore[no-untyped-def]
         """Check everything, then set the buffers to the start of a run."""
         shape = _checked_shape(shape)
         batch = shape[0]
@@ -247,11 +278,10 @@ class Sampler:
         self._check_functions()
         plan = self.guidance.plan(self.table, batch)
         bounds = self.clip if isinstance(self.clip, Tensor) else None
-        threshold = self.clip if isinstance(self.clip, DynamicThreshold) else None
         if bounds is not None and len(bounds) not in (1, batch):
             raise ValueError(f"clip: got {len(bounds)} bounds, expected 1 or one per sample ({batch})")
-        if threshold is not None:
-            threshold.place(math.prod(shape[1:]))
+        if isinstance(self.clip, DynamicThreshold):
+            self.clip.place(math.prod(shape[1:]))
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:
@@ -259,21 +289,60 @@ class Sampler:
         if self.memory_format == torch.channels_last and len(shape) != 4:
             raise ValueError(f"memory_format: got torch.channels_last with shape {shape}, expected (B, C, H, W)")
         source = self._source(noise, seed, shape, x_T)
-        kind = "none" if not self.table.uses_noise else "tensor" if source.fill else "philox"
-        spec = (self.table, self.guidance.branches, self.guidance.base, bounds is not None, threshold)
-        functions = (Same(self.denoised_fn), Same(self.cond_fn))
-        key = (shape, conditioning.signature(), given.signature(), plan.active, spec, functions, kind, keep_x0)
-        # A workspace in use (by a generator not yet exhausted) is out of the cache, so that runs never share buffers.
-        workspace = self._workspaces.pop(key, None)
-        if workspace is None:
-            workspace = self._build(shape, conditioning, given, plan, kind, keep_x0)
+        options = self._options(source, plan, keep_x0)
+        kept = self._keeper.take(options, self._callable(), plan, shape, conditioning, given)
+        workspace = kept.workspace
+        workspace.enter_stream()
         workspace.load(conditioning, plan, bounds, given)
         buffers = workspace.buffers
         if source.seeds is not None:
             buffers.seeds.copy_(source.seeds)  # type: ignore[union-attr]
         buffers.x.copy_(source.start() * self.table.initial_scale if x_T is None else x_T)
-        workspace.rewind()
-        return _Run(self, key, workspace, source)
+        workspace.begin()
+        return Run(workspace, kept.programs, plan, self.table, source, lambda run: self._finished(kept, run))
+
+    def _finished(self, kept: Kept, run: Run) -> None:
+        self._last = (kept.workspace.options, list(kept.programs.decisions.values()), run.branches)
+        self._keeper.give_back(kept)
+
+    def _options(self, source: NoiseSource, plan: GuidancePlan, keep_x0: bool) -> Options:
+        guidance, by_row = self.guidance, keep_x0 or plan.threshold is not None
+        capture = "timed" if times_graphs(self.device) else "never"
+        if self.graph != "auto":
+            capture = "always" if self.graph else "off"
+        return Options(
+            model=Same(self.model),
+            denoised_fn=Same(self.denoised_fn),
+            cond_fn=Same(self.cond_fn),
+            table=self.table,
+            branches=guidance.branches,
+            base=guidance.base,
+            conditional=guidance.conditional,
+            unconditional=guidance.unconditional,
+            clip=isinstance(self.clip, Tensor),
+            threshold=self.clip if isinstance(self.clip, DynamicThreshold) else None,
+            noise="none" if not self.table.uses_noise else "tensor" if source.fill else "philox",
+            keep_x0=keep_x0,
+            backend=self.backend,
+            dtype=self.dtype,
+            state_dtype=self.state_dtype,
+            device=self.device,
+            memory_format=self.memory_format,
+            compile=self.compile,
+            batching=self.batching,
+            capture=capture,
+            # Where somebody looks on, every row is a program of its own.
+            repeat=1 if by_row or capture in NO_CAPTURE else min(self.steps_per_graph, self.table.num_rows),
+        )
+
+    def _callable(self) -> Callable[..., Any]:
+        """The model, compiled if that is wanted."""
+        if self.compile is None:
+            return self.model
+        wanted = (Same(self.model), self.compile)
+        if self._compiled is None or self._compiled[0] != wanted:
+            self._compiled = (wanted, torch.compile(self.model, mode=COMPILE_MODES[self.compile], dynamic=False))
+        return self._compiled[1]
 
     def _source(
         self,
@@ -310,69 +379,10 @@ class Sampler:
                 "expected None: its rows have no place for a gradient (p_g, a_g)"
             )
 
-    def _build(self, shape, conditioning, given, plan, noise, keep_x0) -> Workspace:  # type: ignore[no-untyped-def]
-        if self._pool is None and self.device.type == "cuda" and self.graph is not False:
-            self._pool = torch.cuda.graph_pool_handle()
-        on_gpu = self.device.type == "cuda"
-        return Workspace(
-            self.model,
-            self.table,
-            self.guidance,
-            plan,
-            shape,
-            conditioning,
-            given=given,
-            denoised_fn=self.denoised_fn,
-            cond_fn=self.cond_fn,
-            clip=isinstance(self.clip, Tensor),
-            threshold=self.clip if isinstance(self.clip, DynamicThreshold) else None,
-            noise=noise,
-            keep_x0=keep_x0,
-            backend=self.backend,
-            capture="always" if self.graph is True else "try" if self.graph and on_gpu else "never",
-            dtype=self.dtype,
-            state_dtype=self.state_dtype,
-            device=self.device,
-            memory_format=self.memory_format,
-            pool=self._pool,
-        )
 
-
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """One pass over the rows of a prepared workspace."""
-
-    sampler: Sampler
-    key: Any
-    workspace: Workspace
-    source: NoiseSource
-
-    def rows(self) -> Iterator[int]:
-        """Execute row after row, yielding each one's index when it is enqueued."""
-        sampler, workspace = self.sampler, self.workspace
-        noise, fill = workspace.buffers.noise, self.source.fill
-        try:
-            for row, program in enumerate(workspace.programs):
-                if fill is not None and (noise is not None or self.source.always):
-                    with torch.no_grad():
-                        fill(row, noise)
-                program()
-                yield row
-        finally:
-            sampler._give_back(self.key, workspace)
-
-    def step(self, row: int) -> Step:
-        table, buffers = self.sampler.table, self.workspace.buffers
-        x0 = buffers.x0.clone()  # type: ignore[union-attr]
-        return Step(row, table.num_rows, int(table.steps[row]), float(table["t"][row]), buffers.x.clone(), x0)
-
-
-def _with_progress(rows: Iterator[int], total: int, progress: bool) -> Iterator[int]:
-    if not progress:
-        return rows
-    from tqdm.auto import tqdm
-
-    return iter(tqdm(rows, total=total, unit="step"))
+def times_graphs(device: torch.device) -> bool:
+    """Whether graphs are measured against eager runs on a device unless somebody says otherwise."""
+    return device.type == "cuda"
 
 
 def _first_parameter(model: Any) -> Tensor | None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg import CFG, Compose, Guidance, NoGuidance, Sampler, Schedule, StepTable, solvers
+from fastcfg.keeper import MAX_WORKSPACES
 from fastcfg.noise import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
-from fastcfg.sampler import MAX_WORKSPACES
 
 B, SHAPE = 3, (3, 2, 8, 8)
 
@@ -747,12 +747,25 @@ def test_report_tells_how_the_run_went() -> None:
     sampler = Sampler(rational, TABLES["ddim"], guidance=CFG(3.0, interval=(0.0, 0.5)))
     assert sampler.report() == {}
     sampler.sample(SHAPE, seed=1, **CFG_CONDITIONS)
+    decision = {
+        "graph": "none",
+        "batching": "batched",
+        "reason": "the device is a CPU",
+        "milliseconds": {},
+        "constants": 0,
+    }
     assert sampler.report() == {
         "backend": "reference",
         "graph": "none",
         "graph_reason": "the device is a CPU",
         "rows": 6,
         "branches": [2, 2, 2, 1, 1, 1],
+        "programs": [
+            {**decision, "branches": ("cond", "uncond")},
+            {**decision, "branches": ("cond",)},
+        ],
+        "captures": 1,
+        "recaptured": "",
     }
     eager = Sampler(rational, TABLES["ddim"], graph=False)
     eager.sample(SHAPE, seed=1, cond={"y": CONDITIONS["cond"]})
@@ -787,13 +800,12 @@ def test_memory_is_counted_capped_and_given_back() -> None:
 
 
 def test_the_shape_used_last_is_kept_longest() -> None:
-    model = Affine()
-    sampler = Sampler(model, TABLES["ddim"], guidance=CFG(3.0), graph=True)
+    sampler = Sampler(Affine(), TABLES["ddim"], guidance=CFG(3.0), graph=True)
 
     def recordings(size: int) -> int:
-        before = len(model.seen)
+        before = sampler.report().get("captures", 0)
         sampler.sample((B, 1, size, size), seed=1, **CFG_CONDITIONS)
-        return len(model.seen) - before
+        return sampler.report()["captures"] - before
 
     assert [recordings(size) for size in (4, 5, 6, 7)] == [1] * MAX_WORKSPACES
     assert recordings(4) == 0

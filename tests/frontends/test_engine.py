@@ -9,7 +9,7 @@ import torch
 from golden_data import guided, toy
 from torch import Tensor, nn
 
-from fastcfg import ClassifierFree, Sampler
+from fastcfg import ClassifierFree, Sampler, keeper
 from fastcfg.frontends import accelerate, glide, guided_diffusion
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.sources import _fill_and_skip, cuda_normal_offset, torch_source
@@ -58,8 +58,8 @@ def test_the_engine_keeps_one_sample_of_each_pair(diffusion: glide.SpacedDiffusi
 
 def test_samplers_and_programs_are_kept(diffusion: glide.SpacedDiffusion, monkeypatch: Any) -> None:
     built: list[Any] = []
-    build = Sampler._build
-    monkeypatch.setattr(Sampler, "_build", lambda self, *options: built.append(options) or build(self, *options))
+    build = keeper.Programs
+    monkeypatch.setattr(keeper, "Programs", lambda *arguments: built.append(arguments) or build(*arguments))
 
     def denoised_fn(x0: Tensor) -> Tensor:
         return 0.5 * x0

@@ -1,0 +1,27 @@
+"""Run a fixed program again and again on the same memory, without its Python: as a CUDA graph, or on a CPU through a
+stand-in for graphs.
+
+A program is a function without arguments or result that reads and writes tensors it was built with. `examine` watches
+it run, finds what a graph could not hold, and keeps what it copies from the host; `CudaGraph` and `StandIn` record it,
+and `compare` holds a recording against the program.
+"""
+
+from .comparison import Comparison, compare
+from .cuda import CudaGraph, Pool
+from .errors import CaptureError
+from .examine import Examined, examine
+from .opaque import Opaque, is_compiled
+from .stand_in import StandIn
+
+__all__ = [
+    "CaptureError",
+    "Comparison",
+    "CudaGraph",
+    "Examined",
+    "Opaque",
+    "Pool",
+    "StandIn",
+    "compare",
+    "examine",
+    "is_compiled",
+]

@@ -1,0 +1,72 @@
+"""Hold a recording against the program it was made from: the same bits, and how long each takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Comparison", "compare"]
+
+Program = Callable[[], None]
+
+# Of each, the faster is taken. A run of a large model takes long; one of a small model hardly varies on a device.
+_RUNS = 2
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What running a program and its recording showed.
+
+    Attributes:
+        same: whether both left the same bits, or the program alone does not do that twice.
+        program: seconds of a run.
+        recording: seconds of a replay.
+    """
+
+    same: bool
+    program: float
+    recording: float
+
+
+def compare(program: Program, recording: Program, begin: Program, results: tuple[Tensor, ...]) -> Comparison:
+    """Run both twice from the same state.
+
+    Args:
+        program: what was recorded.
+        recording: its recording.
+        begin: puts the program's memory into the state to begin in.
+        results: what to compare, on one device.
+    """
+    outcomes: dict[str, list[list[Tensor]]] = {"program": [], "recording": []}
+    seconds: dict[str, list[float]] = {"program": [], "recording": []}
+    for _ in range(_RUNS):
+        for name, run in (("program", program), ("recording", recording)):
+            begin()
+            seconds[name].append(_timed(run, results[0].device))
+            outcomes[name].append([tensor.clone() for tensor in results])
+    same = _equal(outcomes["program"][-1], outcomes["recording"][-1]) or not _equal(*outcomes["program"])
+    return Comparison(same, min(seconds["program"]), min(seconds["recording"]))
+
+
+def _timed(run: Program, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    return all(
+        torch.equal(*(tensor.contiguous().view(torch.uint8) for tensor in pair)) for pair in zip(a, b, strict=True)
+    )

@@ -1,0 +1,139 @@
+"""CUDA graphs and the memory they share."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import CaptureError, describe, failing_place
+
+if TYPE_CHECKING:
+    from .examine import Examined
+
+__all__ = ["CudaGraph", "Pool", "on_side_stream"]
+
+# torch captures on one stream for all, and a device-wide wait (torch.cuda.graph begins with one) would break a capture
+# that is under way in another thread.
+_CAPTURING = threading.RLock()
+
+
+class Pool:
+    """The memory that one owner's graphs share. They may be replayed on any stream, but one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._handle: Any = None
+        self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
+        self._stream: torch.cuda.Stream | None = None
+
+    def admit(self, graph: CudaGraph) -> Any:
+        """The handle for a new graph. A handle whose graphs are all gone cannot be used again."""
+        if not len(self._graphs):
+            self._handle = torch.cuda.graph_pool_handle()
+        self._graphs.add(graph)
+        return self._handle
+
+    def expel(self, graph: CudaGraph) -> None:
+        """Forget a graph whose capture failed: it holds no memory."""
+        self._graphs.discard(graph)
+
+    def follow(self) -> None:
+        """Have the current stream wait for the last one that used the memory, if that was another."""
+        stream = torch.cuda.current_stream()
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def nbytes(self) -> int:
+        """Bytes the allocator has set aside for the pool."""
+        if not len(self._graphs):
+            return 0
+        segments = torch.cuda.memory_snapshot()
+        return sum(part["total_size"] for part in segments if tuple(part["segment_pool_id"]) == tuple(self._handle))
+
+
+class CudaGraph:
+    """Programs captured once, one after the other; calling the object replays them.
+
+    Args:
+        programs: runs of one program, which has run before: a capture can initialise nothing.
+        examined: what is known of it.
+        pool: the memory it shares with other graphs.
+
+    Raises:
+        CaptureError: the program does something a graph cannot hold.
+    """
+
+    def __init__(self, programs: Sequence[Callable[[], None]], examined: Examined, pool: Pool) -> None:
+        # The graph does not own the tensors it reads.
+        self._programs, self._examined = programs, examined
+        self._pool = pool
+        self._graph = torch.cuda.CUDAGraph()
+        # Not cached: a cast of a weight would be read at replay instead of the weight.
+        cached, outer = torch.is_autocast_cache_enabled(), sys.exc_info()[1]
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with _CAPTURING:
+                self._capture()
+        except BaseException as error:
+            pool.expel(self)
+            first = _first(error, outer)
+            if not isinstance(first, RuntimeError):
+                raise first from None  # an interrupt, or the model's own
+            raise CaptureError(_reason(first)) from error
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def _capture(self) -> None:
+        # Thread-local: another thread that queries CUDA, a progress display say, must not break the capture.
+        capture = torch.cuda.graph(self._graph, pool=self._pool.admit(self), capture_error_mode="thread_local")
+        with capture, self._examined.reused() as constants:
+            for program in self._programs:
+                constants.restart()
+                program()
+
+    def __call__(self) -> None:
+        """Enqueue the captured work on the current stream."""
+        with self._pool.lock:
+            self._pool.follow()
+            self._graph.replay()
+
+
+def _first(error: BaseException, outer: BaseException | None) -> BaseException:
+    """What went wrong first: ending a broken capture raises a second error over it.
+
+    Args:
+        error: what was caught.
+        outer: what was being handled before the capture began.
+    """
+    while error.__context__ not in (None, outer) and not isinstance(error, CaptureError):
+        error = error.__context__
+    return error
+
+
+def _reason(error: RuntimeError) -> str:
+    if isinstance(error, CaptureError):
+        return str(error)
+    return f"{str(error).partition(chr(10))[0]}{describe(failing_place(error.__traceback__))}"
+
+
+@contextmanager
+def on_side_stream(device: torch.device) -> Iterator[None]:
+    """Run on a stream of its own, in order with the current one; on a CPU, just run."""
+    if device.type != "cuda":
+        yield
+        return
+    current = torch.cuda.current_stream(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(current)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        current.wait_stream(side)

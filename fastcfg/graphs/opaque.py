@@ -1,0 +1,45 @@
+"""Compiled models, whose operations a recording cannot see."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch.nn import Module
+
+__all__ = ["Opaque", "is_compiled", "recording"]
+
+_THREAD = threading.local()
+
+
+class Opaque:
+    """A function that a stand-in records whole, instead of the operations it dispatches."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        record = getattr(_THREAD, "record", None)
+        return self._function(*args, **kwargs) if record is None else record(self._function, args, kwargs)
+
+
+class recording:  # noqa: N801
+    """Context in which `Opaque` functions are handed to `record(function, args, kwargs)`, which returns the result."""
+
+    def __init__(self, record: Callable[..., Any]) -> None:
+        self._record = record
+
+    def __enter__(self) -> None:
+        _THREAD.record = self._record
+
+    def __exit__(self, *error: object) -> None:
+        _THREAD.record = None
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether torch.compile made a function, a module or one of its parts."""
+    if hasattr(function, "_torchdynamo_orig_callable") or hasattr(function, "_orig_mod"):
+        return True
+    modules = function.modules() if isinstance(function, Module) else ()
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules)

@@ -1,0 +1,70 @@
+"""What a graph does, on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .modes import DispatchMode
+from .opaque import recording
+
+__all__ = ["StandIn"]
+
+
+class StandIn:
+    """A program's operations, recorded once with the very tensors they touched, and replayed.
+
+    Python does not run again at replay, results land in the tensors of the recording, and whatever the program reads
+    through anything but its tensors is stale: the mistakes that break a captured program break this one too.
+
+    Args:
+        programs: what to record, one after the other (running each).
+    """
+
+    def __init__(self, programs: Sequence[Callable[[], None]]) -> None:
+        recorder = _Recorder()
+        with recording(recorder.record), recorder:
+            for program in programs:
+                program()
+        self._calls = recorder.calls
+
+    def __call__(self) -> None:
+        """Repeat the recorded operations."""
+        with torch.no_grad():
+            for function, args, kwargs, outputs in self._calls:
+                results = tree_leaves(function(*args, **kwargs))
+                for recorded, result in zip(outputs, results, strict=True):
+                    if isinstance(recorded, Tensor) and not _same_memory(recorded, result):
+                        recorded.copy_(result)
+
+
+class _Recorder(DispatchMode):
+    """Keeps every call with its arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._keep(function, args, kwargs or {}, function(*args, **(kwargs or {})))
+
+    def record(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function whose own operations are not to be recorded."""
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        return self._keep(function, args, kwargs, result)
+
+    def _keep(self, function: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        # Argument containers are copied: callers may reuse their lists.
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
+        self.calls.append((function, args, kwargs, tree_leaves(result)))
+        return result
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

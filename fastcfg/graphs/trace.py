@@ -1,0 +1,130 @@
+"""What a program asks of the host, seen by the dispatcher while it runs once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .errors import Place, calling_place, describe
+from .modes import Constant, DispatchMode, copied_operands, digest, operation_name, tensors_in
+
+__all__ = ["Trace"]
+
+# Operations that read from the device and wait for it. Whatever ends on the host does as well.
+_READS = {
+    *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_linalg_check_errors"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
+}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+@dataclass(frozen=True)
+class _Event:
+    """One operation on the device: what a graph would keep of it, and the line that asked for it."""
+
+    operation: str
+    arguments: tuple[str, ...]
+    place: Place | None
+
+    def __str__(self) -> str:
+        return self.operation + describe(self.place)
+
+
+class Trace(DispatchMode):
+    """Follows a program's operations on a device.
+
+    On a CPU, which stands in for a device, everything that exists before the program runs counts as the device's, and
+    so does what is computed from it; what is made from numbers alone counts as the host's.
+
+    Args:
+        device: where the program works.
+
+    Attributes:
+        constants: what the program copied to the device, in order.
+        reads: descriptions of the operations that a graph cannot hold: they read from the device, mostly.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.constants: list[Constant] = []
+        self.reads: list[str] = []
+        self._device = device
+        self._events: list[_Event] = []
+        # By address: what the host made, held so that its memory is not used again.
+        self._made: dict[int, Tensor] = {}
+
+    def difference(self, other: Trace) -> str:
+        """The first operation in which another run of the program was not the same; empty if none was."""
+        for mine, its in zip(self._events, other._events, strict=False):
+            if mine.operation != its.operation:
+                return f"{its} in place of {mine}"
+            if mine.arguments != its.arguments:
+                old, new = next(
+                    pair for pair in zip(mine.arguments, its.arguments, strict=False) if len(set(pair)) == 2
+                )
+                return f"{mine} with {new} in place of {old}"
+        longer = max(self._events, other._events, key=len)
+        shorter = min(self._events, other._events, key=len)
+        return f"{longer[len(shorter)]} in some steps only" if len(longer) > len(shorter) else ""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = tensors_in((args, kwargs))
+        if operation_name(function) == "lift_fresh" and self._device.type == "cpu":
+            # What torch.tensor has made of numbers, unseen.
+            self._made.update((_address(tensor), tensor) for tensor in operands)
+        hosts = [tensor for tensor in operands if self._is_hosts(tensor)]
+        # Taken before the call, which may write to its operands.
+        copied = [Constant(digest(t), t.to(self._device)) for t in copied_operands(function, args, kwargs)]
+        digests = {id(t): digest(t) for t in hosts} if copied or len(hosts) < len(operands) else {}
+        result = function(*args, **kwargs)
+        results = tensors_in(result)
+        if self._concerns_device(function, operands, hosts, results):
+            arguments = tuple(_kept(leaf, digests) for leaf in tree_leaves((args, kwargs)))
+            event = _Event(str(function), arguments, calling_place())
+            self._events.append(event)
+            self.constants += copied
+            if len(hosts) < len(operands) and self._reads(function, operands, results):
+                self.reads.append(f"{event} reads from the device")
+            if event.operation == "aten.lift_fresh.default":
+                self.reads.append(f"{event} copies numbers to the device, unseen in compiled code")
+        return result
+
+    def _is_hosts(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and (self._device.type != "cpu" or _address(tensor) in self._made)
+
+    def _concerns_device(self, function: Any, operands: Any, hosts: Any, results: list[Tensor]) -> bool:
+        """Whether an operation has to do with the device. On a CPU it notes what the host has made otherwise."""
+        if self._device.type != "cpu":
+            return any(tensor.device.type != "cpu" for tensor in (*operands, *results))
+        if len(hosts) < len(operands) or torch.Tag.nondeterministic_seeded in function.tags:
+            for tensor in results:
+                self._made.pop(_address(tensor), None)
+            return True
+        self._made.update((_address(tensor), tensor) for tensor in results)
+        return False
+
+    def _reads(self, function: Any, operands: list[Tensor], results: list[Tensor]) -> bool:
+        """Whether an operation on the device keeps the host waiting."""
+        name = operation_name(function)
+        if name in _INDEXING:
+            # A mask is turned into indices, whose number the host must know.
+            return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in operands[1:])
+        if name == "repeat_interleave":
+            return len(operands) == 1 or function._overloadname == "self_Tensor"
+        return name in _READS or (self._device.type != "cpu" and any(t.device.type == "cpu" for t in results))
+
+
+def _kept(leaf: Any, digests: dict[int, str]) -> str:
+    """What a graph keeps of an argument: numbers, layouts, and the contents of the host's tensors."""
+    if isinstance(leaf, Tensor):
+        return digests.get(id(leaf)) or f"{leaf.dtype}{list(leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, int | float | complex | str | torch.dtype | None) else type(leaf).__name__
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,261 @@
+"""What is run at every row: "model call, then fused step", eagerly or as a graph, whichever is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
+from .hooks import ClassifierGradient, DenoisedOutput
+from .ops import GuidedStep, QuantileBound
+from .step import StepSpec
+from .table import COLUMNS, StepTable
+from .workspace import NO_CAPTURE, Options, Workspace
+
+__all__ = ["Decision", "Programs"]
+
+Program = Callable[[], None]
+Branches = tuple[int, ...]
+
+# A graph takes memory, and one forward per branch rounds otherwise than one for all: what is not the first choice must
+# be measurably faster.
+_WORTH = 0.98
+# Where a graph saves more than this, the time goes into launches: twice as many are not tried.
+_LAUNCH_BOUND = 0.9
+
+
+@dataclass
+class Decision:
+    """How the rows of a set of branches are run, and why.
+
+    Attributes:
+        branches: their names.
+        graph: "cuda", "stand-in" or "none".
+        batching: "batched" (one forward for all branches) or "serial" (one for each).
+        reason: why there is no graph; empty where there is one.
+        milliseconds: of a row, by "eager" or "graph" and batching, where they were measured.
+        constants: how many tensors the model copies from the host in every call, and the graph does not.
+    """
+
+    branches: tuple[str, ...]
+    graph: str = "none"
+    batching: str = "batched"
+    reason: str = ""
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    constants: int = 0
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One way to run a row; `record` is None for an eager one."""
+
+    batching: str
+    program: Program
+    seconds: float = 0.0
+    record: Callable[[list[Program]], Program] | None = None
+    constants: int = 0
+
+
+class Programs:
+    """The programs of a workspace, for each set of branches that some row evaluates.
+
+    Args:
+        workspace: the memory they work on.
+        model: as `Sampler`, compiled where that is asked for.
+        pool: the memory of CUDA graphs.
+
+    Attributes:
+        decisions: by branches, how their rows are run.
+        problem: why the model could not be captured; empty if nothing failed.
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, workspace: Workspace, model: Callable[..., Any], pool: Pool) -> None:
+        self._workspace, self._options, self._pool = workspace, workspace.options, pool
+        self._compiled = is_compiled(model)
+        self._model = Opaque(model) if self._compiled else model
+        self._gradient: ClassifierGradient | None = None
+        if (cond_fn := self._options.cond_fn.value) is not None:
+            self._gradient = ClassifierGradient(cond_fn, workspace.buffers, workspace.classifier_keywords)
+        self._single: dict[Branches, Program] = {}
+        self._repeated: dict[Branches, Program] = {}
+        self.decisions: dict[Branches, Decision] = {}
+        self.problem = ""
+        # Largest first: the smaller graphs then fit into its memory.
+        for active in sorted(workspace.branch_sets, key=len, reverse=True):
+            self._decide(active)
+
+    def single(self, active: Branches) -> Program:
+        """One row of a set of branches."""
+        return self._single[active]
+
+    def schedule(self, active: tuple[Branches, ...]) -> list[tuple[int, int, Program]]:
+        """A whole run as (first row, number of rows, program).
+
+        Args:
+            active: the branches of every row.
+        """
+        runs: list[tuple[int, int, Program]] = []
+        row, count = 0, self._options.repeat
+        while row < len(active):
+            branches = active[row]
+            if branches in self._repeated and active[row : row + count] == (branches,) * count:
+                runs.append((row, count, self._repeated[branches]))
+            else:
+                runs.append((row, 1, self._single[branches]))
+            row += runs[-1][1]
+        return runs
+
+    def _decide(self, active: Branches) -> None:
+        """Choose how a set of branches is run."""
+        options = self._options
+        decision = self.decisions[active] = Decision(tuple(options.branches[k] for k in active))
+        one = len(active) == 1
+        choices = self._choices(active, "serial" if options.batching == "serial" and not one else "batched", decision)
+        undecided = options.capture == "timed" and options.batching == "auto" and not one
+        if undecided and len(choices) == 2 and choices[1].seconds > _LAUNCH_BOUND * choices[0].seconds:
+            choices += self._choices(active, "serial", decision)
+        best = choices[0]
+        for choice in choices[1:]:
+            if options.capture == "always" or choice.seconds < _WORTH * best.seconds:
+                best = choice
+        decision.batching, decision.constants = best.batching, best.constants
+        self._single[active] = best.program
+        if best.record is not None:
+            decision.graph = "cuda" if options.device.type == "cuda" else "stand-in"
+            if options.repeat > 1:
+                slots = range(options.repeat)
+                self._repeated[active] = best.record([self._eager(active, best.batching, slot) for slot in slots])
+        elif len(choices) > 1:
+            decision.reason = "eager is as fast"
+
+    def _choices(self, active: Branches, batching: str, decision: Decision) -> list[_Choice]:
+        """Eagerly, and as a graph if that is wanted and can be."""
+        eager = self._eager(active, batching)
+        if self._options.capture in NO_CAPTURE:
+            decision.reason = NO_CAPTURE[self._options.capture]
+            return [_Choice(batching, eager)]
+        workspace, rows = self._workspace, self._options.table.num_rows
+        first, last = partial(workspace.rehearse, 0), partial(workspace.rehearse, rows - 1)
+        try:
+            examined = examine(eager, (first, last), self._options.device, compiled=self._compiled)
+            record = partial(self._record, examined)
+            graph = record([eager])
+            results = (workspace.buffers.x, workspace.buffers.model_input)
+            compared = compare(eager, graph, last, results)  # type: ignore[arg-type]
+            if not compared.same:
+                raise CaptureError("a replay gives other numbers than the model")
+        except CaptureError as error:
+            self.problem = self.problem or str(error)
+            decision.reason = f"cannot be captured: {error}"
+            return [_Choice(batching, eager)]
+        if self._options.capture == "timed":
+            decision.milliseconds[f"eager {batching}"] = compared.program * 1e3
+            decision.milliseconds[f"graph {batching}"] = compared.recording * 1e3
+        return [
+            _Choice(batching, eager, compared.program),
+            _Choice(batching, graph, compared.recording, record, len(examined.constants)),
+        ]
+
+    def _record(self, examined: Any, programs: list[Program]) -> Program:
+        if self._options.device.type == "cuda":
+            return CudaGraph(programs, examined, self._pool)
+        self._workspace.rehearse(0)
+        return StandIn(programs)
+
+    def _eager(self, active: Branches, batching: str, slot: int = 0) -> Program:
+        """A row as a program.
+
+        Args:
+            active: the branches evaluated.
+            batching: "batched" or "serial".
+            slot: which of the noise buffers it reads.
+        """
+        workspace, options = self._workspace, self._options
+        branch_set = workspace.branch_sets[active]
+        spec = step_spec(options, active)
+        buffers = replace(workspace.buffers, weights=branch_set.weights)
+        if workspace.noises is not None:
+            buffers.noise = workspace.noises[slot]
+        denoised, agreement = None, workspace.agreement if len(active) > 1 else None
+        if options.denoised_fn.value is not None:
+            denoised = DenoisedOutput(options.denoised_fn.value, spec, buffers, options.backend)
+            spec = replace(spec, branches=1, base=None, conditional=0)
+            table = takes_x0(options.table).on(options.device, options.state_dtype)
+            buffers = replace(buffers, weights=None, table=table)
+        bound = QuantileBound(options.threshold, spec, buffers, options.backend) if options.threshold else None
+        step = GuidedStep(spec, buffers, options.backend)
+        call, gradient = self._model_call(active, batching), self._gradient
+
+        # Memory that the model or the step allocates in inference mode could not be written to outside it later.
+        @torch.inference_mode(False)
+        @torch.no_grad()
+        def program() -> None:
+            output = call()
+            if agreement is not None:
+                agreement(output)
+            if denoised is not None:
+                output = denoised(output)
+            if bound is not None:
+                bound(output)
+            if gradient is not None:
+                gradient()
+            step(output)
+
+        return program
+
+    def _model_call(self, active: Branches, batching: str) -> Callable[[], Tensor]:
+        """The model on its buffers: () -> [n*B, C or 2C, ...]."""
+        workspace, model = self._workspace, self._model
+        batch, packed = len(workspace.buffers.x), workspace.branch_sets[active].packed
+        calls = []
+        # Every slot holds the same input, so any subset of the branches takes the first ones.
+        size = batch if batching == "serial" else len(active) * batch
+        for start in range(0, len(active) * batch, size):
+            part = slice(start, start + size)
+            keywords = {name: value[part] for name, value in packed.items()} | dict(workspace.shared)
+            buffers = workspace.buffers
+            calls.append(partial(model, buffers.model_input[part], buffers.time[part], **keywords))  # type: ignore[index]
+
+        def call() -> Tensor:
+            outputs = [call() for call in calls]
+            first, *others = [output[0] if isinstance(output, tuple) else output for output in outputs]
+            return torch.cat([first, *others]) if others else first
+
+        return call
+
+
+def step_spec(options: Options, active: Branches) -> StepSpec:
+    """The step of a set of branches."""
+    table = options.table
+
+    def position(branch: int | None) -> int | None:
+        return active.index(branch) if branch in active else None
+
+    return StepSpec(
+        branches=len(active),
+        base=position(options.base) if len(active) > 1 else None,
+        conditional=position(options.conditional) or 0,
+        unconditional=position(options.unconditional) if table.uses_unconditional else None,
+        learned_variance=table.learned_variance,
+        raw_output=table.uses_raw_output,
+        gradient=options.cond_fn.value is not None,
+        history=table.num_history,
+        clip=options.clip or options.threshold is not None,
+        rescale=options.threshold is not None,
+        noise=options.noise,
+        keep_x0=options.keep_x0,
+    )
+
+
+def takes_x0(table: StepTable) -> StepTable:
+    """The same solver for a model output that is x0 already."""
+    rows = table.rows.copy()
+    rows[:, COLUMNS.index("p_x")], rows[:, COLUMNS.index("p_m")] = 0, 1
+    return replace(table, rows=rows)

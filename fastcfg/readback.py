@@ -1,0 +1,64 @@
+"""Values of a run on the host, without holding the device up: copied on a stream of their own, read one row later."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pace", "Readback"]
+
+
+class Readback:
+    """One tensor's way to the host.
+
+    `push` takes the tensor's value in the order of the current stream; `take`, called when more work has been enqueued,
+    waits until that value has arrived. The device has work meanwhile.
+
+    Args:
+        like: what is going to be pushed: shape, dtype and device.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        on_gpu = like.device.type == "cuda"
+        self._staged = torch.empty_like(like, memory_format=torch.contiguous_format)
+        self._arrived = torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu)
+        self._stream: Any = torch.cuda.Stream(like.device) if on_gpu else None
+        # Blocking: a host that waits does not spin.
+        self._staging, self._arrival = (torch.cuda.Event(blocking=True) if on_gpu else None for _ in range(2))
+
+    def push(self, tensor: Tensor) -> None:
+        """Send a value on its way. The one before must have been taken."""
+        self._staged.copy_(tensor)
+        if self._stream is None:
+            self._arrived.copy_(self._staged)
+            return
+        self._staging.record()  # type: ignore[union-attr]
+        self._stream.wait_event(self._staging)
+        with torch.cuda.stream(self._stream):
+            self._arrived.copy_(self._staged, non_blocking=True)
+            self._arrival.record()  # type: ignore[union-attr]
+
+    def take(self) -> Tensor:
+        """The value pushed last, the caller's own."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return self._arrived.clone()
+
+
+class Pace:
+    """Keeps the host at most one row ahead of the device, so that a progress bar tells of work done."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if on_gpu else []
+        self._row = 0
+
+    def after_row(self) -> None:
+        """A row was enqueued: wait for the one before it."""
+        if self._events:
+            self._events[self._row % 2].record()
+            self._row += 1
+            if self._row > 1:
+                self._events[self._row % 2].synchronize()

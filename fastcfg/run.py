@@ -1,0 +1,196 @@
+"""One run: the loop over the rows, and what looks on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guidance import GuidancePlan
+from .programs import Program, Programs
+from .readback import Pace, Readback
+from .sources import NoiseSource
+from .table import StepTable
+from .workspace import Workspace
+
+__all__ = ["Preview", "Previews", "ProgressBar", "Run", "Step"]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a callback or `Sampler.iterate` sees after each model evaluation.
+
+    Attributes:
+        row: index of the table's row just executed, 0 first.
+        rows: their number.
+        step: the step of the run it belongs to.
+        t: the time the model was called with.
+        x: the state after it, [B, C, ...] (a copy, the caller's own).
+        x0: the predicted x0, likewise.
+    """
+
+    row: int
+    rows: int
+    step: int
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """What a preview function sees, one row after it was computed.
+
+    Attributes:
+        row, rows, step, t: as `Step`.
+        x0: the predicted x0 in the host's memory, [B, C, ...] in the state's dtype: the caller's own.
+    """
+
+    row: int
+    rows: int
+    step: int
+    t: float
+    x0: Tensor
+
+
+class Run:
+    """A prepared run.
+
+    Args:
+        workspace: its memory, at the start of the run.
+        programs: of the workspace.
+        plan: of the guidance.
+        table: the solver's.
+        source: of the noise.
+        finished: called at the end, however it comes about.
+
+    Attributes:
+        branches: how many branches each row so far has evaluated.
+        result: after the last row, the samples: the caller's own.
+    """
+
+    result: Tensor
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        programs: Programs,
+        plan: GuidancePlan,
+        table: StepTable,
+        source: NoiseSource,
+        finished: Callable[[Run], None],
+    ) -> None:
+        self.workspace, self.table = workspace, table
+        self.branches: list[int] = []
+        self._programs, self._plan, self._source, self._finished = programs, plan, source, finished
+
+    def rows(self) -> Iterator[int]:
+        """Execute, yielding the index of the last row of each program when it is enqueued."""
+        noises, fill = self.workspace.noises, self._source.fill
+        if noises is None and not self._source.always:
+            fill = None
+        try:
+            for first, count, program in self._schedule():
+                if fill is not None:
+                    with torch.no_grad():
+                        for slot in range(count):
+                            fill(first + slot, None if noises is None else noises[slot])
+                program()
+                yield first + count - 1
+            # Before the memory is given back: another thread may take it at once.
+            self.result = self.workspace.buffers.x.clone()
+        finally:
+            self._finished(self)
+
+    def step(self, row: int) -> Step:
+        """The state now, after a row."""
+        buffers = self.workspace.buffers
+        return Step(*self.place(row), x=buffers.x.clone(), x0=buffers.x0.clone())  # type: ignore[union-attr]
+
+    def place(self, row: int) -> tuple[int, int, int, float]:
+        """A row's index, the number of rows, its step and its time."""
+        return row, self.table.num_rows, int(self.table.steps[row]), float(self.table["t"][row])
+
+    def _schedule(self) -> Iterator[tuple[int, int, Program]]:
+        """What to run, as (first row, number of rows, program)."""
+        if self._plan.threshold is not None:
+            return self._adaptive_schedule()
+        self.branches = [len(active) for active in self._plan.active]
+        return iter(self._programs.schedule(self._plan.active))
+
+    def _adaptive_schedule(self) -> Iterator[tuple[int, int, Program]]:
+        """Row by row, with the branches that are left."""
+        agreement = self.workspace.agreement
+        done = Readback(agreement.done)  # type: ignore[union-attr]
+        sent = all_agree = False
+        for row, planned in enumerate(self._plan.active):
+            active = self._plan.alone if all_agree else planned
+            self.branches.append(len(active))
+            yield row, 1, self._programs.single(active)
+            # This row is enqueued: the decision on the one before may be waited for, and acts on the next.
+            all_agree = all_agree or (sent and bool(done.take()))
+            if sent := len(active) > 1 and not all_agree:
+                done.push(agreement.done)  # type: ignore[union-attr]
+
+
+class Previews:
+    """Hands every n-th row's x0, and the last one's, to a function when the next row is enqueued.
+
+    Args:
+        run: the run.
+        function: takes a `Preview`.
+        every: n.
+    """
+
+    def __init__(self, run: Run, function: Callable[[Preview], object], every: int) -> None:
+        self._run, self._function, self._every = run, function, every
+        self._readback = Readback(run.workspace.buffers.x0)  # type: ignore[arg-type]
+        self._sent: int | None = None
+
+    def after_row(self, row: int) -> None:
+        """Deliver what the row before has left, and send this one's on its way."""
+        self.deliver()
+        if row % self._every == 0 or row == self._run.table.num_rows - 1:
+            self._readback.push(self._run.workspace.buffers.x0)  # type: ignore[arg-type]
+            self._sent = row
+
+    def deliver(self) -> None:
+        """Hand over what is on its way."""
+        if self._sent is not None:
+            row, self._sent = self._sent, None
+            self._function(Preview(*self._run.place(row), x0=self._readback.take()))
+
+
+class ProgressBar:
+    """tqdm's, counting rows that the device has done but for the last.
+
+    Args:
+        run: the run.
+        shown: whether there is one at all.
+    """
+
+    def __init__(self, run: Run, shown: bool) -> None:
+        self._bar: Any = None
+        if shown:
+            from tqdm.auto import tqdm
+
+            self._bar = tqdm(total=run.table.num_rows, unit="step")
+            self._pace = Pace(run.workspace.options.device)
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def after_row(self, row: int) -> None:
+        """Show that a row was enqueued and the one before it is done."""
+        self._pace.after_row()
+        self._bar.update(row + 1 - self._bar.n)
+
+    def __bool__(self) -> bool:
+        return self._bar is not None
