@@ -1,8 +1,10 @@
-"""The pretend device keeps CUDA's rules, gives the CPU's bits, and sees what crosses."""
+"""The pretend device keeps CUDA's rules, gives the CPU's bits, and sees what networks carry across."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +14,11 @@ from pretend_gpu import TO_DEVICE, TO_HOST, Crossing, PretendGpu, PretendTensor
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastcfg.models import EncoderUNetModel, SuperResText2ImUNet, Text2ImUNet, UNetModel
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU where there is none")
 
+EMBEDDING = Crossing(TO_DEVICE, "_to_copy")  # of the originals' timestep embedding, whose frequencies are the host's
 CAPTURE_FAILS = "operation not permitted when stream is capturing"
 
 
@@ -391,3 +396,155 @@ def test_weights_are_loaded_from_the_host(gpu):
     assert gpu.crossings == [Crossing(TO_DEVICE, "copy_")] * 4
     check_tied(moved)
     assert torch.equal(gpu.host(moved.first.weight), source.first.weight)
+
+
+# Whole networks
+
+SMALL = {
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 6,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+}
+CLASSES = torch.tensor([1, 2])
+TOKENS = {"tokens": torch.arange(24).view(2, 12) % 20, "mask": torch.arange(12) < torch.tensor([[5], [12]])}
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def unet(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return fill(kind(image_size=8, **{**SMALL, **options}))
+
+
+def text_unet(kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return fill(kind(12, 32, 1, 2, True, SimpleNamespace(n_vocab=20), xf_padding=True, **SMALL, **options))
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Random weights where a new network has zeros, which hide the rest, or nothing in particular."""
+    for name, parameter in model.named_parameters():
+        if not parameter.any() or name.endswith("_embedding"):
+            nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
+def run(gpu: PretendGpu, model: nn.Module, **conditioning: Tensor) -> tuple[Tensor, list[Crossing]]:
+    """What a network on the device returns, and its crossings."""
+    x, times = gpu.tensor(randn(2, 3, 8, 8)), gpu.tensor(torch.tensor([3, 700]))
+    on_device = {name: gpu.tensor(value) for name, value in conditioning.items()}
+    before = len(gpu.crossings)
+    with torch.no_grad():
+        output = model(x, times, **on_device)
+    return gpu.host(output), gpu.crossings[before:]
+
+
+def run_on_cpu(model: nn.Module, **conditioning: Tensor) -> Tensor:
+    with torch.no_grad():
+        output = model(randn(2, 3, 8, 8), torch.tensor([3, 700]), **conditioning)
+    assert output.std() > 0.05
+    return output
+
+
+@pytest.mark.parametrize(
+    ("build", "conditioning"),
+    [
+        (lambda: unet(UNetModel, num_classes=10), {"y": CLASSES}),
+        (lambda: unet(UNetModel, resblock_updown=True, use_scale_shift_norm=True, num_head_channels=16), {}),
+        (lambda: unet(EncoderUNetModel, pool="attention", num_head_channels=32), {}),
+        (lambda: text_unet(Text2ImUNet), TOKENS),
+        (lambda: text_unet(SuperResText2ImUNet), {**TOKENS, "low_res": randn(2, 3, 4, 4)}),
+    ],
+)
+def test_our_networks_cross_nothing(build, conditioning):
+    model = build()
+    expected = run_on_cpu(model, **conditioning)
+    with PretendGpu() as gpu:
+        gpu.capturing = True
+        output, crossings = run(gpu, gpu.module(model), **conditioning)
+    assert torch.equal(output, expected)
+    assert crossings == []
+
+
+def embed_as_the_originals(timesteps: Tensor, dim: int, max_period: int = 10000) -> Tensor:
+    half = dim // 2
+    index = torch.arange(start=0, end=half, dtype=torch.float32)
+    frequencies = torch.exp(-math.log(max_period) * index / half).to(device=timesteps.device)
+    angles = timesteps[:, None].float() * frequencies[None]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def test_the_originals_embedding_copies_from_the_host_in_every_call(gpu):
+    timesteps = torch.tensor([0, 3, 700])
+    on_device, expected = gpu.tensor(timesteps), embed_as_the_originals(timesteps, 32)
+    assert gpu.crossings == []
+    for calls in (1, 2):
+        assert torch.equal(gpu.host(embed_as_the_originals(on_device, 32)), expected)
+        assert gpu.crossings == [EMBEDDING] * calls
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match=CAPTURE_FAILS):
+        embed_as_the_originals(on_device, 32)
+
+
+# The originals' networks
+
+
+def check_crosses_once(model: nn.Module, **conditioning: Tensor) -> None:
+    expected = run_on_cpu(model, **conditioning)
+    with PretendGpu() as gpu:
+        moved = gpu.module(model)
+        for _ in range(2):
+            output, crossings = run(gpu, moved, **conditioning)
+            assert torch.equal(output, expected)
+            assert crossings == [EMBEDDING]
+        gpu.capturing = True
+        with pytest.raises(RuntimeError, match=CAPTURE_FAILS):
+            run(gpu, moved, **conditioning)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "conditioning"),
+    [
+        ("UNetModel", {"num_classes": 10}, {"y": CLASSES}),
+        ("UNetModel", {"resblock_updown": True, "use_scale_shift_norm": True, "use_fp16": True}, {}),
+        ("SuperResModel", {}, {"low_res": randn(2, 3, 4, 4)}),
+        ("EncoderUNetModel", {"pool": "attention", "num_head_channels": 32}, {}),
+    ],
+)
+def test_guided_diffusion(kind, options, conditioning):
+    module = pytest.importorskip("guided_diffusion.unet", reason="guided-diffusion is not on the path")
+    model = unet(getattr(module, kind), **options)
+    if "use_fp16" in options:
+        model.convert_to_fp16()
+    check_crosses_once(model, **conditioning)
+
+
+@pytest.mark.parametrize(
+    ("kind", "conditioning"),
+    [
+        ("Text2ImUNet", {}),
+        ("SuperResText2ImUNet", {"low_res": randn(2, 3, 4, 4)}),
+        ("InpaintText2ImUNet", {"inpaint_image": randn(2, 3, 8, 8), "inpaint_mask": torch.ones(2, 1, 8, 8)}),
+    ],
+)
+def test_glide(kind, conditioning):
+    module = pytest.importorskip("glide_text2im.text2im_model", reason="glide-text2im is not on the path")
+    check_crosses_once(text_unet(getattr(module, kind)), **TOKENS, **conditioning)
+
+
+def test_glide_compares_text_with_its_cache():
+    module = pytest.importorskip("glide_text2im.text2im_model", reason="glide-text2im is not on the path")
+    model = text_unet(module.Text2ImUNet, cache_text_emb=True)
+    expected = run_on_cpu(model, **TOKENS)
+    model.del_cache()
+    with PretendGpu() as gpu:
+        moved = gpu.module(model)
+        for expected_crossings in ([EMBEDDING], [EMBEDDING, Crossing(TO_HOST, "_local_scalar_dense")]):
+            output, crossings = run(gpu, moved, **TOKENS)
+            assert torch.equal(output, expected)
+            assert crossings == expected_crossings
