@@ -78,8 +78,7 @@ class Programs:
     @torch.no_grad()
     def __init__(self, workspace: Workspace, model: Callable[..., Any], pool: Pool) -> None:
         self._workspace, self._options, self._pool = workspace, workspace.options, pool
-        self._compiled = is_compiled(model)
-        self._model = Opaque(model) if self._compiled else model
+        self._model = Opaque(model) if is_compiled(model) else model
         self._gradient: ClassifierGradient | None = None
         if (cond_fn := self._options.cond_fn.value) is not None:
             self._gradient = ClassifierGradient(cond_fn, workspace.buffers, workspace.classifier_keywords)
@@ -144,7 +143,7 @@ class Programs:
         workspace, rows = self._workspace, self._options.table.num_rows
         first, last = partial(workspace.rehearse, 0), partial(workspace.rehearse, rows - 1)
         try:
-            examined = examine(eager, (first, last), self._options.device, compiled=self._compiled)
+            examined = examine(eager, (first, last), self._options.device)
             record = partial(self._record, examined)
             graph = record([eager])
             results = (workspace.buffers.x, workspace.buffers.model_input)
@@ -164,9 +163,9 @@ class Programs:
         ]
 
     def _record(self, examined: Any, programs: list[Program]) -> Program:
+        self._workspace.rehearse(0)
         if self._options.device.type == "cuda":
             return CudaGraph(programs, examined, self._pool)
-        self._workspace.rehearse(0)
         return StandIn(programs)
 
     def _eager(self, active: Branches, batching: str, slot: int = 0) -> Program:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from .cuda import on_side_stream
 from .errors import CaptureError
-from .modes import Constant, ReuseConstants, VisibleCopies
+from .modes import Constant, ReuseConstants, visible_copies
 from .trace import Trace
 
 __all__ = ["Examined", "examine"]
@@ -22,18 +22,15 @@ class Examined:
 
     Attributes:
         constants: what it copies from the host in one run, in order.
-        compiled: whether it contains code that torch.compile made. `torch.tensor(numbers, device=...)` copies unseen
-            there.
     """
 
     constants: tuple[Constant, ...] = ()
-    compiled: bool = False
 
     @contextmanager
     def reused(self) -> Iterator[ReuseConstants]:
         """Context in which the program takes its constants from the device."""
         reuse = ReuseConstants(self.constants)
-        with visible_copies(self.compiled), reuse:
+        with visible_copies(), reuse:
             yield reuse
 
 
@@ -41,8 +38,6 @@ def examine(
     program: Callable[[], None],
     states: tuple[Callable[[], None], Callable[[], None]],
     device: torch.device,
-    *,
-    compiled: bool = False,
 ) -> Examined:
     """Run a program three times and compare the last two, which begin in different states.
 
@@ -54,7 +49,6 @@ def examine(
         program: what is to be captured.
         states: functions that put the program's memory into the states to begin in: two times far apart.
         device: where it works.
-        compiled: whether the program contains code that torch.compile made.
 
     Raises:
         CaptureError: it cannot be captured; the message names operation and line.
@@ -67,7 +61,7 @@ def examine(
         for begin in states:
             begin()
             trace = Trace(device)
-            with visible_copies(compiled), trace:
+            with visible_copies(), trace:
                 program()
             traces.append(trace)
     first, second = traces
@@ -75,9 +69,4 @@ def examine(
         raise CaptureError(reads[0])
     if changed := first.difference(second):
         raise CaptureError(f"the model's steps are not alike: {changed}")
-    return Examined(tuple(first.constants), compiled)
-
-
-def visible_copies(compiled: bool) -> VisibleCopies | nullcontext[None]:
-    """The context that makes copies visible, where that does not make torch.compile compile anew."""
-    return nullcontext() if compiled else VisibleCopies()
+    return Examined(tuple(first.constants))

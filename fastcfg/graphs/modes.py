@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import CaptureError, calling_place, describe
 
-__all__ = ["Constant", "DispatchMode", "ReuseConstants", "VisibleCopies", "copied_operands", "digest", "tensors_in"]
+__all__ = ["Constant", "DispatchMode", "ReuseConstants", "copied_operands", "digest", "tensors_in", "visible_copies"]
 
 
 class DispatchMode(TorchDispatchMode):
@@ -33,15 +33,15 @@ class DispatchMode(TorchDispatchMode):
             return True
 
 
-class VisibleCopies(TorchFunctionMode):
-    """Has `torch.tensor(numbers, device=...)` dispatch its copy to the device, which torch makes unseen."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
-            device = kwargs.pop("device")
-            return function(*args, **kwargs).to(device)
-        return function(*args, **kwargs)
+@contextmanager
+def visible_copies() -> Iterator[None]:
+    """Have `torch.tensor(numbers, device=...)` dispatch its copy to the device, which torch else makes unseen."""
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
 
 
 @dataclass(frozen=True, eq=False)

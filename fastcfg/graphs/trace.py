@@ -14,11 +14,9 @@ from .modes import Constant, DispatchMode, copied_operands, digest, operation_na
 
 __all__ = ["Trace"]
 
-# Operations that read from the device and wait for it. Whatever ends on the host does as well.
-_READS = {
-    *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_linalg_check_errors"),
-    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
-}
+# The host reads the values that decide what such an operation returns, or its shape. Whatever ends on the host is read
+# as well.
+_READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -45,7 +43,7 @@ class Trace(DispatchMode):
 
     Attributes:
         constants: what the program copied to the device, in order.
-        reads: descriptions of the operations that a graph cannot hold: they read from the device, mostly.
+        reads: descriptions of the operations that read from the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,10 +86,8 @@ class Trace(DispatchMode):
             event = _Event(str(function), arguments, calling_place())
             self._events.append(event)
             self.constants += copied
-            if len(hosts) < len(operands) and self._reads(function, operands, results):
+            if len(hosts) < len(operands) and self._reads(function, args, kwargs, results):
                 self.reads.append(f"{event} reads from the device")
-            if event.operation == "aten.lift_fresh.default":
-                self.reads.append(f"{event} copies numbers to the device, unseen in compiled code")
         return result
 
     def _is_hosts(self, tensor: Tensor) -> bool:
@@ -108,15 +104,23 @@ class Trace(DispatchMode):
         self._made.update((_address(tensor), tensor) for tensor in results)
         return False
 
-    def _reads(self, function: Any, operands: list[Tensor], results: list[Tensor]) -> bool:
+    def _reads(self, function: Any, args: Any, kwargs: Any, results: list[Tensor]) -> bool:
         """Whether an operation on the device keeps the host waiting."""
         name = operation_name(function)
         if name in _INDEXING:
-            # A mask is turned into indices, whose number the host must know.
-            return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in operands[1:])
-        if name == "repeat_interleave":
-            return len(operands) == 1 or function._overloadname == "self_Tensor"
-        return name in _READS or (self._device.type != "cpu" and any(t.device.type == "cpu" for t in results))
+            return _counts_a_mask(*args)
+        if not _READING.isdisjoint(function.tags) or name == "_linalg_check_errors":
+            return kwargs.get("output_size") is None  # which repeat_interleave may be told
+        return self._device.type != "cpu" and any(tensor.device.type == "cpu" for tensor in results)
+
+
+def _counts_a_mask(x: Tensor, indices: Any, value: Tensor | None = None, accumulate: bool = False, *_: Any) -> bool:
+    """Whether indexing turns a mask into indices, whose number the host must know. To put a number where one mask says
+    so, torch fills instead."""
+    given = [index for index in indices if index is not None]
+    number = value is not None and value.numel() == 1 and value.device.type == "cpu"
+    fills = number and len(given) == 1 and not accumulate
+    return not fills and any(index.dtype in (torch.bool, torch.uint8) for index in given)
 
 
 def _kept(leaf: Any, digests: dict[int, str]) -> str:
