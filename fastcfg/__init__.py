@@ -11,7 +11,7 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 from . import solvers
 from .frontends import ClassifierFree, accelerate
 from .guidance import CFG, AdaptiveCFG, Compose, Guidance, NoGuidance
-from .sampler import Sampler, Step
+from .sampler import Preview, Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
 from .threshold import DynamicThreshold
@@ -26,6 +26,7 @@ __all__ = [
     "DynamicThreshold",
     "Guidance",
     "NoGuidance",
+    "Preview",
     "Sampler",
     "Schedule",
     "Step",

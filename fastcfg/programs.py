@@ -86,9 +86,12 @@ class Programs:
         self._repeated: dict[Branches, Program] = {}
         self.decisions: dict[Branches, Decision] = {}
         self.problem = ""
-        # Largest first: the smaller graphs then fit into its memory.
-        for active in sorted(workspace.branch_sets, key=len, reverse=True):
-            self._decide(active)
+        device = self._options.device
+        # A model that draws random numbers must not find the generators moved by what is tried here.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            # Largest first: the smaller graphs then fit into its memory.
+            for active in sorted(workspace.branch_sets, key=len, reverse=True):
+                self._decide(active)
 
     def single(self, active: Branches) -> Program:
         """One row of a set of branches."""

@@ -165,32 +165,31 @@ class Previews:
 
 
 class ProgressBar:
-    """tqdm's, counting rows that the device has done but for the last.
+    """Counts a run's rows on a bar.
 
     Args:
         run: the run.
-        shown: whether there is one at all.
+        bar: True makes one, False none; or tqdm's of the caller's, for a run that is a part of something.
     """
 
-    def __init__(self, run: Run, shown: bool) -> None:
-        self._bar: Any = None
-        if shown:
+    def __init__(self, run: Run, bar: Any) -> None:
+        self._own = bar is True
+        if self._own:
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(total=run.table.num_rows, unit="step")
-            self._pace = Pace(run.workspace.options.device)
+            bar = tqdm(total=run.table.num_rows, unit="step")
+        self._bar, self._row = bar, -1
+        self._pace = Pace(run.workspace.options.device)
 
     def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
+        if self._own:
             self._bar.close()
 
     def after_row(self, row: int) -> None:
-        """Show that a row was enqueued and the one before it is done."""
+        """A row was enqueued: show it when the one before it is done."""
         self._pace.after_row()
-        self._bar.update(row + 1 - self._bar.n)
-
-    def __bool__(self) -> bool:
-        return self._bar is not None
+        self._bar.update(row - self._row)
+        self._row = row

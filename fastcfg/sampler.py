@@ -159,7 +159,7 @@ class Sampler:
         seed: int | Sequence[int] | None = None,
         noise: Recording | NoiseSource | None = None,
         x_T: Tensor | None = None,
-        progress: bool = False,
+        progress: bool | Any = False,
         callback: Callable[[Step], object] | None = None,
         preview: Callable[[Preview], object] | None = None,
         preview_every: int = 1,
@@ -177,7 +177,7 @@ class Sampler:
             noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, or a `NoiseSource`,
                 instead of the sampler's source.
             x_T: the start [B, C, ...], instead of initial_scale times noise.
-            progress: show a progress bar. On a GPU the host then stays one row ahead of it.
+            progress: True shows a progress bar; a bar of tqdm's is updated. On a GPU the host then stays one row ahead.
             callback: called with a `Step` after every row, when it is enqueued. It costs two copies of the state per
                 row on the device, and no sync.
             preview: called with a `Preview`, x0 in the host's memory, one row after it was computed: the device has
@@ -201,7 +201,7 @@ class Sampler:
                     callback(run.step(row))
                 if previews is not None:
                     previews.after_row(row)
-                if progress:
+                if progress is not False:
                     bar.after_row(row)
         if previews is not None:
             previews.deliver()

@@ -211,12 +211,6 @@ class Stage:
         starts = range(0, len(seeds), batch_size)
         images = []
         with _progress_bar(len(starts) * sampler.table.num_rows, progress) as bar:
-
-            def after_row(step: Step) -> None:
-                bar.update()
-                if callback is not None:
-                    callback(step)
-
             for start in starts:
                 part = slice(start, start + batch_size)
                 rows = torch.tensor(owners[part], device=self.device)
@@ -230,7 +224,8 @@ class Stage:
                         uncond=None if uncond is None else {**uncond, **shown},
                         # torch's generator takes one seed for the whole batch.
                         seed=seeds[part] if noise == "philox" else seeds[start],
-                        callback=after_row if callback is not None or progress else None,
+                        progress=bar if progress else False,
+                        callback=callback,
                     )
                 )
         return torch.cat(images).clamp_(-1, 1)

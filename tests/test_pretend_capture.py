@@ -79,6 +79,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
         monkeypatch.setattr(programs, "CudaGraph", capture)
         monkeypatch.setattr(programs, "compare", replay_only)
         monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
         yield pretend
 
 
