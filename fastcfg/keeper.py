@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .conditioning import Conditioning, Same
 from .fingerprint import Fingerprint, torch_settings
 from .graphs import Pool
@@ -46,15 +48,18 @@ class Kept:
 class Keeper:
     """The memory and programs that are not in use, those used last longest.
 
+    Args:
+        device: where they are.
+
     Attributes:
         captures: how often programs were made.
         recaptured: why the last time, where there had been others; empty if that never happened.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.captures, self.recaptured = 0, ""
         self._kept: OrderedDict[Any, Kept] = OrderedDict()
-        self._pool = Pool()
+        self._pool = Pool(device)
         self._generation = 0
         self._warned: set[Same] = set()
         self._lock = threading.Lock()
@@ -117,7 +122,7 @@ class Keeper:
         """Keep nothing, not even what is in use now."""
         with self._lock:
             self._kept.clear()
-            self._pool = Pool()
+            self._pool = Pool(self._pool.device)
 
     def refresh(self) -> None:
         """Hold what was captured until now for invalid."""

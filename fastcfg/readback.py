@@ -34,11 +34,11 @@ class Readback:
         if self._stream is None:
             self._arrived.copy_(self._staged)
             return
-        self._staging.record()  # type: ignore[union-attr]
+        self._staging.record(torch.cuda.current_stream(tensor.device))  # type: ignore[union-attr]
         self._stream.wait_event(self._staging)
         with torch.cuda.stream(self._stream):
             self._arrived.copy_(self._staged, non_blocking=True)
-            self._arrival.record()  # type: ignore[union-attr]
+            self._arrival.record(self._stream)  # type: ignore[union-attr]
 
     def take(self) -> Tensor:
         """The value pushed last, the caller's own."""
@@ -51,14 +51,14 @@ class Pace:
     """Keeps the host at most one row ahead of the device, so that a progress bar tells of work done."""
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
+        self._device, on_gpu = device, device.type == "cuda"
         self._events = [torch.cuda.Event(blocking=True) for _ in range(2)] if on_gpu else []
         self._row = 0
 
     def after_row(self) -> None:
         """A row was enqueued: wait for the one before it."""
         if self._events:
-            self._events[self._row % 2].record()
+            self._events[self._row % 2].record(torch.cuda.current_stream(self._device))
             self._row += 1
             if self._row > 1:
                 self._events[self._row % 2].synchronize()

@@ -137,7 +137,7 @@ class Sampler:
         if compile is not None and (problem := inductor_problem(self.device)):
             raise ValueError(f"compile: {compile!r} cannot run here: {problem}")
         self._compiled: tuple[Any, Callable[..., Any]] | None = None
-        self._keeper = Keeper()
+        self._keeper = Keeper(self.device)
         self._last: tuple[Options, list[Decision], list[int]] | None = None
 
     @property

@@ -245,6 +245,19 @@ def test_serial_branches_give_the_batched_result() -> None:
         torch.testing.assert_close(draw(serial), draw(batched), rtol=0, atol=1e-5)
 
 
+def test_a_workspace_begins_at_any_row() -> None:
+    sampler, _ = build(table="history", graph=False)
+    run = sampler._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
+    workspace, table = run.workspace, TABLES["history"]
+    for row in (4, 0):
+        workspace.rehearse(row)
+        buffers = workspace.buffers
+        assert buffers.counter.tolist() == [row, 0]
+        assert buffers.time.tolist() == [table["t"][row]] * (2 * B)
+        want = (float(table["c_in"][row]) * torch.linspace(-1, 1, buffers.x.numel())).view(SHAPE)
+        assert torch.equal(buffers.model_input, torch.cat([want, want]))
+
+
 # What needs no new capture
 
 

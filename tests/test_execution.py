@@ -290,7 +290,7 @@ class FakeEvent:
     def __init__(self, **options: Any) -> None:
         assert options == {"blocking": True}
 
-    def record(self) -> None:
+    def record(self, stream: Any) -> None:
         self.log.append(f"record {id(self)}")
 
     def synchronize(self) -> None:
@@ -300,6 +300,7 @@ class FakeEvent:
 def test_the_host_is_never_more_than_a_row_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """It waits for the row before last's event, never for the one just recorded."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     FakeEvent.log = []
     pace = Pace(torch.device("cuda"))
     for _ in range(4):

@@ -58,9 +58,10 @@ def _timed(run: Program, device: torch.device) -> float:
         run()
         return time.perf_counter() - start
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+    stream = torch.cuda.current_stream(device)
+    first.record(stream)
     run()
-    last.record()
+    last.record(stream)
     last.synchronize()
     return float(first.elapsed_time(last)) / 1e3
 

@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaGraph", "Pool", "on_side_stream"]
 
-# torch captures on one stream for all, and a device-wide wait (torch.cuda.graph begins with one) would break a capture
-# that is under way in another thread.
+# A device-wide wait, with which torch.cuda.graph begins, would break a capture that is under way in another thread.
 _CAPTURING = threading.RLock()
 
 
 class Pool:
-    """The memory that one owner's graphs share. They may be replayed on any stream, but one after the other."""
+    """The memory that one owner's graphs share. They may be replayed on any stream, but one after the other.
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    Args:
+        device: where they run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lock = device, threading.Lock()
         self._handle: Any = None
         self._graphs: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
         self._stream: torch.cuda.Stream | None = None
@@ -45,7 +48,7 @@ class Pool:
 
     def follow(self) -> None:
         """Have the current stream wait for the last one that used the memory, if that was another."""
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(self.device)
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
         self._stream = stream
@@ -91,9 +94,15 @@ class CudaGraph:
             torch.set_autocast_cache_enabled(cached)
 
     def _capture(self) -> None:
-        # Thread-local: another thread that queries CUDA, a progress display say, must not break the capture.
-        capture = torch.cuda.graph(self._graph, pool=self._pool.admit(self), capture_error_mode="thread_local")
-        with capture, self._examined.reused() as constants:
+        capture = torch.cuda.graph(
+            self._graph,
+            pool=self._pool.admit(self),
+            # torch's own stream for captures belongs to the device that was first used.
+            stream=torch.cuda.Stream(self._pool.device),
+            # Another thread that queries CUDA, a progress display say, must not break the capture.
+            capture_error_mode="thread_local",
+        )
+        with torch.cuda.device(self._pool.device), capture, self._examined.reused() as constants:
             for program in self._programs:
                 constants.restart()
                 program()
