@@ -8,7 +8,6 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ __all__ = ["Fingerprint", "torch_settings"]
 # Functions of these packages are known not to look for weights among their globals.
 _LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
 _MAX_NAMES = 3
+_PLAIN = (Tensor, nn.Parameter)
 
 
-@dataclass(frozen=True)
 class Fingerprint:
     """The weights and modules that some functions reach, so that what was captured can be told from what is there now.
 
@@ -29,36 +28,27 @@ class Fingerprint:
     closures, defaults, attributes, and the globals that their code names. Tensors changed in place leave a fingerprint
     as it was. It keeps no tensor and no module alive.
 
-    Attributes:
-        entries: by dotted name, what is compared.
+    Args:
+        functions: by the names that `changes` gives them.
 
     Example:
         >>> model = nn.Linear(2, 2)
-        >>> before = Fingerprint.of({"model": model})
+        >>> before = Fingerprint({"model": model})
         >>> _ = model.double()
-        >>> before.difference(Fingerprint.of({"model": model}))
+        >>> before.changes({"model": model})
         'model.weight, model.bias replaced'
     """
 
-    entries: Mapping[str, Any]
+    def __init__(self, functions: Mapping[str, Callable[..., Any] | None]) -> None:
+        walk = _Walk(functions, named=True)
+        self._values, self._names = walk.values, walk.names
 
-    @classmethod
-    def of(cls, functions: Mapping[str, Callable[..., Any] | None]) -> Fingerprint:
-        """The fingerprint of now.
-
-        Args:
-            functions: by the names that `difference` gives them.
-        """
-        walk = _Walk()
-        for name, function in functions.items():
-            walk.visit(name, function)
-        return cls(walk.entries)
-
-    def difference(self, other: Fingerprint) -> str:
-        """What is otherwise in another fingerprint, in a line; empty if nothing is."""
-        mine, its = self.entries, other.entries
-        if mine == its:
+    def changes(self, functions: Mapping[str, Callable[..., Any] | None]) -> str:
+        """What is otherwise now, in a line; empty if nothing is. It costs some microseconds for each module."""
+        if _Walk(functions, named=False).values == self._values:
             return ""
+        now = _Walk(functions, named=True)
+        mine, its = (dict(zip(w[0], w[1], strict=True)) for w in ((self._names, self._values), (now.names, now.values)))
         replaced = [name for name, value in its.items() if name in mine and mine[name] != value]
         new = [name for name in its if name not in mine]
         gone = [name for name in mine if name not in its]
@@ -67,45 +57,61 @@ class Fingerprint:
 
 
 class _Walk:
-    """Visits everything once."""
+    """Visits everything once, noting what is compared, and under which names if they are wanted."""
 
-    def __init__(self) -> None:
-        self.entries: dict[str, Any] = {}
+    def __init__(self, functions: Mapping[str, Callable[..., Any] | None], named: bool) -> None:
+        self.values: list[Any] = []
+        self.names: list[str] = []
+        self._named = named
         self._seen: set[int] = set()
         self._held: list[Any] = []  # ids are compared as long as the objects live
+        for name, function in functions.items():
+            self._visit(name, function)
 
-    def visit(self, name: str, value: Any) -> None:
+    def _note(self, name: str, key: str, value: Any) -> None:
+        self.values.append(value)
+        if self._named:
+            self.names.append(f"{name}.{key}" if key else name)
+
+    def _below(self, name: str, key: Any) -> str:
+        return f"{name}.{key}" if self._named else ""
+
+    def _visit(self, name: str, value: Any) -> None:
         """Note what is there under a name, and go on to what it leads to."""
-        if isinstance(value, Tensor):
-            self.entries[name] = _memory(value)
-            return
-        if not _leads_on(value) or id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        self._held.append(value)
         if isinstance(value, nn.Module):
             self._module(name, value)
-            return
-        if isinstance(value, types.FunctionType):
-            self.entries[name] = _Identity(value)
-        for key, item in _parts(value):
-            self.visit(f"{name}.{key}", item)
+        elif isinstance(value, Tensor):
+            self._note(name, "", _memory(value))
+        elif _leads_on(value) and id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._held.append(value)
+            if isinstance(value, types.FunctionType):
+                self._note(name, "", _Identity(value))
+            for key, item in _parts(value):
+                self._visit(self._below(name, key), item)
 
     def _module(self, name: str, module: nn.Module) -> None:
-        attributes = vars(module)
-        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-        self.entries[name] = (_Identity(type(module)), module.training, hooks)
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                self.entries[f"{name}.{key}"] = _memory(tensor)
-        for key, value in attributes.items():
-            if type(value) is Tensor:
-                self.entries[f"{name}.{key}"] = _memory(value)
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        self._held.append(module)
+        attributes = module.__dict__
+        hooks = len(attributes["_forward_hooks"]), len(attributes["_forward_pre_hooks"])
+        self._note(name, "", (type(module), module.training, hooks))
+        for tensors in (attributes["_parameters"], attributes["_buffers"]):
+            if tensors:
+                for key, tensor in tensors.items():
+                    if tensor is not None:
+                        self._note(name, key, _memory(tensor))
+        if not _is_torchs(type(module)):
+            for key, value in attributes.items():
+                if type(value) is Tensor:
+                    self._note(name, key, _memory(value))
         if "forward" in attributes:
-            self.visit(f"{name}.forward", attributes["forward"])
-        for key, child in module._modules.items():
+            self._visit(self._below(name, "forward"), attributes["forward"])
+        for key, child in attributes["_modules"].items():
             if child is not None:
-                self.visit(f"{name}.{key}", child)
+                self._module(self._below(name, key), child)
 
 
 class _Identity:
@@ -121,12 +127,18 @@ class _Identity:
     __hash__ = None  # type: ignore[assignment]
 
 
+@functools.cache
+def _is_torchs(kind: type) -> bool:
+    """Whether modules of a class are torch's, which keep no tensors but parameters and buffers."""
+    return kind.__module__.startswith("torch.")
+
+
 def _memory(tensor: Tensor) -> Any:
     """Where a tensor's elements lie and how they are read; of a subclass, where those of the tensors it is made of."""
-    if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+    if tensor.__class__ not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         return [_memory(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     try:
-        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
     except (RuntimeError, ValueError):  # not initialised, or without memory of its own
         return _Identity(tensor)
 

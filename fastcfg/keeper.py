@@ -102,7 +102,7 @@ class Keeper:
             warnings.warn(message, stacklevel=5)  # the caller of Sampler.sample
         captured = any(decision.graph != "none" for decision in programs.decisions.values())
         # Taken now: a model may keep tensors from its first calls.
-        fingerprint = Fingerprint.of(_functions(options)) if captured else None
+        fingerprint = Fingerprint(_functions(options)) if captured else None
         return Kept(key, workspace, programs, pool, fingerprint, generation)
 
     def give_back(self, kept: Kept) -> None:
@@ -134,7 +134,7 @@ class Keeper:
             return "refresh() was called"
         if kept.fingerprint is None:
             return ""
-        return kept.fingerprint.difference(Fingerprint.of(_functions(kept.workspace.options)))
+        return kept.fingerprint.changes(_functions(kept.workspace.options))
 
 
 def _functions(options: Options) -> dict[str, Any]:

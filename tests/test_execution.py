@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, programs, sampler, solvers
 from fastcfg.graphs import Comparison
+from fastcfg.graphs.modes import DispatchMode
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.readback import Pace, Readback
 
@@ -83,6 +84,16 @@ def test_every_set_of_branches_is_decided_by_itself(timings: dict[Any, Any]) -> 
         ("cond",): "stand-in",
     }
     assert (auto.report()["graph"], auto.report()["graph_reason"]) == ("stand-in", "eager is as fast")
+
+
+def test_the_largest_graph_is_captured_first() -> None:
+    """Smaller ones fit into its memory."""
+    captured, model = build(CFG(3.0, interval=(0.5, 1.0)))
+    draw(captured)
+    assert captured.report()["branches"][0] == 1
+    assert [p["branches"] for p in captured.report()["programs"]] == [("cond", "uncond"), ("cond",)]
+    sizes = [size for i, size in enumerate(model.sizes) if i == 0 or size != model.sizes[i - 1]]
+    assert sizes[:2] == [4, 2]
 
 
 def test_asking_for_a_graph_overrides_the_timing(timings: dict[Any, Any]) -> None:
@@ -540,6 +551,19 @@ def test_a_thousand_calls_keep_no_tensors(guidance: str, graph: bool) -> None:
     assert sampler_.memory() == nbytes
 
 
+class OperationLog(DispatchMode):
+    """The operations that are dispatched, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.operations.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
 def calls_by_row(run: Callable[[], Iterator[int]]) -> list[list[str]]:
     """The Python functions and built-in ones called for each row of a run, without those of the first and last."""
     log: list[list[str]] = [[]]
@@ -580,6 +604,12 @@ def test_a_replayed_row_is_hardly_any_python(options: dict[str, Any], expected: 
     kept = next(iter(sampler_._keeper._kept.values()))
     for programs_ in (kept.programs._single, kept.programs._repeated):
         programs_.update(dict.fromkeys(programs_, replay))
+    run = sampler_._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
+    log = OperationLog()
+    with log:
+        list(run.rows())
+    # The result's copy comes last.
+    assert log.operations == ["aten.normal_.default"] * 5 * (options["noise"] == "torch") + ["aten.clone.default"]
     run = sampler_._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
     rows = calls_by_row(run.rows)
     assert len(rows) >= 2

@@ -40,10 +40,10 @@ class Lora(nn.Module):
 def changes_of(change: Callable[[Net], Any], reach: Callable[[Net], Any] = lambda net: net) -> str:
     net = Net()
     function = reach(net)
-    before = Fingerprint.of({"model": function, "cond_fn": None})
-    assert before.difference(Fingerprint.of({"model": function, "cond_fn": None})) == ""
+    before = Fingerprint({"model": function, "cond_fn": None})
+    assert before.changes({"model": function, "cond_fn": None}) == ""
     change(net)
-    return before.difference(Fingerprint.of({"model": function, "cond_fn": None}))
+    return before.changes({"model": function, "cond_fn": None})
 
 
 def halved(tensor: Tensor) -> Tensor:
@@ -94,9 +94,9 @@ def test_what_was_replaced_is_named(name: str) -> None:
 def test_another_patch_of_a_patched_forward() -> None:
     net = Net()
     net.conv.forward = lambda x: x  # type: ignore[method-assign]
-    before = Fingerprint.of({"model": net})
+    before = Fingerprint({"model": net})
     net.conv.forward = lambda x: 2 * x  # type: ignore[method-assign]
-    assert before.difference(Fingerprint.of({"model": net})) == "model.conv.forward replaced"
+    assert before.changes({"model": net}) == "model.conv.forward replaced"
 
 
 def step(net: Net) -> None:
@@ -201,14 +201,13 @@ def test_a_model_is_found(way: str) -> None:
 def test_what_is_not_a_model_is_passed_over() -> None:
     loop: list[Any] = [print, torch, Tensor, 3, "text", None]
     loop.append(loop)
-    entries = Fingerprint.of({"model": lambda x, loop=loop: loop}).entries
-    assert list(entries) == ["model"]
+    assert Fingerprint({"model": lambda x, loop=loop: loop})._names == ["model"]
 
 
 def test_nothing_is_kept_alive() -> None:
     net = Net()
     storage = StorageWeakRef(net.conv.weight.untyped_storage())
-    before = Fingerprint.of({"model": by_closure(net)})
+    before = Fingerprint({"model": by_closure(net)})
     net.conv.weight.data = torch.zeros(1)
     gc.collect()
     assert storage.expired()
@@ -218,13 +217,13 @@ def test_nothing_is_kept_alive() -> None:
     del net
     gc.collect()
     assert reference() is None
-    assert before.difference(Fingerprint.of({"model": None})).endswith("gone")
+    assert before.changes({"model": None}).endswith("gone")
 
 
 def test_tensors_without_memory_of_their_own() -> None:
     net = nn.ModuleList([nn.Linear(3, 3, device="meta"), nn.LazyLinear(3)])
-    before = Fingerprint.of({"model": net})
-    assert before.difference(Fingerprint.of({"model": net})) == ""
+    before = Fingerprint({"model": net})
+    assert before.changes({"model": net}) == ""
 
 
 class Packed(Tensor):
@@ -251,11 +250,11 @@ def test_a_subclass_is_looked_into() -> None:
     net = nn.Module()
     net.weight = Packed(torch.ones(3))  # type: ignore[assignment]
     net._buffers["weight"] = net.__dict__.pop("weight")
-    before = Fingerprint.of({"model": net})
+    before = Fingerprint({"model": net})
     net.weight.values.zero_()
-    assert before.difference(Fingerprint.of({"model": net})) == ""
+    assert before.changes({"model": net}) == ""
     net.weight.values = torch.ones(3)
-    assert before.difference(Fingerprint.of({"model": net})) == "model.weight replaced"
+    assert before.changes({"model": net}) == "model.weight replaced"
 
 
 # Settings
