@@ -103,7 +103,7 @@ class _Walk:
                 for key, tensor in tensors.items():
                     if tensor is not None:
                         self._note(name, key, _memory(tensor))
-        if not _is_torchs(type(module)):
+        if not _is_torchs(type(module).__module__):
             for key, value in attributes.items():
                 if type(value) is Tensor:
                     self._note(name, key, _memory(value))
@@ -127,10 +127,9 @@ class _Identity:
     __hash__ = None  # type: ignore[assignment]
 
 
-@functools.cache
-def _is_torchs(kind: type) -> bool:
-    """Whether modules of a class are torch's, which keep no tensors but parameters and buffers."""
-    return kind.__module__.startswith("torch.")
+def _is_torchs(package: str) -> bool:
+    """Whether modules of a class from a package are torch's, which keep no tensors but parameters and buffers."""
+    return package.startswith("torch.")
 
 
 def _memory(tensor: Tensor) -> Any:
