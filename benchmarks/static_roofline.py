@@ -21,7 +21,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="default: all")
     names = ", ".join(VARIANTS)
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help=names)
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one per core"
+    )
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write every figure there, whole or not at all")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -130,10 +136,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print(f"Triton {triton.__version__}; times in ps per element, roofline: share of the bandwidth that can be reached")
     rows: list[dict[str, Any]] = []
-    for target in arguments.target:
-        measured = (report_row(variant, target) for variant in arguments.variant)
-        for line in table_lines(_kept(measured, rows)):
-            print(line, flush=True)
+    cases = [(variant, target) for target in arguments.target for variant in arguments.variant]
+    # Not forked: torch has threads.
+    with ProcessPoolExecutor(max(1, arguments.jobs), get_context("spawn")) as pool:
+        measured = pool.map(report_row, *zip(*cases, strict=True))
+        for _ in arguments.target:
+            for line in table_lines(_kept(islice(measured, len(arguments.variant)), rows)):
+                print(line, flush=True)
     if arguments.json:
         from fastcfg.files import write_text
 
