@@ -98,7 +98,7 @@ class Keeper:
         self.captures += 1
         if programs.problem and options.model not in self._warned:
             self._warned.add(options.model)
-            message = f"running eagerly: the model cannot be captured: {programs.problem}"
+            message = f"running eagerly: the model {programs.problem}"
             warnings.warn(message, stacklevel=5)  # the caller of Sampler.sample
         captured = any(decision.graph != "none" for decision in programs.decisions.values())
         # Taken now: a model may keep tensors from its first calls.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -52,11 +54,11 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Choice:
-    """One way to run a row; `record` is None for an eager one."""
+    """One way to run a row. `seconds` are infinite where nothing was measured; `record` is None for an eager one."""
 
     batching: str
     program: Program
-    seconds: float = 0.0
+    seconds: float = math.inf
     record: Callable[[list[Program]], Program] | None = None
     constants: int = 0
 
@@ -130,12 +132,21 @@ class Programs:
         decision.batching, decision.constants = best.batching, best.constants
         self._single[active] = best.program
         if best.record is not None:
-            decision.graph = "cuda" if options.device.type == "cuda" else "stand-in"
-            if options.repeat > 1:
-                slots = range(options.repeat)
-                self._repeated[active] = best.record([self._eager(active, best.batching, slot) for slot in slots])
+            decision.graph, decision.reason = "cuda" if options.device.type == "cuda" else "stand-in", ""
+            self._repeat(active, best)
         elif len(choices) > 1:
             decision.reason = "eager is as fast"
+        elif options.capture not in NO_CAPTURE:
+            self.problem = self.problem or decision.reason
+
+    def _repeat(self, active: Branches, choice: _Choice) -> None:
+        """Record several rows of a set of branches, if that is wanted and can be."""
+        count = self._options.repeat
+        if choice.record is not None and count > 1:
+            # Several rows may take more memory than there is.
+            with suppress(CaptureError):
+                rows = [self._eager(active, choice.batching, slot) for slot in range(count)]
+                self._repeated[active] = choice.record(rows)
 
     def _choices(self, active: Branches, batching: str, decision: Decision) -> list[_Choice]:
         """Eagerly, and as a graph if that is wanted and can be."""
@@ -154,7 +165,6 @@ class Programs:
             if not compared.same:
                 raise CaptureError("a replay gives other numbers than the model")
         except CaptureError as error:
-            self.problem = self.problem or str(error)
             decision.reason = f"cannot be captured: {error}"
             return [_Choice(batching, eager)]
         if self._options.capture == "timed":

@@ -16,7 +16,7 @@ from test_captured import GUIDANCES, SHAPE, TABLES, Model, build, conditioning, 
 from torch import Tensor
 
 from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, programs, sampler, solvers
-from fastcfg.graphs import Comparison
+from fastcfg.graphs import CaptureError, Comparison
 from fastcfg.graphs.modes import DispatchMode
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.readback import Pace, Readback
@@ -72,6 +72,29 @@ def test_the_fastest_way_is_chosen(name: str, timings: dict[Any, Any]) -> None:
     assert decision["milliseconds"] == expected
     eager, _ = build(graph=False, batching=chosen[1])
     assert torch.equal(result, draw(eager))
+
+
+def test_a_second_way_that_cannot_be_captured_is_not_taken(
+    timings: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timings["batched", 2] = (10.0, 9.5)
+    tried: list[Any] = []
+    examine = programs.examine
+
+    def refuse_the_second(*arguments: Any) -> Any:
+        tried.append(arguments)
+        if len(tried) == 2:
+            raise CaptureError("no")
+        return examine(*arguments)
+
+    monkeypatch.setattr(programs, "examine", refuse_the_second)
+    auto, _ = build(graph="auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(auto)
+    (decision,) = auto.report()["programs"]
+    assert (decision["graph"], decision["batching"], decision["reason"]) == ("stand-in", "batched", "")
+    assert len(tried) == 2
 
 
 def test_every_set_of_branches_is_decided_by_itself(timings: dict[Any, Any]) -> None:
