@@ -26,14 +26,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,13 +37,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.counting import Counts, count
+from benchmarks.environment import environment, load_average
 from benchmarks.originals import STYLES, Original
 from benchmarks.providers import SCALE, STEPS, TIMESTEP, Case, Provider, fastcfg, original, providers
 from fastcfg import Schedule
-from fastcfg.cli.doctor import cpu_name
 from fastcfg.cli.outputs import check_output
 from fastcfg.cli.parser import Parser, UsageError
-from fastcfg.cli.versions import versions
 from fastcfg.files import write_text
 
 SHAPES = ((1, 3, 64, 64), (16, 3, 64, 64), (1, 4, 128, 128))
@@ -172,7 +167,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     schedule = base.respace(STEPS)
     results = []
     before = torch.get_num_threads()
-    load = _load()
+    load = load_average()
     try:
         for threads in arguments.threads:
             torch.set_num_threads(threads)
@@ -189,14 +184,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     finally:
         torch.set_num_threads(before)
     return {
-        "environment": {
-            **versions(),
-            "platform": platform.platform(),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "load_average": [load, _load()],
-            "commit": _commit(),
-        },
+        "environment": environment(device, load),
         "settings": {
             "steps": STEPS,
             "timestep": TIMESTEP,
@@ -310,19 +298,6 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 def _ratio(ratio: dict[str, float] | None) -> str:
     return "" if ratio is None else f"{ratio['p50']:.1f} ({ratio['p20']:.1f}-{ratio['p80']:.1f})"
-
-
-def _load() -> float | None:
-    """Others' and our own load of the machine, last minute."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":
