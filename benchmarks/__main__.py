@@ -8,6 +8,7 @@ from importlib import import_module
 BENCHMARKS = {
     "adherence": "how well the embedded model's pictures follow their prompts, by guidance scale",
     "compare": "two reports of `step`: what became slower or faster beyond the runs' own spread",
+    "graphs": "the captured loop, proved on a device: bits, launches, syncs, memory, threads, times",
     "static_roofline": "what the kernels' machine code costs on GPUs that are not there",
     "step": "time of a step beside the model, against the originals' operations",
 }
