@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .streams import own_stream
+
 __all__ = ["Pace", "Readback"]
 
 
@@ -24,7 +26,7 @@ class Readback:
         on_gpu = like.device.type == "cuda"
         self._staged = torch.empty_like(like, memory_format=torch.contiguous_format)
         self._arrived = torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu)
-        self._stream: Any = torch.cuda.Stream(like.device) if on_gpu else None
+        self._stream: Any = own_stream("readback", like.device) if on_gpu else None
         # Blocking: a host that waits does not spin.
         self._staging, self._arrival = (torch.cuda.Event(blocking=True) if on_gpu else None for _ in range(2))
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastcfg import streams
 from fastcfg.graphs import CaptureError, CudaGraph, Examined, Opaque, Pool, StandIn, compare, examine, is_compiled
+from fastcfg.graphs import cuda as cuda_module
 from fastcfg.graphs.modes import DispatchMode, copied_operands
 from fastcfg.graphs.opaque import _THREAD
 
@@ -367,26 +369,103 @@ def test_graphs_of_a_pool_follow_each_other_over_streams(monkeypatch: pytest.Mon
     assert waits == [("b", "a"), ("a", "b")]
 
 
-def capture_with(monkeypatch: pytest.MonkeyPatch, program: Callable[[], None], pool: Pool) -> None:
-    """A capture in which torch does nothing but end with an error of its own if the program failed."""
+class FakeGraph:
+    """Has a pool if its capture has ended."""
 
-    class Capture:
-        def __init__(self, graph: Any, **options: Any) -> None:
-            assert options["capture_error_mode"] == "thread_local"
+    ended = False
 
-        def __enter__(self) -> None:
-            assert not torch.is_autocast_cache_enabled()
+    def pool(self) -> Any:
+        if not self.ended:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
 
-        def __exit__(self, kind: Any, *error: Any) -> None:
-            if kind is not None:
-                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "graph", Capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    CudaGraph([program], Examined(), pool)
+class FakeCuda:
+    """Captures in which torch does nothing, but end one with an error of its own if the program failed.
+
+    Attributes:
+        stream: the current one.
+        log: what was done.
+        interruptible: whether a capture can be ended when the program failed: only CUDA's own errors break it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, interruptible: bool = False) -> None:
+        cuda, self.stream, self.log, self.interruptible = self, "main", [], interruptible
+        self.zeros = torch.zeros(1)
+
+        class Capture:
+            def __init__(self, graph: FakeGraph, **options: Any) -> None:
+                assert options["capture_error_mode"] == "thread_local"
+                assert options["stream"] is streams.own_stream("capture", torch.device("cuda", 0))
+                self.graph, self.options = graph, options
+
+            def __enter__(self) -> None:
+                self.before, cuda.stream = cuda.stream, "side"
+
+            def __exit__(self, kind: Any, *error: Any) -> None:
+                if kind is not None and not cuda.interruptible:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+                self.graph.ended, cuda.stream = True, self.before
+                cuda.log.append(("captured", self.options.get("pool")))
+
+        monkeypatch.setattr(streams, "_STREAMS", {})
+        monkeypatch.setattr(cuda_module, "_BROKEN", [])
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(device=torch.device("cuda", 0)))
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", "main"))
+        monkeypatch.setattr(torch, "zeros", lambda *size, device: self.zeros)
+        for name in ("endAllocateToPool", "releasePool"):
+            note = lambda device, pool, name=name: self.log.append((name, device, pool))  # noqa: E731
+            monkeypatch.setattr(torch.cuda.memory, f"_cuda_{name}", note)
+
+
+def capture_with(monkeypatch: pytest.MonkeyPatch, program: Callable[[], None], pool: Pool) -> FakeCuda:
+    """A capture on a fake device, without the autocast cache."""
+
+    def checked() -> None:
+        assert not torch.is_autocast_cache_enabled()
+        program()
+
+    cuda = FakeCuda(monkeypatch)
+    CudaGraph([checked], Examined(), pool)
+    return cuda
+
+
+def test_a_capture_leaves_the_current_stream_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = capture_with(monkeypatch, lambda: None, Pool(CUDA))
+    assert cuda.stream == "main"
+    assert cuda.log == [("captured", (0, 1))]
+
+
+def test_what_a_broken_capture_leaves_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would stay on the capture's stream, allocate for the capture, and draw for it."""
+
+    def program() -> None:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    cuda, pool = FakeCuda(monkeypatch), Pool(CUDA)
+    monkeypatch.setattr(cuda.zeros, "zero_", lambda: cuda.log.append("zeroed on " + cuda.stream), raising=False)
+    with pytest.raises(CaptureError):
+        CudaGraph([program], Examined(), pool)
+    ended = [("endAllocateToPool", 0, (0, 1)), ("releasePool", 0, (0, 1))]
+    assert cuda.log == [*ended, "zeroed on side", ("captured", None)]
+    assert cuda.stream == "main"
+    assert [graph.ended for graph in cuda_module._BROKEN] == [False]
+
+
+def test_a_capture_that_torch_has_ended_needs_no_mending(monkeypatch: pytest.MonkeyPatch) -> None:
+    def program() -> None:
+        raise KeyboardInterrupt
+
+    cuda = FakeCuda(monkeypatch, interruptible=True)
+    with pytest.raises(KeyboardInterrupt):
+        CudaGraph([program], Examined(), Pool(CUDA))
+    assert cuda.log == [("captured", (0, 1))]
+    assert not cuda_module._BROKEN
+    assert cuda.stream == "main"
 
 
 def test_the_first_error_of_a_capture_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

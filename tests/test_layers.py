@@ -25,6 +25,7 @@ LAYERS = (
     "reference",
     "kernels",
     "ops",
+    "streams",
     "graphs",
     "fingerprint",
     "readback",

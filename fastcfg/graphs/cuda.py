@@ -6,11 +6,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..streams import own_stream
 from .errors import CaptureError, describe, failing_place
 
 if TYPE_CHECKING:
@@ -18,8 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["CudaGraph", "Pool", "on_side_stream"]
 
-# A device-wide wait, with which torch.cuda.graph begins, would break a capture that is under way in another thread.
+# torch's generator knows one capture at a time, and a device-wide wait (torch.cuda.graph begins with one) would break a
+# capture that is under way in another thread.
 _CAPTURING = threading.RLock()
+
+# Of the stream on which a thread examines and captures: what the first needs, the second finds.
+_SIDE = "capture"
+
+# Graphs whose capture CUDA did not end: torch's allocator of pinned memory goes on asking them what is theirs.
+_BROKEN: list[torch.cuda.CUDAGraph] = []
 
 
 class Pool:
@@ -94,18 +102,22 @@ class CudaGraph:
             torch.set_autocast_cache_enabled(cached)
 
     def _capture(self) -> None:
-        capture = torch.cuda.graph(
-            self._graph,
-            pool=self._pool.admit(self),
-            # torch's own stream for captures belongs to the device that was first used.
-            stream=torch.cuda.Stream(self._pool.device),
-            # Another thread that queries CUDA, a progress display say, must not break the capture.
-            capture_error_mode="thread_local",
-        )
-        with torch.cuda.device(self._pool.device), capture, self._examined.reused() as constants:
-            for program in self._programs:
-                constants.restart()
-                program()
+        before = torch.cuda.current_stream(self._pool.device)
+        side, pool = own_stream(_SIDE, self._pool.device), self._pool.admit(self)
+        # Thread-local: another thread that queries CUDA, a progress display say, must not break the capture.
+        capture = torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.device(self._pool.device), capture, self._examined.reused() as constants:
+                for program in self._programs:
+                    constants.restart()
+                    program()
+        except BaseException:
+            if not _has_ended(self._graph):
+                _mend(self._graph, pool, side)
+            raise
+        finally:
+            # Where the end of a capture fails, torch stays on its stream.
+            torch.cuda.set_stream(before)
 
     def __call__(self) -> None:
         """Enqueue the captured work on the current stream."""
@@ -132,14 +144,37 @@ def _reason(error: RuntimeError) -> str:
     return f"{str(error).partition(chr(10))[0]}{describe(failing_place(error.__traceback__))}"
 
 
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _mend(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
+    """Undo what torch leaves undone where CUDA refuses to end a capture.
+
+    The allocator would go on setting memory aside for it, and the generator would refuse to draw for anybody else. A
+    capture that succeeds puts the generator right.
+    """
+    _BROKEN.append(graph)
+    with suppress(RuntimeError):
+        torch.cuda.memory._cuda_endAllocateToPool(stream.device.index, pool)
+        torch.cuda.memory._cuda_releasePool(stream.device.index, pool)
+    with suppress(RuntimeError):
+        something = torch.zeros(1, device=stream.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+            something.zero_()
+
+
 @contextmanager
 def on_side_stream(device: torch.device) -> Iterator[None]:
-    """Run on a stream of its own, in order with the current one; on a CPU, just run."""
+    """Run on this thread's side stream, in order with the current one; on a CPU, just run."""
     if device.type != "cuda":
         yield
         return
-    current = torch.cuda.current_stream(device)
-    side = torch.cuda.Stream(device)
+    current, side = torch.cuda.current_stream(device), own_stream(_SIDE, device)
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side):
