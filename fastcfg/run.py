@@ -89,15 +89,16 @@ class Run:
 
     def rows(self) -> Iterator[int]:
         """Execute, yielding the index of the last row of each program when it is enqueued."""
-        noises, fill = self.workspace.noises, self._source.fill
+        fill, noises = self._source.fill, self.workspace.noises
         if noises is None and not self._source.always:
             fill = None
+        slots = [None] * self.workspace.options.repeat if noises is None else noises.unbind()
         try:
             for first, count, program in self._schedule():
                 if fill is not None:
                     with torch.no_grad():
-                        for slot in range(count):
-                            fill(first + slot, None if noises is None else noises[slot])
+                        for row, slot in enumerate(slots[:count], first):
+                            fill(row, slot)
                 program()
                 yield first + count - 1
             # Before the memory is given back: another thread may take it at once.

@@ -42,11 +42,11 @@ def test_most_checks_can_be_made_on_a_cpu() -> None:
 
 
 def blind_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fingerprint, "difference", lambda self, other: "")
+    monkeypatch.setattr(Fingerprint, "changes", lambda self, other: "")
 
 
 def restless_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fingerprint, "difference", lambda self, other: "something")
+    monkeypatch.setattr(Fingerprint, "changes", lambda self, other: "something")
 
 
 def stale_readback(monkeypatch: pytest.MonkeyPatch) -> None:
