@@ -1,5 +1,5 @@
-"""What a captured program has baked in: where the weights lie, how the modules around them are built, and torch's
-settings."""
+"""What a captured program has baked in: where the weights lie, how the modules around them are built, numbers that
+Python knows, and torch's settings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,19 @@ __all__ = ["Fingerprint", "torch_settings"]
 # Functions of these packages are known not to look for weights among their globals.
 _LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
 _MAX_NAMES = 3
+_MAX_ITEMS = 4096
 _PLAIN = (Tensor, nn.Parameter)
+_NUMBERS = (bool, int, float, complex, str)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 class Fingerprint:
-    """The weights and modules that some functions reach, so that what was captured can be told from what is there now.
+    """What some functions reach, so that what was captured can be told from what is there now.
 
-    Found are modules, and functions, methods, partials, callable objects and containers that lead to one: through
-    closures, defaults, attributes, and the globals that their code names. Tensors changed in place leave a fingerprint
-    as it was. It keeps no tensor and no module alive.
+    Looked at are modules, functions, methods, partials, callable objects and containers: their tensors, numbers and
+    strings, and what they lead to through closures, defaults, attributes, and the globals that their code names (the
+    guidance scale of GLIDE's notebooks, a LoRA's strength). Tensors changed in place leave a fingerprint as it was.
+    It keeps no tensor and no module alive, and is to be taken after a capture: a model may count its calls.
 
     Args:
         functions: by the names that `changes` gives them.
@@ -82,6 +86,8 @@ class _Walk:
             self._module(name, value)
         elif isinstance(value, Tensor):
             self._note(name, "", _memory(value))
+        elif type(value) in _NUMBERS:
+            self._note(name, "", repr(value))  # NaN equals itself
         elif _leads_on(value) and id(value) not in self._seen:
             self._seen.add(id(value))
             self._held.append(value)
@@ -105,9 +111,9 @@ class _Walk:
                         self._note(name, key, _memory(tensor))
         if not _is_torchs(type(module).__module__):
             for key, value in attributes.items():
-                if type(value) is Tensor:
-                    self._note(name, key, _memory(value))
-        if "forward" in attributes:
+                if key not in _OF_EVERY_MODULE:
+                    self._visit(self._below(name, key), value)
+        elif "forward" in attributes:
             self._visit(self._below(name, "forward"), attributes["forward"])
         for key, child in attributes["_modules"].items():
             if child is not None:
@@ -128,7 +134,7 @@ class _Identity:
 
 
 def _is_torchs(package: str) -> bool:
-    """Whether modules of a class from a package are torch's, which keep no tensors but parameters and buffers."""
+    """Whether modules of a class from a package are torch's, which nobody changes but by replacing them."""
     return package.startswith("torch.")
 
 
@@ -143,10 +149,10 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def _leads_on(value: Any) -> bool:
-    """Whether weights may be found through a value."""
-    if isinstance(value, types.ModuleType | type | types.BuiltinFunctionType):
-        return False
-    return callable(value) or isinstance(value, list | tuple | dict | nn.Module)
+    """Whether something to compare may be found through a value."""
+    if isinstance(value, list | tuple | dict):
+        return len(value) <= _MAX_ITEMS
+    return callable(value) and not isinstance(value, types.ModuleType | type | types.BuiltinFunctionType)
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

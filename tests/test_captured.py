@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,14 @@ class Model(nn.Module):
             for parameter in self.conv.parameters():
                 parameter.normal_(0, 0.3, generator=generator)
         self.register_buffer("shift", torch.tensor(0.1))
-        self.variance, self.calls, self.sizes = variance, 0, []
+        self.variance = variance
+        # Where nobody looks for what a program depends on.
+        self.log = SimpleNamespace(calls=0, sizes=[])
         self.to(dtype)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        self.sizes.append(len(x))
+        self.log.calls += 1
+        self.log.sizes.append(len(x))
         ones = [1] * (x.ndim - 1)
         m = torch.tanh(self.conv(x) + y.view(-1, *ones) + self.shift) - 0.002 * t.to(x.dtype).view(-1, *ones)
         return torch.cat([m, torch.sin(3 * x)], dim=1) if self.variance else m
@@ -234,7 +237,7 @@ def test_rows_with_fewer_branches_end_a_graph_of_several() -> None:
 def test_unguided_rows_run_the_batch_alone() -> None:
     sampler, model = build(CFG(3.0, interval=(0.2, 0.7)), graph=False)
     draw(sampler)
-    assert model.sizes == [B, 2 * B, 2 * B, B, B]
+    assert model.log.sizes == [B, 2 * B, 2 * B, B, B]
     assert sampler.report()["branches"] == [1, 2, 2, 1, 1]
 
 
@@ -242,7 +245,7 @@ def test_unguided_rows_run_the_batch_alone() -> None:
 def test_branches_run_together_or_one_by_one(batching: str, sizes: list[int]) -> None:
     sampler, model = build(graph=False, batching=batching)
     draw(sampler)
-    assert model.sizes == sizes
+    assert model.log.sizes == sizes
 
 
 def test_serial_branches_give_the_batched_result() -> None:
@@ -427,11 +430,29 @@ def test_changed_weights_act_at_the_next_call(change: Callable[[Model], None], w
     assert bool(report["recaptured"]) == (change in REPLACING)
 
 
-def test_refresh_captures_what_only_python_knows() -> None:
-    gain = [1.0]
-    sampler = Sampler(lambda x, t, y: gain[0] * x * y.view(-1, 1, 1, 1), TABLES["ddim"], guidance=CFG(3.0), graph=True)
+def test_numbers_changed_in_python_act_at_the_next_call() -> None:
+    gain = 1.0
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return gain * x * y.view(-1, 1, 1, 1)
+
+    sampler = Sampler(model, TABLES["ddim"], guidance=CFG(3.0), graph=True)
     first = draw(sampler)
-    gain[0] = 0.5
+    gain = 0.5
+    assert not torch.equal(draw(sampler), first)
+    assert sampler.report()["recaptured"] == "model.gain replaced"
+
+
+def test_refresh_captures_what_only_python_knows() -> None:
+    class Gain:
+        value = 1.0
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return Gain.value * x * y.view(-1, 1, 1, 1)
+
+    sampler = Sampler(model, TABLES["ddim"], guidance=CFG(3.0), graph=True)
+    first = draw(sampler)
+    Gain.value = 0.5
     assert torch.equal(draw(sampler), first)
     sampler.refresh()
     assert not torch.equal(draw(sampler), first)
@@ -448,3 +469,21 @@ def test_a_sampler_does_not_keep_weights_alive() -> None:
     model.conv.weight.data = torch.zeros(3, 3, 3, 3)
     gc.collect()
     assert storage.expired()
+
+
+def test_what_a_model_remembers_for_one_shape_is_noticed_at_another() -> None:
+    """As rotary embeddings do: the graph of the first shape would read what is no longer there."""
+
+    class Remembering(Model):
+        def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            if getattr(self, "ramp", torch.empty(0)).shape != x.shape[-1:]:
+                self.ramp = torch.linspace(0, 1, x.shape[-1])
+            return super().forward(x, t, y) + self.ramp
+
+    sampler = Sampler(Remembering(), TABLES["ddim"], guidance=CFG(3.0), graph=True)
+    first = draw(sampler)
+    conditions = {"branches": conditioning(CFG()), "seed": 1}
+    sampler.sample((2, 3, 6, 6), **conditions)
+    assert torch.equal(draw(sampler), first)
+    assert sampler.report()["captures"] == 3
+    assert sampler.report()["recaptured"] == "model.ramp replaced"

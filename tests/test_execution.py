@@ -115,7 +115,7 @@ def test_the_largest_graph_is_captured_first() -> None:
     draw(captured)
     assert captured.report()["branches"][0] == 1
     assert [p["branches"] for p in captured.report()["programs"]] == [("cond", "uncond"), ("cond",)]
-    sizes = [size for i, size in enumerate(model.sizes) if i == 0 or size != model.sizes[i - 1]]
+    sizes = [size for i, size in enumerate(model.log.sizes) if i == 0 or size != model.log.sizes[i - 1]]
     assert sizes[:2] == [4, 2]
 
 
@@ -128,7 +128,7 @@ def test_asking_for_a_graph_overrides_the_timing(timings: dict[Any, Any]) -> Non
     never, model = build(graph=False)
     draw(never)
     assert never.report()["graph"] == "none"
-    assert model.calls == 5
+    assert model.log.calls == 5
 
 
 def test_a_batching_asked_for_is_kept(timings: dict[Any, Any]) -> None:
@@ -158,7 +158,7 @@ class Reading(Model):
 
 class Counting(Model):
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return super().forward(x, t, y) * (1 + 0.01 * self.calls)
+        return super().forward(x, t, y) * (1 + 0.01 * self.log.calls)
 
 
 @pytest.mark.parametrize("graph", [True, "auto"])
@@ -185,9 +185,9 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_with_one_warning(
     report = captured.report()
     assert report["graph"] == "none"
     assert "cannot be captured" in report["graph_reason"]
-    model.calls = 0
+    model.log.calls = 0
     result = draw(captured)
-    model.calls = 0
+    model.log.calls = 0
     assert torch.equal(result, draw(Sampler(model, TABLES["ddim"], guidance=guidance, graph=False)))
 
 
@@ -369,7 +369,7 @@ class Converging(Model):
     """Branches that come together sample by sample: their cosine depends on t and on the sample's own y."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.sizes.append(len(x))
+        self.log.sizes.append(len(x))
         ones = [1] * (x.ndim - 1)
         base = torch.tanh(x)
         turned = base.flip(1) * (y * t.to(x.dtype) / 100).view(-1, *ones)

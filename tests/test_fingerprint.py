@@ -26,6 +26,8 @@ class Net(nn.Module):
         self.conv = nn.Conv1d(3, 3, 1, bias=False)
         self.register_buffer("scale", torch.ones(3))
         self.table = torch.ones(2)
+        # As adapters keep their strengths.
+        self.scaling, self.merged, self._disable_adapters = {"default": 1.0}, [], False
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.encoder(x)[..., None])[..., 0] * self.scale
@@ -83,6 +85,15 @@ CHANGES: dict[str, tuple[Callable[[Net], Any], str]] = {
 }
 
 
+SCALES: dict[str, tuple[Callable[[Net], Any], str]] = {
+    "strength": (lambda net: net.scaling.update(default=0.5), "model.scaling.default replaced"),
+    "flag": (lambda net: setattr(net, "_disable_adapters", True), "model._disable_adapters replaced"),
+    "list": (lambda net: net.merged.append("style"), "model.merged.0 new"),
+    "not a number": (lambda net: net.scaling.update(default=float("nan")), "model.scaling.default replaced"),
+}
+CHANGES |= SCALES
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_was_replaced_is_named(name: str) -> None:
     # Freed memory may be given to what replaces it: then nothing has moved, and what was captured still stands.
@@ -129,6 +140,34 @@ def model_fn(x: Tensor, t: Tensor, **kwargs: Any) -> Any:
     """As in GLIDE's notebooks: the model is a global."""
     half = x[: len(x) // 2]
     return [model(torch.cat([half, half]), **kwargs) for _ in range(1)]
+
+
+guidance_scale = 3.0
+
+
+def test_numbers_among_globals_closures_and_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in GLIDE's notebooks, where a cell changes the guidance scale and the function stays."""
+    scale = 3.0
+    holder = Holder(Net())
+    holder.scale = 3.0  # type: ignore[attr-defined]
+    functions: dict[str, Any] = {
+        "global": lambda x: guidance_scale * x,
+        "closure": lambda x: scale * x,
+        "partial": partial(lambda x, scale: scale * x, scale=scale),
+        "object": holder,
+    }
+    before = {name: Fingerprint({"model": function}) for name, function in functions.items()}
+    assert not any(before[name].changes({"model": function}) for name, function in functions.items())
+    monkeypatch.setattr(f"{__name__}.guidance_scale", 5.0)
+    scale = holder.scale = 5.0  # type: ignore[attr-defined]
+    functions["partial"].keywords["scale"] = 5.0
+    told = {name: before[name].changes({"model": function}) for name, function in functions.items()}
+    assert told == {
+        "global": "model.guidance_scale replaced",
+        "closure": "model.scale replaced",
+        "partial": "model.keywords.scale replaced",
+        "object": "model.scale replaced",
+    }
 
 
 def by_global(net: Net) -> Any:
@@ -201,7 +240,13 @@ def test_a_model_is_found(way: str) -> None:
 def test_what_is_not_a_model_is_passed_over() -> None:
     loop: list[Any] = [print, torch, Tensor, 3, "text", None]
     loop.append(loop)
-    assert Fingerprint({"model": lambda x, loop=loop: loop})._names == ["model"]
+    assert Fingerprint({"model": lambda x, loop=loop: loop})._names == [
+        "model",
+        "model.defaults.0.3",
+        "model.defaults.0.4",
+    ]
+    many = list(range(5000))
+    assert Fingerprint({"model": lambda x: many})._names == ["model"]
 
 
 def test_nothing_is_kept_alive() -> None:

@@ -800,7 +800,7 @@ def test_memory_is_counted_capped_and_given_back() -> None:
 
 
 def test_the_shape_used_last_is_kept_longest() -> None:
-    sampler = Sampler(Affine(), TABLES["ddim"], guidance=CFG(3.0), graph=True)
+    sampler = Sampler(rational, TABLES["ddim"], guidance=CFG(3.0), graph=True)
 
     def recordings(size: int) -> int:
         before = sampler.report().get("captures", 0)
