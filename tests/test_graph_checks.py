@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import graphs
-from benchmarks.captured import models
+from benchmarks.captured import devices, models
 from benchmarks.captured.registry import Check, NotHereError, require_same
 from fastcfg import Sampler, programs
 from fastcfg.fingerprint import Fingerprint
@@ -127,6 +129,45 @@ def test_a_check_fails_where_it_should(break_it: Any, name: str, message: str, m
     break_it(monkeypatch)
     with pytest.raises(AssertionError, match=message):
         graphs.CHECKS[name](CPU)
+
+
+FILL = "void at::native::vectorized_elementwise_kernel<2, at::native::FillFunctor<long>>"
+
+
+@pytest.mark.parametrize(
+    ("called", "done", "message"),
+    [
+        ([], [], ""),
+        (["cudaLaunchKernel"] * 2, [FILL] * 2, ""),  # torch's own
+        (["cudaLaunchKernel"] * 2, ["another"] * 2, "beside the graphs the rows called {'cudaLaunchKernel': 10}"),
+        (["cudaLaunchKernel"], [FILL], "beside the graphs the rows called {'cudaLaunchKernel': 5}"),
+        (["cudaGraphLaunch"], [], "10 graph launches for 5 programs"),
+        (["cudaStreamSynchronize"], [], "beside the graphs the rows called {'cudaStreamSynchronize': 5}"),
+        ([], ["Memcpy DtoH (Device -> Pinned)"], "copies between host and device"),
+        ([], ["_guided_step_kernel"], "guided_step ran 10 times in 5 rows"),
+    ],
+)
+def test_launches_beside_the_graphs_are_found(
+    called: list[str], done: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what a profiler would have seen: so much of it for each of the run's programs or rows."""
+
+    def profiled(run: Any, programs: int) -> tuple[Counter[str], Counter[str]]:
+        rows = run.table.num_rows
+        host = Counter(["cudaGraphLaunch", "cudaStreamIsCapturing", *called] * programs)
+        return host, Counter([*["_guided_step_kernel"] * rows, *done * programs, "Memcpy DtoD (Device -> Device)"])
+
+    monkeypatch.setitem(devices.TABLES, "ddpm", devices.TABLES["plms"])  # without noise: faster on a CPU
+    monkeypatch.setattr(devices, "profiled_rows", profiled)
+    check = graphs.CHECKS["one-launch-runs-a-row"].function
+    if message:
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            check(CPU)
+    else:
+        assert check(CPU)["ddpm, 1 in a graph"]["launches_of_torchs_generator"] == 5 * len(called)
+    monkeypatch.setattr(devices, "profiled_rows", lambda run, programs: (Counter(), Counter()))
+    with pytest.raises(NotHereError, match="the profiler saw nothing"):
+        check(CPU)
 
 
 def test_tensors_must_be_the_same_and_finite() -> None:

@@ -123,7 +123,7 @@ def profiled_rows(run: Any, programs: int) -> tuple[Counter[str], Counter[str]]:
     on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (span,) = [event.time_range for event in on_host if event.name == "all rows"]
     called = Counter(
-        event.name
+        event.name.partition("_v")[0]  # CUPTI adds versions
         for event in on_host
         if event.name.startswith("cu") and span.start <= event.time_range.start <= span.end
     )

@@ -16,7 +16,7 @@ from fastcfg import Sampler, Schedule, solvers
 # Python beside a replay, in microseconds a row.
 BUDGET = 15.0
 _REPEATS = 15
-_LONG = solvers.ddpm(Schedule.named("squaredcos_cap_v2", 100), variance="fixed_large")
+_LONG = solvers.ddpm(Schedule.named("squaredcos_cap_v2", 100).respace(50), variance="fixed_large")
 
 
 @check(needs_cuda=True)
