@@ -90,7 +90,7 @@ class CudaGraph:
         cached, outer = torch.is_autocast_cache_enabled(), sys.exc_info()[1]
         torch.set_autocast_cache_enabled(False)
         try:
-            with _CAPTURING:
+            with _CAPTURING, torch.cuda.device(pool.device):
                 self._capture()
         except BaseException as error:
             pool.expel(self)
@@ -107,7 +107,7 @@ class CudaGraph:
         # Thread-local: another thread that queries CUDA, a progress display say, must not break the capture.
         capture = torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(self._pool.device), capture, self._examined.reused() as constants:
+            with capture, self._examined.reused() as constants:
                 for program in self._programs:
                     constants.restart()
                     program()
