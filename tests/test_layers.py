@@ -45,6 +45,7 @@ LAYERS = (
     "pipeline",
     "upsampler",
     "frontends",
+    "parity",
     "cli",
 )
 
@@ -55,8 +56,8 @@ NARROWER = {
     "training": {"files", "schedule", "models", "noise", "reference"},
 }
 
-# The package itself: its public names, and `python -m fastcfg`. It stands outside the order.
-TOP = {"fastcfg", "fastcfg.__main__"}
+# The package itself: its public names, and what `python -m` runs. It stands outside the order.
+TOP = {"fastcfg", "fastcfg.__main__", "fastcfg.parity.__main__"}
 
 THIRD_PARTY_UIS = {"diffusers", "k_diffusion", "transformers"}
 
@@ -108,7 +109,7 @@ def dynamic_target(call: ast.Call) -> str | None:
 def layer_of(name: str) -> str:
     """The layer a dotted fastcfg name belongs to; "fastcfg" for names of the package itself."""
     parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "fastcfg"
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS and name not in TOP else "fastcfg"
 
 
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:

@@ -1,4 +1,4 @@
-"""The `fastcfg` command: sample, train, doctor."""
+"""The `fastcfg` command: sample, train, doctor, parity."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastcfg import __version__
 
-from . import doctor, sample, train
+from . import doctor, parity, sample, train
 from .parser import Parser, UsageError
 
 __all__ = ["main"]
@@ -23,6 +23,7 @@ examples:
   fastcfg sample "a red circle above a blue square"
   fastcfg train --out run --steps 2000
   fastcfg doctor
+  fastcfg parity --quick
 
 `fastcfg COMMAND --help` explains a command."""
 
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sample, train, doctor):
+    for command in (sample, train, doctor, parity):
         command.add_parser(commands)
     return parser
 
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 if `doctor` finds fastcfg unusable; 2 for what cannot be done as asked, said in one line
-        on stderr; 130 if interrupted.
+        The exit status: 0; 1 if `doctor` finds fastcfg unusable or `parity` something out of bounds; 2 for what cannot
+        be done as asked, said in one line on stderr; 130 if interrupted.
     """
     try:
         arguments = build_parser().parse_args(argv)

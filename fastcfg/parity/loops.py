@@ -1,0 +1,345 @@
+"""Whole loops, and the first rows of a user's own: where they end up, against the same loop in float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import solvers
+from ..guidance import CFG, Guidance, NoGuidance
+from ..pipeline import TextToImage
+from ..sampler import Sampler
+from ..schedule import Schedule
+from ..step import StepSpec
+from ..table import StepTable
+from .findings import Error, Finding, distance_in_ulps, measure
+from .plain import original_row, plain_row
+
+STEPS, SCALE, PROMPT = 50, 3.0, "a red circle above a blue square"
+
+Model = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is sampled.
+
+    Attributes:
+        model, table: as `Sampler`.
+        shape, cond, uncond, branches: as `Sampler.sample`.
+        guidance, options: as `Sampler`; options are its further keyword arguments.
+    """
+
+    model: Model
+    table: StepTable
+    shape: tuple[int, ...]
+    cond: dict[str, Any] | None = None
+    uncond: dict[str, Any] | None = None
+    branches: dict[str, dict[str, Any]] | None = None
+    guidance: Guidance = field(default_factory=NoGuidance)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def sampler(self, **options: Any) -> Sampler:
+        """A sampler for it, with some options replaced."""
+        return Sampler(options.pop("model", self.model), self.table, guidance=self.guidance, **self.options | options)
+
+    def run(self, sampler: Sampler, seed: int, rows: int | None = None) -> list[Tensor]:
+        """The states [B, C, ...] on the CPU after every row, from seeded recorded noise."""
+        given: dict[str, Any] = {"cond": self.cond, "uncond": self.uncond, "branches": self.branches}
+        steps = sampler.iterate(self.shape, **given, x_T=self.start(seed), noise=lambda row, _: self.noise(seed, row))
+        return [step.x.cpu() for step in islice(steps, rows)]
+
+    def start(self, seed: int) -> Tensor:
+        """float32 [B, C, ...]."""
+        return self.noise(seed, -1) * self.table.initial_scale
+
+    def noise(self, seed: int, row: int) -> Tensor:
+        """float32 standard normals of a row: the same on every device."""
+        generator = torch.Generator().manual_seed(((seed << 20) + row + 1) % 2**63)
+        return torch.randn(self.shape, generator=generator)
+
+    def conditionings(self, device: torch.device, active: Sequence[int]) -> dict[str, Any]:
+        """The model's keyword arguments for some branches, one after the other along the batch."""
+        by_name = {"cond": self.cond, "uncond": self.uncond, **(self.branches or {})}
+        values = [by_name[self.guidance.branches[branch]] or {} for branch in active]
+        return {name: self._packed([value[name] for value in values], device) for name in values[0]}
+
+    def _packed(self, values: list[Any], device: torch.device) -> Any:
+        batch = self.shape[0]
+        if not all(isinstance(v, Tensor) and v.ndim and len(v) in (1, batch) for v in values):
+            return values[0]
+        return torch.cat([v.to(device).expand(batch, *v.shape[1:]) for v in values])
+
+
+class Analytic(torch.nn.Module):
+    """A bounded model without weights, in the dtype of its input: noise and variance channels."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x [N, C, ...] to [N, 2C, ...]."""
+        shift = (y + torch.sin(0.01 * t.to(x.dtype))).view(-1, *[1] * (x.ndim - 1))
+        return torch.cat([torch.tanh(0.8 * x + shift), torch.cos(x - shift)], dim=1)
+
+
+def standard(
+    solver: str, quick: bool, device: torch.device
+) -> tuple[Problem, Schedule, Callable[[torch.dtype], Model]]:
+    """A loop of ddpm (learned range) or ddim with guidance; its schedule, and its model in a dtype."""
+    same: dict[str, Any] = {"options": {"clip": 1.0, "device": device}, "guidance": CFG(SCALE)}
+    if quick:
+        schedule = Schedule.named("squaredcos_cap_v2").respace(STEPS)
+        given: dict[str, Any] = {"cond": {"y": torch.tensor([0.5, -0.3])}, "uncond": {"y": torch.zeros(1)}}
+        shape: tuple[int, ...] = (2, 3, 16, 16)
+
+        def in_dtype(dtype: torch.dtype) -> Model:
+            return Analytic()
+    else:
+        pipeline = TextToImage.load(device=device)
+        schedule, size = pipeline.schedule.respace(STEPS), pipeline.meta.image_size
+        context = pipeline.model.text_ctx
+        texts = [pipeline.tokenizer.encode(PROMPT), []]
+        read = [map(torch.tensor, pipeline.tokenizer.padded_tokens_and_mask(ids, context)) for ids in texts]
+        encoded = [{"tokens": tokens[None], "mask": mask[None]} for tokens, mask in read]
+        given, shape = {"cond": encoded[0], "uncond": encoded[1]}, (1, 3, size, size)
+
+        def in_dtype(dtype: torch.dtype) -> Model:
+            return TextToImage.load(device=device, dtype=dtype).model
+
+    table = solvers.ddpm(schedule) if solver == "ddpm" else solvers.ddim(schedule)
+    return Problem(Analytic(), table, shape, **given, **same), schedule, in_dtype
+
+
+@torch.no_grad()
+def original_loop(problem: Problem, schedule: Schedule, solver: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """The states of the originals' loop in plain torch, state in float32."""
+    device = problem.options["device"]
+    x, states = problem.start(seed).to(device), []
+    given = problem.conditionings(device, (0, 1))
+    for row in range(problem.table.num_rows):
+        t = torch.full((2 * len(x),), int(problem.table["t"][row]), device=device)
+        output = problem.model(torch.cat([x, x]).to(dtype), t, **given)
+        x = original_row(schedule, solver, x, output, row, SCALE, problem.noise(seed, row).to(device))
+        states.append(x.cpu())
+    return states
+
+
+def check_loops(
+    backends: Sequence[str], device: torch.device, quick: bool, seed: int, progress: Callable[..., Any]
+) -> list[Finding]:
+    """Loops of 50 steps by every backend, and by plain torch.
+
+    Args:
+        backends: of fastcfg.
+        device: where they run.
+        quick: with an analytic model instead of the embedded one, and without Inductor.
+        seed: of start and noise.
+        progress: wraps the list of loops, as tqdm does.
+    """
+    found: list[Finding] = []
+    ways = (("eager", False), ("captured", True)) if device.type == "cuda" else (("eager", False),)
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    backends = [backend for backend in backends if not (quick and backend == "inductor")]
+    for solver in progress(("ddpm", "ddim"), desc="loops"):
+        problem, schedule, in_dtype = standard(solver, quick, device)
+        wide = problem.sampler(model=in_dtype(torch.float64), dtype=torch.float64, graph=False)
+        truth = table_loop(problem, wide, wide.model, seed, STEPS, state=torch.float64)
+        for dtype in dtypes:
+            own = replace(problem, model=in_dtype(dtype))
+            plain = original_loop(own, schedule, solver, dtype, seed)
+            name = str(dtype).removeprefix("torch.")
+            for backend in backends:
+                for way, graph in ways:
+                    states = own.run(own.sampler(dtype=dtype, backend=backend, graph=graph), seed)
+                    found.append(_compare("loop", backend, name, solver, way, own.shape, states, truth, plain))
+    return found
+
+
+def check_model(
+    problem: Problem, backends: Sequence[str], rows: int, seed: int, progress: Callable[..., Any]
+) -> list[Finding]:
+    """The first rows of a user's sampler.
+
+    Teacher-forced: the model's outputs are recorded in a run with a float64 state, and given to every backend in place
+    of the model: what is compared is fastcfg's arithmetic alone. Free: the model runs on each backend's own states.
+
+    Args:
+        problem: the user's.
+        backends: of fastcfg.
+        rows: how many.
+        seed: of start and noise.
+        progress: wraps the list of runs, as tqdm does.
+
+    Raises:
+        ValueError: guidance that evaluates other branches from run to run, or a model that fails.
+    """
+    base = problem.sampler(graph=False)
+    if problem.guidance.plan(problem.table, problem.shape[0]).threshold is not None:
+        raise ValueError("guidance: got AdaptiveCFG, expected one that does not look at the outputs, such as CFG")
+    settings = {"dtype": base.dtype, "device": base.device, "batching": "batched", "graph": False}
+    name = str(base.dtype).removeprefix("torch.")
+    recorder = _Recorder(problem.model)
+    is_plain = isinstance(base.clip, Tensor | None) and base.denoised_fn is None and base.cond_fn is None
+    try:
+        if is_plain:
+            truth = table_loop(problem, base, recorder, seed, min(rows, len(problem.table)), state=torch.float64)
+        else:
+            exact = {"model": recorder, "state_dtype": torch.float64, "backend": "reference"}
+            truth = problem.run(problem.sampler(**settings | exact), seed, rows)
+    except Exception as error:
+        raise ValueError(f"--model: its first run failed: {type(error).__name__}: {error}") from error
+
+    def played(backend: str) -> list[Tensor]:
+        return problem.run(problem.sampler(**settings | {"model": _Player(recorder), "backend": backend}), seed, rows)
+
+    plain = free_plain = None
+    if is_plain:
+        plain = table_loop(problem, base, _Player(recorder), seed, len(truth))
+        free_plain = table_loop(problem, base, problem.model, seed, len(truth))
+    expected = played("reference")
+    runs = [(backend, way) for backend in backends for way in ("teacher-forced", "free", "captured")]
+    found: list[Finding] = []
+    for backend, way in progress(runs, desc="model"):
+        if way == "teacher-forced":
+            states = played(backend)
+            finding = _compare("model", backend, name, way, "eager", problem.shape, states, truth, plain or expected)
+            same, ulps = distance_in_ulps(torch.stack(states), torch.stack(expected))
+            # Bits follow from the recorded outputs, but for the learned variance's exponential.
+            allowed = None if base.table.learned_variance else 0.0
+            note = "" if plain else "bound: the reference's own error, plain torch has no such options here"
+            found.append(replace(finding, bitwise=same, reference_ulp=ulps, allowed_ulp=allowed, note=note))
+            continue
+        sampler = problem.sampler(**settings | {"backend": backend, "graph": way == "captured"})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            states = problem.run(sampler, seed, rows)
+        note = ""
+        if way == "captured":
+            report = sampler.report()
+            graph = report["graph"]
+            note = f"ran eagerly: {report['graph_reason']}" if graph == "none" else f"graph: {graph}"
+        kind = "captured" if way == "captured" else "eager"
+        finding = _compare("model", backend, name, "free", kind, problem.shape, states, truth, free_plain)
+        found.append(replace(finding, note=note))
+    return found
+
+
+class _Recorder:
+    """A model that keeps its outputs."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.outputs: list[Tensor] = []
+        if hasattr(model, "precompute"):
+            self.precompute = model.precompute
+
+    def __call__(self, x: Tensor, t: Tensor, **given: Any) -> Tensor:
+        output = self._model(x, t, **given)
+        output = output[0] if isinstance(output, tuple) else output
+        self.outputs.append(output.clone())
+        return output
+
+
+class _Player:
+    """Gives recorded outputs one after the other."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self._outputs: Iterator[Tensor] = iter(recorder.outputs)
+
+    def __call__(self, x: Tensor, t: Tensor, **_: Any) -> Tensor:
+        return next(self._outputs)
+
+
+@torch.no_grad()
+def table_loop(
+    problem: Problem, base: Sampler, model: Model, seed: int, rows: int, state: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """The first rows of a table in plain torch, by nothing of the engine's: the states after each.
+
+    Args:
+        problem: what is sampled, with a clip that is a number.
+        base: its sampler, for what that has resolved: table, guidance, clip, dtype, device, memory format.
+        model: its model, or one in place of it.
+        seed: of start and noise.
+        rows: how many.
+        state: float32, with the blend in the model's dtype; or float64, with everything beside the model in it.
+    """
+    device, table, guidance = base.device, base.table, base.guidance
+    batch = problem.shape[0]
+    plan = guidance.plan(table, batch)
+    x, states = problem.start(seed).to(device, state), []
+    history = [torch.zeros_like(x) for _ in range(table.num_history)]
+    bound = base.clip.to(x).expand(batch) if isinstance(base.clip, Tensor) else None
+    for row, coefficients in enumerate(table.on("cpu", state)[:rows].tolist()):
+        active = plan.active[row]
+
+        def place(branch: int | None, active: tuple[int, ...] = active) -> int | None:
+            return active.index(branch) if branch in active else None
+
+        spec = StepSpec(
+            len(active),
+            place(guidance.base) if len(active) > 1 else None,
+            place(guidance.conditional) or 0,
+            place(guidance.unconditional) if table.uses_unconditional else None,
+            learned_variance=table.learned_variance,
+            raw_output=table.uses_raw_output,
+            history=table.num_history,
+            clip=bound is not None,
+            noise="tensor" if table.uses_noise else "none",
+        )
+        weights = torch.from_numpy(plan.weights[row][:, list(active)]).to(x)
+        time = torch.full((len(active) * batch,), table["t"][row], device=device)
+        time = time.long() if table.integer_time else time.float()
+        entered = (float(table["c_in"][row]) * x).to(base.dtype).repeat(len(active), *[1] * (x.ndim - 1))
+        entered = entered.contiguous(memory_format=base.memory_format)
+        output = model(entered, time, **problem.conditionings(device, active))
+        output = output[0] if isinstance(output, tuple) else output
+        output = output.double() if state == torch.float64 else output
+        noise = problem.noise(seed, row).to(x)
+        result = plain_row(
+            coefficients, x, output, spec, weights=weights, bound=bound, noise=noise, history=list(history)
+        )
+        slot = int(table["slot"][row])
+        if slot >= 0:
+            history[slot] = result["saved"]
+        x = result["x"]
+        states.append(x.cpu())
+    return states
+
+
+def _compare(
+    check: str,
+    backend: str,
+    dtype: str,
+    options: str,
+    way: str,
+    shape: tuple[int, ...],
+    states: list[Tensor],
+    truth: list[Tensor],
+    plain: list[Tensor] | None,
+) -> Finding:
+    """The largest errors along two trajectories."""
+    ours = [measure(got, want) for got, want in zip(states, truth, strict=True)]
+    theirs = [measure(got, want) for got, want in zip(plain, truth, strict=True)] if plain else []
+    return Finding(
+        check,
+        backend,
+        dtype,
+        options,
+        way,
+        tuple(shape),
+        "x",
+        error=_worst(ours),
+        torch=_worst(theirs) if theirs else None,
+        trajectory=tuple(error.max for error in ours),
+        torch_trajectory=tuple(error.max for error in theirs),
+    )
+
+
+def _worst(errors: list[Error]) -> Error:
+    """The largest of each number along a trajectory."""
+    return Error(*(max(getattr(error, name) for error in errors) for name in ("max", "rms", "ulp", "rms_ulp")))

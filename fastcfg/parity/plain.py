@@ -1,0 +1,111 @@
+"""The step as eager torch code has it: each operation rounded on its own, the blend in the model's dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import gaussian
+from ..schedule import Schedule
+from ..step import StepSpec
+from ..table import COLUMNS
+
+
+def blended(output: Tensor, channels: int, spec: StepSpec, weights: Tensor | None) -> Tensor:
+    """The guided output [B, C, ...] of K branches' [K*B, C or 2C, ...], every result rounded to its dtype."""
+    parts = output[:, :channels].chunk(spec.branches)
+    if spec.branches == 1:
+        return parts[0]
+    w = weights.view(*weights.shape, *[1] * (output.ndim - 1)).unbind(1)  # type: ignore[union-attr]
+    rest = [k for k in range(spec.branches) if k != spec.base]
+    if spec.base is None:
+        terms = [(w[k] * parts[k]).to(output.dtype) for k in rest]
+        m = terms.pop(0)
+    else:
+        m = base = parts[spec.base]
+        terms = [(w[k] * (parts[k] - base)).to(output.dtype) for k in rest]
+    for term in terms:
+        m = m + term
+    return m
+
+
+def plain_row(
+    row: Sequence[float],
+    x: Tensor,
+    output: Tensor,
+    spec: StepSpec,
+    *,
+    weights: Tensor | None = None,
+    bound: Tensor | None = None,
+    noise: Tensor | None = None,
+    gradient: Tensor | None = None,
+    history: Sequence[Tensor] = (),
+) -> dict[str, Tensor]:
+    """One row of a table, the formulas of `fastcfg.table` written down.
+
+    Args:
+        row: the row's coefficients.
+        x: float32 [B, C, ...].
+        output: the model's [K*B, C or 2C, ...] in its dtype.
+        spec: which of the terms exist.
+        weights: [B, K].
+        bound: [B].
+        noise, gradient: like x.
+        history: the saved tensors, each like x.
+
+    Returns:
+        The next x, x0, and the tensor to save.
+    """
+    c = dict(zip(COLUMNS, row, strict=True))
+    channels = x.shape[1]
+    m = blended(output, channels, spec, weights).to(x.dtype)
+    x0 = c["p_x"] * x + c["p_m"] * m
+    if spec.clip:
+        limit = bound.view(-1, *[1] * (x.ndim - 1))  # type: ignore[union-attr]
+        x0 = torch.minimum(torch.maximum(x0, -limit), limit)
+        x0 = x0 / limit if spec.rescale else x0
+    if spec.gradient:
+        x0 = x0 + c["p_g"] * gradient  # type: ignore[operator]
+    y = c["a_x"] * x + c["a_0"] * x0
+    if spec.raw_output:
+        y = y + c["a_m"] * m
+    if spec.unconditional is not None:
+        y = y + c["a_u"] * output[:, :channels].chunk(spec.branches)[spec.unconditional].to(x.dtype)
+    for j, saved in enumerate(history):
+        y = y + c[f"a_h{j}"] * saved
+    std: Tensor | float = c["s"]
+    if spec.learned_variance:
+        v = output[:, channels:].chunk(spec.branches)[spec.conditional].to(x.dtype)
+        std = torch.exp2(c["l_0"] + c["l_v"] * v)
+    if spec.gradient:
+        scale = c["a_g"] * torch.exp2(2 * c["l_v"] * v) if spec.learned_variance else c["a_g"]
+        y = y + scale * gradient  # type: ignore[operator]
+    if spec.noise != "none":
+        y = y + std * noise  # type: ignore[operator]
+    return {"x": y, "x0": x0, "saved": c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m}
+
+
+def original_row(
+    schedule: Schedule, solver: str, x: Tensor, output: Tensor, row: int, scale: float, noise: Tensor
+) -> Tensor:
+    """The next x of guided-diffusion's and GLIDE's step with guidance, by their own formulas in their order.
+
+    Args:
+        schedule: the respaced process.
+        solver: "ddpm" (learned range) or "ddim" (eta = 0).
+        x: float32 [B, C, ...].
+        output: the model's [2B, 2C, ...], the conditional half first.
+        row: 0 for the noisiest timestep.
+        scale: of the guidance.
+        noise: like x.
+    """
+    batch, channels = x.shape[:2]
+    weights = torch.tensor([scale, 0.0], device=x.device).expand(batch, 2)
+    spec = StepSpec(branches=2, base=1)
+    # Variance channels have no guidance: they are the conditional half's.
+    guided = torch.cat([blended(output, channels, spec, weights), output[:batch, channels:]], dim=1)
+    t = torch.full((batch,), schedule.num_timesteps - 1 - row, device=x.device)
+    p = gaussian.p_mean_variance(schedule, guided, x, t)
+    return gaussian.p_sample(p, t, noise) if solver == "ddpm" else gaussian.ddim_sample(schedule, p, x, t, noise)

@@ -1,0 +1,101 @@
+"""Findings as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..files import replacing
+from .findings import Finding
+
+_HEADS = ("check", "backend", "dtype", "options", "way", "bitwise", "max ulp", "RMS ulp", "torch", "bound", "")
+
+
+def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """One dictionary per finding; numbers that are not finite become None."""
+    return [
+        _plain({**asdict(f), "bound_ulp": f.bound_ulp, "ok": not f.problem, "problem": f.problem}) for f in findings
+    ]
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    """Lines of text: one per check, backend, dtype, option set and way, each with its worst shape and tensor."""
+    groups: dict[tuple[str, ...], list[Finding]] = {}
+    for f in findings:
+        groups.setdefault((f.check, f.backend, f.dtype, f.options, f.way), []).append(f)
+    rows: list[tuple[str, ...]] = [_HEADS]
+    for key, group in groups.items():
+        worst = max(group, key=lambda f: f.load)
+        bits = [f.bitwise for f in group if f.bitwise is not None]
+        error, plain = worst.error, worst.torch
+        rows.append(
+            (
+                *key,
+                "" if not bits else "yes" if all(bits) else "no",
+                "" if error is None else f"{error.ulp:.2f}",
+                "" if error is None else f"{error.rms_ulp:.2f}",
+                "" if plain is None else f"{plain.ulp:.2f}",
+                "" if worst.bound_ulp is None else f"{worst.bound_ulp:.2f}",
+                _verdict(group),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
+    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+
+
+def _verdict(group: Sequence[Finding]) -> str:
+    if any(f.problem for f in group):
+        return "FAILED"
+    return "ok" if any(f.allowed_ulp is not None or f.bound_ulp is not None for f in group) else "no bound"
+
+
+def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    return [
+        cell.rjust(width) if 6 <= i <= 9 else cell.ljust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def plot(findings: Sequence[Finding], path: str | os.PathLike[str]) -> None:
+    """Draw the errors along the trajectories as a PNG; needs matplotlib.
+
+    Args:
+        findings: of loops or of a user's model.
+        path: the file to write, whole or not at all.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("--plot: matplotlib is not installed (pip install matplotlib)") from error
+
+    loops = [f for f in findings if f.trajectory]
+    names = list(dict.fromkeys((f.options, f.dtype) for f in loops))
+    figure = Figure(figsize=(6 * max(len(names), 1), 4), layout="constrained")
+    for i, (options, dtype) in enumerate(names):
+        axes = figure.add_subplot(1, len(names), i + 1)
+        own = [f for f in loops if (f.options, f.dtype) == (options, dtype)]
+        for f in own:
+            axes.plot(range(1, len(f.trajectory) + 1), f.trajectory, label=f"fastcfg, {f.backend}, {f.way}")
+        plain = own[0].torch_trajectory
+        axes.plot(range(1, len(plain) + 1), plain, "k--", label="plain torch")
+        axes.set(title=f"{options}, {dtype}", xlabel="row", ylabel="max relative error from float64", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def _plain(value: Any) -> Any:
+    """Values that JSON has."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
