@@ -51,7 +51,9 @@ class Problem:
 
     def run(self, sampler: Sampler, seed: int, rows: int | None = None) -> list[Tensor]:
         """The states [B, C, ...] on the CPU after every row, from seeded recorded noise."""
-        given: dict[str, Any] = {"cond": self.cond, "uncond": self.uncond, "branches": self.branches}
+        by_name = {"cond": self.cond, "uncond": self.uncond, **(self.branches or {})}
+        given: dict[str, Any] = {name: _placed(value, sampler.device) for name, value in by_name.items()}
+        given = {name: given.pop(name) for name in ("cond", "uncond")} | {"branches": given or None}
         steps = sampler.iterate(self.shape, **given, x_T=self.start(seed), noise=lambda row, _: self.noise(seed, row))
         return [step.x.cpu() for step in islice(steps, rows)]
 
@@ -75,6 +77,13 @@ class Problem:
         if not all(isinstance(v, Tensor) and v.ndim and len(v) in (1, batch) for v in values):
             return values[0]
         return torch.cat([v.to(device).expand(batch, *v.shape[1:]) for v in values])
+
+
+def _placed(given: dict[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
+    """A branch's conditioning with its tensors on a device."""
+    if given is None:
+        return None
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
 
 
 class Analytic(torch.nn.Module):
