@@ -66,17 +66,19 @@ class Problem:
         generator = torch.Generator().manual_seed(((seed << 20) + row + 1) % 2**63)
         return torch.randn(self.shape, generator=generator)
 
-    def conditionings(self, device: torch.device, active: Sequence[int]) -> dict[str, Any]:
-        """The model's keyword arguments for some branches, one after the other along the batch."""
+    def conditionings(self, model: Model, device: torch.device, active: Sequence[int]) -> dict[str, Any]:
+        """The keyword arguments of a model for some branches, one after the other along the batch; text is encoded."""
         by_name = {"cond": self.cond, "uncond": self.uncond, **(self.branches or {})}
-        values = [by_name[self.guidance.branches[branch]] or {} for branch in active]
-        return {name: self._packed([value[name] for value in values], device) for name in values[0]}
+        values = [_placed(by_name[self.guidance.branches[branch]], device) or {} for branch in active]
+        if hasattr(model, "precompute"):
+            values = [model.precompute(**value) for value in values]
+        return {name: self._packed([value[name] for value in values]) for name in values[0]}
 
-    def _packed(self, values: list[Any], device: torch.device) -> Any:
+    def _packed(self, values: list[Any]) -> Any:
         batch = self.shape[0]
         if not all(isinstance(v, Tensor) and v.ndim and len(v) in (1, batch) for v in values):
             return values[0]
-        return torch.cat([v.to(device).expand(batch, *v.shape[1:]) for v in values])
+        return torch.cat([v.expand(batch, *v.shape[1:]) for v in values])
 
 
 def _placed(given: dict[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
@@ -128,7 +130,7 @@ def original_loop(problem: Problem, schedule: Schedule, solver: str, dtype: torc
     """The states of the originals' loop in plain torch, state in float32."""
     device = problem.options["device"]
     x, states = problem.start(seed).to(device), []
-    given = problem.conditionings(device, (0, 1))
+    given = problem.conditionings(problem.model, device, (0, 1))
     for row in range(problem.table.num_rows):
         t = torch.full((2 * len(x),), int(problem.table["t"][row]), device=device)
         output = problem.model(torch.cat([x, x]).to(dtype), t, **given)
@@ -282,6 +284,7 @@ def table_loop(
     plan = guidance.plan(table, batch)
     x, states = problem.start(seed).to(device, state), []
     history = [torch.zeros_like(x) for _ in range(table.num_history)]
+    given = {active: problem.conditionings(model, device, active) for active in set(plan.active[:rows])}
     bound = base.clip.to(x).expand(batch) if isinstance(base.clip, Tensor) else None
     for row, coefficients in enumerate(table.on("cpu", state)[:rows].tolist()):
         active = plan.active[row]
@@ -305,7 +308,7 @@ def table_loop(
         time = time.long() if table.integer_time else time.float()
         entered = (float(table["c_in"][row]) * x).to(base.dtype).repeat(len(active), *[1] * (x.ndim - 1))
         entered = entered.contiguous(memory_format=base.memory_format)
-        output = model(entered, time, **problem.conditionings(device, active))
+        output = model(entered, time, **given[active])
         output = output[0] if isinstance(output, tuple) else output
         output = output.double() if state == torch.float64 else output
         noise = problem.noise(seed, row).to(x)
