@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Conditioning", "Same", "Shared", "check_conditioning"]
+__all__ = ["Alike", "Conditioning", "Same", "Shared", "check_conditioning"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +146,52 @@ class Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+class Alike(Same):
+    """Equal also for functions that are made anew in every call of the code around them, and do the same: of one code,
+    with the same objects (or equal numbers) in closure and defaults. Methods and partials are compared by their parts.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            return isinstance(other, Alike) and _alike(self.value, other.value)
+        except RecursionError:  # functions that lead to themselves
+            return False
+
+    def __hash__(self) -> int:
+        value = self.value
+        while isinstance(value, partial | MethodType):
+            value = value.func if isinstance(value, partial) else value.__func__
+        return id(value.__code__ if isinstance(value, FunctionType) else value)
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, FunctionType):
+        return a.__code__ is b.__code__ and a.__globals__ is b.__globals__ and _alike(_held_by(a), _held_by(b))
+    if isinstance(a, MethodType):
+        return a.__func__ is b.__func__ and a.__self__ is b.__self__
+    if isinstance(a, partial):
+        return _alike((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if type(a) is dict:
+        return list(a) == list(b) and all(map(_alike, a.values(), b.values()))
+    return isinstance(a, bool | int | float | str) and a == b
+
+
+def _held_by(function: FunctionType) -> tuple[Any, ...]:
+    """What a function has beside its code. A cell without contents equals no other."""
+    cells = function.__closure__ or ()
+    try:
+        contents = tuple(cell.cell_contents for cell in cells)
+    except ValueError:
+        contents = cells
+    return contents, function.__defaults__ or (), function.__kwdefaults__ or {}
 
 
 def _listed(names: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import Same, check_conditioning
+from .conditioning import Alike, Same, check_conditioning
 from .guidance import Guidance, GuidancePlan, NoGuidance
 from .keeper import Keeper, Kept
 from .ops import resolve_backend
@@ -311,9 +311,9 @@ class Sampler:
         if self.graph != "auto":
             capture = "always" if self.graph else "off"
         return Options(
-            model=Same(self.model),
-            denoised_fn=Same(self.denoised_fn),
-            cond_fn=Same(self.cond_fn),
+            model=Alike(self.model),
+            denoised_fn=Alike(self.denoised_fn),
+            cond_fn=Alike(self.cond_fn),
             table=self.table,
             branches=guidance.branches,
             base=guidance.base,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..conditioning import Same, Shared
+from ..conditioning import Alike, Shared
 from ..guidance import CFG, NoGuidance
 from ..sampler import Sampler
 from ..sources import NoiseSource, philox_source, torch_source
@@ -116,7 +116,7 @@ class Engine:
         sampler.denoised_fn = request.denoised_fn
         if request.fused and request.denoised_fn is not None:
             # The same object for the same function, by which the sampler knows its programs.
-            if self._pairs is None or self._pairs.function is not request.denoised_fn:
+            if self._pairs is None or Alike(self._pairs.function) != Alike(request.denoised_fn):
                 self._pairs = _OnPairs(request.denoised_fn)
             sampler.denoised_fn = self._pairs
         sampler.cond_fn = request.cond_fn
@@ -134,7 +134,7 @@ class Engine:
         dtype = torch.float64 if request.noise is not None and request.noise.dtype == torch.float64 else torch.float32
         clip = request.threshold or (1.0 if request.clip_denoised else None)
         options = (clip, request.backend, request.graph, dtype, request.place)
-        key = (Same(model), table, options)
+        key = (Alike(model), table, options)
         sampler = self._samplers.pop(key, None) or Sampler(
             model,
             table,
