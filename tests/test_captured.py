@@ -133,8 +133,8 @@ def forbidden(case: Any) -> bool:
 
 
 def cases() -> list[Any]:
-    """Every pair of options. Inductor compiles for seconds, the interpreter and Philox in plain torch are slow: a few
-    cases stand for each."""
+    """Every pair of options, but for Inductor, which compiles for seconds, and for the interpreter and Philox in plain
+    torch, which are slow: a few cases stand for each."""
     found, left, philox = [], {"reference": 1000, "inductor": 3, "triton": 8}, 16
     for case in pairwise(FACTORS, forbidden):
         slow = case["clip"] == "threshold" or TABLES[str(case["table"])].num_rows > 6 or case["noise"] == "philox"
