@@ -124,6 +124,7 @@ VARYING: dict[str, Callable[[Tensor, int], Tensor]] = {
     "derived": lambda x, n: x + torch.arange(n, n + 6) / 2,
     "branch": lambda x, n: x * 2 if n % 2 else x + 1,
     "extra": lambda x, n: x * 2 + 1 if n % 2 else x * 2,
+    "number of operands": lambda x, n: torch.cat([x] * (1 + n % 2))[:2],
     "dtype": lambda x, n: x.to(torch.float64 if n % 2 else torch.bfloat16).float(),
     "shape": lambda x, n: x + x[:, : n % 3 + 1].sum(),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -61,9 +62,8 @@ class Trace(DispatchMode):
             if mine.operation != its.operation:
                 return f"{its} in place of {mine}"
             if mine.arguments != its.arguments:
-                old, new = next(
-                    pair for pair in zip(mine.arguments, its.arguments, strict=False) if len(set(pair)) == 2
-                )
+                pairs = zip_longest(mine.arguments, its.arguments, fillvalue="nothing")
+                old, new = next(pair for pair in pairs if pair[0] != pair[1])
                 return f"{mine} with {new} in place of {old}"
         longer = max(self._events, other._events, key=len)
         shorter = min(self._events, other._events, key=len)
@@ -77,8 +77,9 @@ class Trace(DispatchMode):
             self._made.update((_address(tensor), tensor) for tensor in operands)
         hosts = [tensor for tensor in operands if self._is_hosts(tensor)]
         # Taken before the call, which may write to its operands.
-        copied = [Constant(digest(t), t.to(self._device)) for t in copied_operands(function, args, kwargs)]
-        digests = {id(t): digest(t) for t in hosts} if copied or len(hosts) < len(operands) else {}
+        crossing = copied_operands(function, args, kwargs)
+        digests = {id(t): digest(t) for t in hosts} if crossing or len(hosts) < len(operands) else {}
+        copied = [Constant(digests[id(t)], t.to(self._device)) for t in crossing]
         result = function(*args, **kwargs)
         results = tensors_in(result)
         if self._concerns_device(function, operands, hosts, results):
