@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastcfg.cli.doctor import cpu_name
-from fastcfg.cli.versions import versions
+from fastcfg.cli.versions import commit, versions
 
 
 def environment(device: torch.device, load_before: float | None) -> dict[str, Any]:
@@ -27,18 +25,10 @@ def environment(device: torch.device, load_before: float | None) -> dict[str, An
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_average": [load_before, load_average()],
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
 def load_average() -> float | None:
     """Others' and our own load of the machine, last minute."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

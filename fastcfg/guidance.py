@@ -36,12 +36,14 @@ class GuidancePlan:
         threshold: of adaptive guidance: the cosine between the conditional and the unconditional branch from which on a
             sample is not guided any more; None for guidance that does not look.
         alone: the branch evaluated when no sample is.
+        unguided: float64 [K], the weights of such a sample while others are.
     """
 
     weights: NDArray[np.float64]
     active: tuple[tuple[int, ...], ...]
     threshold: float | None = None
     alone: tuple[int, ...] = ()
+    unguided: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,13 @@ class Guidance:
     def unconditional(self) -> int | None:
         return self.branches.index("uncond") if "uncond" in self.branches else None
 
+    @property
+    def unguided(self) -> NDArray[np.float64]:
+        """float64 [K]: the weights of a sample that is the conditional branch's alone."""
+        weights = np.zeros(len(self.branches))
+        weights[self.conditional] = self.base != self.conditional
+        return weights
+
     def weights(self, table: StepTable, batch: int) -> NDArray[np.float64]:
         """float64 [R, B, K]: the weights of each row and sample, in the form `base` says."""
         raise NotImplementedError
@@ -96,10 +105,7 @@ class Guidance:
                 f"the table {table.name} adds its output"
             )
         weights = self.weights(table, batch)
-        outside = ~self.inside(table)
-        weights[outside] = 0
-        if self.base != self.conditional:
-            weights[outside, :, self.conditional] = 1
+        weights[~self.inside(table)] = self.unguided
         return GuidancePlan(weights, tuple(self._active(weights[i], table, i) for i in range(table.num_rows)))
 
     def _active(self, weights: NDArray[np.float64], table: StepTable, row: int) -> tuple[int, ...]:
@@ -232,7 +238,7 @@ class AdaptiveCFG(CFG):
         plan = super().plan(table, batch)
         if not any(len(active) > 1 for active in plan.active):
             return plan
-        return replace(plan, threshold=float(self.threshold), alone=(self.conditional,))
+        return replace(plan, threshold=float(self.threshold), alone=(self.conditional,), unguided=self.unguided)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -39,7 +38,7 @@ class Decision:
         branches: their names.
         graph: "cuda", "stand-in" or "none".
         batching: "batched" (one forward for all branches) or "serial" (one for each).
-        reason: why there is no graph; empty where there is one.
+        reason: why there is no graph, or none of several rows; else empty.
         milliseconds: of a row, by "eager" or "graph" and batching, where they were measured.
         constants: how many tensors the model copies from the host in every call, and the graph does not.
     """
@@ -133,20 +132,21 @@ class Programs:
         self._single[active] = best.program
         if best.record is not None:
             decision.graph, decision.reason = "cuda" if options.device.type == "cuda" else "stand-in", ""
-            self._repeat(active, best)
+            self._repeat(active, best, decision)
         elif len(choices) > 1:
             decision.reason = "eager is as fast"
         elif options.capture not in NO_CAPTURE:
             self.problem = self.problem or decision.reason
 
-    def _repeat(self, active: Branches, choice: _Choice) -> None:
+    def _repeat(self, active: Branches, choice: _Choice, decision: Decision) -> None:
         """Record several rows of a set of branches, if that is wanted and can be."""
         count = self._options.repeat
         if choice.record is not None and count > 1:
-            # Several rows may take more memory than there is.
-            with suppress(CaptureError):
-                rows = [self._eager(active, choice.batching, slot) for slot in range(count)]
+            rows = [self._eager(active, choice.batching, slot) for slot in range(count)]
+            try:
                 self._repeated[active] = choice.record(rows)
+            except CaptureError as error:  # they may take more memory than there is
+                decision.reason = f"one row in a graph: {error}"
 
     def _choices(self, active: Branches, batching: str, decision: Decision) -> list[_Choice]:
         """Eagerly, and as a graph if that is wanted and can be."""

@@ -180,7 +180,8 @@ class ProgressBar:
 
             bar = tqdm(total=run.table.num_rows, unit="step")
         self._bar, self._row = bar, -1
-        self._pace = Pace(run.workspace.options.device)
+        if bar is not False:
+            self._pace = Pace(run.workspace.options.device)
 
     def __enter__(self) -> ProgressBar:
         return self

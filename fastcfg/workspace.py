@@ -201,13 +201,11 @@ class Workspace:
         options = self.options
         pair = (options.conditional, options.unconditional)
         active = next(active for active in self.branch_sets if all(branch in active for branch in pair))
-        alone = torch.zeros(len(active))
-        if options.base != options.conditional:
-            alone[active.index(options.conditional)] = 1
+        unguided = torch.from_numpy(plan.unguided[list(active)])  # type: ignore[index]
         return Agreement(
             self.buffers,
             self.branch_sets[active].all_weights,
             (active.index(options.conditional), active.index(options.unconditional)),
-            alone.to(self.buffers.x),
+            unguided.to(self.buffers.x),
             threshold,
         )

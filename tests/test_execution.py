@@ -220,6 +220,22 @@ def draw_after(used: Sampler, seed: int) -> Tensor:
     return draw(used)
 
 
+def test_rows_that_do_not_fit_into_a_graph_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = programs.StandIn
+
+    def small(rows: Any) -> Any:
+        if len(rows) > 1:
+            raise CaptureError("out of memory")
+        return stand_in(rows)
+
+    monkeypatch.setattr(programs, "StandIn", small)
+    several, _ = build(steps_per_graph=3)
+    result = draw(several)
+    assert torch.equal(result, draw(build()[0]))
+    assert several.report()["graph"] == "stand-in"
+    assert several.report()["graph_reason"] == "one row in a graph: out of memory"
+
+
 # Compiled models
 
 
@@ -242,7 +258,7 @@ def test_compiled_models_compose(how: str, graph: bool) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="running eagerly")
         results = [draw(compiled, seed) for seed in (1, 2, 1)]
-    torch.testing.assert_close(results[0], want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[0], want, rtol=0, atol=5e-6)
     assert torch.equal(results[0], results[2])
     assert not torch.equal(results[0], results[1])
     assert compiled.report()["graph"] == ("stand-in" if graph else "none")
@@ -545,7 +561,6 @@ def test_an_interrupt_in_mid_loop_leaves_the_sampler_usable(where: str, graph: b
     with pytest.raises(KeyboardInterrupt):
         draw(sampler_, **{where: interrupt})
     assert torch.equal(draw(sampler_), want)
-    assert threading.active_count() == 1 or not torch.utils._python_dispatch._get_current_dispatch_mode()
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .outputs import STDOUT, check_output, write_json
 from .parser import UsageError, any_integer, choose_device, integer, one_of
-from .versions import versions
+from .versions import commit, versions
 
 if TYPE_CHECKING:
     import torch
@@ -185,17 +183,5 @@ def _environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit; None for an installed package."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
