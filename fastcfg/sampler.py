@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conditioning import Alike, Same, check_conditioning
+from .conditioning import Alike, check_conditioning
 from .guidance import Guidance, GuidancePlan, NoGuidance
 from .keeper import Keeper, Kept
 from .ops import resolve_backend
@@ -192,6 +192,7 @@ class Sampler:
         """
         if not isinstance(preview_every, int) or preview_every < 1:
             raise ValueError(f"preview_every: got {preview_every!r}, expected an integer of at least 1")
+        progress = progress if hasattr(progress, "update") else bool(progress)
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(shape, cond, uncond, branches, seed, noise, x_T, keep_x0)
         previews = None if preview is None else Previews(run, preview, preview_every)
@@ -339,7 +340,7 @@ class Sampler:
         """The model, compiled if that is wanted."""
         if self.compile is None:
             return self.model
-        wanted = (Same(self.model), self.compile)
+        wanted = (Alike(self.model), self.compile)
         if self._compiled is None or self._compiled[0] != wanted:
             self._compiled = (wanted, torch.compile(self.model, mode=COMPILE_MODES[self.compile], dynamic=False))
         return self._compiled[1]

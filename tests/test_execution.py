@@ -494,6 +494,23 @@ def test_progress_counts_rows(steps_per_graph: int, capsys: pytest.CaptureFixtur
     assert "5/5" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("progress", "shown"), [(1, True), (0, False), (None, False)])
+def test_progress_may_be_anything_true_or_false(progress: Any, shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(build()[0], progress=progress)
+    assert ("5/5" in capsys.readouterr().err) == shown
+
+
+def test_a_bar_of_the_callers_is_updated_and_left_open() -> None:
+    class Bar:
+        updates: ClassVar[list[int]] = []
+
+        def update(self, count: int) -> None:
+            self.updates.append(count)
+
+    draw(build(steps_per_graph=2)[0], progress=Bar())
+    assert Bar.updates == [2, 2, 1]
+
+
 # Threads
 
 
