@@ -533,34 +533,7 @@ def test_samplers_in_threads(graph: bool) -> None:
         assert all(torch.equal(result, want[seed]) for seed in range(4) for result in results.pop(seed))
 
 
-# Failures
-
-
-class Failing(Model):
-    """Raises at its n-th call from now."""
-
-    countdown = -1
-    error: type[BaseException] = RuntimeError
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.countdown -= 1
-        if self.countdown == 0:
-            raise self.error("the model failed")
-        return super().forward(x, t, y)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, ValueError, torch.OutOfMemoryError])
-@pytest.mark.parametrize("call", range(1, 7))
-def test_a_failure_at_any_point_of_a_capture_leaves_the_sampler_usable(call: int, error: type[BaseException]) -> None:
-    model = Failing()
-    sampler_ = Sampler(model, TABLES["ddim"], guidance=CFG(3.0), graph=True)
-    model.countdown, model.error = call, error
-    with pytest.raises(error, match="the model failed"):
-        draw(sampler_)
-    model.countdown = -1
-    fresh = Sampler(Model(), TABLES["ddim"], guidance=CFG(3.0), graph=True)
-    assert torch.equal(draw(sampler_), draw(fresh))
-    assert sampler_.report()["graph"] == "stand-in"
+# Failures: of the model's calls in tests/test_graph_checks.py, and those that a run's user brings about
 
 
 @pytest.mark.parametrize("where", ["callback", "preview", "noise"])

@@ -241,8 +241,11 @@ def compiled_models_are_captured(device: torch.device) -> Details:
                 require_same(draw(captured, seed), draw(eager, seed), f"{name}, seed {seed}")
             require_captured(captured)
             distance = (draw(captured) - plain).abs().max().item()
-            # Fused kernels round otherwise, and TF32 may be used for other layers.
-            require(distance < 0.1, f"{name}: {distance:.3g} from the model that is not compiled")
+            # Fused kernels round otherwise (1.2e-6 on a CPU); on a GPU TF32 may be used for other layers.
+            require(
+                distance < (2e-2 if device.type == "cuda" else 1e-5),
+                f"{name}: {distance:.3g} from the model that is not compiled",
+            )
             found[name] = distance
     return {"distance_from_not_compiled": found}
 
