@@ -1,0 +1,1 @@
+"""Results as tables, Markdown, pictures and comparisons; it reads the JSON only."""
