@@ -7,8 +7,9 @@ from importlib import import_module
 
 BENCHMARKS = {
     "adherence": "how well the embedded model's pictures follow their prompts, by guidance scale",
-    "compare": "two reports of `step`: what became slower or faster beyond the runs' own spread",
+    "compare": "two reports: what became slower or faster beyond the runs' own spread",
     "graphs": "the captured loop, proved on a device: bits, launches, syncs, memory, threads, times",
+    "readme": "README.md's results and pictures from the committed reports",
     "static_roofline": "what the kernels' machine code costs on GPUs that are not there",
     "step": "time of a step beside the model, against the originals' operations",
 }
@@ -17,7 +18,8 @@ BENCHMARKS = {
 def main(argv: list[str]) -> int:
     """Run the benchmark named first with the other arguments; its exit status."""
     if argv and argv[0] in BENCHMARKS:
-        status: int = import_module(f"benchmarks.{argv[0]}").main(argv[1:])
+        package = "benchmarks.report" if argv[0] in ("compare", "readme") else "benchmarks"
+        status: int = import_module(f"{package}.{argv[0]}").main(argv[1:])
         return status
     print("usage: python -m benchmarks NAME [arguments] (NAME --help explains)\n")
     for name, text in BENCHMARKS.items():

@@ -1,0 +1,99 @@
+"""README.md's results from the committed ones: `python -m benchmarks readme [--check]`.
+
+What stands between `<!-- results:NAME -->` and `<!-- end -->` is made from benchmarks/results/*/: "steps", "roofline"
+and "adherence" from cpu/, "gpu" from every other folder with a bench.json. Pictures go to docs/FOLDER/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.adherence import table as adherence
+from fastcfg.cli.parser import Parser, UsageError
+from fastcfg.files import write_text
+
+from .plots import draw
+from .reading import case, condition, duration, fastest, load, number, timed
+from .tables import roofline, table
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = ("pixel-64 b1", "pixel-64 b16", "latent-128 b1")
+RIVALS = ("guided-diffusion", "GLIDE", "diffusers", "k-diffusion")
+_BLOCK = re.compile(r"(<!-- results:(\w+) -->\n)(?:(?!<!-- ).*\n)*(?=<!-- end -->)")
+_NO_GPU = "No GPU result set exists yet: times, bandwidth and what graphs gain are not measured on one."
+
+
+def steps(report: dict[str, Any]) -> str:
+    """A step by shape and solver: fastcfg's fastest provider and the ratios to it, with noise given and drawn."""
+    found = [r for r in report["results"].values() if r["kind"] == "step" and case(r) in SHAPES and fastest(r)[1]]
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for result in sorted(found, key=lambda r: (SHAPES.index(case(r)), r["noise"] == "drawn")):
+        if result["dtype"] == found[0]["dtype"]:
+            pairs.setdefault((case(result), result["solver"]), []).append(result)
+    rows, ranges = [], [0.0]
+    for key, pair in ((key, pair) for key, pair in pairs.items() if len(pair) == 2):
+        own = [(r, name, r["providers"][name]) for r in pair for name in [fastest(r)[1]]]
+        row = [*key, ", ".join(f"{name} {duration(found['us']['p50'])}" for _, name, found in own)]
+        row.append(", ".join(number(found["of_copy"], ".0%") for *_, found in own if found.get("of_copy")))
+        row.append(", ".join(duration(timed(r)["reference"]["us"]["p50"]) for r in pair if "reference" in timed(r)))
+        for rival in RIVALS:
+            ratios = [r["ratios"].get(name, {}).get(rival) for r, name, _ in own]
+            ranges += [max(x["p80"] / x["p50"], x["p50"] / x["p20"]) - 1 for x in ratios if x]
+            row.append(", ".join(f"{x['p50']:.1f}×" if x else "-" for x in ratios) if any(ratios) else "")
+        rows.append(row)
+    if not rows:
+        return f"{condition(report)}: no step was measured."
+    told = (
+        f"{condition(report)}, {found[0]['dtype']}, torch {report['environment']['torch']}; how many times as long as "
+    )
+    told += f"fastcfg's fastest backend (medians; 20 to 80 % ranges within {max(ranges):.0%} of them):\n\n"
+    return told + table(("shape", "step", "fastcfg: noise given, drawn", "of copy", "its reference", *RIVALS), rows)
+
+
+def followed(report: dict[str, Any]) -> str:
+    """How well pictures follow prompts, by guidance."""
+    told = "{num_prompts} prompts, {solver}, {steps} steps; per cent ± one standard error:\n\n"
+    return told.format(**report["settings"]) + "\n".join(adherence(report))
+
+
+def generated(text: str, results: Path) -> str:
+    """A README's text with its blocks made anew; UsageError if it has no blocks, or a broken or unknown one."""
+    cpu = results / "cpu"
+    others = sorted({*results.glob("*/bench.json")} - {cpu / "bench.json"})
+    blocks = {
+        "steps": lambda: steps(load(cpu / "bench.json")),
+        "roofline": lambda: roofline(load(cpu / "bench.json")["roofline"], ["main"]),
+        "adherence": lambda: followed(json.loads((cpu / "adherence.json").read_text(encoding="utf-8"))),
+        "gpu": lambda: "\n\n".join(steps(load(path)) for path in others) or _NO_GPU,
+    }
+    names = [match[1] for match in _BLOCK.findall(text)]
+    if not names or len(names) != text.count("<!-- results:") or not blocks.keys() >= set(names):
+        raise UsageError(f"README.md: got the blocks {names}, expected closed ones of {list(blocks)}")
+    return _BLOCK.sub(lambda match: match[1] + blocks[match[2]]() + "\n", text)
+
+
+def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """The command for the checkout at `root`; its exit status."""
+    parser = Parser("python -m benchmarks readme", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README.md is out of date")
+    results, readme = root / "benchmarks" / "results", root / "README.md"
+    try:
+        check = parser.parse_args(argv).check
+        text = readme.read_text(encoding="utf-8")
+        new = generated(text, results)
+    except (UsageError, OSError) as error:
+        print(f"readme: error: {error}", file=sys.stderr)
+        return 2
+    if check:
+        return int(text != new)
+    write_text(readme, new)
+    for path in results.glob("*/bench.json"):
+        (folder := root / "docs" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        draw(load(path), folder)
+    return 0
