@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_nvml import FakeNvml
 from picture_folder import OPTIONS, draw_folder, write_tokenizer
 from PIL import Image
 from tiny_checkpoint import MODEL, SIZE, TIMESTEPS, write_tiny_checkpoint
@@ -482,56 +483,6 @@ def test_doctor_refuses_an_output_that_cannot_be_written(capsys: pytest.CaptureF
     assert "argument --json: got 'nowhere/doctor.json', expected a folder that exists" in capsys.readouterr().err
 
 
-class FakeNvml:
-    """nvidia-ml-py on a machine with one GPU that does not tell its power."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-    nvmlClocksThrottleReasonNone = 0  # noqa: N815
-    nvmlClocksThrottleReasonGpuIdle = 1  # noqa: N815
-    nvmlClocksThrottleReasonSwPowerCap = 4  # noqa: N815
-    nvmlClocksThrottleReasonHwSlowdown = 8  # noqa: N815
-    nvmlClocksThrottleReasonAll = 15  # noqa: N815
-
-    class NVMLError(Exception):
-        """Its base error."""
-
-    def __init__(self, driver: str | None = "580.1") -> None:
-        self.driver, self.running = driver, False
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        if self.driver is None:
-            raise self.NVMLError("NVML Shared Library Not Found")
-        self.running = True
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.running = False
-
-    def nvmlSystemGetDriverVersion(self) -> Any:  # noqa: N802
-        return self.driver.encode() if self.driver else None
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
-        assert uuid == "GPU-1"
-        return uuid
-
-    def nvmlDeviceGetPowerManagementLimit(self, gpu: str) -> int:  # noqa: N802
-        return 700_000
-
-    def nvmlDeviceGetPowerUsage(self, gpu: str) -> int:  # noqa: N802
-        raise self.NVMLError("Not Supported")
-
-    def nvmlDeviceGetClockInfo(self, gpu: str, clock: int) -> int:  # noqa: N802
-        return {1: 1500, 2: 3200}[clock]
-
-    def nvmlDeviceGetMaxClockInfo(self, gpu: str, clock: int) -> int:  # noqa: N802
-        return {1: 1980, 2: 3201}[clock]
-
-    def nvmlDeviceGetTemperature(self, gpu: str, sensor: int) -> int:  # noqa: N802
-        return 41
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: str) -> int:  # noqa: N802
-        return 5
-
-
 def test_nvml_states_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
@@ -547,8 +498,14 @@ def test_nvml_states_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
             "memory_clock_max_mhz": 3201,
             "temperature_c": 41,
             "throttle_reasons": ["GpuIdle", "SwPowerCap"],
+            "utilization_percent": 97,
+            "memory_used_mib": 3072,
+            "other_processes": 1,
         }
     ]
+    fake.pids = [1]  # a container's numbers
+    assert nvml.nvml_states(["GPU-1"])[1][0]["other_processes"] is None
+    assert nvml.nvml_states(["GPU-2"]) == ("Not Found", [])
     assert not fake.running
     gpu = {"name": "H200", "capability": "9.0", "memory_gib": 139.8, **states[0]}
     assert [text for _, text in doctor._gpu_lines(gpu)] == [

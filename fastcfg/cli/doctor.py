@@ -69,11 +69,11 @@ def examine() -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = resolve_backend("auto", device)
-    driver, gpus = _gpus()
     checks = {
         "fused_step": _checked(lambda: _check_step(device, backend)),
         "checkpoint": _checked(_check_checkpoint),
     }
+    driver, gpus = _gpus()  # after the step: only a GPU in use lists this process among its users
     return {
         "usable": all(check["ok"] for check in checks.values()),
         "versions": versions(optional=True),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 
 def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """Driver, and per GPU its power limit, clocks, temperature and why it is slowed down.
+    """Driver, and per GPU its power, clocks, temperature, why it is slowed down, and who uses it.
 
     Args:
         uuids: the GPUs', as torch knows them; CUDA and NVML number GPUs differently.
@@ -25,6 +26,8 @@ def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
         return str(error), []
     try:
         return _text(pynvml.nvmlSystemGetDriverVersion()), [_state(pynvml, uuid) for uuid in uuids]
+    except pynvml.NVMLError as error:  # a part of a divided GPU has a UUID that NVML does not know
+        return str(error), []
     finally:
         pynvml.nvmlShutdown()
 
@@ -40,6 +43,8 @@ def _state(nvml: Any, uuid: str) -> dict[str, Any]:
     limit = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu)
     power = ask(nvml.nvmlDeviceGetPowerUsage, gpu)
     reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo, gpu, nvml.nvmlMemory_v2)  # version 1 counts the driver's own
+    pids = [process.pid for process in ask(nvml.nvmlDeviceGetComputeRunningProcesses, gpu) or ()]
     return {
         "power_limit_w": None if limit is None else limit / 1000,
         "power_w": None if power is None else power / 1000,
@@ -49,6 +54,10 @@ def _state(nvml: Any, uuid: str) -> dict[str, Any]:
         "memory_clock_max_mhz": ask(nvml.nvmlDeviceGetMaxClockInfo, gpu, nvml.NVML_CLOCK_MEM),
         "temperature_c": ask(nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
         "throttle_reasons": None if reasons is None else _reasons(nvml, reasons),
+        "utilization_percent": getattr(ask(nvml.nvmlDeviceGetUtilizationRates, gpu), "gpu", None),
+        "memory_used_mib": None if memory is None else memory.used // 2**20,
+        # A container hides processes or gives other numbers: without ours in the list it says nothing.
+        "other_processes": len(pids) - 1 if os.getpid() in pids else None,
     }
 
 
