@@ -97,42 +97,45 @@ def no_loop_waits_for_the_device(device: torch.device) -> Details:
 # Launches
 
 
-def profiled_rows(run: Any, programs: int) -> tuple[Counter[str], Counter[str]]:
-    """What the host called between a run's first row and its last, and what the device did in the whole run.
+def profiled(run: Any, programs: int) -> tuple[list[Any], list[Any]]:
+    """What torch's profiler saw of a run.
 
     Args:
         run: prepared.
         programs: how many programs it consists of.
 
     Returns:
-        CUDA's functions and the device's kernels and copies, by name. The device's last is the copy of the result.
+        The host's events between the run's first row and its last, and the device's in the whole run. The device's last
+        is the copy of the result; a CPU has none.
     """
     # A CUPTI that is torn down and comes back has crashed with graphs: torch.profiler says the same of Inductor's.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    cuda = run.workspace.options.device.type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + cuda]
     rows = run.rows()
-    torch.cuda.synchronize()
+    wait()
     with torch.profiler.profile(activities=activities) as profile:
         with torch.profiler.record_function("all rows"):
             for _ in range(programs):
                 next(rows)
         for _ in rows:
             raise AssertionError(f"more than {programs} programs")
-        torch.cuda.synchronize()
+        wait()
     events = list(profile.events())
     on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (span,) = [event.time_range for event in on_host if event.name == "all rows"]
+    within = [e for e in on_host if span.start <= e.time_range.start <= span.end and e.name != "all rows"]
+    return within, [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name != "all rows"]
+
+
+def profiled_rows(run: Any, programs: int) -> tuple[Counter[str], Counter[str]]:
+    """CUDA's functions and the device's kernels and copies that `profiled` saw, by name."""
+    on_host, on_device = profiled(run, programs)
     called = Counter(
-        event.name.partition("_v")[0]  # CUPTI adds versions
-        for event in on_host
-        if event.name.startswith("cu") and span.start <= event.time_range.start <= span.end
-    )
-    done = Counter(
-        event.name
-        for event in events
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.name != "all rows"
-    )
-    return called, done
+        event.name.partition("_v")[0] for event in on_host if event.name.startswith("cu")
+    )  # CUPTI's versions
+    return called, Counter(event.name for event in on_device)
 
 
 @check(needs_cuda=True)
