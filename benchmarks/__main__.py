@@ -8,10 +8,12 @@ from importlib import import_module
 BENCHMARKS = {
     "adherence": "how well the embedded model's pictures follow their prompts, by guidance scale",
     "compare": "two reports: what became slower or faster beyond the runs' own spread",
+    "gpu_session": "everything that a GPU is needed for, in one command and one time budget",
     "graphs": "the captured loop, proved on a device: bits, launches, syncs, memory, threads, times",
     "readme": "README.md's results and pictures from the committed reports",
     "static_roofline": "what the kernels' machine code costs on GPUs that are not there",
     "step": "time of a step beside the model, against the originals' operations",
+    "trace": "what rows of the embedded model's loop make host and device do, by torch's profiler",
 }
 
 
