@@ -1,32 +1,34 @@
-"""`python -m benchmarks [NAME ...]`: list the benchmarks, or run one."""
+"""`python -m benchmarks [NAME] [arguments]`: the benchmark suite, or one of the others by name."""
 
 from __future__ import annotations
 
 import sys
 from importlib import import_module
 
+# By name: the module, and what it is.
 BENCHMARKS = {
-    "adherence": "how well the embedded model's pictures follow their prompts, by guidance scale",
-    "compare": "two reports: what became slower or faster beyond the runs' own spread",
-    "gpu_session": "everything that a GPU is needed for, in one command and one time budget",
-    "graphs": "the captured loop, proved on a device: bits, launches, syncs, memory, threads, times",
-    "readme": "README.md's results and pictures from the committed reports",
-    "static_roofline": "what the kernels' machine code costs on GPUs that are not there",
-    "step": "time of a step beside the model, against the originals' operations",
-    "trace": "what rows of the embedded model's loop make host and device do, by torch's profiler",
+    "adherence": ("adherence", "how well the embedded model's pictures follow their prompts, by guidance scale"),
+    "compare": ("report.compare", "two results of the suite: what became slower or faster beyond the runs' own spread"),
+    "gpu_session": ("gpu_session", "everything that a GPU has to show, in under ten minutes"),
+    "graphs": ("graphs", "the captured loop, proved on a device: bits, launches, syncs, memory, threads, times"),
+    "readme": ("report.readme", "write the README's results from the committed ones"),
+    "static_roofline": ("static_roofline", "what the kernels' machine code costs on GPUs that are not there"),
+    "trace": ("trace", "what a profiler sees of the embedded model's loop, eager and captured"),
 }
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark named first with the other arguments; its exit status."""
+    """Run the suite, or the benchmark named first with the other arguments; the exit status."""
     if argv and argv[0] in BENCHMARKS:
-        package = "benchmarks.report" if argv[0] in ("compare", "readme") else "benchmarks"
-        status: int = import_module(f"{package}.{argv[0]}").main(argv[1:])
+        status: int = import_module(f"benchmarks.{BENCHMARKS[argv[0]][0]}").main(argv[1:])
         return status
-    print("usage: python -m benchmarks NAME [arguments] (NAME --help explains)\n")
-    for name, text in BENCHMARKS.items():
-        print(f"  {name:20s} {text}")
-    return 0 if not argv or argv[0] in ("-h", "--help") else 2
+    from benchmarks import bench
+
+    if argv and argv[0] in ("-h", "--help"):
+        others = "".join(f"  {name:16s} {text}\n" for name, (_, text) in BENCHMARKS.items())
+        print(f"{bench.parser().format_help()}\nothers, each with a --help of its own:\n{others}", end="")
+        return 0
+    return bench.main(argv)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -89,6 +90,18 @@ def report_row(variant: str, target: str) -> dict[str, Any]:
     return row
 
 
+def report_rows(cases: Sequence[tuple[str, str]], jobs: int) -> Iterator[dict[str, Any]]:
+    """Rows of variants and targets, in their order, from so many processes."""
+    # Not forked: torch has threads.
+    with ProcessPoolExecutor(max(1, jobs), get_context("spawn")) as pool:
+        yield from pool.map(report_row, *zip(*cases, strict=True))
+
+
+def as_report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Rows with what they rest on, for JSON."""
+    return {"triton": version("triton"), "gpus": [asdict(gpu) for gpu in GPUS], "rows": list(rows)}
+
+
 def table_lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     """The rows of one target as text, each line as soon as its row is there."""
     for i, row in enumerate(rows):
@@ -132,22 +145,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--json: got {arguments.json}, expected a path in a folder that can be written to", file=sys.stderr)
         return 2
 
-    import triton
-
-    print(f"Triton {triton.__version__}; times in ps per element, roofline: share of the bandwidth that can be reached")
+    print(f"Triton {version('triton')}; times in ps per element, roofline: share of the bandwidth that can be reached")
     rows: list[dict[str, Any]] = []
     cases = [(variant, target) for target in arguments.target for variant in arguments.variant]
-    # Not forked: torch has threads.
-    with ProcessPoolExecutor(max(1, arguments.jobs), get_context("spawn")) as pool:
-        measured = pool.map(report_row, *zip(*cases, strict=True))
-        for _ in arguments.target:
-            for line in table_lines(_kept(islice(measured, len(arguments.variant)), rows)):
-                print(line, flush=True)
+    measured = report_rows(cases, arguments.jobs)
+    for _ in arguments.target:
+        for line in table_lines(_kept(islice(measured, len(arguments.variant)), rows)):
+            print(line, flush=True)
     if arguments.json:
         from fastcfg.files import write_text
 
-        report = {"triton": triton.__version__, "gpus": [asdict(gpu) for gpu in GPUS], "rows": rows}
-        write_text(arguments.json, json.dumps(report, indent=1) + "\n")
+        write_text(arguments.json, json.dumps(as_report(rows), indent=1) + "\n")
     return 0
 
 

@@ -45,6 +45,8 @@ def draw(report: Result, folder: str | Path) -> list[Path]:
 def speedup(report: Result) -> Figure | None:
     """How many times as long everyone else takes as fastcfg's fastest provider, by batch."""
     groups, told = _alike(report, "step", lambda r: f"{r['family']}, {r['solver']}")
+    if several := {name for name, results in groups.items() if len({r["shape"][0] for r in results}) > 1}:
+        groups = {name: results for name, results in groups.items() if name in several}
     groups = dict(sorted(groups.items(), key=lambda group: group[0].split(", ")[0]))  # a line of panels per family
     ticks = sorted({result["shape"][0] for results in groups.values() for result in results})
 
@@ -70,15 +72,16 @@ def speedup(report: Result) -> Figure | None:
 
 def bandwidth(report: Result) -> Figure | None:
     """Bytes per second by bytes moved, below what a copy of as many bytes reaches."""
+    from matplotlib.ticker import NullFormatter
 
     def panel(axes: Axes, results: list[Result]) -> None:
-        for name in _names(results, floors=True):
+        for name in (*_names(results), COPY):
             rates = [(r["bytes"] / 1e6, r["providers"].get(name, {}).get("gb_per_s")) for r in results]
             if points := sorted((size, rate) for size, rate in rates if rate):
                 axes.plot(*zip(*points, strict=True), **_look(name))
         axes.set(xscale="log", yscale="log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set(major_formatter="{x:g}", minor_formatter=NullFormatter())
 
     groups, told = _alike(report, "step", lambda r: r["solver"])
     title = f"One step beside the model: its bytes / its time; dashed: a copy of as many bytes\n{told}"
@@ -98,6 +101,7 @@ def waterfall(report: Result) -> Figure | None:
             axes.errorbar(total, name, xerr=[[total - low], [high - total]], color="#333333", capsize=2)
             axes.annotate(f"  {duration(total)}", (high, name), va="center")
         axes.set_xlim(0, 1.25 * max(found["us"]["p80"] for found in times.values()) / result["rows"])
+        axes.locator_params(axis="x", nbins=4)
         axes.xaxis.set_major_formatter(lambda us, _: duration(us))
 
     groups, told = _alike(report, "loop", lambda r: f"{case(r)}, {r['solver']}, {r['rows']} rows")
@@ -135,9 +139,9 @@ def _alike(report: Result, kind: str, key: Callable[[Result], str]) -> tuple[Gro
     return groups, f"{condition(report)}, {most[0]}, noise {most[1]}"
 
 
-def _names(results: list[Result], floors: bool = False) -> list[str]:
+def _names(results: list[Result]) -> list[str]:
     """Who has a time, in the order of the colours."""
-    found = dict.fromkeys(name for result in results for name in timed(result, floors))
+    found = dict.fromkeys(name for result in results for name in timed(result))
     return sorted(found, key=lambda name: list(_LOOKS).index(name) if name in _LOOKS else len(_LOOKS))
 
 

@@ -18,6 +18,10 @@ TIMESTEP = 10  # the respaced timestep of a step; every one does the same work
 SCALE = 3.0
 
 
+class NotHereError(Exception):
+    """A workload cannot be set up here; the message says why."""
+
+
 @dataclass(frozen=True, eq=False)
 class Provider:
     """Somebody who does a workload's work.
@@ -27,6 +31,7 @@ class Provider:
         run: the work, with the case's noise (False) or with noise drawn (True).
         result: what the last run made, [B, C, ...]; None for floors, which make nothing.
         capturable: whether `run` may be recorded into a CUDA graph.
+        seeded: whether drawn noise is the case's own, made from its seeds: then results with it are checked too.
         memory: bytes of buffers and graphs that it holds beside its inputs; None where nobody knows.
     """
 
@@ -34,6 +39,7 @@ class Provider:
     run: Callable[[bool], object]
     result: Callable[[], Tensor] | None
     capturable: bool = False
+    seeded: bool = False
     memory: Callable[[], int] | None = None
 
 

@@ -1,12 +1,12 @@
-"""One step of guided-diffusion's and GLIDE's samplers as those do it, everything but the network: what
-`benchmarks.step` measures against.
+"""One step and the loop of guided-diffusion's and GLIDE's samplers as those do it, everything but the network.
 
 `fastcfg.reference.gaussian` has the originals' arithmetic but leaner look-ups. Here they are the originals' own: a
 whole float64 table is taken from numpy to the device, indexed, and rounded, at every use; guided-diffusion expands the
 result, GLIDE adds it to a full tensor of zeros. Look-ups whose results are thrown away are made, as theirs are.
 
 Guidance is the function of GLIDE's notebooks, which doubles the batch; the samplers keep the doubled batch as their
-state. Where the originals themselves can be imported, `upstream` runs those.
+state. Their networks return float32 whatever they compute in. Where the originals themselves can be imported,
+`upstream` runs those.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.suite.cases import LoopCase, Provider, StepCase
+from benchmarks.suite.foreign import full_process
 from fastcfg import Schedule
 
 STYLES = ("guided-diffusion", "GLIDE")
@@ -27,14 +29,16 @@ class Original:
     """A process whose steps are the originals', operation for operation.
 
     Args:
-        schedule: the respaced process, learned-range variances.
+        schedule: the respaced process.
         style: whose look-ups: "guided-diffusion" or "GLIDE".
+        learned: learned-range variances, else fixed small ones.
+        clip: whether x0 is clipped to [-1, 1].
     """
 
-    def __init__(self, schedule: Schedule, style: str) -> None:
+    def __init__(self, schedule: Schedule, style: str, learned: bool = True, clip: bool = True) -> None:
         if style not in STYLES:
             raise ValueError(f"style: got {style!r}, expected one of {', '.join(STYLES)}")
-        self._schedule, self._style = schedule, style
+        self._schedule, self._style, self._learned, self._clip = schedule, style, learned, clip
         self._timestep_map = schedule.timestep_map.tolist()
 
     def p_sample(self, model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
@@ -64,14 +68,21 @@ class Original:
     def _p_mean_variance(self, model: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> dict[str, Tensor]:
         schedule = self._schedule
         timesteps = torch.tensor(self._timestep_map, device=t.device, dtype=t.dtype)[t]
-        output, values = torch.split(model(x, timesteps), x.shape[1], dim=1)
-        low = self._look_up(schedule.posterior_log_variance_clipped, t, x)
-        high = self._look_up(np.log(schedule.betas), t, x)
-        fraction = (values + 1) / 2
-        log_variance = fraction * high + (1 - fraction) * low
-        variance = torch.exp(log_variance)
+        output = model(x, timesteps)
+        if self._learned:
+            output, values = torch.split(output, x.shape[1], dim=1)
+            low = self._look_up(schedule.posterior_log_variance_clipped, t, x)
+            high = self._look_up(np.log(schedule.betas), t, x)
+            fraction = (values + 1) / 2
+            log_variance = fraction * high + (1 - fraction) * low
+            variance = torch.exp(log_variance)
+        else:
+            variance = self._look_up(schedule.posterior_variance, t, x)
+            log_variance = self._look_up(schedule.posterior_log_variance_clipped, t, x)
         x_start = self._look_up(schedule.sqrt_recip_alphas_cumprod, t, x) * x
-        x_start = (x_start - self._look_up(schedule.sqrt_recipm1_alphas_cumprod, t, x) * output).clamp(-1, 1)
+        x_start = x_start - self._look_up(schedule.sqrt_recipm1_alphas_cumprod, t, x) * output
+        if self._clip:
+            x_start = x_start.clamp(-1, 1)
         mean = self._look_up(schedule.posterior_mean_coef1, t, x) * x_start
         mean = mean + self._look_up(schedule.posterior_mean_coef2, t, x) * x
         # q_posterior_mean_variance returns these too; its caller drops them.
@@ -88,14 +99,13 @@ class Original:
         return values.expand(like.shape)
 
 
-def guided(raw: Tensor, scale: float) -> Callable[..., Tensor]:
-    """GLIDE's notebook's model function around a network that returns `raw` [2B, 2C, ...]."""
-    channels = raw.shape[1] // 2
+def guided(network: Callable[..., Tensor], scale: float, channels: int) -> Callable[..., Tensor]:
+    """GLIDE's notebook's model function around a network (x [2B, C, ...], t [2B]) -> [2B, C or 2C, ...]."""
 
-    def model(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+    def model(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         half = x[: len(x) // 2]
-        torch.cat([half, half], dim=0)  # the network's input
-        eps, rest = raw[:, :channels], raw[:, channels:]
+        output = network(torch.cat([half, half], dim=0), t, **conditioning)
+        eps, rest = output[:, :channels], output[:, channels:]
         cond, uncond = torch.split(eps, len(eps) // 2, dim=0)
         blended = uncond + scale * (cond - uncond)
         return torch.cat([torch.cat([blended, blended], dim=0), rest], dim=1)
@@ -103,44 +113,64 @@ def guided(raw: Tensor, scale: float) -> Callable[..., Tensor]:
     return model
 
 
-def step_of(
-    process: Any, name: str, model: Callable[..., Tensor], x: Tensor, row_t: int
-) -> Callable[[Tensor | None], Tensor]:
-    """One step of the loop with the noise given, or drawn where it is None; returns [2B, C, ...].
+def step(case: StepCase, process: Any) -> Provider:
+    """A process's step on the doubled batch."""
+    doubled, output = torch.cat([case.x, case.x]), case.output.float()
+    x, results = doubled.clone(), []
+    model = guided(lambda x, t: output, case.scale, case.x.shape[1])
+
+    def run(draw: bool) -> None:
+        t = torch.tensor([case.timestep] * len(x), device=x.device)
+        results[:] = [_method(process, case.solver)(model, x, t, None if draw else case.noise)]
+
+    return Provider(lambda: x.copy_(doubled), run, lambda: results[0][: len(case.x)])
+
+
+def loop(case: LoopCase, process: Any, network: Callable[..., Any] | None = None) -> Provider:
+    """A process's loop on the doubled batch.
 
     Args:
-        process: an `Original`.
-        name: "ddpm" or "ddim".
-        model: from `guided`.
-        x: the doubled state.
-        row_t: the respaced timestep.
+        case: what to sample.
+        process: an `Original`, or what `upstream` returns.
+        network: instead of the case's model: that one compiled.
     """
-    sample = process.p_sample if name == "ddpm" else process.ddim_sample
+    network, conditioning = network or case.model, case.doubled()
+    start = torch.cat([case.start, case.start])
+    noise = torch.cat([case.noise, case.noise], dim=1)
+    model = guided(lambda x, t: network(x.to(case.dtype), t, **conditioning).float(), case.scale, start.shape[1])
+    results: list[Tensor] = []
 
-    def step(noise: Tensor | None) -> Tensor:
-        t = torch.tensor([row_t] * len(x), device=x.device)
-        result: Tensor = sample(model, x, t, noise)
-        return result
+    def run(draw: bool) -> None:
+        x, rows = start, case.schedule.num_timesteps
+        for row in range(rows):
+            t = torch.tensor([rows - 1 - row] * len(x), device=x.device)
+            x = _method(process, case.solver)(model, x, t, None if draw else noise[row])
+        results[:] = [x]
 
-    return step
+    return Provider(lambda: None, run, lambda: results[0][: len(case.start)])
 
 
-def upstream(style: str, betas: np.ndarray, steps: int) -> Any | None:
-    """The original itself, respaced to so many steps, as an object like `Original`; None if it cannot be imported."""
+def _method(process: Any, solver: str) -> Callable[..., Tensor]:
+    return process.ddim_sample if solver == "ddim" else process.p_sample
+
+
+def upstream(style: str, schedule: Schedule, learned: bool) -> Any | None:
+    """The original itself, as an object like `Original`, with its clip of x0; None if it cannot be imported."""
+    betas, kept = full_process(schedule).betas, set(schedule.timestep_map.tolist())
     try:
         if style == "GLIDE":
-            from glide_text2im.respace import SpacedDiffusion, space_timesteps
+            from glide_text2im.respace import SpacedDiffusion
 
-            process = SpacedDiffusion(space_timesteps(len(betas), str(steps)), betas=betas)
+            process = SpacedDiffusion(kept, betas=betas)
         else:
             from guided_diffusion import gaussian_diffusion as gd
-            from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+            from guided_diffusion.respace import SpacedDiffusion
 
             process = SpacedDiffusion(
-                space_timesteps(len(betas), str(steps)),
+                kept,
                 betas=betas,
                 model_mean_type=gd.ModelMeanType.EPSILON,
-                model_var_type=gd.ModelVarType.LEARNED_RANGE,
+                model_var_type=gd.ModelVarType.LEARNED_RANGE if learned else gd.ModelVarType.FIXED_SMALL,
                 loss_type=gd.LossType.MSE,
             )
     except ImportError:

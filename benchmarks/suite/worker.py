@@ -1,0 +1,54 @@
+"""The process in which providers run. A provider that crashes takes it down, and nothing else: the runner starts
+another one."""
+
+from __future__ import annotations
+
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def serve(pipe: Connection, current: Any, device_name: str, threads: int | None, seconds: float) -> None:
+    """Measure one workload after the other, until the pipe closes.
+
+    Args:
+        pipe: receives (workload, excluded providers with reasons); sends ("providers", names), ("record", name,
+            record), and for each workload at last "done", "not here", "error" or "lost", with a text.
+        current: shared array of characters: the name of the provider that runs.
+        device_name: "cpu" or "cuda".
+        threads: of torch; None leaves them.
+        seconds: of measuring, as `measure` takes it.
+    """
+    import torch
+
+    from benchmarks.suite.cases import NotHereError
+    from benchmarks.suite.measure import DeviceLostError, measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def announce(name: str) -> None:
+        current.value = name.encode()[:127]
+
+    while True:
+        try:
+            workload, excluded = pipe.recv()
+        except EOFError:
+            return
+        announce("")
+        try:
+            for name, record in measure(workload, device, seconds, excluded, announce):
+                pipe.send(("record", name, record))
+            answer = ("done", "", None)
+        except DeviceLostError as error:
+            pipe.send(("lost", str(error), None))
+            return
+        except NotHereError as error:
+            answer = ("not here", str(error), None)
+        except Exception as error:
+            traceback.print_exc()
+            answer = ("error", " ".join(f"{type(error).__name__}: {error}".split())[:300], None)
+        pipe.send(answer)
