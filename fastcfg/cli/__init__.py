@@ -1,4 +1,4 @@
-"""The `fastcfg` command: sample, train, doctor, parity."""
+"""The `fastcfg` command: sample, train, doctor, parity, bench."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastcfg import __version__
 
-from . import doctor, parity, sample, train
+from . import bench, doctor, parity, sample, train
 from .parser import Parser, UsageError
 
 __all__ = ["main"]
@@ -24,6 +24,7 @@ examples:
   fastcfg train --out run --steps 2000
   fastcfg doctor
   fastcfg parity --quick
+  fastcfg bench --list
 
 `fastcfg COMMAND --help` explains a command."""
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sample, train, doctor, parity):
+    for command in (sample, train, doctor, parity, bench):
         command.add_parser(commands)
     return parser
 
@@ -50,11 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments; None takes those of the process.
 
     Returns:
-        The exit status: 0; 1 if `doctor` finds fastcfg unusable or `parity` something out of bounds; 2 for what cannot
-        be done as asked, said in one line on stderr; 130 if interrupted.
+        The exit status: 0; 1 if `doctor` finds fastcfg unusable, `parity` something out of bounds, or `bench` a
+        provider that is wrong or fails; 2 for what cannot be done as asked, said in one line on stderr; 130 if
+        interrupted.
     """
     try:
-        arguments = build_parser().parse_args(argv)
+        parser = build_parser()
+        arguments, others = parser.parse_known_args(argv)
+        if arguments.run is bench.run:
+            arguments.others = others  # the suite has a parser of its own
+        elif others:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
         return int(arguments.run(arguments))
     except (UsageError, ValueError, OSError) as error:
         print(f"fastcfg: error: {' '.join(str(error).split())}", file=sys.stderr)
