@@ -4,6 +4,8 @@ VENV ?= .venv
 STAMP := $(VENV)/.fastcfg-installed
 BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square
+BUDGET ?= 240s
+BENCH ?= bench
 # One process by default: on two busy cores, "-n 2 --dist loadgroup" took 1.0 to 2.7 times as long (not measured idle).
 PYTEST_ARGS ?=
 
@@ -21,12 +23,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --budget $(BUDGET) --out $(BENCH)
 
 clean:
-	rm -rf .venv build dist fastcfg.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv bench build dist fastcfg.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	touch $@
