@@ -96,42 +96,42 @@ def starting_noise() -> Launch:
     return Launch(call, normal, "_normal_kernel", 4)
 
 
-def split_piece() -> Launch:
-    """`split_model_output` of bfloat16."""
+def split_piece(dtype: str = "bfloat16") -> Launch:
+    """`split_model_output`."""
     from fastcfg.kernels import split
 
     batch, channels, *rest = SHAPE
-    image, output = _tensor(*SHAPE), _tensor(batch, 2 * channels, *rest, dtype="bfloat16")
-    return Launch(partial(split.launch_split, output, image, image), split, "_split_kernel", 12)
+    image, output = _tensor(*SHAPE), _tensor(batch, 2 * channels, *rest, dtype=dtype)
+    return Launch(partial(split.launch_split, output, image, image), split, "_split_kernel", 2 * output.itemsize + 8)
 
 
-def blend_piece() -> Launch:
-    """`guidance_blend` of two bfloat16 branches."""
+def blend_piece(dtype: str = "bfloat16") -> Launch:
+    """`guidance_blend` of two branches."""
     from fastcfg.kernels import blend
 
     batch = SHAPE[0]
-    output = _tensor(2 * batch, *SHAPE[1:], dtype="bfloat16")
+    output = _tensor(2 * batch, *SHAPE[1:], dtype=dtype)
     call = partial(blend.launch_blend, output, _tensor(batch, 2), 1, _tensor(*SHAPE))
-    return Launch(call, blend, "_blend_kernel", 8)
+    return Launch(call, blend, "_blend_kernel", 2 * output.itemsize + 4)
 
 
-def x0_piece() -> Launch:
-    """`predict_x0` of a bfloat16 output, clipped."""
+def x0_piece(dtype: str = "bfloat16") -> Launch:
+    """`predict_x0`, clipped."""
     from fastcfg.kernels import x0
 
-    image, scalar = _tensor(*SHAPE), _tensor(SHAPE[0])
-    call = partial(x0.launch_x0, image, _tensor(*SHAPE, dtype="bfloat16"), scalar, scalar, scalar, image)
-    return Launch(call, x0, "_x0_kernel", 10)
+    image, scalar, output = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype=dtype)
+    call = partial(x0.launch_x0, image, output, scalar, scalar, scalar, image)
+    return Launch(call, x0, "_x0_kernel", output.itemsize + 8)
 
 
-def posterior_piece() -> Launch:
-    """`posterior_mean_variance` with bfloat16 variance channels."""
+def posterior_piece(dtype: str = "bfloat16") -> Launch:
+    """`posterior_mean_variance` with variance channels."""
     from fastcfg.kernels import posterior
 
-    image, scalar, variance = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype="bfloat16")
+    image, scalar, variance = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype=dtype)
     inputs = (image, image, scalar, scalar, scalar, scalar, variance)
     call = partial(posterior.launch_posterior, *inputs, image, image, image)
-    return Launch(call, posterior, "_posterior_kernel", 22)
+    return Launch(call, posterior, "_posterior_kernel", variance.itemsize + 20)
 
 
 def quantile_pass(index: int) -> Launch:
@@ -215,4 +215,23 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "quantile-first": partial(quantile_pass, 0),
     "quantile-pass": partial(quantile_pass, 1),
     "quantile-last": partial(quantile_pass, 3),
+}
+
+# The same in the dtypes that those leave out: for the table, not for the tests.
+_OTHERS: dict[str, Callable[..., Launch]] = {
+    "noise-tensor": partial(step, **_MAIN | {"noise": "tensor"}),
+    "fixed-variance": partial(step, **_MAIN | {"learned_variance": False}),
+    "ddim": partial(step, **_CFG, clip=True),
+    "history-3": partial(step, **_CFG, history=3),
+    "gradient": partial(step, **_MAIN, gradient=True),
+    "split-piece": split_piece,
+    "blend-piece": blend_piece,
+    "x0-piece": x0_piece,
+    "posterior-piece": posterior_piece,
+    "step-bound": step_bound,
+}
+BY_DTYPE: dict[str, Callable[[], Launch]] = {
+    f"{name}-{short}": partial(make, dtype=dtype)
+    for name, make in _OTHERS.items()
+    for short, dtype in (("fp16", "float16"), ("fp32", "float32"))
 }

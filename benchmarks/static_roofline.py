@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from .launches import VARIANTS
+from .launches import BY_DTYPE, VARIANTS
 from .machine_code import TARGETS, compile_launch
 
 
@@ -60,6 +60,8 @@ class Gpu:
         return bytes_per_element / self.bandwidth * 1e12, instructions_per_element / issue * 1e12
 
 
+KERNELS = VARIANTS | BY_DTYPE
+
 GPUS = (
     Gpu("A100 SXM 80GB", "sm_80", 2.039e12, 108, 128, 1.41e9),
     Gpu("H100 SXM", "sm_90", 3.35e12, 132, 128, 1.98e9),
@@ -70,8 +72,8 @@ GPUS = (
 
 
 def report_row(variant: str, target: str) -> dict[str, Any]:
-    """Everything about one of `launches.VARIANTS` on one target, for JSON."""
-    launch = VARIANTS[variant]()
+    """Everything about one of `KERNELS` on one target, for JSON."""
+    launch = KERNELS[variant]()
     code = compile_launch(launch.call, launch.module, launch.kernel, target)
     size = launch.bytes_per_element
     row: dict[str, Any] = {"variant": variant, **asdict(code)}
@@ -107,12 +109,12 @@ def table_lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     for i, row in enumerate(rows):
         gpus = row["gpus"]
         if not i:
-            head = f"{'variant':15s} el/thr  regs local spill smem  loads 16/8/4/2 B  stores 16/8/4/2 B  instr/el  B/el"
+            head = f"{'variant':19s} el/thr  regs local spill smem  loads 16/8/4/2 B  stores 16/8/4/2 B  instr/el  B/el"
             yield f"\n{row['target']:{len(head)}s}" + "".join(f"  {name:^24s}" for name in gpus)
             yield head + "   bytes  instr  roofline " * len(gpus)
         loads, stores = ("/".join(f"{row[kind].get(n, 0)}" for n in (16, 8, 4, 2)) for kind in ("loads", "stores"))
         line = (
-            f"{row['variant']:15s} {row['elements_per_thread']:6.0f} {row['registers']:5d} {row['stack_bytes']:5d} "
+            f"{row['variant']:19s} {row['elements_per_thread']:6.0f} {row['registers']:5d} {row['stack_bytes']:5d} "
             f"{row['spills']:5d} {row['shared_bytes']:4d}  {loads:>16s}  {stores:>17s}  "
             f"{row['instructions_per_element']:8.1f}  {row['bytes_per_element']:4d}"
         )
@@ -131,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="default: all")
-    names = ", ".join(VARIANTS)
-    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="NAME", help=names)
+    parser.add_argument(
+        "--variant", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS)
+    )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one per core"
     )
@@ -165,7 +168,9 @@ def _kept(rows: Iterable[dict[str, Any]], kept: list[dict[str, Any]]) -> Iterabl
         yield row
 
 
-_EPILOG = """columns:
+_EPILOG = """variants: the model's dtype is bfloat16 unless the name says fp16 or fp32
+
+columns:
   el/thr    state elements per thread          local     bytes of stack, spills and scratch per thread
   regs      registers per thread               spill     instructions that spill or restore a register
   smem      bytes of shared memory per program

@@ -409,3 +409,9 @@ def test_missing_results_are_errors(checkout: Path, capsys: pytest.CaptureFixtur
         told = capsys.readouterr().err
         assert "No such file" in told
         assert name in told
+
+
+def test_the_readme_is_what_the_committed_results_make_of_it() -> None:
+    assert readme.main(["--check"]) == 0
+    lines = (readme.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 200

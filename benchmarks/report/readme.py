@@ -1,7 +1,8 @@
 """README.md's results from the committed ones: `python -m benchmarks readme [--check]`.
 
 What stands between `<!-- results:NAME -->` and `<!-- end -->` is made from benchmarks/results/*/: "steps", "roofline"
-and "adherence" from cpu/, "gpu" from every other folder with a bench.json. Pictures go to docs/FOLDER/.
+and "adherence" from cpu/, "gpu" from every other folder with a bench.json. Pictures go to docs/FOLDER/, the machine
+code of all kernels (static_roofline.json) to docs/roofline.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ("pixel-64 b1", "pixel-64 b16", "latent-128 b1")
 RIVALS = ("guided-diffusion", "GLIDE", "diffusers", "k-diffusion")
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n)(?:(?!<!-- ).*\n)*(?=<!-- end -->)")
+_ROOFLINE = """# Machine code
+
+Made by `python -m benchmarks static_roofline` (its `--help` explains the columns) on a machine without a GPU. Kernels
+take a bfloat16 model unless the name says fp16 or fp32. The bound is the greater of bytes by the datasheet's bandwidth
+and instructions by its issue rate.
+
+"""
 _NO_GPU = "No GPU result set exists yet: times, bandwidth and what graphs gain are not measured on one."
 
 
@@ -93,6 +101,9 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if check:
         return int(text != new)
     write_text(readme, new)
+    roof = results / "static_roofline.json"
+    if roof.exists():
+        write_text(root / "docs" / "roofline.md", _ROOFLINE + roofline(json.loads(roof.read_text())) + "\n")
     for path in results.glob("*/bench.json"):
         (folder := root / "docs" / path.parent.name).mkdir(parents=True, exist_ok=True)
         draw(load(path), folder)
