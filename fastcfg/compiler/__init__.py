@@ -1,0 +1,16 @@
+"""The sampler compiler: any scheduler whose steps are linear becomes a `StepTable`, by running it.
+
+A sampler without step-size control is a linear system: every model input and every sample is a sum of the starting
+noise, the model's outputs and the draws of noise. It is run once on the host, on basis vectors instead of images: the
+starting noise is one, every model output is one, every draw is one; then what comes out holds its own coefficients.
+They are reduced to rows that keep at most three tensors, and the table is compared with the original on random inputs
+before anybody uses it.
+
+    probe        run a scheduler on basis vectors
+    reduction    coefficients of whole runs -> rows with few saved tensors
+    scheduler    `compile_scheduler`: both, the clip, learned variances, and the proof
+"""
+
+from .scheduler import compile_scheduler, scheduler_clip
+
+__all__ = ["compile_scheduler", "scheduler_clip"]

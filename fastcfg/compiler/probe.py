@@ -1,0 +1,137 @@
+"""A scheduler run on basis vectors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+_DRAWS = 4  # of one step, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Response:
+    """What a scheduler makes of basis vectors: coordinate 0 is x_T, the next C are the model's outputs, the rest draws.
+
+    Attributes:
+        states: [C + 1, size], the sample before every model call, and the last one.
+        inputs: [C, size], what the model sees.
+        times: [C], its timesteps.
+        integer_time: whether these are integers.
+        drawn: [C + 1], how many draws were made before every model call, and at all.
+        predictions: [C, size] or None: the predicted x0, where the scheduler tells it.
+        converted: [C, size] or None: what it makes of the model's output first (`convert_model_output`).
+    """
+
+    states: Array
+    inputs: Array
+    times: Array
+    integer_time: bool
+    drawn: tuple[int, ...]
+    predictions: Array | None
+    converted: Array | None
+
+    @property
+    def calls(self) -> int:
+        """C, the number of model calls."""
+        return len(self.inputs)
+
+
+def respond(scheduler: Any, variance: float | None = None, length: float = 1.0) -> Response:
+    """Run a scheduler whose timesteps are set.
+
+    Args:
+        scheduler: of diffusers' protocol; it is copied.
+        variance: the value of the model's variance channels; None for a model without.
+        length: of the basis vectors; what is linear does not depend on it.
+
+    Raises:
+        ValueError: its model calls depend on numbers that a table does not have.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    timesteps = scheduler.timesteps
+    calls = len(timesteps)
+    size, drawn = 1 + (1 + _DRAWS) * calls, 0
+
+    def basis(index: int) -> Tensor:
+        vector = torch.zeros(1, 1, 1, size, dtype=torch.float64)
+        vector[..., index] = length
+        return vector
+
+    def draw(like: Tensor | None) -> Tensor:
+        nonlocal drawn
+        drawn += 1
+        if drawn > _DRAWS * calls:
+            raise ValueError(f"scheduler: got more than {_DRAWS} draws of noise a step, expected fewer")
+        return basis(calls + drawn)
+
+    converted: list[Tensor] = []
+    convert = getattr(scheduler, "convert_model_output", None)
+    if convert is not None:
+
+        def recorded(*arguments: Any, **options: Any) -> Tensor:
+            result: Tensor = convert(*arguments, **options)
+            converted.append(result)
+            return result
+
+        scheduler.convert_model_output = recorded
+    x, states, inputs, predictions, draws = basis(0), [], [], [], [0]
+    with drawing(scheduler, draw), torch.no_grad():
+        for i, t in enumerate(timesteps):
+            states.append(x)
+            inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
+            output = basis(1 + i)
+            if variance is not None:
+                output = torch.cat([output, torch.full_like(output, variance)], dim=1)
+            result = scheduler.step(output, t, x)
+            x = result.prev_sample
+            predictions.append(getattr(result, "pred_original_sample", None))
+            draws.append(drawn)
+    states.append(x)
+    told = [prediction for prediction in predictions if prediction is not None]
+    return Response(
+        _stacked(states) / length,
+        _stacked(inputs) / length,
+        timesteps.double().cpu().numpy(),
+        not timesteps.is_floating_point(),
+        tuple(draws),
+        _stacked(told) / length if len(told) == calls else None,
+        _stacked(converted) / length if len(converted) == calls else None,
+    )
+
+
+@contextmanager
+def drawing(scheduler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[None]:
+    """Context in which a scheduler's draws of noise are `draw`'s: it is given a tensor of their shape, or None."""
+    patched: list[tuple[Any, str, Any]] = []
+
+    def patch(place: Any, name: str, function: Callable[..., Tensor]) -> None:
+        if hasattr(place, name):
+            patched.append((place, name, getattr(place, name)))
+            setattr(place, name, function)
+
+    for base in type(scheduler).__mro__:
+        if (module := inspect.getmodule(base)) is not None and base is not object:
+            patch(module, "randn_tensor", lambda shape, **_: draw(torch.empty(tuple(shape))))
+    patch(torch, "randn", lambda *shape, **_: draw(torch.empty(*shape)))
+    patch(torch, "randn_like", lambda like, **_: draw(like))
+    try:
+        yield
+    finally:
+        for place, name, function in reversed(patched):
+            setattr(place, name, function)
+
+
+def _stacked(vectors: list[Tensor]) -> Array:
+    result: Array = torch.stack([vector.double().reshape(-1) for vector in vectors]).numpy()
+    return result

@@ -1,0 +1,234 @@
+"""`compile_scheduler`: a scheduler of diffusers' protocol as a table."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..table import NO_NOISE, StepTable
+from ..threshold import DynamicThreshold
+from .probe import Array, Response, drawing, respond
+from .reduction import reduce
+
+__all__ = ["compile_scheduler", "scheduler_clip"]
+
+# Between a table and the scheduler on random inputs, in shares of the largest value. Measured: at most 2e-6, of
+# schedulers that compute in float32.
+TOLERANCE = 2e-5
+_SATURATED = 1e4
+# Of the schedulers that convert outputs (`convert_model_output`): those that convert them to x0.
+_X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
+
+
+def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps: Any) -> StepTable:
+    """The table of a scheduler object, with the configuration that its user gave it.
+
+    Its clip of x0 is not in the table: give `scheduler_clip(scheduler)` to the sampler as `clip`.
+
+    Args:
+        scheduler: an object of diffusers' protocol: `config`, `set_timesteps`, `timesteps`, `step`, and where it has
+            them `scale_model_input`, `init_noise_sigma`, `convert_model_output`. It is not changed.
+        num_inference_steps: as its `set_timesteps` takes it.
+        **set_timesteps: further arguments of that.
+
+    Returns:
+        A table of as many rows as it has timesteps.
+
+    Raises:
+        ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them.
+
+    Example:
+        >>> from diffusers import DPMSolverMultistepScheduler                       # doctest: +SKIP
+        >>> table = compile_scheduler(DPMSolverMultistepScheduler(), 20)            # doctest: +SKIP
+        >>> table.num_history                                                       # doctest: +SKIP
+        1
+    """
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, expected an integer of at least 1")
+    for name in ("config", "set_timesteps", "step"):
+        if not hasattr(scheduler, name):
+            raise ValueError(f"scheduler: got {type(scheduler).__name__} without {name}, expected diffusers' protocol")
+    original = copy.deepcopy(scheduler)
+    if hasattr(original, "noise_sampler"):
+        raise ValueError(f"scheduler: got {type(scheduler).__name__}, whose noise is a Brownian tree's, expected draws")
+    original.set_timesteps(num_inference_steps, **set_timesteps)
+    linear = _without_clip(original)
+    learned = "learned" in str(linear.config.get("variance_type"))
+    try:
+        response, shorter = (respond(linear, 0.0 if learned else None, length) for length in (1.0, 0.5))
+    except (TypeError, IndexError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"scheduler: got {type(scheduler).__name__}, which does not run on basis vectors "
+            f"({type(error).__name__}: {error}), expected one of linear steps"
+        ) from error
+    largest = np.abs(response.states).max(axis=1)
+    differing = np.abs(response.states - shorter.states).max(axis=1) > TOLERANCE * np.maximum(largest, 1.0)
+    if differing.any():
+        row = int(differing.argmax()) - 1
+        raise ValueError(
+            f"scheduler: got {type(scheduler).__name__}, whose step {row} gives other coefficients for other samples, "
+            "expected one whose steps are linear"
+        )
+    rows = reduce(response)
+    p_x, p_m = _prediction(linear, response)
+    columns: dict[str, Any] = {"p_x": p_x, "p_m": p_m, "s": rows.s, "slot": rows.slot}
+    # In terms of x0 where it is known, so that x0 can be changed on the way.
+    known = p_m != 0
+    factor = np.where(known, p_m, 1.0)
+    a_0, k_0 = (np.where(known, values / factor, 0.0) for values in (rows.a_m, rows.k_m))
+    columns |= {"a_0": a_0, "a_x": rows.a_x - a_0 * p_x, "a_m": np.where(known, 0.0, rows.a_m)}
+    columns |= {"k_0": k_0, "k_x": rows.k_x - k_0 * p_x, "k_m": np.where(known, 0.0, rows.k_m)}
+    columns |= {f"a_h{j}": rows.a_h[:, j] for j in range(rows.a_h.shape[1])}
+    if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
+        columns |= _beside_the_clip(linear, p_x, p_m)
+    if learned:
+        columns |= _learned(linear, rows.draws)
+    order = getattr(scheduler, "order", 1)
+    table = StepTable.from_columns(
+        c_in=_scales(response),
+        t=response.times,
+        integer_time=response.integer_time,
+        initial_scale=float(getattr(original, "init_noise_sigma", 1.0)),
+        learned_variance=learned,
+        steps=np.arange(response.calls) // order,
+        name=type(scheduler).__name__,
+        **columns,
+    )
+    _verify(table, original, rows.draws)
+    return table
+
+
+def scheduler_clip(scheduler: Any) -> float | DynamicThreshold | None:
+    """What a scheduler does to x0, as `Sampler` takes it as `clip`."""
+    config = scheduler.config
+    if config.get("thresholding"):
+        ceiling = float(config.get("sample_max_value", 1.0))
+        return DynamicThreshold(config.get("dynamic_thresholding_ratio", 0.995), 1.0, max(ceiling, 1.0))
+    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+
+
+def _without_clip(scheduler: Any) -> Any:
+    linear = copy.deepcopy(scheduler)
+    off = {name: False for name in ("clip_sample", "thresholding") if linear.config.get(name)}
+    if off:
+        linear.register_to_config(**off)
+    return linear
+
+
+def _prediction(scheduler: Any, response: Response) -> tuple[Array, Array]:
+    """p_x and p_m where the scheduler tells its x0 (else 0)."""
+    calls, config = response.calls, scheduler.config
+    p_x, p_m = np.zeros(calls), np.zeros(calls)
+    predictions = response.predictions
+    if config.get("algorithm_type") in _X0_ALGORITHMS or config.get("predict_x0"):
+        predictions = response.converted if predictions is None else predictions
+    if predictions is None:
+        return p_x, p_m
+    for i in range(calls):
+        p_m[i] = predictions[i, 1 + i]
+        rest = predictions[i].copy()
+        rest[1 + i] = 0.0
+        p_x[i] = rest @ response.states[i] / (response.states[i] @ response.states[i])
+        if np.abs(rest - p_x[i] * response.states[i]).max() > 1e-5 * max(1.0, np.abs(rest).max()):
+            return np.zeros(calls), np.zeros(calls)  # no x0 of this row's
+    return p_x, p_m
+
+
+def _scales(response: Response) -> Array:
+    """c_in of every row."""
+    scales = np.array([x @ s / (s @ s) for x, s in zip(response.inputs, response.states, strict=False)])
+    if np.abs(response.inputs - scales[:, None] * response.states[:-1]).max() > 1e-5 * np.abs(response.inputs).max():
+        raise ValueError("scheduler: got one whose model inputs are not scaled samples, expected such ones")
+    return scales
+
+
+def _beside_the_clip(linear: Any, p_x: Array, p_m: Array) -> dict[str, Array]:
+    """a_x, a_0 and a_m of steps whose x0 is limited: derivatives where it is saturated, and what is left there."""
+    limited = copy.deepcopy(linear)
+    limited.register_to_config(clip_sample=True)
+    bound, found = float(limited.config.get("clip_sample_range", 1.0)), []
+    for i, t in enumerate(limited.timesteps):
+        x, m = _SATURATED * np.sign(p_x[i] or 1.0), _SATURATED * np.sign(p_m[i] or 1.0)
+        values = torch.tensor([[x, m], [2 * x, m], [x, 2 * m]], dtype=torch.float64).T.reshape(2, 1, 1, 1, 3)
+        output = values[1]
+        if "learned" in str(limited.config.get("variance_type")):
+            output = torch.cat([output, torch.zeros_like(output)], dim=1)
+        fresh = copy.deepcopy(limited)
+        with drawing(fresh, lambda like: torch.zeros(1, 1, 1, 3, dtype=torch.float64)), torch.no_grad():
+            base, by_x, by_m = fresh.step(output, t, values[0]).prev_sample.double().reshape(-1).tolist()
+        a_x, a_m = (by_x - base) / x, (by_m - base) / m
+        found.append((a_x, (base - a_x * x - a_m * m) / bound, a_m))
+    a_x, a_0, a_m = np.array(found).T
+    size = max(float(np.abs(a_m).max()), 1.0)
+    return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
+
+
+def _learned(scheduler: Any, draws: tuple[tuple[float, ...], ...]) -> dict[str, Array]:
+    """l_0 and l_v: the logarithm of the noise is linear in the variance channels."""
+    logs = []
+    for v in (-1.0, 0.0, 1.0):
+        s = reduce(respond(scheduler, v)).s
+        logs.append(np.log2(np.where(s > 0, s, 1.0)))
+    if np.abs(logs[0] - 2 * logs[1] + logs[2]).max() > 1e-4:
+        raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected that")
+    quiet = np.array([not any(row) for row in draws])
+    return {
+        "s": np.zeros(len(draws)),
+        "l_0": np.where(quiet, NO_NOISE, logs[1]),
+        "l_v": np.where(quiet, 0.0, (logs[2] - logs[0]) / 2),
+    }
+
+
+def _verify(table: StepTable, scheduler: Any, draws: tuple[tuple[float, ...], ...]) -> None:
+    """Raise ValueError unless the table makes of random inputs what the scheduler makes of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(channels: int = 3) -> Tensor:
+        return torch.empty(2, channels, 4, 4, dtype=torch.float64).normal_(generator=generator)
+
+    learned = table.learned_variance
+    outputs = [normal(6 if learned else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
+    start, drawn = normal() * table.initial_scale, []
+
+    def draw(like: Tensor | None) -> Tensor:
+        drawn.append(normal())
+        return drawn[-1]
+
+    clip = scheduler_clip(scheduler)
+    x = ours = start
+    history = [torch.zeros_like(start) for _ in range(3)]
+    original = copy.deepcopy(scheduler)
+    for i, (t, output) in enumerate(zip(original.timesteps, outputs, strict=True)):
+        c = {name: float(table[name][i]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m", "s", "k_x", "k_0", "k_m")}
+        drawn.clear()
+        with drawing(original, draw), torch.no_grad():
+            x = original.step(output, t, x).prev_sample.double()
+        m = output[:, :3]
+        x0 = c["p_x"] * ours + c["p_m"] * m
+        if isinstance(clip, DynamicThreshold):
+            s = torch.quantile(x0.flatten(1).abs(), clip.quantile, dim=1).clamp(clip.floor, clip.ceiling)
+            s = s.view(-1, 1, 1, 1)
+            x0 = torch.clamp(x0, -s, s) / s
+        elif clip is not None:
+            x0 = x0.clamp(-clip, clip)
+        made = c["a_x"] * ours + c["a_0"] * x0 + c["a_m"] * m
+        made += sum(float(table[f"a_h{j}"][i]) * h for j, h in enumerate(history))
+        # Several draws are one of their joint deviation.
+        if not learned:
+            made += sum(coefficient * z for coefficient, z in zip(draws[i], drawn, strict=True))
+        elif drawn:
+            made += torch.exp2(float(table["l_0"][i]) + float(table["l_v"][i]) * output[:, 3:]) * drawn[0]
+        saved = c["k_x"] * ours + c["k_0"] * x0 + c["k_m"] * m
+        if (slot := int(table["slot"][i])) >= 0:
+            history[slot] = saved
+        ours = made
+        distance = float((ours - x).abs().max()) / max(1.0, float(x.abs().max()))
+        if not distance <= TOLERANCE:
+            raise ValueError(
+                f"scheduler: got {table.name}, from which its table differs by {distance:.1e} in row {i}, "
+                f"expected at most {TOLERANCE:.0e}: its steps are not linear"
+            )
