@@ -25,7 +25,6 @@ class Rows:
         a_h: [C, 3].
         slot: [C], -1 where nothing is saved.
         draws: for every row the coefficients of its draws, of which s is the root of the sum of squares.
-        cancelling: the largest term of a sum, in shares of the sum.
     """
 
     a_x: Array
@@ -36,15 +35,13 @@ class Rows:
     k_m: Array
     slot: Array
     draws: tuple[tuple[float, ...], ...]
-    cancelling: float
 
 
 def reduce(response: Response) -> Rows:
     """The rows of a run.
 
     Candidates for the saved tensors are families of one tensor a row: x0, what the scheduler converts outputs to, the
-    outputs, x - x0 (k-diffusion's derivative but for its factor), and the states. Of those that do, the one with the
-    fewest tensors kept at a time is taken, and then the one whose terms cancel least.
+    outputs, x - x0 (k-diffusion's derivative but for its factor), and the states. The first that does is taken.
 
     Raises:
         ValueError: it needs more than three saved tensors, with the number, or tensors that no single row has.
@@ -54,9 +51,9 @@ def reduce(response: Response) -> Rows:
     if response.predictions is not None:
         families.append(states[:-1] - response.predictions)
     families.append(states[:-1])
-    found = [_with(family, response, outputs) for family in families if family is not None]
-    if rows := [rows for rows in found if rows is not None]:
-        return min(rows, key=lambda rows: (rows.slot.max(), round(np.log2(rows.cancelling))))
+    for family in (family for family in families if family is not None):
+        if (rows := _with(family, response, outputs)) is not None:
+            return rows
     rank = max(_ranks(response))
     if rank > MAX_HISTORY:
         raise ValueError(f"scheduler: got one that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
@@ -70,7 +67,7 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
     calls, states = response.calls, response.states
     a_x, a_m, s = (np.zeros(calls) for _ in range(3))
     used: list[dict[int, float]] = []
-    draws, cancelling = [], 1.0
+    draws = []
     for i in range(calls):
         fresh = slice(1 + calls + response.drawn[i], 1 + calls + response.drawn[i + 1])
         target = states[i + 1].copy()
@@ -78,8 +75,7 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
         found = _fitted(target, [states[i], outputs[i]], family[:i], np.abs(states[i + 1]).max())
         if found is None:
             return None
-        (a_x[i], a_m[i]), past, largest = found
-        cancelling = max(cancelling, largest)
+        (a_x[i], a_m[i]), past = found
         used.append(past)
         draws.append(tuple(states[i + 1, fresh].tolist()))
         s[i] = np.sqrt(np.sum(np.square(draws[-1])))
@@ -94,14 +90,14 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
     if any(k[r] is None for r in range(calls) if slots[r] >= 0):
         return None
     k_x, k_m = np.array([fit[0] if fit and slots[r] >= 0 else (0.0, 0.0) for r, fit in enumerate(k)]).T
-    return Rows(a_x, a_m, a_h, s, k_x, k_m, slots, tuple(draws), cancelling)
+    return Rows(a_x, a_m, a_h, s, k_x, k_m, slots, tuple(draws))
 
 
 def _fitted(
     target: Array, present: list[Array], past: Array, scale: float
-) -> tuple[tuple[float, float], dict[int, float], float] | None:
+) -> tuple[tuple[float, float], dict[int, float]] | None:
     """The target as a sum of what is present and of past tensors, as few of the newest as it takes: coefficients of
-    both, and the largest term in shares of `scale`; None if it is no such sum."""
+    both; None if it is no such sum."""
     scale, fits = max(scale, 1e-12), []
     for count in range(min(len(past), _REACH) + 1):
         chosen = list(range(len(past) - 1, len(past) - 1 - count, -1))
@@ -118,7 +114,7 @@ def _fitted(
     terms[np.abs(terms) < _ROUNDING * scale] = 0.0
     weights = terms / sizes
     used = {r: float(w) for r, w in zip(chosen, weights[2:], strict=True) if w}
-    return (float(weights[0]), float(weights[1])), used, float(np.abs(terms).max() / scale)
+    return (float(weights[0]), float(weights[1])), used
 
 
 def _slots(used: list[dict[int, float]], calls: int) -> Array | None:
