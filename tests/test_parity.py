@@ -114,7 +114,17 @@ def test_quick_passes_and_writes_what_it_says(capsys: pytest.CaptureFixture[str]
     assert report["ok"]
     for finding in findings:
         fields = {"check", "backend", "dtype", "options", "way", "shape", "tensor", "note", "bitwise", "reference_ulp"}
-        fields |= {"allowed_ulp", "error", "torch", "trajectory", "torch_trajectory", "bound_ulp", "ok", "problem"}
+        fields |= {
+            "allowed_ulp",
+            "error",
+            "torch",
+            "trajectory",
+            "torch_trajectory",
+            "bound_ulp",
+            "factor",
+            "ok",
+            "problem",
+        }
         assert set(finding) == fields
         assert finding["ok"]
     steps = [f for f in findings if f["check"] == "step"]

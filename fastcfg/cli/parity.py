@@ -51,7 +51,8 @@ mine.py:
               "cond": {"y": labels}, "uncond": {"y": torch.zeros_like(labels)}}
 
 or {"sampler": a Sampler, "shape": ..., "cond": ..., "uncond": ...}, or an object with such attributes; also branches,
-denoised_fn, cond_fn, dtype and memory_format. diffusers pipelines are not taken yet.
+denoised_fn, cond_fn, dtype and memory_format. Or {"pipeline": one of diffusers', "call": {"prompt": ..., ...}}: its
+scheduler is compiled to a table, and its first steps are compared with the fused step on the same outputs and noise.
 
 Inductor compiles every case for seconds: it gets fewer, with --quick one, and that only where it is asked for. Triton's
 interpreter gets small shapes, and no bfloat16, which it does not round as GPUs do."""
@@ -141,15 +142,28 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
     import torch
     from tqdm import tqdm
 
-    from fastcfg.parity import check_loops, check_model, check_steps, load_problem, runnable
+    from fastcfg.parity import (
+        PipelineProblem,
+        check_loops,
+        check_model,
+        check_pipeline,
+        check_steps,
+        load_problem,
+        runnable,
+    )
 
     device = torch.device(choose_device(arguments.device))
     progress = partial(tqdm, leave=False, unit="case")
     if arguments.model:
-        problem = load_problem(arguments.model, device)
-        device = torch.device(problem.options["device"])
-        backends, skipped = runnable(device, arguments.backend or ())
-        findings = check_model(problem, backends, arguments.steps or 5, arguments.seed, progress)
+        problem, rows = load_problem(arguments.model, device), arguments.steps or 5
+        if isinstance(problem, PipelineProblem):
+            device = torch.device(getattr(problem.pipeline, "device", device))
+            backends, skipped = runnable(device, arguments.backend or ())
+            findings = check_pipeline(problem, backends, rows, progress)
+        else:
+            device = torch.device(problem.options["device"])
+            backends, skipped = runnable(device, arguments.backend or ())
+            findings = check_model(problem, backends, rows, arguments.seed, progress)
     else:
         backends, skipped = runnable(device, arguments.backend or (), arguments.quick)
         findings = check_steps(backends, device, arguments.quick, arguments.seed, progress)

@@ -11,12 +11,14 @@ The JSON of `--json` holds
     check         "step" (one fused step), "noise" (what is drawn), "loop" (50 rows), "model" (the user's own)
     backend, dtype, options, way, shape, tensor, note    the case; `dtype` is the model's, the state is float32
     bitwise       whether it has the bits of the float32 reference on the CPU; null where there are none to have
-    reference_ulp, allowed_ulp    its distance from the reference, and the distance allowed (0: the same bits)
+    reference_ulp, allowed_ulp    its distance from the reference, and the distance allowed (0: the same bits); of a
+                  pipeline from its own scheduler's samples
     error         {"max", "rms"}: the distance from the same in float64, relative to that's largest value; {"ulp",
                   "rms_ulp"}: in ulps of the tensor's dtype, that is, in its spacing at the largest value
     torch         the same of plain torch
     trajectory, torch_trajectory    of loops: the largest relative error after every row
-    bound_ulp     the largest `error.ulp` allowed: twice `torch.ulp`, at least 1; null without plain torch
+    bound_ulp     the largest `error.ulp` allowed: `factor` (2; of a pipeline 4) times `torch.ulp`, at least 1; null
+                  without plain torch
     ok, problem   whether it is within bounds, and what is not
 
 Numbers that are not finite are null.
@@ -33,6 +35,7 @@ from ..ops import inductor_problem, resolve_backend, triton_problem
 from ..ops.backend import interpreting
 from .findings import Error, Finding
 from .loops import Problem, check_loops, check_model
+from .pipelines import PipelineProblem, check_pipeline
 from .report import as_json, plot, table
 from .steps import check_steps
 from .user import load_problem
@@ -40,10 +43,12 @@ from .user import load_problem
 __all__ = [
     "Error",
     "Finding",
+    "PipelineProblem",
     "Problem",
     "as_json",
     "check_loops",
     "check_model",
+    "check_pipeline",
     "check_steps",
     "load_problem",
     "plot",

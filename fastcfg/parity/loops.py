@@ -166,7 +166,9 @@ def check_loops(
             for backend in backends:
                 for way, graph in ways:
                     states = own.run(own.sampler(dtype=dtype, backend=backend, graph=graph), seed)
-                    found.append(_compare("loop", backend, name, solver, way, own.shape, states, truth, plain))
+                    found.append(
+                        compare_trajectories("loop", backend, name, solver, way, own.shape, states, truth, plain)
+                    )
     return found
 
 
@@ -217,7 +219,9 @@ def check_model(
     for backend, way in progress(runs, desc="model"):
         if way == "teacher-forced":
             states = played(backend)
-            finding = _compare("model", backend, name, way, "eager", problem.shape, states, truth, plain or expected)
+            finding = compare_trajectories(
+                "model", backend, name, way, "eager", problem.shape, states, truth, plain or expected
+            )
             same, ulps = distance_in_ulps(torch.stack(states), torch.stack(expected))
             # Bits follow from the recorded outputs, but for the learned variance's exponential.
             allowed = None if base.table.learned_variance else 0.0
@@ -234,7 +238,7 @@ def check_model(
             graph = report["graph"]
             note = f"ran eagerly: {report['graph_reason']}" if graph == "none" else f"graph: {graph}"
         kind = "captured" if way == "captured" else "eager"
-        finding = _compare("model", backend, name, "free", kind, problem.shape, states, truth, free_plain)
+        finding = compare_trajectories("model", backend, name, "free", kind, problem.shape, states, truth, free_plain)
         found.append(replace(finding, note=note))
     return found
 
@@ -323,7 +327,7 @@ def table_loop(
     return states
 
 
-def _compare(
+def compare_trajectories(
     check: str,
     backend: str,
     dtype: str,

@@ -14,20 +14,21 @@ import torch
 
 from ..sampler import Sampler
 from .loops import Problem
+from .pipelines import PipelineProblem
 
 _CALL = ("shape", "cond", "uncond", "branches")
 _OPTIONS = ("clip", "denoised_fn", "cond_fn", "dtype", "memory_format")
 _NAMES = ("model", "table", "sampler", "guidance", *_CALL, *_OPTIONS)
 
 
-def load_problem(source: str, device: torch.device | str) -> Problem:
+def load_problem(source: str, device: torch.device | str) -> Problem | PipelineProblem:
     """What a user's function returns, ready to sample.
 
     Args:
         source: "PATH.py:function" or "module:function". The function takes no arguments and returns a dictionary, or an
             object with such attributes: "model" and "table" (or a `Sampler` as "sampler"), "shape", and any of "cond",
             "uncond", "branches", "guidance", "clip", "denoised_fn", "cond_fn", "dtype" and "memory_format", as
-            `Sampler` and `Sampler.sample` take them.
+            `Sampler` and `Sampler.sample` take them. Or {"pipeline": one of diffusers', "call": its arguments}.
         device: of a model that tells none.
 
     Raises:
@@ -41,6 +42,13 @@ def load_problem(source: str, device: torch.device | str) -> Problem:
         returned = function()
     except Exception as error:
         raise ValueError(f"--model: {source!r} failed: {type(error).__name__}: {error}") from error
+    if isinstance(returned, Mapping) and "pipeline" in returned:
+        if unknown := sorted(set(returned) - {"pipeline", "call"}, key=str):
+            raise ValueError(f"--model: {source!r} returned {unknown[0]!r} beside a pipeline, expected 'call'")
+        pipeline = returned["pipeline"]
+        if not callable(pipeline) or not hasattr(pipeline, "scheduler"):
+            raise ValueError(f"--model: pipeline: got {type(pipeline).__name__}, expected one of diffusers' pipelines")
+        return PipelineProblem(pipeline, dict(returned.get("call", {})))
     items = returned if isinstance(returned, Mapping) else {name: getattr(returned, name, None) for name in _NAMES}
     given: dict[str, Any] = {key: value for key, value in items.items() if value is not None}
     if unknown := sorted(set(given) - set(_NAMES), key=str):

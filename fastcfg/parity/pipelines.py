@@ -1,0 +1,191 @@
+"""A diffusers pipeline's first steps: what its scheduler makes of the model's outputs, and what the fused step makes of
+the same outputs with the scheduler's compiled table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import wraps
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compiler import compile_scheduler, scheduler_clip
+from ..sampler import Sampler
+from .findings import Finding, distance_in_ulps
+from .loops import compare_trajectories
+
+# Between the scheduler's samples and ours, in ulps of its dtype at the largest value, for every row; measured over 20
+# rows of twelve schedulers: 5.1 a row in float32 (DDIM; the others 2), 1 in float16 and bfloat16.
+_ALLOWED_ULP = {torch.float32: 10.0, torch.float16: 3.0, torch.bfloat16: 3.0}
+# A table sums saved tensors where a scheduler recomputes: measured at most 2.5 times its error in float32.
+_FACTOR = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class PipelineProblem:
+    """A pipeline and how it is called.
+
+    Attributes:
+        pipeline: an object with `scheduler`, called as `pipeline(**call)`.
+        call: its arguments.
+    """
+
+    pipeline: Any
+    call: dict[str, Any]
+
+
+@dataclass(eq=False)
+class _Recorded:
+    """What a scheduler was given and made.
+
+    Attributes:
+        settings: arguments of `set_timesteps`, by name.
+        times: of the steps.
+        outputs: the model's, after guidance.
+        states: the sample before the first step, and after every one.
+        noise: what every step drew.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    times: list[float] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    noise: list[Tensor] = field(default_factory=list)
+
+
+class _EnoughError(Exception):
+    """Stops a pipeline."""
+
+
+def check_pipeline(
+    problem: PipelineProblem, backends: Sequence[str], rows: int, progress: Callable[..., Any]
+) -> list[Finding]:
+    """The first rows of a pipeline, by every backend.
+
+    The pipeline runs until its scheduler has made so many steps. Then the fused step is given the same outputs, start
+    and noise (teacher-forced), and is compared with the scheduler's samples and with the table in float64.
+
+    Args:
+        problem: the pipeline.
+        backends: of fastcfg.
+        rows: how many.
+        progress: wraps the list of backends, as tqdm does.
+
+    Raises:
+        ValueError: a scheduler that is no table, a pipeline that fails, begins in the middle, or gives its scheduler's
+            steps further arguments.
+    """
+    scheduler = problem.pipeline.scheduler
+    recorded = _record(problem, rows)
+    settings = dict(recorded.settings)
+    count, timesteps = settings.pop("num_inference_steps", None), scheduler.timesteps.tolist()
+    if recorded.times != timesteps[: len(recorded.times)]:
+        raise ValueError(f"--model: the pipeline begins at timestep {recorded.times[0]}, expected {timesteps[0]}")
+    settings.pop("device", None)
+    table = compile_scheduler(scheduler, count or len(timesteps), **settings)
+    start, dtype = recorded.states[0], recorded.states[0].dtype
+
+    def run(backend: str, state: torch.dtype) -> list[Tensor]:
+        outputs: Iterator[Tensor] = iter(recorded.outputs)
+        sampler = Sampler(
+            lambda x, t: next(outputs).to(x.dtype),
+            table,
+            clip=scheduler_clip(scheduler),
+            backend=backend,
+            graph=False,
+            dtype=torch.float64 if state == torch.float64 else dtype,
+            state_dtype=state,
+            device=start.device,
+        )
+        noise = (lambda row, shape: recorded.noise[row].to(state)) if table.uses_noise else None
+        steps = sampler.iterate(tuple(start.shape), x_T=start.to(state), noise=noise)
+        return [step.x.cpu() for step in islice(steps, len(recorded.times))]
+
+    truth = run("reference", torch.float64)
+    theirs = [state.float().cpu() for state in recorded.states[1:]]
+    found, allowed = [], _ALLOWED_ULP[dtype] * len(theirs)
+    for backend in progress(backends, desc="pipeline"):
+        states = run(backend, torch.float32)
+        shape, name = tuple(start.shape), str(dtype).removeprefix("torch.")
+        options = f"{type(problem.pipeline).__name__}, {table.name}"
+        finding = compare_trajectories("model", backend, name, options, "eager", shape, states, truth, theirs)
+        apart = max(
+            distance_in_ulps(got.to(dtype), want.to(dtype))[1] for got, want in zip(states, theirs, strict=True)
+        )
+        found.append(replace(finding, reference_ulp=apart, allowed_ulp=allowed, factor=_FACTOR))
+    return found
+
+
+def _record(problem: PipelineProblem, rows: int) -> _Recorded:
+    scheduler, recorded = problem.pipeline.scheduler, _Recorded()
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+    named = inspect.signature(step).parameters
+
+    @wraps(set_timesteps)
+    def recording_set_timesteps(*arguments: Any, **options: Any) -> Any:
+        bound = inspect.signature(set_timesteps).bind(*arguments, **options)
+        recorded.settings = {name: value for name, value in bound.arguments.items() if name != "kwargs"}
+        return set_timesteps(*arguments, **options)
+
+    @wraps(step)
+    def recording_step(model_output: Tensor, timestep: Any, sample: Tensor, *arguments: Any, **options: Any) -> Any:
+        if len(recorded.times) == rows:
+            raise _EnoughError
+        further = {
+            name: value
+            for name, value in options.items()
+            if name not in ("generator", "return_dict") and value not in (None, named[name].default)
+        }
+        if arguments or further:
+            raise ValueError(f"its steps are given {', '.join(further) or 'further arguments'}, expected none")
+        if not recorded.states:
+            recorded.states.append(sample.detach().clone())
+        recorded.times.append(float(timestep))
+        recorded.outputs.append(model_output.detach().clone())
+        drawn = len(recorded.noise)
+        result = step(model_output, timestep, sample, **options)
+        if len(recorded.noise) == drawn:
+            recorded.noise.append(torch.zeros_like(sample))
+        made = result[0] if isinstance(result, tuple) else result.prev_sample
+        recorded.states.append(made.detach().clone())
+        return result
+
+    scheduler.set_timesteps, scheduler.step = recording_set_timesteps, recording_step
+    try:
+        with _recording_draws(scheduler, recorded.noise):
+            problem.pipeline(**problem.call)
+    except _EnoughError:
+        pass
+    except Exception as error:
+        raise ValueError(f"--model: the pipeline failed: {type(error).__name__}: {error}") from error
+    finally:
+        del scheduler.set_timesteps, scheduler.step
+    if not recorded.times:
+        raise ValueError("--model: the pipeline made no step of its scheduler, expected some")
+    return recorded
+
+
+@contextmanager
+def _recording_draws(scheduler: Any, noise: list[Tensor]) -> Iterator[None]:
+    """Context in which what a scheduler draws by diffusers' `randn_tensor` is kept."""
+    module: Any = inspect.getmodule(type(scheduler))
+    draw = getattr(module, "randn_tensor", None)
+    if draw is None:
+        yield
+        return
+
+    def kept(*arguments: Any, **options: Any) -> Tensor:
+        result: Tensor = draw(*arguments, **options)
+        noise.append(result.detach().clone())
+        return result
+
+    module.randn_tensor = kept
+    try:
+        yield
+    finally:
+        module.randn_tensor = draw
