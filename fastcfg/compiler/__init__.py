@@ -1,4 +1,4 @@
-"""The sampler compiler: any scheduler whose steps are linear becomes a `StepTable`, by running it.
+"""The sampler compiler: any scheduler or sampling function of linear steps becomes a `StepTable`, by running it.
 
 A sampler without step-size control is a linear system: every model input and every sample is a sum of the starting
 noise, the model's outputs and the draws of noise. It is run once on the host, on basis vectors instead of images: the
@@ -8,9 +8,12 @@ before anybody uses it.
 
     probe        run a scheduler on basis vectors
     reduction    coefficients of whole runs -> rows with few saved tensors
-    scheduler    `compile_scheduler`: both, the clip, learned variances, and the proof
+    assembly     rows -> a table, and the proof that it is the original
+    scheduler    `compile_scheduler`: all of it, with the clip and learned variances
+    sampler      `compile_sampler`: the same for functions of k-diffusion's form
 """
 
+from .sampler import compile_sampler
 from .scheduler import compile_scheduler, scheduler_clip
 
-__all__ = ["compile_scheduler", "scheduler_clip"]
+__all__ = ["compile_sampler", "compile_scheduler", "scheduler_clip"]

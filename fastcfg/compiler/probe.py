@@ -17,6 +17,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 _DRAWS = 4  # of one step, at most
+_ROUNDING = 1e-7  # many schedulers go through float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Response:
         drawn: [C + 1], how many draws were made before every model call, and at all.
         predictions: [C, size] or None: the predicted x0, where the scheduler tells it.
         converted: [C, size] or None: what it makes of the model's output first (`convert_model_output`).
+        rounding: of the coefficients, in shares of a row's largest.
     """
 
     states: Array
@@ -40,6 +42,7 @@ class Response:
     drawn: tuple[int, ...]
     predictions: Array | None
     converted: Array | None
+    rounding: float
 
     @property
     def calls(self) -> int:
@@ -107,12 +110,13 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0) 
         tuple(draws),
         _stacked(told) / length if len(told) == calls else None,
         _stacked(converted) / length if len(converted) == calls else None,
+        _ROUNDING,
     )
 
 
 @contextmanager
-def drawing(scheduler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[None]:
-    """Context in which a scheduler's draws of noise are `draw`'s: it is given a tensor of their shape, or None."""
+def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[None]:
+    """Context in which a scheduler's or a function's draws of noise are `draw`'s, which is given one of the shape."""
     patched: list[tuple[Any, str, Any]] = []
 
     def patch(place: Any, name: str, function: Callable[..., Tensor]) -> None:
@@ -120,7 +124,7 @@ def drawing(scheduler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator
             patched.append((place, name, getattr(place, name)))
             setattr(place, name, function)
 
-    for base in type(scheduler).__mro__:
+    for base in type(sampler).__mro__:
         if (module := inspect.getmodule(base)) is not None and base is not object:
             patch(module, "randn_tensor", lambda shape, **_: draw(torch.empty(tuple(shape))))
     patch(torch, "randn", lambda *shape, **_: draw(torch.empty(*shape)))

@@ -10,9 +10,7 @@ import numpy as np
 from ..table import MAX_HISTORY
 from .probe import Array, Response
 
-# What float32 inside a scheduler leaves of an exact zero, in shares of the largest coefficient; measured: 4e-7.
-TOLERANCE = 5e-6
-_ROUNDING = 1e-7
+_TOLERANCE = 50  # of a sum, in roundings; measured: 4
 _REACH = 5  # rows that a saved tensor may lie back
 
 
@@ -41,7 +39,8 @@ def reduce(response: Response) -> Rows:
     """The rows of a run.
 
     Candidates for the saved tensors are families of one tensor a row: x0, what the scheduler converts outputs to, the
-    outputs, x - x0 (k-diffusion's derivative but for its factor), and the states. The first that does is taken.
+    outputs, x - x0 (k-diffusion's derivative but for its factor), the states, and last what the next row asks for. The
+    first that does is taken.
 
     Raises:
         ValueError: it needs more than three saved tensors, with the number, or tensors that no single row has.
@@ -50,16 +49,30 @@ def reduce(response: Response) -> Rows:
     families = [response.predictions, response.converted, outputs]
     if response.predictions is not None:
         families.append(states[:-1] - response.predictions)
-    families.append(states[:-1])
+    families += [states[:-1], _asked_for(response, outputs)]
     for family in (family for family in families if family is not None):
         if (rows := _with(family, response, outputs)) is not None:
             return rows
     rank = max(_ranks(response))
     if rank > MAX_HISTORY:
-        raise ValueError(f"scheduler: got one that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
+        raise ValueError(f"sampler: got one that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
     raise ValueError(
-        f"scheduler: got one whose {rank} saved tensors are no sums of one row's state and output, expected such ones"
+        f"sampler: got one whose {rank} saved tensors are no sums of one row's state and output, expected such ones"
     )
+
+
+def _asked_for(response: Response, outputs: Array) -> Array:
+    """For every row the sum of its state and output that the next row needs: of methods of two stages."""
+    states, family = response.states, np.zeros_like(outputs)
+    for i in range(1, response.calls):
+        fresh = slice(1 + response.calls + response.drawn[i], 1 + response.calls + response.drawn[i + 1])
+        target = states[i + 1].copy()
+        target[fresh] = 0.0
+        vectors = np.array([states[i], outputs[i], states[i - 1], outputs[i - 1]])
+        sizes = np.maximum(np.abs(vectors).max(axis=1), 1e-300)[:, None]
+        terms = np.linalg.lstsq((vectors / sizes).T, target, rcond=1e-12)[0]
+        family[i - 1] = terms[2:] @ (vectors / sizes)[2:]
+    return family
 
 
 def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
@@ -72,7 +85,7 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
         fresh = slice(1 + calls + response.drawn[i], 1 + calls + response.drawn[i + 1])
         target = states[i + 1].copy()
         target[fresh] = 0.0
-        found = _fitted(target, [states[i], outputs[i]], family[:i], np.abs(states[i + 1]).max())
+        found = _fitted(target, [states[i], outputs[i]], family[:i], np.abs(states[i + 1]).max(), response.rounding)
         if found is None:
             return None
         (a_x[i], a_m[i]), past = found
@@ -86,7 +99,10 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
     for i, past in enumerate(used):
         for r, coefficient in past.items():
             a_h[i, slots[r]] = coefficient
-    k = [_fitted(family[r], [states[r], outputs[r]], family[:0], np.abs(family[r]).max()) for r in range(calls)]
+    k = [
+        _fitted(family[r], [states[r], outputs[r]], family[:0], np.abs(family[r]).max(), response.rounding)
+        for r in range(calls)
+    ]
     if any(k[r] is None for r in range(calls) if slots[r] >= 0):
         return None
     k_x, k_m = np.array([fit[0] if fit and slots[r] >= 0 else (0.0, 0.0) for r, fit in enumerate(k)]).T
@@ -94,7 +110,7 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
 
 
 def _fitted(
-    target: Array, present: list[Array], past: Array, scale: float
+    target: Array, present: list[Array], past: Array, scale: float, rounding: float
 ) -> tuple[tuple[float, float], dict[int, float]] | None:
     """The target as a sum of what is present and of past tensors, as few of the newest as it takes: coefficients of
     both; None if it is no such sum."""
@@ -107,11 +123,11 @@ def _fitted(
         terms = np.linalg.lstsq((vectors / sizes[:, None]).T, target, rcond=1e-12)[0]
         fits.append((np.abs(terms @ (vectors / sizes[:, None]) - target).max() / scale, chosen, terms, sizes))
     least = min(fit[0] for fit in fits)
-    if least > TOLERANCE:
+    if least > _TOLERANCE * rounding:
         return None
     # Further tensors that only fit a scheduler's rounding are none of it.
-    _, chosen, terms, sizes = next(fit for fit in fits if fit[0] <= max(2 * least, _ROUNDING))
-    terms[np.abs(terms) < _ROUNDING * scale] = 0.0
+    _, chosen, terms, sizes = next(fit for fit in fits if fit[0] <= max(2 * least, rounding))
+    terms[np.abs(terms) < rounding * scale] = 0.0
     weights = terms / sizes
     used = {r: float(w) for r, w in zip(chosen, weights[2:], strict=True) if w}
     return (float(weights[0]), float(weights[1])), used

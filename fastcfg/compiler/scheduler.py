@@ -11,14 +11,12 @@ from torch import Tensor
 
 from ..table import NO_NOISE, StepTable
 from ..threshold import DynamicThreshold
+from .assembly import check_linear, columns, verify
 from .probe import Array, Response, drawing, respond
 from .reduction import reduce
 
 __all__ = ["compile_scheduler", "scheduler_clip"]
 
-# Between a table and the scheduler on random inputs, in shares of the largest value. Measured: at most 2e-6, of
-# schedulers that compute in float32.
-TOLERANCE = 2e-5
 _SATURATED = 1e4
 # Of the schedulers that convert outputs (`convert_model_output`): those that convert them to x0.
 _X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
@@ -65,28 +63,15 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps:
             f"scheduler: got {type(scheduler).__name__}, which does not run on basis vectors "
             f"({type(error).__name__}: {error}), expected one of linear steps"
         ) from error
-    largest = np.abs(response.states).max(axis=1)
-    differing = np.abs(response.states - shorter.states).max(axis=1) > TOLERANCE * np.maximum(largest, 1.0)
-    if differing.any():
-        row = int(differing.argmax()) - 1
-        raise ValueError(
-            f"scheduler: got {type(scheduler).__name__}, whose step {row} gives other coefficients for other samples, "
-            "expected one whose steps are linear"
-        )
+    what = f"scheduler: got {type(scheduler).__name__}"
+    check_linear(response, shorter, what)
     rows = reduce(response)
     p_x, p_m = _prediction(linear, response)
-    columns: dict[str, Any] = {"p_x": p_x, "p_m": p_m, "s": rows.s, "slot": rows.slot}
-    # In terms of x0 where it is known, so that x0 can be changed on the way.
-    known = p_m != 0
-    factor = np.where(known, p_m, 1.0)
-    a_0, k_0 = (np.where(known, values / factor, 0.0) for values in (rows.a_m, rows.k_m))
-    columns |= {"a_0": a_0, "a_x": rows.a_x - a_0 * p_x, "a_m": np.where(known, 0.0, rows.a_m)}
-    columns |= {"k_0": k_0, "k_x": rows.k_x - k_0 * p_x, "k_m": np.where(known, 0.0, rows.k_m)}
-    columns |= {f"a_h{j}": rows.a_h[:, j] for j in range(rows.a_h.shape[1])}
+    found: dict[str, Any] = columns(rows, p_x, p_m)
     if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
-        columns |= _beside_the_clip(linear, p_x, p_m)
+        found |= _beside_the_clip(linear, p_x, p_m)
     if learned:
-        columns |= _learned(linear, rows.draws)
+        found |= _learned(linear, rows.draws)
     order = getattr(scheduler, "order", 1)
     table = StepTable.from_columns(
         c_in=_scales(response),
@@ -96,9 +81,9 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps:
         learned_variance=learned,
         steps=np.arange(response.calls) // order,
         name=type(scheduler).__name__,
-        **columns,
+        **found,
     )
-    _verify(table, original, rows.draws)
+    verify(table, rows.draws, *_random_run(original, table), scheduler_clip(original), what)
     return table
 
 
@@ -183,52 +168,22 @@ def _learned(scheduler: Any, draws: tuple[tuple[float, ...], ...]) -> dict[str, 
     }
 
 
-def _verify(table: StepTable, scheduler: Any, draws: tuple[tuple[float, ...], ...]) -> None:
-    """Raise ValueError unless the table makes of random inputs what the scheduler makes of them."""
+def _random_run(scheduler: Any, table: StepTable) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+    """Random outputs, the draws and the samples of a run of the scheduler on them, in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(channels: int = 3) -> Tensor:
         return torch.empty(2, channels, 4, 4, dtype=torch.float64).normal_(generator=generator)
 
-    learned = table.learned_variance
-    outputs = [normal(6 if learned else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
-    start, drawn = normal() * table.initial_scale, []
-
     def draw(like: Tensor | None) -> Tensor:
-        drawn.append(normal())
-        return drawn[-1]
+        drawn[-1].append(normal())
+        return drawn[-1][-1]
 
-    clip = scheduler_clip(scheduler)
-    x = ours = start
-    history = [torch.zeros_like(start) for _ in range(3)]
+    outputs = [normal(6 if table.learned_variance else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
+    states, drawn = [normal() * table.initial_scale], list[list[Tensor]]()
     original = copy.deepcopy(scheduler)
-    for i, (t, output) in enumerate(zip(original.timesteps, outputs, strict=True)):
-        c = {name: float(table[name][i]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m", "s", "k_x", "k_0", "k_m")}
-        drawn.clear()
-        with drawing(original, draw), torch.no_grad():
-            x = original.step(output, t, x).prev_sample.double()
-        m = output[:, :3]
-        x0 = c["p_x"] * ours + c["p_m"] * m
-        if isinstance(clip, DynamicThreshold):
-            s = torch.quantile(x0.flatten(1).abs(), clip.quantile, dim=1).clamp(clip.floor, clip.ceiling)
-            s = s.view(-1, 1, 1, 1)
-            x0 = torch.clamp(x0, -s, s) / s
-        elif clip is not None:
-            x0 = x0.clamp(-clip, clip)
-        made = c["a_x"] * ours + c["a_0"] * x0 + c["a_m"] * m
-        made += sum(float(table[f"a_h{j}"][i]) * h for j, h in enumerate(history))
-        # Several draws are one of their joint deviation.
-        if not learned:
-            made += sum(coefficient * z for coefficient, z in zip(draws[i], drawn, strict=True))
-        elif drawn:
-            made += torch.exp2(float(table["l_0"][i]) + float(table["l_v"][i]) * output[:, 3:]) * drawn[0]
-        saved = c["k_x"] * ours + c["k_0"] * x0 + c["k_m"] * m
-        if (slot := int(table["slot"][i])) >= 0:
-            history[slot] = saved
-        ours = made
-        distance = float((ours - x).abs().max()) / max(1.0, float(x.abs().max()))
-        if not distance <= TOLERANCE:
-            raise ValueError(
-                f"scheduler: got {table.name}, from which its table differs by {distance:.1e} in row {i}, "
-                f"expected at most {TOLERANCE:.0e}: its steps are not linear"
-            )
+    with drawing(original, draw), torch.no_grad():
+        for t, output in zip(original.timesteps, outputs, strict=True):
+            drawn.append([])
+            states.append(original.step(output, t, states[-1]).prev_sample.double())
+    return outputs, drawn, states

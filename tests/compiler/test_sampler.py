@@ -1,0 +1,183 @@
+"""k-diffusion's sampling functions compiled, and functions of a user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.suite.foreign import load_k_diffusion
+from fastcfg import Sampler
+from fastcfg.compiler import compile_sampler
+from fastcfg.compiler.probe import drawing
+
+loaded: Any = load_k_diffusion()
+sampling: Any = loaded and loaded[0]
+needs_k_diffusion = pytest.mark.skipif(sampling is None, reason="k-diffusion is not installed")
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("sample_euler", {}),
+    ("sample_heun", {}),
+    ("sample_dpm_2", {}),
+    ("sample_lms", {}),
+    ("sample_lms", {"order": 2}),
+    ("sample_dpmpp_2m", {}),
+    *((f"sample_{name}", {"eta": eta}) for name in ("euler_ancestral", "dpm_2_ancestral") for eta in (0.0, 0.5, 1.0)),
+    *(("sample_dpmpp_2s_ancestral", {"eta": eta, "s_noise": 0.9}) for eta in (0.0, 1.0)),
+    *(("sample_dpmpp_sde", {"eta": eta, "r": r}) for eta, r in ((1.0, 0.5), (0.5, 0.4), (0.0, 0.5))),
+    *(("sample_dpmpp_2m_sde", {"eta": 1.0, "solver_type": kind}) for kind in ("midpoint", "heun")),
+    ("sample_dpmpp_3m_sde", {"eta": 0.7, "s_noise": 1.1}),
+]
+
+
+def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    """A smooth denoiser without weights; the sampler's times are float32."""
+    sigma = sigma.float().double().view(-1, 1, 1, 1)
+    return torch.tanh(x / (1 + sigma**2)) + 0.1 * torch.cos(sigma)
+
+
+def check(function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any]) -> None:
+    """The compiled function's samples are the original's."""
+    table = compile_sampler(function, sigmas, **options)
+    start = torch.randn(2, 3, 6, 5, generator=torch.manual_seed(0), dtype=torch.float64) * sigmas[0]
+    noise = torch.randn(len(table), 2, 3, 6, 5, generator=torch.manual_seed(1), dtype=torch.float64)
+    calls = [0]
+
+    def model(x: Tensor, sigma: Tensor, **given: Any) -> Tensor:
+        calls[0] += 1
+        return denoise(x, sigma, **given)
+
+    def draw(*_: Any) -> Tensor:
+        return noise[calls[0] - 1]
+
+    seen: list[Tensor] = []
+    given: dict[str, Any] = {"disable": True, "callback": lambda state: seen.append(state["x"]), **options}
+    if "noise_sampler" in inspect.signature(function).parameters:
+        given["noise_sampler"] = draw
+    with drawing(function, draw):
+        want = function(model, start, sigmas, **given)
+    assert calls == [len(table)]
+    sampler = Sampler(denoise, table, backend="reference", graph=False, dtype=torch.float64, state_dtype=torch.float64)
+    steps = list(sampler.iterate(tuple(start.shape), x_T=start, noise=noise if table.uses_noise else None))
+    # Measured: 3e-12; the saved tensors stand for others.
+    torch.testing.assert_close(steps[-1].x, want, rtol=1e-9, atol=1e-9)
+    assert table.num_steps == len(sigmas) - 1 == len(seen)
+    assert table.initial_scale == sigmas[0]
+
+
+@needs_k_diffusion
+@pytest.mark.parametrize("count", [1, 2, 7, 25])
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+def test_a_compiled_function_is_the_original(name: str, options: dict[str, Any], count: int) -> None:
+    if count == 1 and name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
+        pytest.skip("the original does not run")
+    check(getattr(sampling, name), sampling.get_sigmas_karras(count, 0.03, 14.6).double(), options)
+
+
+@needs_k_diffusion
+def test_sigmas_need_not_end_at_zero_nor_be_tensors() -> None:
+    check(sampling.sample_heun, torch.tensor([5.0, 2.0, 0.7, 0.3], dtype=torch.float64), {})
+    assert len(compile_sampler(sampling.sample_euler, [5.0, 2.0, 0.0])) == 2
+
+
+@needs_k_diffusion
+def test_saved_tensors_are_as_few_as_the_method_needs() -> None:
+    want = {"euler": 0, "euler_ancestral": 0, "heun": 1, "dpmpp_2m": 1, "dpmpp_sde": 1, "dpmpp_3m_sde": 2, "lms": 3}
+    sigmas = sampling.get_sigmas_karras(12, 0.03, 14.6)
+    got = {name: compile_sampler(getattr(sampling, f"sample_{name}"), sigmas).num_history for name in want}
+    assert got == want
+
+
+@needs_k_diffusion
+def test_dpm_fast_is_taken_through_a_function_of_sigmas() -> None:
+    def dpm_fast(model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        return sampling.sample_dpm_fast(model, x, sigmas[-1], sigmas[0], 9, disable=True)
+
+    table = compile_sampler(dpm_fast, [14.6, 0.03])
+    assert (len(table), table.num_history) == (9, 2)
+
+
+# What is no table
+
+
+def euler(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    """A sampler of one's own."""
+    for sigma, following in pairwise(sigmas):
+        x = x + (x - model(x, sigma.expand(len(x)))) / sigma * (following - sigma)
+    return x
+
+
+def squared(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    return euler(model, x, sigmas) + 1e-3 * x**2
+
+
+def halving(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    while x.abs().max() > 0.4:
+        x = 0.25 * model(x, sigmas[:1].expand(len(x)))
+    return x
+
+
+def branching(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    return euler(model, x, sigmas) * (1.5 if len(x) > 1 else 1.0)
+
+
+def restless(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    return euler(model, x + torch.randn_like(x), sigmas)
+
+
+def forgetless(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    kept = []
+    for i, sigma in enumerate(sigmas[:-1]):
+        kept.append(model(x, sigma.expand(len(x))))
+        x = x + sum(m / (1 + (i + j) ** 2) for j, m in enumerate(kept[-6:]))
+    return x
+
+
+def test_a_function_of_ones_own_is_a_table() -> None:
+    table = compile_sampler(euler, [4.0, 2.0, 1.0, 0.0])
+    assert table.name == "euler"
+    assert table["t"].tolist() == [4.0, 2.0, 1.0]
+    assert table["a_0"].tolist() == pytest.approx([0.5, 0.5, 1.0])
+    assert table["a_x"].tolist() == pytest.approx([0.5, 0.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (squared, "step 11 gives other coefficients"),
+        (halving, "whose model calls depend on the samples"),
+        (branching, "its table differs by .* in row 11"),
+        (restless, "adds noise before its first model call"),
+        (forgetless, "needs 5 saved tensors, expected at most 3"),
+        (lambda model, x: x, "does not run on basis vectors"),
+    ],
+    ids=["a square", "a loop", "a branch", "early noise", "five saved tensors", "another form"],
+)
+def test_what_is_no_table_is_refused_and_why(function: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compile_sampler(function, torch.linspace(10, 0, 13))
+
+
+@needs_k_diffusion
+def test_adaptive_steps_are_refused() -> None:
+    def adaptive(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        return sampling.sample_dpm_adaptive(model, x, sigmas[-1], sigmas[0], disable=True)
+
+    with pytest.raises(ValueError, match="sample_fn: got"):
+        compile_sampler(adaptive, [14.6, 0.03])
+
+
+@pytest.mark.parametrize("sigmas", [[1.0], [[1.0, 0.5]], [1.0, -0.5, 0.0], []])
+def test_bad_sigmas(sigmas: Any) -> None:
+    with pytest.raises(ValueError, match="sigmas: got"):
+        compile_sampler(euler, sigmas)
+
+
+def test_what_is_no_function() -> None:
+    with pytest.raises(TypeError, match="sample_fn: got str, expected a function"):
+        compile_sampler("euler", [1.0, 0.0])  # type: ignore[arg-type]
