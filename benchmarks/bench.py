@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
     todo = [workload for workload in workloads if not results.has(_records(workload))]
     report["left"] |= {workload.name: "not begun" for workload in todo}
     bar: Any = nullcontext() if arguments.quiet else tqdm(total=len(todo), unit="workload", file=sys.stderr)
-    with GpuMonitor(device) as monitor, bar:
+    with GpuMonitor(device) as monitor, closing(runner), bar:
         if report["roofline"] is None and not arguments.only:
             report["roofline"] = _roofline()
         for workload in todo:
@@ -91,12 +91,10 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
             except RuntimeError as error:
                 report["left"][workload.name] = f"failed: {error}"
             except KeyboardInterrupt:
-                runner.close()
                 results.write()
                 raise
             if not arguments.quiet:
                 bar.update()
-        runner.close()
     report["environment"] = where()
     report["gpu"] = (
         None if kind == "cpu" else {"before": monitor.before, "after": monitor.after, "notes": monitor.notes()}

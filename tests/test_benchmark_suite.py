@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ from benchmarks.suite.measure import Turns
 from benchmarks.suite.providers import COPY, Entry, Job
 from benchmarks.suite.results import OUT_OF_TIME, Results, read
 from benchmarks.suite.roof import add_shares
-from benchmarks.suite.runner import OutOfTimeError, Runner
+from benchmarks.suite.runner import OutOfTimeError, Runner, Worker
 from benchmarks.suite.worker import serve
 from benchmarks.suite.workloads import Workload, registry, select
 from fastcfg.reference import gaussian
@@ -143,6 +146,58 @@ def test_one_that_hangs_is_stopped_and_the_rest_goes_on(monkeypatch: pytest.Monk
     found = run(Runner("cpu", 1, 0.01, target=serve_hanging))[NAMES[0]]["providers"]
     assert "took too long" in found["hanging"]["reason"]
     assert found["steady"]["status"] == "ok"
+
+
+def serve_once(pipe: Any, *_: Any) -> None:
+    name = pipe.recv()[0].name
+    pipe.send(("record", name, {"turns": 1}))
+    pipe.send(("done", "", None))
+
+
+def serve_and_hang(pipe: Any, *_: Any) -> None:
+    pipe.send(("record", pipe.recv()[0].name, {"turns": 1}))
+    time.sleep(1000)
+
+
+def serve_nothing(*_: Any) -> None:
+    os._exit(3)
+
+
+def test_a_process_that_dies_without_work_is_replaced() -> None:
+    runner = Runner("cpu", 1, 0.01, target=serve_once)
+    assert dict(runner.run(registry()[NAMES[0]]))
+    assert runner._worker is not None
+    runner._worker.process.join()
+    assert run(runner, NAMES[1])
+    with pytest.raises(RuntimeError, match="setting it up: ended its process .exit status 3."):
+        run(Runner("cpu", 1, 0.01, target=serve_nothing))
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_the_limit_is_a_providers_and_not_the_workloads(others: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.suite.runner._PATIENCE", 0.1)
+    ours, theirs = multiprocessing.Pipe()
+    begin = time.monotonic()
+
+    class Since:
+        value = property(lambda self: time.monotonic() if others else begin)
+
+    process = SimpleNamespace(is_alive=lambda: True, sentinel=multiprocessing.Pipe()[0])
+    done = threading.Timer(0.5, theirs.send, [("done", "", None)])
+    done.start()
+    answers = Runner("cpu", 1, 0.01)._answers(Worker(process, ours, None, Since()))
+    with pytest.raises(StopIteration) as end:
+        next(answers)
+    assert end.value.value == (None if others else "took too long, 0 s")
+    done.join()
+
+
+def test_an_error_of_the_command_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner.__init__, "__defaults__", (None, serve_and_hang))
+    monkeypatch.setattr(Results, "add", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    before = set(multiprocessing.active_children())
+    assert bench.main(["--only", NAMES[0], "--out", str(tmp_path), "--quiet", "--device", "cpu"]) == 2
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_the_deadline_stops_what_runs() -> None:

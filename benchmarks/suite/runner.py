@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -14,18 +15,19 @@ from benchmarks.suite.cases import NotHereError
 from benchmarks.suite.worker import serve
 from benchmarks.suite.workloads import Workload
 
-# Seconds that a workload may take beyond those of measuring, on a CPU without load: compiling is the longest.
+# Seconds that one provider may take for what it is announced for: setting up, or a run. Compiling is the longest.
 _PATIENCE = 180.0
 _CRASHES = 4  # of one workload, until it is given up
 
 
 @dataclass
 class Worker:
-    """A process that measures, and the pipe to it."""
+    """A process that measures, the pipe to it, and who is running there since when."""
 
     process: Any
     pipe: Connection
     current: Any
+    since: Any
 
     def stop(self) -> None:
         """End it, whatever it does."""
@@ -70,11 +72,14 @@ class Runner:
             raise OutOfTimeError
         excluded: dict[str, str] = {}
         start = time.monotonic()
-        limit = start + _PATIENCE + 20 * self.seconds
         for _ in range(_CRASHES):
+            if self._worker is not None and not self._worker.process.is_alive():
+                self.close()
             worker = self._worker = self._worker or self._started()
-            worker.pipe.send((workload, excluded))
-            crash = yield from self._answers(worker, limit)
+            worker.current.value, worker.since.value = b"", time.monotonic()
+            with suppress(OSError):  # it has just died: its answer tells how
+                worker.pipe.send((workload, excluded))
+            crash = yield from self._answers(worker)
             if crash is None:
                 self._spent.setdefault(workload.kind, []).append(time.monotonic() - start)
                 return
@@ -83,19 +88,18 @@ class Runner:
             if not name:
                 raise RuntimeError(f"setting it up: {crash}")
             excluded[name] = crash
-            limit = max(limit, time.monotonic() + _PATIENCE)
         raise RuntimeError("given up: " + ", ".join(f"{name}: {reason}" for name, reason in excluded.items()))
 
-    def _answers(self, worker: Worker, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _answers(self, worker: Worker) -> Iterator[tuple[str, dict[str, Any]]]:
         """Records as they come; returns how the process died, or None if it did not."""
-        start = time.monotonic()
         while True:
+            limit = worker.since.value + _PATIENCE
             until = limit if self.deadline is None else min(limit, self.deadline)
             wait([worker.pipe, worker.process.sentinel], timeout=max(until - time.monotonic(), 0.0))
             if worker.pipe.poll():
                 try:
                     kind, name, record = worker.pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):  # it died: between two messages, within one, or before it read ours
                     worker.process.join()
                     return _death(worker.process.exitcode)
                 if kind == "record":
@@ -108,11 +112,11 @@ class Runner:
                     raise NotHereError(name) if kind == "not here" else RuntimeError(name)
             elif not worker.process.is_alive():
                 return _death(worker.process.exitcode)
-            elif time.monotonic() >= until:
-                if until == limit:
-                    return f"took too long, {time.monotonic() - start:.0f} s"
+            elif self.deadline is not None and time.monotonic() >= self.deadline:
                 self.close()
                 raise OutOfTimeError
+            elif time.monotonic() >= worker.since.value + _PATIENCE:  # still, and nobody else has begun
+                return f"took too long, {time.monotonic() - worker.since.value:.0f} s"
 
     def close(self) -> None:
         """End the process."""
@@ -123,13 +127,13 @@ class Runner:
     def _started(self) -> Worker:
         context = multiprocessing.get_context("spawn")  # not forked: torch has threads, and CUDA forbids it
         ours, theirs = context.Pipe()
-        current = context.Array("c", 128, lock=False)
+        current, since = context.Array("c", 128, lock=False), context.Value("d", time.monotonic(), lock=False)
         process = context.Process(
-            target=self.target, args=(theirs, current, self.device, self.threads, self.seconds), daemon=False
+            target=self.target, args=(theirs, current, since, self.device, self.threads, self.seconds), daemon=False
         )
         process.start()
         theirs.close()
-        return Worker(process, ours, current)
+        return Worker(process, ours, current, since)
 
     def _expected(self, workload: Workload) -> float:
         """Seconds that a workload is likely to take: as long as the last ones of its kind."""

@@ -3,18 +3,20 @@ another one."""
 
 from __future__ import annotations
 
+import time
 import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 
-def serve(pipe: Connection, current: Any, device_name: str, threads: int | None, seconds: float) -> None:
+def serve(pipe: Connection, current: Any, since: Any, device_name: str, threads: int | None, seconds: float) -> None:
     """Measure one workload after the other, until the pipe closes.
 
     Args:
-        pipe: receives (workload, excluded providers with reasons); sends ("providers", names), ("record", name,
-            record), and for each workload at last "done", "not here", "error" or "lost", with a text.
+        pipe: receives (workload, excluded providers with reasons); sends ("record", name, record), and for each
+            workload at last "done", "not here", "error" or "lost", with a text.
         current: shared array of characters: the name of the provider that runs.
+        since: shared number: when it began, by `time.monotonic`, which all processes share.
         device_name: "cpu" or "cuda".
         threads: of torch; None leaves them.
         seconds: of measuring, as `measure` takes it.
@@ -31,7 +33,7 @@ def serve(pipe: Connection, current: Any, device_name: str, threads: int | None,
         device = torch.device("cuda", torch.cuda.current_device())
 
     def announce(name: str) -> None:
-        current.value = name.encode()[:127]
+        current.value, since.value = name.encode()[:127], time.monotonic()
 
     while True:
         try:
