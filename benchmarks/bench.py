@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
                 bar.set_postfix_str(_remaining(workload.name, deadline))
             try:
                 for name, record in runner.run(workload):
-                    record["gpu"] = monitor.snapshot()
+                    record["gpu"] = monitor.snapshot(record.pop("torch_mib", 0))
                     report["left"].pop(workload.name, None)
                     results.add(name, record)
             except OutOfTimeError:

@@ -38,9 +38,19 @@ class GpuMonitor:
     def __exit__(self, *error: object) -> None:
         self.after = self._read()
 
-    def snapshot(self) -> dict[str, Any] | None:
-        """The state now, to be called while a workload is being measured; it counts in `notes`."""
-        self._measured += [state] if (state := self._read()) else []
+    def snapshot(self, helper_mib: int | None = None) -> dict[str, Any] | None:
+        """The state now, to be called while a workload is being measured; it counts in `notes`.
+
+        Args:
+            helper_mib: what torch's allocator holds in a process of our own that measures; None if this one does.
+        """
+        if (state := self._read()) is None:
+            return None
+        if helper_mib is not None:
+            state["torch_mib"] += helper_mib
+            others = state["other_processes"]
+            state["other_processes"] = None if others is None else max(others - 1, 0)
+        self._measured.append(state)
         return state
 
     def notes(self) -> list[str]:

@@ -252,6 +252,23 @@ def test_what_harms_a_measurement_is_noted(changes: dict[str, Any], notes: list[
     assert monitor.notes() == notes
 
 
+@pytest.mark.parametrize(
+    ("pids", "used", "notes"),
+    [
+        ([os.getpid(), 7], 9, []),
+        ([os.getpid(), 7, 8], 9, ["Shared with other processes: 1."]),
+        ([7], 9, []),
+        ([7], 12, ["Perhaps shared: 4.0 GiB beside torch's are used by processes that do not show."]),
+    ],
+)
+def test_the_process_that_measures_is_no_stranger(pids: list[int], used: int, notes: list[str], fake: FakeNvml) -> None:
+    with GpuMonitor(CUDA) as monitor:
+        fake.pids, fake.used = pids, used * 2**30
+        monitor.snapshot(helper_mib=7 * 2**10)
+        fake.pids, fake.used = pids[:1], 3 * 2**30  # it has ended
+    assert monitor.notes() == notes
+
+
 def test_what_is_not_told_is_no_error(fake: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> Any:
         raise fake.NVMLError("Not Supported")

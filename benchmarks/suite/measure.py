@@ -91,6 +91,8 @@ def measure(
         timed["providers"] = {name: {**found[name], **timed["providers"].get(name, {})} for name in found}
         record |= timed
         record["seconds"] = round(time.perf_counter() - start, 2)
+        if device.type == "cuda":
+            record["torch_mib"] = torch.cuda.memory_reserved() // 2**20  # for whoever watches the GPU
         start = time.perf_counter()
         yield workload.name if noise == "none" else f"{workload.name}/{noise}", record
 
