@@ -51,6 +51,11 @@ def out_of_memory(draw: bool) -> None:
     raise MemoryError("no more")
 
 
+def fail_drawing(draw: bool) -> None:
+    if draw:
+        raise ImportError("no source of noise")
+
+
 def crash(draw: bool) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -72,6 +77,7 @@ FAULTS = {
     "no numbers": Entry(provider(value=float("nan"))),
     "out of memory": Entry(provider(out_of_memory)),
     "absent": Entry(provider(), problem="needs a GPU"),
+    "not to be counted": Entry(provider(fail_drawing)),
     "crashing": Entry(provider(crash)),
     "crashing late": Entry(provider(crash_late)),
 }
@@ -114,10 +120,11 @@ def test_faults_are_reported_and_the_rest_goes_on() -> None:
         "no numbers": "refused",
         "out of memory": "failed",
         "absent": "absent",
+        "not to be counted": "ok",
         "crashing": "failed",
         "crashing late": "failed",
     }
-    assert {name for name, entry in found.items() if "us" in entry} == {"steady", "own"}
+    assert {name for name, entry in found.items() if "us" in entry} == {"steady", "own", "not to be counted"}
     assert found["wrong"]["reason"] == "1.0e-02 from the exact result, more than 1.0e-05"
     assert "inf from the exact result" in found["no numbers"]["reason"]
     assert "out of memory" in found["out of memory"]["reason"]

@@ -71,9 +71,13 @@ def measure(
             found[name] = {"status": "absent", "reason": entry.problem}
         else:
             provider, found[name] = check_provider(entry, work, truth, tolerance)
-            if provider is not None:
-                entered[name] = provider
+            if provider is None:
+                continue
+            entered[name] = provider
+            try:
                 found[name] |= _costs(entry, provider, device, torch.Size(work.shape).numel())
+            except Exception as error:
+                _failure(error)  # a run that fails will fail in its turn, which tells; counting is no reason to stop
     rotated = {n: _rotated(work, n, p, announce) for n, p in entered.items()} if device.type == "cuda" else {}
     for noise in workload.noises:
         record = {
