@@ -176,7 +176,7 @@ def test_a_process_that_dies_without_work_is_replaced() -> None:
     assert runner._worker is not None
     runner._worker.process.join()
     assert run(runner, NAMES[1])
-    with pytest.raises(RuntimeError, match="setting it up: ended its process .exit status 3."):
+    with pytest.raises(RuntimeError, match=r"setting it up: ended its process .exit status 3."):
         run(Runner("cpu", 1, 0.01, target=serve_nothing))
 
 
@@ -418,6 +418,31 @@ def test_loops_end_at_the_same_samples(name: str) -> None:
         assert measure._distance(made.result(), truth) < work.tolerance(), provider_name
         seen.add(provider_name)
     assert {"guided-diffusion", "GLIDE", "fastcfg"} <= seen
+
+
+def test_half_precision_is_judged_by_the_distance_that_the_gate_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = providers.job(replace(registry()["loop/ddim/null-latent-128/b1/float32"], dtype="bfloat16"), CPU)
+    monkeypatch.setattr(providers, "HALF_FLOOR", 0.0)
+    exact, calls = engine.exact_loop, []
+    monkeypatch.setattr(engine, "exact_loop", lambda *given: [calls.append(1), exact(*given)][1])
+    tolerance, truth = work.tolerance(), work.truth()
+    assert float(truth.abs().max()) > 2  # latents are not clipped
+    plain = work.entries["guided-diffusion"].make(work.case(0))
+    plain.run(False)
+    assert plain.result is not None
+    distance = measure._distance(plain.result(), truth)
+    assert tolerance == pytest.approx(providers.HALF_FACTOR * distance)
+    assert len(calls) == 1
+
+
+def test_noise_drawn_in_a_fused_step_moves_nothing() -> None:
+    moved = {}
+    for solver in workloads.SOLVERS:
+        work = providers.job(registry()[f"step/{solver}/pixel-64/b1/bfloat16"], CPU)
+        moved[solver] = [size / (3 * 64 * 64) for size in (work.moved, work.moved_drawing)]  # type: ignore[operator]
+        assert work.case(1) is work.case(1)
+    # x twice, two outputs and inputs, the variance, and the noise that is given.
+    assert moved == {"ddpm": [22, 18], "ddpm-fixed": [20, 16], "ddim": [16, 16]}
 
 
 @pytest.mark.parametrize("kind", ["op", "option"])

@@ -88,7 +88,7 @@ def measure(
             "dtype": workload.dtype,
             "noise": noise,
             "rows": work.rows,
-            "bytes": work.moved,
+            "bytes": work.moved_drawing if noise == "drawn" else work.moved,
             "clock": clock_for(device),
         }
         timed = _timed(work, entered, rotated, noise == "drawn", seconds, Turns(entered, rotated, device, announce))
@@ -124,9 +124,10 @@ def check_provider(entry: Entry, work: Job, truth: Tensor, tolerance: float) -> 
     Returns:
         The provider, or None if it is refused or has failed; the beginning of its record.
     """
+    case = work.case(0)
     begin = time.perf_counter()
     try:
-        provider = entry.make(work.case(0))
+        provider = entry.make(case)
         if provider.result is None:
             provider.run(True)
             return provider, {"status": "ok", "reason": "", "floor": True}
@@ -232,8 +233,9 @@ def _timed(
             entry["host_us"] = quantiles(np.array(turns.host[name][1:]))
         if turns.alone.get(name):
             entry["device_us"] = quantiles(np.array(turns.alone[name][1:]))
-        if work.moved is not None:
-            entry["gb_per_s"] = work.moved / entry.get("device_us", entry["us"])["p50"] / 1e3
+        moved = work.moved_drawing if draw and name != COPY else work.moved
+        if moved is not None:
+            entry["gb_per_s"] = moved / entry.get("device_us", entry["us"])["p50"] / 1e3
     copied = found.get(COPY, {}).get("gb_per_s")
     for entry in found.values():
         if copied and "gb_per_s" in entry:

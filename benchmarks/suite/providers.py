@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -57,12 +57,13 @@ class Job:
 
     Attributes:
         shape: of the samples, [B, C, ...].
-        case: the inputs, by seed: rotating them keeps a GPU's cache cold.
+        case: the inputs, by seed: rotating them keeps a GPU's cache cold. Made once: who runs leaves them as they are.
         truth: the right result of seed 0, more exact than the model's dtype.
         tolerance: the largest distance from it.
         moved: bytes that one run must move; None where nobody knows.
         rows: rows that a run executes.
         entries: who takes part, by name.
+        moved_drawing: the same where noise is drawn: a fused step draws it where it is used.
     """
 
     shape: tuple[int, ...]
@@ -72,6 +73,7 @@ class Job:
     moved: int | None
     rows: int
     entries: dict[str, Entry]
+    moved_drawing: int | None = None
 
 
 def job(workload: Workload, device: torch.device) -> Job:
@@ -81,8 +83,8 @@ def job(workload: Workload, device: torch.device) -> Job:
 
 def _step(workload: Workload, device: torch.device) -> Job:
     shape = (workload.batch, *SHAPES[workload.family])
-    case = partial(StepCase.random, workload.what, shape, workload.torch_dtype, device)
-    learned, first = workload.what != "ddpm-fixed", case(seed=0)
+    case = cache(lambda seed: StepCase.random(workload.what, shape, workload.torch_dtype, device, seed))
+    learned, first = workload.what != "ddpm-fixed", case(0)
     meta = StepCase.random(workload.what, META_SHAPE, device="meta")
     entries: dict[str, Entry] = {}
     for style in originals.STYLES[: 2 if learned else 1]:  # GLIDE's has no fixed small variances
@@ -96,23 +98,26 @@ def _step(workload: Workload, device: torch.device) -> Job:
     # In float64, where the reference need not try how the device rounds.
     entries["reference"] = replace(entries["reference"], on_meta=lambda: engine.step(meta, "reference", torch.float64))
     spec = replace(engine.step_spec(first), noise="none") if workload.what == "ddim" else engine.step_spec(first)
-    moved = _bytes(spec, engine.step_buffers(first))
+    buffers = engine.step_buffers(first)
+    moved = _bytes(spec, buffers)
+    drawing = _bytes(spec if spec.noise == "none" else replace(spec, noise="philox"), buffers)
     entries |= _floors(moved, device)
     return Job(
         shape,
-        lambda seed: case(seed=seed),
+        case,
         lambda: engine.exact_step(first),
         lambda: TOLERANCES[workload.dtype],
         moved,
         1,
         entries,
+        drawing,
     )
 
 
 def _option(workload: Workload, device: torch.device) -> Job:
     options = next(name for name in OPTIONS if name == workload.what)
     shape = (workload.batch, *SHAPES[workload.family])
-    case = partial(make_case, options, workload.torch_dtype, shape)
+    case = cache(partial(make_case, options, workload.torch_dtype, shape))
     first: OptionCase = case(0)
     moved = _bytes(first.spec, first.buffers(torch.float32, first.dtype, device))
     entries = _plain(partial(plain.option_step, device=device), device)
@@ -130,7 +135,7 @@ def _option(workload: Workload, device: torch.device) -> Job:
 
 def _op(workload: Workload, device: torch.device) -> Job:
     shape = (workload.batch, *SHAPES[workload.family])
-    case = partial(pieces.PieceCase.random, workload.what, shape, workload.torch_dtype, device)
+    case = cache(partial(pieces.PieceCase.random, workload.what, shape, workload.torch_dtype, device))
     moved = case(0).moved
     entries = _plain(pieces.formula, device) | _own(pieces.own, device) | _floors(moved, device)
     entries.pop("inductor")
@@ -176,6 +181,7 @@ def _loop(workload: Workload, device: torch.device) -> Job:
         entries = {name: replace(entry, counted=False) for name, entry in entries.items()}
     exact = _exact_model(workload, device)
 
+    @cache
     def truth() -> Tensor:
         model, dtype = exact()
         return engine.exact_loop(case, model, dtype)
@@ -187,7 +193,8 @@ def _loop(workload: Workload, device: torch.device) -> Job:
         provider.prepare()
         provider.run(False)
         assert provider.result is not None
-        return max(HALF_FACTOR * float((provider.result() - truth()).abs().max()), HALF_FLOOR)
+        distance = float((provider.result() - truth()).abs().max()) / max(1.0, float(truth().abs().max()))
+        return max(HALF_FACTOR * distance, HALF_FLOOR)
 
     return Job(tuple(case.start.shape), lambda seed: case, truth, tolerance, None, ROWS, entries)
 
