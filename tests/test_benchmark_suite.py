@@ -99,6 +99,11 @@ def serve_hanging(*arguments: Any) -> None:
     serve(*arguments)
 
 
+def serve_hanging_by_name(*arguments: Any) -> None:
+    Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
+    serve_hanging(*arguments)
+
+
 def serve_slowly(*arguments: Any) -> None:
     measure.job = faulty_job({"steady": Entry(provider(lambda draw: time.sleep(0.2))), "own": FAULTS["own"]})
     serve(*arguments)
@@ -258,6 +263,18 @@ def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_goes_on(tmp_path:
     assert whole["left"] == {}
     assert NAMES[0].split("/")[1] in told
     assert (tmp_path / "bench.md").exists()
+
+
+def test_a_run_that_is_killed_takes_its_process_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "pid"
+    monkeypatch.setenv("PID_FILE", str(file))
+    process = started(tmp_path, "serve_hanging_by_name")
+    while process.poll() is None and not (file.exists() and file.read_text()):
+        time.sleep(0.05)
+    time.sleep(1.0)  # it gets to work
+    process.kill()
+    # The output's end: nobody holds it any more.
+    process.communicate(timeout=30)
 
 
 def results(folder: Path, commit: str = "a", fresh: bool = False) -> Results:

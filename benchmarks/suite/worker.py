@@ -3,8 +3,11 @@ another one."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 import traceback
+from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +24,8 @@ def serve(pipe: Connection, current: Any, since: Any, device_name: str, threads:
         threads: of torch; None leaves them.
         seconds: of measuring, as `measure` takes it.
     """
+    # Whatever hangs here, and however the runner ends.
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     import torch
 
     from benchmarks.suite.cases import NotHereError
@@ -54,3 +59,9 @@ def serve(pipe: Connection, current: Any, since: Any, device_name: str, threads:
             traceback.print_exc()
             answer = ("error", " ".join(f"{type(error).__name__}: {error}".split())[:300], None)
         pipe.send(answer)
+
+
+def _end_with(process: Any) -> None:
+    if process is not None:
+        process.join()
+        os._exit(1)
