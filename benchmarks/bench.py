@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
             try:
                 for name, record in runner.run(workload):
                     record["gpu"] = monitor.snapshot(record.pop("torch_mib", 0))
-                    report["left"].pop(workload.name, None)
+                    if name == _records(workload)[-1]:
+                        report["left"].pop(workload.name, None)
                     results.add(name, record)
             except OutOfTimeError:
                 report["left"][workload.name] = OUT_OF_TIME

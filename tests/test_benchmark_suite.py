@@ -212,6 +212,16 @@ def test_an_error_of_the_command_leaves_no_process_behind(tmp_path: Path, monkey
     assert set(multiprocessing.active_children()) == before
 
 
+def test_half_a_workload_is_left_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, seen = "step/ddim/pixel-64/b1/float32", []
+    records = [(f"{name}/{noise}", {"turns": 1}) for noise in ("given", "drawn")]
+    monkeypatch.setattr(Runner, "run", lambda *_: iter(records))
+    monkeypatch.setattr(Results, "add", lambda results, *_: seen.append(dict(results.report["left"])))
+    arguments = bench.parser().parse_args(["--only", name, "--out", str(tmp_path), "--quiet", "--device", "cpu"])
+    assert bench.run(arguments, [registry()[name]], {})["left"] == {}
+    assert seen == [{name: "not begun"}, {}]
+
+
 def test_the_deadline_stops_what_runs() -> None:
     runner = Runner("cpu", 1, 0.01, time.monotonic() + 3.0, target=serve_hanging)
     begin = time.monotonic()
