@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     "files",
     "schedule",
+    "sigmas",
     "table",
     "guidance",
     "threshold",

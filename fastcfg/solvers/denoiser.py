@@ -1,0 +1,111 @@
+"""What a model predicts of the variance-exploding state x = x0 + σz, and what noise levels the solvers there take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..schedule import Schedule
+from ..sigmas import discrete_sigmas
+from ..table import StepTable
+from ._prediction import Array
+
+PREDICTIONS = ("x0", "epsilon", "v", "edm")
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """How a solver in noise-level space calls a model and reads its output.
+
+    Attributes:
+        prediction: "x0": the model is D(x, σ) itself. "epsilon" or "v": a model of the discrete process `schedule`,
+            called with x/√(σ²+1) and the timestep interpolated in log σ, clamped to the process (k-diffusion's
+            `DiscreteEpsDDPMDenoiser` and `DiscreteVDDPMDenoiser`). "edm": the network F of Karras et al. 2022
+            (https://arxiv.org/abs/2206.00364, table 1), called with x/√(σ²+sigma_data²) and log(σ)/4.
+        schedule: the process of "epsilon" and "v", whose `timestep_map` the model knows.
+        sigma_data: the data's standard deviation, for "edm" alone.
+
+    Raises:
+        TypeError: "epsilon" or "v" without a Schedule.
+        ValueError: unknown prediction, a schedule where none is wanted or one that ends in pure noise, or sigma_data
+            not above 0.
+
+    Example:
+        >>> from fastcfg import sigmas, solvers
+        >>> levels, _ = sigmas.from_schedule(process := Schedule.named("scaled_linear"), 20)
+        >>> table = solvers.dpmpp_2m(levels, denoiser=Denoiser("epsilon", schedule=process))
+    """
+
+    prediction: str = "x0"
+    schedule: Schedule | None = None
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction: got {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        if self.prediction in ("epsilon", "v"):
+            if not isinstance(self.schedule, Schedule):
+                raise TypeError(f"schedule: got {type(self.schedule).__name__}, expected a Schedule")
+            discrete_sigmas(self.schedule)
+        elif self.schedule is not None:
+            raise ValueError(f"schedule: got one, expected None with prediction {self.prediction!r}")
+        if not 0 < self.sigma_data < np.inf:
+            raise ValueError(f"sigma_data: got {self.sigma_data}, expected a finite value above 0")
+
+    def columns(self, σ: Array) -> dict[str, Array]:
+        """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0."""
+        one = np.ones_like(σ)
+        if self.schedule is not None:
+            log_σ = np.log(discrete_sigmas(self.schedule))
+            t, c_in = np.interp(np.log(σ), log_σ, self.schedule.model_timesteps()), 1 / np.sqrt(σ**2 + 1)
+            if self.prediction == "epsilon":
+                return {"c_in": c_in, "t": t, "p_x": one, "p_m": -σ}
+            return {"c_in": c_in, "t": t, "p_x": c_in**2, "p_m": -σ * c_in}
+        if self.prediction == "edm":
+            c_in = 1 / np.sqrt(σ**2 + self.sigma_data**2)
+            c_skip, c_out = (self.sigma_data * c_in) ** 2, σ * self.sigma_data * c_in
+            return {"c_in": c_in, "t": np.log(σ) / 4, "p_x": c_skip, "p_m": c_out}
+        return {"c_in": one, "t": σ, "p_x": 0 * one, "p_m": one}
+
+
+RAW = Denoiser()
+
+
+def noise_levels(sigmas: ArrayLike) -> Array:
+    """`sigmas` as float64 [N + 1], checked.
+
+    Raises:
+        ValueError: not one dimension of at least two finite levels that fall and do not pass 0.
+    """
+    σ = np.array(sigmas, dtype=np.float64)
+    if σ.ndim != 1 or len(σ) < 2:
+        raise ValueError(f"sigmas: got shape {σ.shape}, expected [N + 1] with N >= 1 steps")
+    if not (np.isfinite(σ).all() and (np.diff(σ) < 0).all() and σ[-1] >= 0):
+        raise ValueError(f"sigmas: got {σ.tolist()}, expected finite values that fall strictly, the last at least 0")
+    return σ
+
+
+def at_least_0(**numbers: float) -> None:
+    """Raise ValueError, with its name, for the first number that is negative or not finite."""
+    for name, value in numbers.items():
+        if not (np.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: got {value}, expected a finite value of at least 0")
+
+
+def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any) -> StepTable:
+    """A table of rows at noise levels σ [R], for a start of standard deviation σ_max.
+
+    Raises:
+        TypeError: denoiser not a Denoiser.
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
+    return StepTable.from_columns(
+        **denoiser.columns(σ),
+        integer_time=False,
+        initial_scale=float(σ_max),
+        **columns,
+    )

@@ -1,0 +1,175 @@
+"""Multistep methods in noise-level space (x = x0 + σz): k-diffusion's samplers.
+
+One model evaluation a step; earlier x0 (or slopes) are the saved tensors. With λ = -log σ, h = λ' - λ is the step and
+q = h_last/h; D_1, D_2 are the x0 of the last two steps. x0 is the clipped one throughout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..table import StepTable
+from ._prediction import Array
+from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
+
+SOLVER_TYPES = ("midpoint", "heun")
+
+
+def dpmpp_2m(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
+    """DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2): second order.
+
+    The first step, and one to 0, are of first order.
+
+    Args, errors: as `euler`.
+
+    Returns:
+        A table of N rows with one saved tensor.
+    """
+    return _dpmpp_2m(sigmas, denoiser, 0.0, 1.0, "midpoint", "dpmpp_2m")
+
+
+def dpmpp_2m_sde(
+    sigmas: ArrayLike,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    solver_type: str = "midpoint",
+    denoiser: Denoiser = RAW,
+) -> StepTable:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, section 5), with k-diffusion's eta.
+
+    Args:
+        sigmas, denoiser: as `euler`, with its errors.
+        eta: 0 for the ODE (then `dpmpp_2m`, for "midpoint"), 1 for the paper's SDE, or more noise still.
+        s_noise: factor of the noise, at least 0.
+        solver_type: how x0 is extrapolated: "midpoint", or "heun".
+
+    Returns:
+        A table of N rows with one saved tensor.
+
+    Raises:
+        ValueError: eta, s_noise or solver_type out of its range.
+    """
+    if solver_type not in SOLVER_TYPES:
+        raise ValueError(f"solver_type: got {solver_type!r}, expected one of {', '.join(SOLVER_TYPES)}")
+    return _dpmpp_2m(sigmas, denoiser, eta, s_noise, solver_type, "dpmpp_2m_sde")
+
+
+def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
+    """k-diffusion's three-step relative of SDE-DPM-Solver++ (https://arxiv.org/abs/2211.01095); it is in no paper.
+
+    As there, the curvature of x0 counts half of what third order takes (its second divided difference is used for its
+    second derivative), so at eta 0 it is of second order with a small error. The first two steps have the order that
+    the x0 seen so far allow.
+
+    Args, errors: as `euler_ancestral`, with eta unbounded.
+
+    Returns:
+        A table of N rows with two saved tensors.
+    """
+    σ, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
+    rows = np.arange(len(σ))
+    φ_2 = 1 - (1 - a_x) / h
+    φ_3 = φ_2 / h - 0.5
+    # r0 = h_1/h, r1 = h_2/h: 1 where there is no such step.
+    r0, r1 = _ratio(h, 1), _ratio(h, 2)
+    third = taken & (rows >= 2)
+    # x' = ... + on_first (x0 - D_1)/r0 + on_second (D_1 - D_2)/r1
+    on_second = np.where(third, (φ_3 - φ_2 * r0) / (r0 + r1), 0.0)
+    on_first = np.where(taken & (rows >= 1), φ_2 - on_second, 0.0)
+    on_D_1, on_D_2 = on_second / r1 - on_first / r0, -on_second / r1
+    # Row i saves its x0 where D_2, which it is the last to read, was.
+    odd = rows % 2 == 1
+    return denoising_table(
+        denoiser,
+        σ,
+        σ[0],
+        a_x=a_x,
+        a_0=1 - a_x + on_first / r0,
+        a_h0=np.where(odd, on_D_1, on_D_2),
+        a_h1=np.where(odd, on_D_2, on_D_1),
+        s=noise,
+        k_0=1.0,
+        slot=rows % 2,
+        name="dpmpp_3m_sde",
+    )
+
+
+def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepTable:
+    """Linear multistep: Adams-Bashforth for uneven steps, on the ODE dx/dσ = d of Karras et al. 2022
+    (https://arxiv.org/abs/2206.00364).
+
+    The first steps have the order that the slopes seen so far allow.
+
+    Args:
+        sigmas, denoiser: as `euler`, with its errors.
+        order: 1 (`euler`) to 4, the number of slopes d combined.
+
+    Returns:
+        A table of N rows with order - 1 saved tensors.
+
+    Raises:
+        ValueError: unknown order.
+    """
+    if order not in (1, 2, 3, 4):
+        raise ValueError(f"order: got {order}, expected 1, 2, 3 or 4")
+    levels = noise_levels(sigmas)
+    σ, rows = levels[:-1], np.arange(len(levels) - 1)
+    # Two Gauss points integrate the cubics of order 4 exactly.
+    nodes, node_weights = np.polynomial.legendre.leggauss(2)
+    weights = np.zeros((4, len(rows)))
+    for i in range(len(rows)):
+        τ = levels[i] + (levels[i + 1] - levels[i]) * (nodes + 1) / 2
+        known = levels[i - np.arange(min(i + 1, order))]
+        for j, level in enumerate(known):
+            others = np.delete(known, j)
+            basis = np.prod((τ[:, None] - others) / (level - others), axis=1)
+            weights[j, i] = (levels[i + 1] - levels[i]) / 2 * (node_weights @ basis)
+    # The d of row i goes where that of row i - (order - 1), which it is the last to read, was.
+    slots = max(order - 1, 1)
+    a_h = np.zeros((3, len(rows)))
+    for age in range(1, order):
+        a_h[(rows - age) % slots, rows] = weights[age]
+    return denoising_table(
+        denoiser,
+        σ,
+        σ[0],
+        a_x=1 + weights[0] / σ,
+        a_0=-weights[0] / σ,
+        a_h0=a_h[0],
+        a_h1=a_h[1],
+        a_h2=a_h[2],
+        k_x=1 / σ,
+        k_0=-1 / σ,
+        slot=rows % slots if order > 1 else -1,
+        name="lms",
+    )
+
+
+def _dpmpp_2m(
+    sigmas: ArrayLike, denoiser: Denoiser, eta: float, s_noise: float, solver_type: str, name: str
+) -> StepTable:
+    σ, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
+    extrapolated = (1 - a_x) / 2 if solver_type == "midpoint" else 1 - (1 - a_x) / h
+    weight = np.where(taken & (np.arange(len(σ)) >= 1), extrapolated / _ratio(h, 1), 0.0)
+    return denoising_table(
+        denoiser, σ, σ[0], a_x=a_x, a_0=1 - a_x + weight, a_h0=-weight, s=noise, k_0=1.0, slot=0, name=name
+    )
+
+
+def _sde_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, Array, Array, Array, NDArray[np.bool_]]:
+    """σ; e^-h with h = (1 + eta)(λ' - λ); h, 1 for a step to 0; the noise's standard deviation; and whether the step is
+    not to 0. Each [N]."""
+    at_least_0(eta=eta, s_noise=s_noise)
+    levels = noise_levels(sigmas)
+    σ, σ_to = levels[:-1], levels[1:]
+    ratio, taken = σ_to / σ, σ_to > 0
+    h = np.where(taken, -(1 + eta) * np.log(np.where(taken, ratio, np.exp(-1))), 1.0)
+    return σ, ratio ** (1 + eta), h, s_noise * σ_to * np.sqrt(1 - ratio ** (2 * eta)), taken
+
+
+def _ratio(h: Array, age: int) -> Array:
+    """h of the step `age` steps before over h, 1 where there is none."""
+    before = np.concatenate([h[:age], h[:-age]])[: len(h)]
+    return before / h
