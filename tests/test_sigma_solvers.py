@@ -183,7 +183,7 @@ def test_a_run_starts_at_the_noisiest_level_and_counts_steps() -> None:
     assert solvers.heun(LEVELS[:-1]).steps.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-@pytest.mark.parametrize("n", [1, 2, 12])
+@pytest.mark.parametrize("n", [1, 2, 700])
 def test_noise_levels_are_k_diffusions(n: int) -> None:
     sampling, external = k_diffusion()
     ramp, spread = (n, 0.03, 14.6), {"rtol": 1e-5, "atol": 0.0}  # theirs are float32; measured: 1.8e-6
