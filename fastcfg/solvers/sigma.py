@@ -7,6 +7,8 @@ add noise of standard deviation σ_up, with σ_down² + σ_up² = σ'². x0 is t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -99,7 +101,7 @@ def dpmpp_2s_ancestral(
     σ, σ_to, σ_down, σ_up = _ancestral_levels(sigmas, eta, s_noise)
     # h0 <- X: the second stage moves the step's start along the x0 seen halfway.
     second = {"a_0": 1 - σ_down / σ, "a_h0": σ_down / σ, "s": σ_up}
-    return _two_stages(denoiser, σ, np.sqrt(σ * σ_down), σ_to, {"k_x": 1 + 0 * σ}, second, "dpmpp_2s_ancestral")
+    return _two_stages(denoiser, σ, np.sqrt(σ * σ_down), σ_to, {"k_x": 1.0}, second, "dpmpp_2s_ancestral")
 
 
 def _euler(sigmas: ArrayLike, denoiser: Denoiser, eta: float, s_noise: float, name: str) -> StepTable:
@@ -112,8 +114,8 @@ def _dpm2(sigmas: ArrayLike, denoiser: Denoiser, eta: float, s_noise: float, nam
     σ_mid = np.sqrt(σ * σ_down)
     # h0 <- X, and X + (σ_down - σ) d_2.
     slope = (σ_down - σ) / _or_1(σ_mid)
-    second = {"a_x": slope, "a_0": -slope, "a_h0": 1 + 0 * σ, "s": σ_up}
-    return _two_stages(denoiser, σ, σ_mid, σ_to, {"k_x": 1 + 0 * σ}, second, name)
+    second = {"a_x": slope, "a_0": -slope, "a_h0": 1.0, "s": σ_up}
+    return _two_stages(denoiser, σ, σ_mid, σ_to, {"k_x": 1.0}, second, name)
 
 
 def _ancestral_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, Array, Array, Array]:
@@ -133,8 +135,8 @@ def _two_stages(
     σ: Array,
     σ_mid: Array,
     σ_to: Array,
-    saved: dict[str, Array],
-    second: dict[str, Array],
+    saved: dict[str, Any],
+    second: dict[str, Any],
     name: str,
 ) -> StepTable:
     """Rows of steps from σ to σ_to, each [N]: an Euler step to σ_mid that saves a tensor, and the columns of the second
@@ -142,7 +144,7 @@ def _two_stages(
     first = {"a_x": σ_mid / σ, "a_0": 1 - σ_mid / σ, **saved}
     rows = 2 * len(σ) - (σ_to[-1] == 0)
 
-    def interleaved(one: ArrayLike, two: ArrayLike) -> Array:
+    def interleaved(one: Array | float, two: Array | float) -> Array:
         return np.stack(np.broadcast_arrays(one, two, σ)[:2], axis=1).ravel()[:rows]
 
     columns = {column: interleaved(first.get(column, 0.0), second.get(column, 0.0)) for column in {*first, *second}}
