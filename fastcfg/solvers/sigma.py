@@ -34,7 +34,7 @@ def euler(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
     Example:
         >>> from fastcfg import sigmas
         >>> table = euler(sigmas.karras(10, 0.1, 10.0))
-        >>> len(table), table.initial_scale
+        >>> len(table), round(table.initial_scale, 6)
         (10, 10.0)
     """
     return _euler(sigmas, denoiser, 0.0, 1.0, "euler")
