@@ -43,6 +43,10 @@ _EXAMPLES = """examples:
 exit status: 0; 1 if a provider was refused or failed, or --compare found something slower; 2 for bad arguments"""
 
 
+# Compiling takes 9 s on two idle cores, 28 on busy ones: after the workloads that matter most.
+_ROOFLINE_SECONDS, _BEFORE_ROOFLINE = 30.0, 2
+
+
 def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str, str]) -> dict[str, Any]:
     """Measure, and keep the results in a file all the time; returns the report."""
     import torch
@@ -74,9 +78,9 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
     report["left"] |= {workload.name: "not begun" for workload in todo}
     bar: Any = nullcontext() if arguments.quiet else tqdm(total=len(todo), unit="workload", file=sys.stderr)
     with GpuMonitor(device) as monitor, closing(runner), bar:
-        if report["roofline"] is None and not arguments.only:
-            report["roofline"] = _roofline()
         for workload in todo:
+            if report["roofline"] is None and not arguments.only and workload.importance > _BEFORE_ROOFLINE:
+                report["roofline"] = _roofline(deadline)
             if not arguments.quiet:
                 bar.set_postfix_str(_remaining(workload.name, deadline))
             try:
@@ -115,12 +119,12 @@ def _remaining(name: str, deadline: float | None) -> str:
     return name if deadline is None else f"{name}, {max(deadline - time.monotonic(), 0):.0f} s left"
 
 
-def _roofline() -> dict[str, Any] | None:
-    """The bounds of the step on GPUs that need not be there."""
+def _roofline(deadline: float | None) -> dict[str, Any] | None:
+    """The bounds of the step on GPUs that need not be there; None if there is no time for them, or no Triton."""
     from benchmarks import static_roofline
     from fastcfg.ops.backend import interpreting
 
-    if interpreting():
+    if interpreting() or (deadline is not None and time.monotonic() + _ROOFLINE_SECONDS > deadline):
         return None
     cases = [(variant, target) for target in TARGETS for variant in dict.fromkeys(VARIANTS.values())]
     try:
@@ -152,6 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError:
             drawn = []
             print("bench: no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nbench: interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
+        return 130
     except (UsageError, ValueError, OSError) as problem:
         print(f"bench: error: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2

@@ -46,7 +46,7 @@ def result(kind: str, solver: str, family: str, shape: tuple[int, ...], noise: s
         if own in OURS
     }
     found = {"kind": kind, "solver": solver, "family": family, "shape": list(shape), "dtype": "float32", "noise": noise}
-    clock = {"rows": rows, "bytes": 4_000_000 if kind == "step" else None, "clock": "cpu"}
+    clock = {"rows": rows, "bytes": 4_000_000 if kind == "step" else None, "clock": "cpu", "turns": 20}
     return {**found, **clock, "providers": providers, "ratios": ratios}
 
 
@@ -409,6 +409,17 @@ def test_missing_results_are_errors(checkout: Path, capsys: pytest.CaptureFixtur
         told = capsys.readouterr().err
         assert "No such file" in told
         assert name in told
+
+
+def test_few_turns_are_not_judged(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new = copy.deepcopy(report)
+    ratios = new["results"][STEP]["ratios"]["reference"]
+    ratios |= {base: around(0.1 * ratio["p50"]) for base, ratio in ratios.items()}
+    assert compare(tmp_path, report, new) == 1
+    report["results"][STEP]["turns"] = 7
+    capsys.readouterr()
+    assert compare(tmp_path, report, new) == 0
+    assert "not judged: too few turns:" in capsys.readouterr().out
 
 
 def test_the_readme_is_what_the_committed_results_make_of_it() -> None:

@@ -18,11 +18,19 @@ if TYPE_CHECKING:
 
 COPY, MODEL = "copy of the same bytes", "model alone"
 _ORIGINALS = ("guided-diffusion", "guided-diffusion itself", "GLIDE", "GLIDE itself", "diffusers", "k-diffusion")
-_NAMES = (*OURS, *_ORIGINALS, "torch eager", "torch.compile", "torch.compile max-autotune", COPY)
+_NAMES = (
+    *OURS,
+    *_ORIGINALS,
+    "torch eager",
+    "torch.compile",
+    "torch.compile max-autotune",
+    "torch.compile reduce-overhead",
+    COPY,
+)
 # Okabe and Ito's, which colour-blind people tell apart, and darker ones of the same; fastcfg has the cool ones.
 _OURS = "#56B4E9 #0072B2 #009E73 #56B4E9 #0072B2 #009E73 #00543D "
-_RIVALS = "#E69F00 #8F6300 #D55E00 #7A3600 #CC79A7 #7B4173 #8C8C8C #B8A800 #6B6200 #000000"
-_LOOKS = dict(zip(_NAMES, zip((_OURS + _RIVALS).split(), "osDosD^os^sDvPXh ", strict=True), strict=True))
+_RIVALS = "#E69F00 #8F6300 #D55E00 #7A3600 #CC79A7 #7B4173 #8C8C8C #B8A800 #6B6200 #6B6200 #000000"
+_LOOKS = dict(zip(_NAMES, zip((_OURS + _RIVALS).split(), "osDosD^os^sDvPXhh ", strict=True), strict=True))
 _STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 Result = dict[str, Any]
 Groups = dict[str, list[Result]]

@@ -10,6 +10,7 @@ which together exceed the L2 cache, after that cache was overwritten.
 from __future__ import annotations
 
 import gc
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -282,9 +283,12 @@ class Turns:
         """One run of everybody."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         clock = time.thread_time_ns if clock_for(self.device) == "cpu" else time.perf_counter_ns
-        for name, provider in self.entered.items():
+        order = list(self.entered)
+        random.Random(self.made).shuffle(order)  # nobody always follows the same one, in caches that it left
+        for name in order:
             if name in self.failed:
                 continue
+            provider = self.entered[name]
             self._announce(name)
             try:
                 provider.prepare()

@@ -88,7 +88,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _key(report: dict[str, Any]) -> list[Any]:
-    return [report["environment"].get(name) for name in _SAME] + [report["settings"]["seconds"]]
+    return [report["environment"].get(name) for name in _SAME] + [
+        report["settings"].get(name) for name in ("seconds", "only")
+    ]
 
 
 def _rounded(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.suite.cases import NotHereError
 from benchmarks.suite.worker import serve
-from benchmarks.suite.workloads import Workload
+from benchmarks.suite.workloads import MODELS, Workload
 
 # Seconds that one provider may take for what it is announced for: setting up, or a run. Compiling is the longest.
 _PATIENCE = 180.0
@@ -81,7 +81,7 @@ class Runner:
                 worker.pipe.send((workload, excluded))
             crash = yield from self._answers(worker)
             if crash is None:
-                self._spent.setdefault(workload.kind, []).append(time.monotonic() - start)
+                self._spent.setdefault(_sort(workload), []).append(time.monotonic() - start)
                 return
             name = worker.current.value.decode()
             self.close()
@@ -136,13 +136,18 @@ class Runner:
         return Worker(process, ours, current, since)
 
     def _expected(self, workload: Workload) -> float:
-        """Seconds that a workload is likely to take: as long as the last ones of its kind."""
-        last = self._spent.get(workload.kind, [])[-3:]
+        """Seconds that a workload is likely to take: as long as the last ones of its sort."""
+        last = self._spent.get(_sort(workload), [])[-3:]
         return max(last) if last else len(workload.noises) * self.seconds
 
 
 class OutOfTimeError(Exception):
     """The time budget is used up."""
+
+
+def _sort(workload: Workload) -> str:
+    """Networks take as long as their architecture."""
+    return workload.family if workload.family in MODELS else workload.kind
 
 
 def _death(code: int | None) -> str:

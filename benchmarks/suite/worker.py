@@ -4,6 +4,7 @@ another one."""
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 import traceback
@@ -26,6 +27,7 @@ def serve(pipe: Connection, current: Any, since: Any, device_name: str, threads:
     """
     # Whatever hangs here, and however the runner ends.
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends this process
     import torch
 
     from benchmarks.suite.cases import NotHereError
