@@ -16,12 +16,17 @@ kernels.
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+
+from .files import write_text
 
 __all__ = ["COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
 
@@ -36,6 +41,9 @@ COLUMNS = (
 MAX_HISTORY = 3
 # l_0 of a row of a learned-variance table that adds no noise: 2**-1000 is 0 in float32.
 NO_NOISE = -1000.0
+
+_FORMAT = "fastcfg.StepTable/1"
+_ATTRIBUTES = ("learned_variance", "initial_scale", "integer_time", "name")
 
 _INDEX = {name: i for i, name in enumerate(COLUMNS)}
 _DEFAULTS = {"c_in": 1.0, "slot": -1.0}
@@ -97,8 +105,7 @@ class StepTable:
             >>> table.num_rows
             2
         """
-        attributes = ("learned_variance", "initial_scale", "integer_time", "name")
-        options: dict[str, Any] = {name: columns.pop(name) for name in attributes if name in columns}
+        options: dict[str, Any] = {name: columns.pop(name) for name in _ATTRIBUTES if name in columns}
         unknown = sorted(set(columns) - set(COLUMNS))
         if unknown:
             raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
@@ -165,6 +172,61 @@ class StepTable:
         end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
         return torch.from_numpy(np.concatenate([self.rows, end])).to(dtype).to(device)
 
+    def explain(self) -> str:
+        """What the table is and does, as text: its rows, saved tensors and terms, and a line for every row, in which
+        terms that are 0 are left out."""
+        kept = f"{self.num_history} saved tensor{'s' * (self.num_history != 1)}"
+        noise = "learned variance" if self.learned_variance else "noise" if self.uses_noise else "no noise"
+        lines = [f"{self.name}: {self.num_rows} rows in {self.num_steps} steps, {kept}, {noise}"]
+        lines += [f"the state starts at {self.initial_scale:g} times the starting noise"]
+        for step, row in zip(self.steps.tolist(), self.rows.tolist(), strict=True):
+            c = dict(zip(COLUMNS, row, strict=True))
+            x0 = _sum({"x": c["p_x"], "m": c["p_m"]})
+            update = {"x": c["a_x"], "x0": c["a_0"], "m": c["a_m"], "u": c["a_u"]}
+            update |= {f"h{j}": c[f"a_h{j}"] for j in range(MAX_HISTORY)} | {"z": c["s"]}
+            line = f"step {step}: t = {c['t']:g}, model input {_sum({'x': c['c_in']})}; x0 = {x0}; x' = {_sum(update)}"
+            if self.learned_variance and c["l_0"] != NO_NOISE:
+                line += f" + 2^({_sum({'v': c['l_v']})} {c['l_0']:+.4g}) z"
+            if c["slot"] >= 0:
+                line += f"; h{c['slot']:.0f} <- {_sum({'x': c['k_x'], 'x0': c['k_0'], 'm': c['k_m']})}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, whole or not at all: the attributes, the columns' names and the rows.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        attributes = {name: getattr(self, name) for name in _ATTRIBUTES}
+        rows = {"steps": self.steps.tolist(), "columns": list(COLUMNS), "rows": self.rows.tolist()}
+        write_text(path, json.dumps({"format": _FORMAT, **attributes, **rows}) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> StepTable:
+        """A table that `save` wrote, to the last bit.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it holds something else.
+
+        Example:
+            >>> import os, tempfile
+            >>> table = StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0)
+            >>> path = os.path.join(tempfile.mkdtemp(), "table.json")
+            >>> table.save(path)
+            >>> bool((StepTable.load(path).rows == table.rows).all())
+            True
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if found["format"] != _FORMAT or found["columns"] != list(COLUMNS):
+                raise ValueError(f"got format {found['format']!r} and columns {found['columns']}")
+            rows, steps = np.array(found["rows"], dtype=np.float64), np.array(found["steps"], dtype=np.int64)
+            return cls(rows, steps=steps, **{name: found[name] for name in _ATTRIBUTES})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a table of this version of fastcfg ({error})") from error
+
     def _check(self) -> None:
         bad = [name for name in COLUMNS if not np.isfinite(self[name]).all()]
         if bad:
@@ -185,3 +247,9 @@ class StepTable:
                 raise ValueError(
                     f"a_h{j} of {self.name}: row {reads[0]} reads a saved tensor that no earlier row wrote"
                 )
+
+
+def _sum(terms: dict[str, float]) -> str:
+    """Terms that are not 0, with four digits."""
+    parts = [f"{value:+.4g} {name}" for name, value in terms.items() if value]
+    return " ".join(parts).removeprefix("+") or "0"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fastcfg import StepTable
+from fastcfg import Schedule, StepTable, solvers
 from fastcfg.table import COLUMNS
 
 
@@ -125,3 +127,53 @@ def test_rows_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 def test_an_unknown_column_is_refused() -> None:
     with pytest.raises(ValueError, match=r"column: unknown 'sigma', expected one of c_in, t, "):
         StepTable.from_columns(t=[0])["sigma"]
+
+
+def test_a_table_is_saved_and_loaded_to_the_last_bit(tmp_path: Path) -> None:
+    schedule = Schedule.named("squaredcos_cap_v2").respace(7)
+    for table in (solvers.ddpm(schedule), solvers.plms(schedule), solvers.prk(schedule), solvers.heun([5.0, 1.3, 0.0])):
+        table.save(tmp_path / "table.json")
+        loaded = StepTable.load(tmp_path / "table.json")
+        assert np.array_equal(loaded.rows, table.rows)
+        assert np.array_equal(loaded.steps, table.steps)
+        for name in ("learned_variance", "initial_scale", "integer_time", "name"):
+            assert getattr(loaded, name) == getattr(table, name)
+
+
+@pytest.mark.parametrize(
+    "change", [{"format": "x"}, {"columns": ["t"]}, {"rows": [[1.0]]}, {"steps": [3, 1]}, {"name": None}], ids=str
+)
+def test_what_is_no_table_is_not_loaded(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0).save(path)
+    found = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    with pytest.raises(ValueError, match=r"table.json: not a table of this version"):
+        StepTable.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not a table"):
+        StepTable.load(path)
+
+
+def test_a_table_explains_itself() -> None:
+    columns = {
+        "t": [9, 5, 1],
+        "c_in": [0.5, 1, 1],
+        "p_x": 2.0,
+        "p_m": [-1.0, -1.0, 0.0],
+        "a_x": [0.25, 0.0, 1.0],
+        "a_0": 1.0,
+    }
+    saved = {"a_h1": [0, 0, -0.125], "slot": [0, 1, -1], "k_0": [1, 1, 0], "s": [0.75, 0, 0]}
+    table = StepTable.from_columns(**columns, **saved, steps=[0, 0, 1], initial_scale=14.5, name="mine")
+    assert table.explain().splitlines() == [
+        "mine: 3 rows in 2 steps, 2 saved tensors, noise",
+        "the state starts at 14.5 times the starting noise",
+        "step 0: t = 9, model input 0.5 x; x0 = 2 x -1 m; x' = 0.25 x +1 x0 +0.75 z; h0 <- 1 x0",
+        "step 0: t = 5, model input 1 x; x0 = 2 x -1 m; x' = 1 x0; h1 <- 1 x0",
+        "step 1: t = 1, model input 1 x; x0 = 2 x; x' = 1 x +1 x0 -0.125 h1",
+    ]
+    learned = solvers.ddpm(Schedule.named("linear").respace(3)).explain().splitlines()
+    assert learned[0].endswith("0 saved tensors, learned variance")
+    assert "+ 2^(" in learned[2]
+    assert "2^(" not in learned[-1]

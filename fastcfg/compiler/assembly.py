@@ -36,9 +36,15 @@ def columns(rows: Rows, p_x: Array, p_m: Array) -> dict[str, Array]:
     factor = np.where(known, p_m, 1.0)
     a_0, k_0 = (np.where(known, values / factor, 0.0) for values in (rows.a_m, rows.k_m))
     found = {"p_x": p_x, "p_m": p_m, "s": rows.s, "slot": rows.slot}
-    found |= {"a_0": a_0, "a_x": rows.a_x - a_0 * p_x, "a_m": np.where(known, 0.0, rows.a_m)}
-    found |= {"k_0": k_0, "k_x": rows.k_x - k_0 * p_x, "k_m": np.where(known, 0.0, rows.k_m)}
+    found |= {"a_0": a_0, "a_x": _less(rows.a_x, a_0 * p_x), "a_m": np.where(known, 0.0, rows.a_m)}
+    found |= {"k_0": k_0, "k_x": _less(rows.k_x, k_0 * p_x), "k_m": np.where(known, 0.0, rows.k_m)}
     return found | {f"a_h{j}": rows.a_h[:, j] for j in range(rows.a_h.shape[1])}
+
+
+def _less(values: Array, others: Array) -> Array:
+    """The difference, 0 where it is nothing but rounding."""
+    difference = values - others
+    return np.where(np.abs(difference) < 1e-9 * np.abs(others), 0.0, difference)
 
 
 def verify(

@@ -53,12 +53,14 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps:
     original = copy.deepcopy(scheduler)
     if hasattr(original, "noise_sampler"):
         raise ValueError(f"scheduler: got {type(scheduler).__name__}, whose noise is a Brownian tree's, expected draws")
-    original.set_timesteps(num_inference_steps, **set_timesteps)
-    linear = _without_clip(original)
-    learned = "learned" in str(linear.config.get("variance_type"))
+    learned = "learned" in str(original.config.get("variance_type"))
     try:
+        original.set_timesteps(num_inference_steps, **set_timesteps)
+        linear = _without_clip(original)
         response, shorter = (respond(linear, 0.0 if learned else None, length) for length in (1.0, 0.5))
-    except (TypeError, IndexError, RuntimeError, AttributeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:
         raise ValueError(
             f"scheduler: got {type(scheduler).__name__}, which does not run on basis vectors "
             f"({type(error).__name__}: {error}), expected one of linear steps"

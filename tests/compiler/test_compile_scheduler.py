@@ -79,6 +79,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
     ("FlowMatchHeunDiscreteScheduler", {}),
     ("FlowMatchLCMScheduler", {}),
+    ("FlowMapEulerDiscreteScheduler", {}),
+    ("LTXEulerAncestralRFScheduler", {}),
+    ("MiniMaxH3Scheduler", {}),
     ("CogVideoXDDIMScheduler", V),
 ]
 
@@ -221,6 +224,10 @@ def test_what_is_no_table_is_refused_and_why(step: Any, message: str) -> None:
         ("DDPMWuerstchenScheduler", {}, "does not run on basis vectors"),
         ("RePaintScheduler", {}, "missing 2 required positional arguments"),
         ("ScoreSdeVeScheduler", {}, "without step"),
+        ("CMStochasticIterativeScheduler", {}, "its table differs"),  # clips what is not x0
+        ("CosineDPMSolverMultistepScheduler", {}, "draws of noise"),
+        ("DiscreteDDIMScheduler", {}, "gives other coefficients for other samples"),
+        ("HeliosScheduler", {}, "does not run on basis vectors"),
     ],
 )
 def test_the_schedulers_that_fall_through(name: str, config: dict[str, Any], message: str) -> None:
