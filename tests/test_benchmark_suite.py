@@ -29,6 +29,7 @@ from benchmarks.suite.roof import add_shares
 from benchmarks.suite.runner import OutOfTimeError, Runner, Worker
 from benchmarks.suite.worker import serve
 from benchmarks.suite.workloads import Workload, registry, select
+from fastcfg.parity.steps import check_step, make_case
 from fastcfg.reference import gaussian
 
 CPU = torch.device("cpu")
@@ -331,7 +332,7 @@ def test_every_way_to_be_wrong_is_further_off_than_the_tolerance(solver: str) ->
     assert right < providers.TOLERANCES["float32"] < min(wrong)
 
 
-def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_gets_no_time_and_fails_parity(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastcfg.kernels import guided_step
 
     case = StepCase.random("ddpm", SHAPE)
@@ -345,7 +346,10 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(*arguments, **options)
         arguments[2].x[0, 0, 0, 0] += 1e-3
 
+    step = make_case("ddpm", torch.float32, SHAPE, 0)
+    assert not any(finding.problem for finding in check_step(step, "triton", CPU))
     monkeypatch.setattr(guided_step, "launch_guided_step", wrong)
+    assert any("from the reference" in finding.problem for finding in check_step(step, "triton", CPU))
     made, found = measure.check_provider(entry, work, work.truth(), 1e-5)
     assert made is None
     assert (found["status"], "us" in found) == ("refused", False)
