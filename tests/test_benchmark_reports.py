@@ -102,6 +102,9 @@ def on_gpu(report: Report) -> Report:
 def test_the_terminal_shows_the_fastest_of_either_side(report: Report) -> None:
     lines = terminal(report).splitlines()
     assert lines[0] == "AMD EPYC, 1 thread"
+    assert lines[2] == "how many times as long as fastcfg's fastest provider:"
+    assert lines[3].split() == ["step", "guided-diffusion", "5", "to", "5,", "GLIDE", "6", "to", "6"]
+    assert lines[4].split() == ["loop", "guided-diffusion", "3.3", "to", "3.3"]
     start = next(i for i, line in enumerate(lines) if line.startswith("step ddpm, noise given"))
     row = "pixel-64 b16  f32 guided-diffusion 9 ms inductor 1.8 ms 5.0 (4.5-5.5) 0 7"
     assert lines[start + 3].split() == row.split()

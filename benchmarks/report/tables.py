@@ -13,7 +13,7 @@ _COUNTS = ("dispatched", "kernels", "full_size", "reads", "host_copies")
 
 def terminal(report: dict[str, Any]) -> str:
     """In 120 columns: the fastest rival beside fastcfg's fastest provider; what has no time, or is undone, and why."""
-    lines = [condition(report)]
+    lines = [condition(report), *_overview(report)]
     for title, results in _blocks(report).items():
         heads = ["", "dtype", "fastest rival", "time", "fastcfg", "time", "ratio", "GB/s", "copy", "roof", "kernels"]
         rows = _without_empty([heads, *map(_summary, results)])
@@ -66,13 +66,26 @@ def _blocks(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return blocks
 
 
+def _overview(report: dict[str, Any]) -> list[str]:
+    """For every kind of work, everyone else's times in shares of fastcfg's fastest provider's: the range of medians."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in report["results"].values():
+        for rival, ratio in result["ratios"].get(fastest(result)[1], {}).items():
+            found.setdefault(result["kind"], {}).setdefault(rival, []).append(ratio["p50"])
+    lines = ["", "how many times as long as fastcfg's fastest provider:"] if found else []
+    for kind, rivals in found.items():
+        told = ", ".join(f"{name} {min(ratios):.2g} to {max(ratios):.2g}" for name, ratios in rivals.items())
+        lines += wrap(f"  {kind:8s}{told}", 120, subsequent_indent=" " * 10, break_on_hyphens=False)
+    return lines
+
+
 def _summary(result: dict[str, Any]) -> list[str]:
     rival, own = fastest(result)
     times = timed(result)
     cells = [case(result), result["dtype"].replace("float", "f")]
     for name in (rival, own):
         time = duration(times[name]["us"]["p50"] / result["rows"]) if name else ""
-        cells += [(name or "-").replace("torch.compile max", "compile max"), time]
+        cells += [(name or "-").replace("torch.compile ", "compile "), time]
     found = times.get(own or "", {})
     kernels = (found.get("counts") or {}).get("kernels")
     cells += [spread(result["ratios"].get(own, {}).get(rival)), number(found.get("gb_per_s"))]
