@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,9 @@ _SATURATED = 1e4
 _X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
 
 
-def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps: Any) -> StepTable:
+def compile_scheduler(
+    scheduler: Any, num_inference_steps: int, *, step_options: Mapping[str, Any] | None = None, **set_timesteps: Any
+) -> StepTable:
     """The table of a scheduler object, with the configuration that its user gave it.
 
     Its clip of x0 is not in the table: give `scheduler_clip(scheduler)` to the sampler as `clip`.
@@ -31,7 +35,8 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps:
         scheduler: an object of diffusers' protocol: `config`, `set_timesteps`, `timesteps`, `step`, and where it has
             them `scale_model_input`, `init_noise_sigma`, `convert_model_output`. It is not changed.
         num_inference_steps: as its `set_timesteps` takes it.
-        **set_timesteps: further arguments of that.
+        step_options: further arguments of its `step`, the same in every one, such as eta of DDIM.
+        **set_timesteps: further arguments of `set_timesteps`.
 
     Returns:
         A table of as many rows as it has timesteps.
@@ -53,6 +58,8 @@ def compile_scheduler(scheduler: Any, num_inference_steps: int, **set_timesteps:
     original = copy.deepcopy(scheduler)
     if hasattr(original, "noise_sampler"):
         raise ValueError(f"scheduler: got {type(scheduler).__name__}, whose noise is a Brownian tree's, expected draws")
+    if step_options:
+        original.step = partial(original.step, **step_options)
     learned = "learned" in str(original.config.get("variance_type"))
     try:
         original.set_timesteps(num_inference_steps, **set_timesteps)

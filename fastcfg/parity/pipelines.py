@@ -45,6 +45,7 @@ class _Recorded:
 
     Attributes:
         settings: arguments of `set_timesteps`, by name.
+        options: further arguments of every step.
         times: of the steps.
         outputs: the model's, after guidance.
         states: the sample before the first step, and after every one.
@@ -52,6 +53,7 @@ class _Recorded:
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     times: list[float] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
@@ -78,7 +80,7 @@ def check_pipeline(
 
     Raises:
         ValueError: a scheduler that is no table, a pipeline that fails, begins in the middle, or gives its scheduler's
-            steps further arguments.
+            steps arguments that change.
     """
     scheduler = problem.pipeline.scheduler
     recorded = _record(problem, rows)
@@ -87,7 +89,7 @@ def check_pipeline(
     if recorded.times != timesteps[: len(recorded.times)]:
         raise ValueError(f"--model: the pipeline begins at timestep {recorded.times[0]}, expected {timesteps[0]}")
     settings.pop("device", None)
-    table = compile_scheduler(scheduler, count or len(timesteps), **settings)
+    table = compile_scheduler(scheduler, count or len(timesteps), step_options=recorded.options, **settings)
     start, dtype = recorded.states[0], recorded.states[0].dtype
 
     def run(backend: str, state: torch.dtype) -> list[Tensor]:
@@ -141,8 +143,9 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
             for name, value in options.items()
             if name not in ("generator", "return_dict") and value not in (None, named[name].default)
         }
-        if arguments or further:
-            raise ValueError(f"its steps are given {', '.join(further) or 'further arguments'}, expected none")
+        if arguments or (recorded.states and further != recorded.options):
+            raise ValueError(f"its steps are given {further or 'further arguments'}, expected the same in every step")
+        recorded.options = further
         if not recorded.states:
             recorded.states.append(sample.detach().clone())
         recorded.times.append(float(timestep))

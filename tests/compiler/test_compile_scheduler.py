@@ -96,14 +96,14 @@ def with_variance(x: Tensor, t: Tensor) -> Tensor:
     return torch.cat([denoise(x, t), torch.cos(x)], dim=1)
 
 
-def original(scheduler: Any, model: Any, start: Tensor, noise: Tensor) -> list[Tensor]:
+def original(scheduler: Any, model: Any, start: Tensor, noise: Tensor, **options: Any) -> list[Tensor]:
     """The scheduler's own samples after every step, in float64 as far as it goes."""
     scheduler, x, states, row = copy.deepcopy(scheduler), start, [], 0
     with drawing(scheduler, lambda like: noise[row]):
         for row, t in enumerate(scheduler.timesteps):  # noqa: B007 - read by the draws
             given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             output = model(given.double(), t.expand(len(x)))
-            x = scheduler.step(output, t, x).prev_sample.double()
+            x = scheduler.step(output, t, x, **options).prev_sample.double()
             states.append(x)
     return states
 
@@ -147,6 +147,32 @@ def test_a_compiled_scheduler_is_the_original(name: str, config: dict[str, Any],
         distance = float((got - state).abs().max()) / max(1.0, float(state.abs().max()))
         assert distance < 1e-5, f"row {row}: {distance:.1e}"
     assert getattr(scheduler, "num_inference_steps", None) == before  # as it was
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDIMScheduler", {"eta": 0.5}),
+        ("DDIMScheduler", {"eta": 1.0, "use_clipped_model_output": True}),
+        ("TCDScheduler", {"eta": 0.7}),
+        ("EulerDiscreteScheduler", {"s_churn": 3.0, "s_tmax": 5.0, "s_noise": 1.01}),
+        ("LMSDiscreteScheduler", {"order": 2}),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_steps_are_compiled_in(name: str, options: dict[str, Any]) -> None:
+    scheduler = getattr(diffusers, name)()
+    fresh = copy.deepcopy(scheduler)
+    fresh.set_timesteps(9)
+    noise = torch.randn(9, 2, 3, 6, 5, generator=torch.manual_seed(0), dtype=torch.float64)
+    start = torch.randn(2, 3, 6, 5, generator=torch.manual_seed(1), dtype=torch.float64)
+    start *= float(fresh.init_noise_sigma)
+    want = original(fresh, denoise, start, noise, **options)
+    table = compile_scheduler(scheduler, 9, step_options=options)
+    got = run(table, fresh, denoise, start, noise)
+    assert float((got[-1] - want[-1]).abs().max()) < 1e-5 * max(1.0, float(want[-1].abs().max()))
+    plain = compile_scheduler(scheduler, 9)
+    assert not np.allclose(table.rows, plain.rows)
 
 
 def test_saved_tensors_are_as_few_as_the_method_needs() -> None:
