@@ -50,7 +50,6 @@ _ROOFLINE_SECONDS, _BEFORE_ROOFLINE = 30.0, 2
 def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str, str]) -> dict[str, Any]:
     """Measure, and keep the results in a file all the time; returns the report."""
     import torch
-    from tqdm import tqdm
 
     from benchmarks.environment import environment, load_average
     from benchmarks.gpu_state import GpuMonitor
@@ -76,12 +75,12 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
     report["left"] = dict(left)
     todo = [workload for workload in workloads if not results.has(_records(workload))]
     report["left"] |= {workload.name: "not begun" for workload in todo}
-    bar: Any = nullcontext() if arguments.quiet else tqdm(total=len(todo), unit="workload", file=sys.stderr)
-    with GpuMonitor(device) as monitor, closing(runner), bar:
+    bar = _bar(len(todo), arguments.quiet)
+    with GpuMonitor(device) as monitor, closing(runner), bar or nullcontext():
         for workload in todo:
             if report["roofline"] is None and not arguments.only and workload.importance > _BEFORE_ROOFLINE:
                 report["roofline"] = _roofline(deadline)
-            if not arguments.quiet:
+            if bar is not None:
                 bar.set_postfix_str(_remaining(workload.name, deadline))
             try:
                 for name, record in runner.run(workload):
@@ -98,7 +97,7 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
             except KeyboardInterrupt:
                 results.write()
                 raise
-            if not arguments.quiet:
+            if bar is not None:
                 bar.update()
     report["environment"] = where()
     report["gpu"] = (
@@ -108,6 +107,15 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
     report["finished"] = OUT_OF_TIME not in report["left"].values()
     results.write()
     return report
+
+
+def _bar(total: int, quiet: bool) -> Any:
+    """A progress bar; None if there is to be none, or none to be had."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return None if quiet else tqdm(total=total, unit="workload", file=sys.stderr)
 
 
 def _records(workload: Workload) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.captured.devices import profiled
 from benchmarks.environment import environment, load_average
+from benchmarks.suite.architectures import ARCHITECTURES
 from fastcfg import CFG, Sampler, solvers
 from fastcfg.cli.parser import integer
 from fastcfg.files import write_text
@@ -59,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
     arguments = parser.parse_args(argv)
     device, before = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_average()
+    if problem := ARCHITECTURES["embedded"].problem():
+        print(f"trace: skipped: {problem}")
+        if arguments.json:
+            write_text(arguments.json, json.dumps({"status": "skipped", "reason": problem}) + "\n")
+        return 0
     ways = {name: trace(device, arguments.rows, name == "captured") for name in ("eager", "captured")}
     for name, way in ways.items():
         print(name, json.dumps({key: value for key, value in way.items() if key != "work"}))

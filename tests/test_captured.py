@@ -15,6 +15,7 @@ from pairwise import pairwise
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from benchmarks.captured.rig import REPRESENTED
 from fastcfg import CFG, AdaptiveCFG, Compose, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, solvers
 from fastcfg.ops import triton_problem
 
@@ -195,7 +196,7 @@ def test_captured_equals_eager(case: dict[str, Any]) -> None:
 def test_every_pair_of_options_is_covered() -> None:
     covered = {item for param in cases() for item in (param.values[0]["table"], param.values[0]["guidance"])}
     assert covered == {*TABLES, *GUIDANCES}
-    assert set(solvers.__all__) <= {name.split()[0] for name in TABLES}
+    assert set(solvers.__all__) - REPRESENTED <= {name.split()[0] for name in TABLES}
 
 
 # How the rows are run

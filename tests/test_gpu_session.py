@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from functools import partial
@@ -338,3 +339,30 @@ def test_a_trace_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert us["aten::mkldnn_convolution"] > us.get("aten::conv2d", 0)  # which calls it: times are an operator's own
         assert way["idle_us"] > 0
     assert capsys.readouterr().out.count("idle_us") == 2
+
+
+BARE = """
+import sys
+for name in ("tqdm", "safetensors", "tokenizers", "diffusers", "k_diffusion", "scipy", "torchsde", "torchdiffeq"):
+    sys.modules[name] = None  # as if it were not installed
+from benchmarks import bench, trace
+from benchmarks.suite import providers
+from benchmarks.suite.architectures import ARCHITECTURES
+from fastcfg.cli import main
+assert main(["doctor"]) == 0
+assert main(["parity", "--quick", "--backend", "reference", "--device", "cpu"]) == 0
+assert bench.main(["--only", "op/guidance-blend", "--budget", "0.001s", "--out", "out", "--device", "cpu"]) == 0
+assert trace.main(["--json", "trace.json"]) == 0
+print({name: made.problem() for name, made in ARCHITECTURES.items() if made.problem()})
+"""
+
+
+def test_a_bare_machine_has_all_that_the_stages_need(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "checkpoint  ok: not read: safetensors and tokenizers not installed" in done.stdout
+    assert json.loads((tmp_path / "trace.json").read_text())["status"] == "skipped"
+    assert done.stdout.splitlines()[-1].count("not installed") == 3

@@ -21,12 +21,20 @@ TABLES: dict[str, StepTable] = {
     "ddim_extrapolated": solvers.ddim_extrapolated(SCHEDULE),
     "ddim_reverse": solvers.ddim_reverse(SCHEDULE),
     "ddpm": solvers.ddpm(SCHEDULE),
+    "dpmpp_3m_sde": solvers.dpmpp_3m_sde([14.6, 4.0, 1.2, 0.4, 0.0]),
+    "heun": solvers.heun([14.6, 4.0, 1.2, 0.0]),
     "langevin": solvers.langevin(SCHEDULE, step_size=0.1),
     "plms": solvers.plms(SCHEDULE),
     "predictor_corrector": solvers.predictor_corrector(solvers.ddpm(SCHEDULE), SCHEDULE, step_size=0.5),
     "prk": solvers.prk(SCHEDULE),
     "sgld": solvers.sgld(SCHEDULE, 3, 5),
 }
+
+# Of noise-level space: two of them, with two stages and with two saved tensors, stand for all.
+REPRESENTED = {
+    name for name in solvers.__all__ if getattr(solvers, name).__module__.startswith("fastcfg.solvers.sigma")
+}
+REPRESENTED |= {"Denoiser"}
 
 _PLAIN = solvers.ddim(SCHEDULE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,6 +91,12 @@ def _normal(*shape: int, seed: int, device: Device, dtype: torch.dtype) -> Tenso
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
+def _missing() -> str:
+    """What reading the embedded model needs and is not there; empty if nothing."""
+    missing = [name for name in ("safetensors", "tokenizers") if find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed" if missing else ""
+
+
 def _embedded(device: Device, dtype: torch.dtype, batch: int, tiny: bool = False) -> Built:
     pipeline = TextToImage.load(device=device, dtype=dtype)
     model, tokenizer = pipeline.model.requires_grad_(False), pipeline.tokenizer
@@ -149,7 +156,7 @@ def _latent(config: dict[str, Any], device: Device, dtype: torch.dtype, batch: i
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
     for architecture in (
-        Architecture("embedded", (3, 32, 32), _embedded, dtype=torch.float32),
+        Architecture("embedded", (3, 32, 32), _embedded, dtype=torch.float32, problem=_missing),
         Architecture("glide-base", (3, 64, 64), partial(_glide, GLIDE_BASE)),
         Architecture("glide-upsampler", (3, 256, 256), partial(_glide, GLIDE_UPSAMPLER)),
         Architecture("adm-64", (3, 64, 64), partial(_adm, _ADM_64)),

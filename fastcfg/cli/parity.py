@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str], dict[str, Any], torch.device]:
     import torch
-    from tqdm import tqdm
 
     from fastcfg.parity import (
         PipelineProblem,
@@ -153,7 +153,7 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
     )
 
     device = torch.device(choose_device(arguments.device))
-    progress = partial(tqdm, leave=False, unit="case")
+    progress = _progress()
     if arguments.model:
         problem, rows = load_problem(arguments.model, device), arguments.steps or 5
         if isinstance(problem, PipelineProblem):
@@ -177,6 +177,15 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
         "steps": (arguments.steps or 5) if arguments.model else None,
     }
     return findings, skipped, settings, device
+
+
+def _progress() -> Callable[..., Any]:
+    """A bar around a list of cases, where there is one to be had."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return lambda cases, desc: cases
+    return partial(tqdm, leave=False, unit="case")
 
 
 def _check_plot(path: str) -> None:
