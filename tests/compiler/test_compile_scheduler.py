@@ -122,7 +122,7 @@ def run(table: StepTable, scheduler: Any, model: Any, start: Tensor, noise: Tens
     return [step.x for step in steps]
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 25])
+@pytest.mark.parametrize("count", [1, 2, 12])
 @pytest.mark.parametrize(("name", "config"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_a_compiled_scheduler_is_the_original(name: str, config: dict[str, Any], count: int) -> None:
     scheduler = getattr(diffusers, name)(**config)
