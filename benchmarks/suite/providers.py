@@ -16,8 +16,8 @@ from benchmarks.suite.cases import LoopCase, NotHereError, Provider, StepCase
 from benchmarks.suite.workloads import ROWS, SHAPES, Workload
 from fastcfg import Schedule
 from fastcfg.ops import inductor_problem, triton_problem
-from fastcfg.parity.steps import OPTIONS, make_case
 from fastcfg.parity.steps import Case as OptionCase
+from fastcfg.parity.steps import make_case
 
 # Largest distances from the exact result, by the model's dtype. Measured: 2.7e-6 (a threshold), 7.8e-4 and 8.0e-3
 # (diffusers, which keeps its state in the model's dtype); of loops in float32 1.2e-4 (diffusers).
@@ -116,9 +116,8 @@ def _step(workload: Workload, device: torch.device) -> Job:
 
 
 def _option(workload: Workload, device: torch.device) -> Job:
-    options = next(name for name in OPTIONS if name == workload.what)
     shape = (workload.batch, *SHAPES[workload.family])
-    case = cache(partial(make_case, options, workload.torch_dtype, shape))
+    case = cache(partial(make_case, workload.what, workload.torch_dtype, shape))
     first: OptionCase = case(0)
     moved = _bytes(first.spec, first.buffers(torch.float32, first.dtype, device))
     entries = _plain(partial(plain.option_step, device=device), device)

@@ -10,7 +10,7 @@ import numpy as np
 from ..table import MAX_HISTORY
 from .probe import Array, Response
 
-_TOLERANCE = 50  # of a sum, in roundings; measured: 4
+_TOLERANCE = 30  # of a sum, in roundings; measured: 12
 _REACH = 5  # rows that a saved tensor may lie back
 
 
@@ -65,14 +65,20 @@ def _asked_for(response: Response, outputs: Array) -> Array:
     """For every row the sum of its state and output that the next row needs: of methods of two stages."""
     states, family = response.states, np.zeros_like(outputs)
     for i in range(1, response.calls):
-        fresh = slice(1 + response.calls + response.drawn[i], 1 + response.calls + response.drawn[i + 1])
-        target = states[i + 1].copy()
-        target[fresh] = 0.0
+        target, _ = _without_draws(response, i)
         vectors = np.array([states[i], outputs[i], states[i - 1], outputs[i - 1]])
         sizes = np.maximum(np.abs(vectors).max(axis=1), 1e-300)[:, None]
         terms = np.linalg.lstsq((vectors / sizes).T, target, rcond=1e-12)[0]
         family[i - 1] = terms[2:] @ (vectors / sizes)[2:]
     return family
+
+
+def _without_draws(response: Response, row: int) -> tuple[Array, Array]:
+    """What comes out of a row without the noise that it draws, and the coefficients of that noise."""
+    first, last = (1 + response.calls + drawn for drawn in response.drawn[row : row + 2])
+    target = response.states[row + 1].copy()
+    drawn, target[first:last] = target[first:last].copy(), 0.0
+    return target, drawn
 
 
 def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
@@ -82,15 +88,13 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
     used: list[dict[int, float]] = []
     draws = []
     for i in range(calls):
-        fresh = slice(1 + calls + response.drawn[i], 1 + calls + response.drawn[i + 1])
-        target = states[i + 1].copy()
-        target[fresh] = 0.0
+        target, drawn = _without_draws(response, i)
         found = _fitted(target, [states[i], outputs[i]], family[:i], np.abs(states[i + 1]).max(), response.rounding)
         if found is None:
             return None
         (a_x[i], a_m[i]), past = found
         used.append(past)
-        draws.append(tuple(states[i + 1, fresh].tolist()))
+        draws.append(tuple(drawn.tolist()))
         s[i] = np.sqrt(np.sum(np.square(draws[-1])))
     slots = _slots(used, calls)
     if slots is None:

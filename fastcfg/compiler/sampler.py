@@ -50,9 +50,7 @@ def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor
         raise TypeError(f"sample_fn: got {type(sample_fn).__name__}, expected a function")
     levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
     if levels.ndim != 1 or len(levels) < 2 or not (levels[:-1] > 0).all():
-        raise ValueError(
-            f"sigmas: got shape {tuple(levels.shape)}, expected positive levels, the last of which may be 0"
-        )
+        raise ValueError(f"sigmas: got {levels.tolist()}, expected positive levels, the last of which may be 0")
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     what = f"sample_fn: got {name}"
     try:
@@ -128,13 +126,15 @@ class _Run:
 
     def steps(self) -> list[int]:
         """The step of every call: a step's first call is followed by its callback, its further ones come after."""
+        if "callback" not in self.events:
+            return list(range(len(self.times)))
         steps, done = [], 0
         for event, following in zip(self.events, [*self.events[1:], ""], strict=True):
             if event == "callback":
                 done += 1
             else:
-                steps.append(done if following == "callback" or "callback" not in self.events else done - 1)
-        return steps if "callback" in self.events else list(range(len(steps)))
+                steps.append(done if following == "callback" else done - 1)
+        return steps
 
     def response(self, length: float) -> Response:
         """Of a run on basis vectors of a length."""

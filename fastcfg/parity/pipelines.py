@@ -152,6 +152,8 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
         recorded.outputs.append(model_output.detach().clone())
         drawn = len(recorded.noise)
         result = step(model_output, timestep, sample, **options)
+        if len(recorded.noise) > drawn + 1:
+            raise ValueError("its scheduler draws noise several times a step, expected once")
         if len(recorded.noise) == drawn:
             recorded.noise.append(torch.zeros_like(sample))
         made = result[0] if isinstance(result, tuple) else result.prev_sample
