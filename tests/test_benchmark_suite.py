@@ -462,7 +462,7 @@ def test_half_precision_is_judged_by_the_distance_that_the_gate_takes(monkeypatc
     plain.run(False)
     assert plain.result is not None
     distance = measure._distance(plain.result(), truth)
-    assert tolerance == pytest.approx(providers.HALF_FACTOR * distance)
+    assert tolerance == pytest.approx(providers.PLAIN_FACTOR * distance)
     assert len(calls) == 1
 
 

@@ -20,12 +20,13 @@ from fastcfg.parity.steps import Case as OptionCase
 from fastcfg.parity.steps import make_case
 
 # Largest distances from the exact result, by the model's dtype. Measured: 2.7e-6 (a threshold), 7.8e-4 and 8.0e-3
-# (diffusers, which keeps its state in the model's dtype); of loops in float32 1.2e-4 (diffusers).
+# (diffusers, which keeps its state in the model's dtype); of loops in float32 1.8e-4 (diffusers).
 TOLERANCES = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 3e-2}
-LOOP_TOLERANCE = 1e-3
-# A loop in half precision may be so many times as far from the float32 one as the plain loop is, and this far anyhow.
+LOOP_TOLERANCE = 5e-4
+# A loop in half precision, or of a network (a GPU may run it in TF32), may be so many times as far from the exact one
+# as the plain loop is, and this far anyhow.
 # Measured, with a state in bfloat16 (diffusers): 1.3e-2 where the plain loop has 1.9e-3.
-HALF_FACTOR, HALF_FLOOR = 4.0, 3e-2
+PLAIN_FACTOR, HALF_FLOOR = 4.0, 3e-2
 # The processes that models were trained on.
 _PROCESSES = {"embedded": "squaredcos_cap_v2", "glide-base": "squaredcos_cap_v2", "adm-64": "squaredcos_cap_v2"}
 _PROCESSES |= {"sd15": "scaled_linear", "sdxl": "scaled_linear"}
@@ -188,14 +189,15 @@ def _loop(workload: Workload, device: torch.device) -> Job:
         return engine.exact_loop(case, model, dtype)
 
     def tolerance() -> float:
-        if case.dtype == torch.float32:
-            return LOOP_TOLERANCE
+        floor = LOOP_TOLERANCE if case.dtype == torch.float32 else HALF_FLOOR
+        if null and case.dtype == torch.float32:
+            return floor
         provider = originals.loop(case, process)
         provider.prepare()
         provider.run(False)
         assert provider.result is not None
         distance = float((provider.result() - truth()).abs().max()) / max(1.0, float(truth().abs().max()))
-        return max(HALF_FACTOR * distance, HALF_FLOOR)
+        return max(PLAIN_FACTOR * distance, floor)
 
     return Job(tuple(case.start.shape), lambda seed: case, truth, tolerance, None, ROWS, entries)
 
