@@ -51,6 +51,8 @@ class StepBuffers:
 
     Attributes:
         x: float32 [B, C, ...], contiguous: the state. (float64 on the reference path.)
+        source: [B, C, ...] in float32, float16 or bfloat16 (or x's dtype), contiguous: where the state is read from, if
+            not from x. Then x, x0 and noise may have its dtype: what is between is in float32.
         table: [R + 1, columns] in the state's dtype, from `StepTable.on`.
         counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
         weights: [R, B, K] in the state's dtype.
@@ -77,3 +79,4 @@ class StepBuffers:
     x0: torch.Tensor | None = None
     model_input: torch.Tensor | None = None
     time: torch.Tensor | None = None
+    source: torch.Tensor | None = None

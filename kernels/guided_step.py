@@ -36,6 +36,7 @@ def launch_config(size: int, batch: int) -> LaunchConfig:
 @triton.jit(do_not_specialize=["batch", "blocks"])
 def _guided_step_kernel(
     x_ptr,
+    source_ptr,
     output_ptr,
     table_ptr,
     counter_ptr,
@@ -122,8 +123,7 @@ def _guided_step_kernel(
     )
 
     # x0.
-    x_ptrs = x_ptr + sample_offset + offs
-    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    x = tl.load(source_ptr + sample_offset + offs, mask=mask, other=0.0).to(tl.float32)
     zeros = tl.zeros_like(x)
     x0 = predict_x0(x, m, p_x, p_m)
     if RESCALE:
@@ -161,7 +161,7 @@ def _guided_step_kernel(
         else:
             std = tl.load(row_ptr + 11) + zeros
         if NOISE == 1:
-            z = tl.load(noise_ptr + sample_offset + offs, mask=mask, other=0.0)
+            z = tl.load(noise_ptr + sample_offset + offs, mask=mask, other=0.0).to(tl.float32)
         else:
             z = normal4(group.to(tl.uint32), row, STREAM, tl.load(seeds_ptr + sample))
         y = tl.fma(std, z, y)
@@ -176,7 +176,7 @@ def _guided_step_kernel(
             h = tl.fma(k_0 + zeros, x0, k_x * x)
             h = tl.fma(k_m + zeros, m, h)
             tl.store(history_ptr + slot * history_stride + sample_offset + offs, h, mask=mask)
-    tl.store(x_ptrs, y, mask=mask)
+    tl.store(x_ptr + sample_offset + offs, y, mask=mask)
 
     # What the next row hands to the model.
     if SLOTS > 0:
@@ -218,6 +218,7 @@ def launch_guided_step(output, spec, buffers, config=None):
     model_input = buffers.model_input
     _guided_step_kernel[(batch * blocks,)](
         x,
+        x if buffers.source is None else buffers.source,
         output,
         buffers.table,
         buffers.counter,

@@ -26,6 +26,7 @@ LAYERS = (
     "reference",
     "kernels",
     "ops",
+    "stepper",
     "streams",
     "graphs",
     "fingerprint",

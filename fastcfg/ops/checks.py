@@ -51,22 +51,27 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
     x = buffers.x
     if x.ndim < 3 or not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, ...] with at least one element")
-    if x.dtype not in (torch.float32, torch.float64) or not x.is_contiguous():
+    state = x.dtype if buffers.source is None else buffers.table.dtype
+    if state not in (torch.float32, torch.float64) or not x.is_contiguous():
         raise ValueError(
             f"x: got {x.dtype} with strides {x.stride()}, "
             "expected contiguous torch.float32 (or torch.float64 on the reference path)"
         )
     shape, batch = tuple(x.shape), len(x)
     rows = len(buffers.table) - 1
-    expect("table", buffers.table, (rows + 1, len(COLUMNS)), x.dtype, x.device)
+    if buffers.source is not None:
+        if x.dtype not in (*LOADED_DTYPES, state):
+            raise ValueError(f"x: got {x.dtype}, expected one of {', '.join(map(str, LOADED_DTYPES))}")
+        expect("source", buffers.source, shape, x.dtype, x.device)
+    expect("table", buffers.table, (rows + 1, len(COLUMNS)), state, x.device)
     expect("counter", buffers.counter, (2,), torch.int32, x.device)
     needed = {
-        "weights": (spec.branches > 1, (rows, batch, spec.branches), x.dtype),
-        "bound": (spec.clip, (batch,), x.dtype),
+        "weights": (spec.branches > 1, (rows, batch, spec.branches), state),
+        "bound": (spec.clip, (batch,), state),
         "noise": (spec.noise == "tensor", shape, x.dtype),
         "seeds": (spec.noise == "philox", (batch,), torch.int64),
-        "gradient": (spec.gradient, shape, x.dtype),
-        "history": (spec.history > 0, (spec.history + 1, *shape), x.dtype),
+        "gradient": (spec.gradient, shape, state),
+        "history": (spec.history > 0, (spec.history + 1, *shape), state),
         "x0": (spec.keep_x0, shape, x.dtype),
     }
     for name, (is_needed, want, dtype) in needed.items():
@@ -106,9 +111,10 @@ def check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
         raise ValueError(
             f"model output: got shape {tuple(output.shape)}, expected {' or '.join(map(str, allowed))}{reason}"
         )
-    if not output.dtype.is_floating_point or output.dtype.itemsize > x.dtype.itemsize:
+    state = buffers.table.dtype
+    if not output.dtype.is_floating_point or output.dtype.itemsize > state.itemsize:
         raise ValueError(
-            f"model output: got {output.dtype}, expected a floating dtype no wider than the state's {x.dtype}"
+            f"model output: got {output.dtype}, expected a floating dtype no wider than the state's {state}"
         )
     if output.device != x.device:
         raise ValueError(f"model output: got device {output.device}, expected {x.device}")

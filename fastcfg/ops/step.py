@@ -44,7 +44,9 @@ class GuidedStep:
         check_spec(spec)
         check_buffers(spec, buffers)
         self.spec, self.buffers = spec, buffers
-        self.backend = resolve_backend(backend, buffers.x.device, buffers.x.dtype)
+        self.backend = resolve_backend(backend, buffers.x.device, buffers.table.dtype)
+        if self.backend == "inductor" and buffers.source is not None:
+            raise ValueError("backend: got 'inductor' with a source, expected 'triton' or 'reference'")
         self._run: Callable[[Tensor], None]
         if self.backend == "reference":
             self._run = ReferenceStep(spec, buffers)
@@ -56,6 +58,12 @@ class GuidedStep:
         else:
             self._run = self._launched
         self._checked: tuple[object, ...] = ()
+
+    def move(self, source: Tensor, x: Tensor, x0: Tensor | None = None, noise: Tensor | None = None) -> None:
+        """Let the next row read and write other tensors: a step that has a `source` only. They must be like those that
+        it was made with; only a dispatch is what they may cost, so nobody checks."""
+        buffers = self.buffers
+        buffers.source, buffers.x, buffers.x0, buffers.noise = source, x, x0, noise
 
     def __call__(self, output: Tensor) -> None:
         """Advance by one row.
@@ -106,6 +114,7 @@ class GuidedStep:
             buffers.x0,
             buffers.model_input,
             buffers.time,
+            buffers.source,
             spec.branches,
             -1 if spec.base is None else spec.base,
             spec.conditional,
@@ -149,6 +158,7 @@ def _guided_step_op(
     x0: Tensor | None,
     model_input: Tensor | None,
     time: Tensor | None,
+    source: Tensor | None,
     branches: int,
     base: int,
     conditional: int,
@@ -178,8 +188,8 @@ def _guided_step_op(
         noise_kind,
         keep_x0,
     )
-    buffers = StepBuffers(x, table, counter, weights, bound, noise, seeds, history, gradient, x0, model_input, time)
-    _launch(output, spec, buffers, backend)
+    run = (x, table, counter, weights, bound, noise, seeds, history, gradient, x0, model_input, time, source)
+    _launch(output, spec, StepBuffers(*run), backend)
 
 
 def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str) -> None:

@@ -24,11 +24,13 @@ class ReferenceStep:
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
         self.spec, self.buffers = spec, buffers
-        x = buffers.x
+        # What is read from elsewhere is computed here, and rounded once to what is written.
+        self._apart = buffers.source is not None
+        self._x = x = torch.empty_like(buffers.x, dtype=buffers.table.dtype) if self._apart else buffers.x
         self._scratch = Scratch(
             m=torch.empty_like(x),
             difference=torch.empty_like(x) if spec.base is not None and spec.branches > 2 else None,
-            x0=buffers.x0 if spec.keep_x0 else torch.empty_like(x),
+            x0=buffers.x0 if spec.keep_x0 and not self._apart else torch.empty_like(x),
             low=torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) if spec.clip else None,
             saved=torch.empty_like(x) if spec.history else None,
             y=x,
@@ -44,9 +46,11 @@ class ReferenceStep:
 
     def __call__(self, output: Tensor) -> None:
         """Args: output: the model's output [K*B, C or 2C, ...] in any floating dtype."""
-        spec, buffers, x = self.spec, self.buffers, self.buffers.x
+        spec, buffers, x = self.spec, self.buffers, self._x
         reader = self._reader
         reader.read()
+        if self._apart:
+            x.copy_(buffers.source)  # type: ignore[arg-type]
         output = self._in_state_dtype(output)
         batch, channels = x.shape[:2]
         means = output if output.shape[1] == channels else output.narrow(1, 0, channels)
@@ -54,9 +58,11 @@ class ReferenceStep:
         if spec.learned_variance:
             variance = output.narrow(0, spec.conditional * batch, batch).narrow(1, channels, channels)
         noise = buffers.noise
+        if spec.noise == "tensor":
+            noise = noise.to(x.dtype)  # type: ignore[union-attr]
         if spec.noise == "philox":
             noise = philox_normal(buffers.seeds, x.shape[1:], row=reader.index[0], stream=STEP_STREAM).to(x.dtype)  # type: ignore[arg-type]
-        _, _, saved = table_step(
+        _, x0, saved = table_step(
             reader.row,
             x,
             means.chunk(spec.branches),
@@ -72,14 +78,18 @@ class ReferenceStep:
         if spec.history:
             self._slot.copy_(reader.row["slot"]).remainder_(len(buffers.history))  # type: ignore[arg-type]
             buffers.history.index_copy_(0, self._slot, saved[None])  # type: ignore[index, union-attr]
+        if self._apart:
+            buffers.x.copy_(x)
+            if spec.keep_x0:
+                buffers.x0.copy_(x0)  # type: ignore[union-attr]
         if buffers.model_input is not None:
             torch.mul(self._x_for_slots, reader.next["c_in"], out=self._slots)
             buffers.time.copy_(reader.next["t"])  # type: ignore[union-attr]
         reader.count.add_(1)
 
     def _in_state_dtype(self, output: Tensor) -> Tensor:
-        if output.dtype == self.buffers.x.dtype:
+        if output.dtype == self._x.dtype:
             return output
         if self._output is None:
-            self._output = torch.empty_like(output, dtype=self.buffers.x.dtype)
+            self._output = torch.empty_like(output, dtype=self._x.dtype)
         return self._output.copy_(output)

@@ -1,0 +1,127 @@
+"""A table run by somebody else's loop, which owns the samples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .ops import GuidedStep, QuantileBound
+from .ops.backend import resolve_backend
+from .step import StepBuffers, StepSpec
+from .table import StepTable
+from .threshold import DynamicThreshold
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """Runs a table row by row. Every row reads a sample of the caller's and returns a new one: one fused step, which
+    on a GPU is one kernel, copies nothing from the host and reads nothing back.
+
+    Args:
+        table: the table, for one branch (guidance is the caller's).
+        like: a sample [B, C, ...] in float32, float16 or bfloat16 (float64 on the reference path): the samples of the
+            run have its shape, dtype and device.
+        clip: of x0: None, a bound, or a `DynamicThreshold`.
+        backend: "auto", "triton" or "reference".
+        keep_x0: whether x0 is wanted too.
+
+    Raises:
+        ValueError: a sample without elements or of another dtype, or a backend that cannot run.
+
+    Example:
+        >>> from fastcfg import Schedule, solvers
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> stepper = Stepper(solvers.ddim(Schedule.named("linear").respace(10)), like=x)
+        >>> x, x0 = stepper(0, output=torch.randn(2, 3, 8, 8), sample=x)
+        >>> x.shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(
+        self,
+        table: StepTable,
+        like: Tensor,
+        clip: float | DynamicThreshold | None = None,
+        backend: str = "auto",
+        keep_x0: bool = True,
+    ) -> None:
+        self.table = table
+        state = torch.float64 if like.dtype == torch.float64 else torch.float32
+        backend = resolve_backend(backend, like.device, state)
+        threshold = clip if isinstance(clip, DynamicThreshold) else None
+        # Examples: every row has its own.
+        example = torch.empty_like(like, memory_format=torch.contiguous_format)
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=state, device=like.device)
+
+        buffers = StepBuffers(
+            x=example,
+            table=table.on(like.device, state),
+            counter=torch.zeros(2, dtype=torch.int32, device=like.device),
+            history=zeros(table.num_history + 1, *like.shape) if table.num_history else None,
+            bound=None if clip is None else zeros(len(like)) + (0.0 if threshold else clip),  # type: ignore[operator]
+            noise=example,
+            x0=example,
+            source=example,
+        )
+        quiet = StepSpec(
+            raw_output=table.uses_raw_output,
+            history=table.num_history,
+            clip=clip is not None,
+            rescale=threshold is not None,
+            keep_x0=keep_x0,
+        )
+        noisy = replace(quiet, noise="tensor", learned_variance=table.learned_variance)
+        self._quiet = GuidedStep(quiet, replace(buffers), backend)
+        self._noisy = GuidedStep(noisy, replace(buffers), backend) if table.uses_noise else self._quiet
+        self._predicting: QuantileBound | None = None
+        if threshold is not None:
+            apart = replace(buffers, x=zeros(*like.shape), x0=zeros(*like.shape), source=None)
+            self._predicting = QuantileBound(threshold, quiet, apart, backend)
+        self._counter, self._history = buffers.counter, buffers.history
+        # Rows to begin with are on the device beforehand: a number from the host would be a copy.
+        rows = torch.arange(len(table), dtype=torch.int32)
+        self._starts = torch.stack([rows, torch.zeros_like(rows)], dim=1).to(like.device).unbind()
+        self._next = 0
+
+    @torch.no_grad()
+    def __call__(
+        self, row: int, output: Tensor, sample: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One row.
+
+        Args:
+            row: of the table. Rows in order cost nothing; to another one the device is set first.
+            output: the model's, [B, C, ...], or [B, 2C, ...] with variance channels.
+            sample: [B, C, ...], not changed.
+            noise: standard normals [B, C, ...], in the sample's dtype or float32; None for rows without noise.
+
+        Returns:
+            The next sample, and x0 (limited by the clip) or None: the caller's own, in the sample's dtype.
+
+        Raises:
+            ValueError: an output of another shape or device, or wider than the state.
+        """
+        if row != self._next:
+            self._counter.copy_(self._starts[row])
+        if row == 0 and self._history is not None:
+            # Rows multiply tensors they do not use by 0, and 0 times the infinity of an earlier run is not 0.
+            self._history.zero_()
+        sample = sample.contiguous()
+        if self._predicting is not None:
+            self._predicting.buffers.x.copy_(sample)
+            self._predicting(output)
+        step = self._quiet if noise is None else self._noisy
+        following = torch.empty_like(sample)
+        x0 = torch.empty_like(sample) if step.spec.keep_x0 else None
+        step.move(sample, following, x0, noise)
+        self._next = -1  # until this row is known to be enqueued
+        step(output)
+        self._next = row + 1
+        return following, x0
