@@ -14,6 +14,6 @@ before anybody uses it.
 """
 
 from .sampler import compile_sampler
-from .scheduler import compile_scheduler, scheduler_clip
+from .scheduler import CompiledScheduler, compile_scheduler, compile_timesteps, scheduler_clip
 
-__all__ = ["compile_sampler", "compile_scheduler", "scheduler_clip"]
+__all__ = ["CompiledScheduler", "compile_sampler", "compile_scheduler", "compile_timesteps", "scheduler_clip"]

@@ -20,7 +20,9 @@ TOLERANCE = 5e-6
 
 
 def check_linear(response: Response, shorter: Response, what: str) -> None:
-    """Raise ValueError unless basis vectors of another length give the same coefficients."""
+    """Raise ValueError unless basis vectors of another length give the same, finite coefficients."""
+    if not np.isfinite(response.states).all():
+        raise ValueError(f"{what}, whose samples are not finite, expected finite ones")
     largest = np.abs(response.states).max(axis=1)
     differing = np.abs(response.states - shorter.states).max(axis=1) > TOLERANCE * np.maximum(largest, 1.0)
     if differing.any():
@@ -55,7 +57,7 @@ def verify(
     states: Sequence[Tensor],
     clip: float | DynamicThreshold | None,
     what: str,
-) -> None:
+) -> list[Tensor]:
     """Raise ValueError unless a table makes of random inputs what the original has made of them.
 
     Args:
@@ -66,13 +68,17 @@ def verify(
         states: the original's, float64: the start, and after every row.
         clip: of x0.
         what: the original in words.
+
+    Returns:
+        x0 of every row.
     """
-    x, history = states[0], [torch.zeros_like(states[0]) for _ in range(3)]
+    x, history, predicted = states[0], [torch.zeros_like(states[0]) for _ in range(3)], []
     names = ("p_x", "p_m", "a_x", "a_0", "a_m", "k_x", "k_0", "k_m", "l_0", "l_v")
     for row, (output, noise, state) in enumerate(zip(outputs, drawn, states[1:], strict=True)):
         c = {name: float(table[name][row]) for name in names}
         m = output[:, : x.shape[1]]
         x0 = _limited(c["p_x"] * x + c["p_m"] * m, clip)
+        predicted.append(x0)
         y = c["a_x"] * x + c["a_0"] * x0 + c["a_m"] * m
         y += sum(float(table[f"a_h{j}"][row]) * h for j, h in enumerate(history))
         if not table.learned_variance:
@@ -82,12 +88,17 @@ def verify(
         if (slot := int(table["slot"][row])) >= 0:
             history[slot] = c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m
         x = y
-        distance = float((x - state).abs().max()) / max(1.0, float(state.abs().max()))
-        if not distance <= TOLERANCE:
+        if not (apart := distance(x, state)) <= TOLERANCE:
             raise ValueError(
-                f"{what}, from which its table differs by {distance:.1e} in row {row}, expected at most "
+                f"{what}, from which its table differs by {apart:.1e} in row {row}, expected at most "
                 f"{TOLERANCE:.0e}: its steps are not linear"
             )
+    return predicted
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """The largest difference, in shares of the largest value."""
+    return float((got - want).abs().max()) / max(1.0, float(want.abs().max()))
 
 
 def _limited(x0: Tensor, clip: float | DynamicThreshold | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ class Response:
         drawn: [C + 1], how many draws were made before every model call, and at all.
         predictions: [C, size] or None: the predicted x0, where the scheduler tells it.
         converted: [C, size] or None: what it makes of the model's output first (`convert_model_output`).
+        further: [C, size] or None: what a step returns second, whatever it is called.
         rounding: of the coefficients, in shares of a row's largest.
     """
 
@@ -43,6 +44,7 @@ class Response:
     predictions: Array | None
     converted: Array | None
     rounding: float
+    further: Array | None = None
 
     @property
     def calls(self) -> int:
@@ -50,11 +52,12 @@ class Response:
         return len(self.inputs)
 
 
-def respond(scheduler: Any, variance: float | None = None, length: float = 1.0) -> Response:
+def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, first: int = 0) -> Response:
     """Run a scheduler whose timesteps are set.
 
     Args:
         scheduler: of diffusers' protocol; it is copied.
+        first: index of the timestep that the run begins with.
         variance: the value of the model's variance channels; None for a model without.
         length: of the basis vectors; what is linear does not depend on it.
 
@@ -62,7 +65,7 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0) 
         ValueError: its model calls depend on numbers that a table does not have.
     """
     scheduler = copy.deepcopy(scheduler)
-    timesteps = scheduler.timesteps
+    timesteps = scheduler.timesteps[first:]
     calls = len(timesteps)
     size, drawn = 1 + (1 + _DRAWS) * calls, 0
 
@@ -88,7 +91,7 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0) 
             return result
 
         scheduler.convert_model_output = recorded
-    x, states, inputs, predictions, draws = basis(0), [], [], [], [0]
+    x, states, inputs, predictions, further, draws = basis(0), [], [], [], [], [0]
     with drawing(scheduler, draw), torch.no_grad():
         for i, t in enumerate(timesteps):
             states.append(x)
@@ -99,18 +102,21 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0) 
             result = scheduler.step(output, t, x)
             x = result.prev_sample
             predictions.append(getattr(result, "pred_original_sample", None))
+            further += returned_second(result)
             draws.append(drawn)
     states.append(x)
+    used = 1 + calls + drawn
     told = [prediction for prediction in predictions if prediction is not None]
     return Response(
-        _stacked(states) / length,
-        _stacked(inputs) / length,
+        _stacked(states, used) / length,
+        _stacked(inputs, used) / length,
         timesteps.double().cpu().numpy(),
         not timesteps.is_floating_point(),
         tuple(draws),
-        _stacked(told) / length if len(told) == calls else None,
-        _stacked(converted) / length if len(converted) == calls else None,
+        _stacked(told, used) / length if len(told) == calls else None,
+        _stacked(converted, used) / length if len(converted) == calls else None,
         _ROUNDING,
+        _stacked(further, used) / length if len(further) == calls else None,
     )
 
 
@@ -126,8 +132,8 @@ def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[N
 
     for base in type(sampler).__mro__:
         if (module := inspect.getmodule(base)) is not None and base is not object:
-            patch(module, "randn_tensor", lambda shape, **_: draw(torch.empty(tuple(shape))))
-    patch(torch, "randn", lambda *shape, **_: draw(torch.empty(*shape)))
+            patch(module, "randn_tensor", lambda shape, dtype=None, **_: draw(torch.empty(tuple(shape), dtype=dtype)))
+    patch(torch, "randn", lambda *shape, dtype=None, **_: draw(torch.empty(*shape, dtype=dtype)))
     patch(torch, "randn_like", lambda like, **_: draw(like))
     try:
         yield
@@ -136,6 +142,11 @@ def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[N
             setattr(place, name, function)
 
 
-def _stacked(vectors: list[Tensor]) -> Array:
-    result: Array = torch.stack([vector.double().reshape(-1) for vector in vectors]).numpy()
+def returned_second(result: Any) -> list[Tensor]:
+    """What a step has returned beside the sample, whatever it is called; empty if nothing."""
+    return [value.double() for value in list(result.values())[1:2]] if isinstance(result, Mapping) else []
+
+
+def _stacked(vectors: list[Tensor], used: int) -> Array:
+    result: Array = torch.stack([vector.double().reshape(-1)[:used] for vector in vectors]).numpy()
     return result

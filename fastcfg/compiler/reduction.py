@@ -126,8 +126,10 @@ def _fitted(
         sizes[sizes == 0] = 1.0
         terms = np.linalg.lstsq((vectors / sizes[:, None]).T, target, rcond=1e-12)[0]
         fits.append((np.abs(terms @ (vectors / sizes[:, None]) - target).max() / scale, chosen, terms, sizes))
+        if fits[-1][0] <= rounding:
+            break
     least = min(fit[0] for fit in fits)
-    if least > _TOLERANCE * rounding:
+    if not least <= _TOLERANCE * rounding:
         return None
     # Further tensors that only fit a scheduler's rounding are none of it.
     _, chosen, terms, sizes = next(fit for fit in fits if fit[0] <= max(2 * least, rounding))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,11 +15,12 @@ from torch import Tensor
 
 from ..table import NO_NOISE, StepTable
 from ..threshold import DynamicThreshold
-from .assembly import check_linear, columns, verify
-from .probe import Array, Response, drawing, respond
+from .assembly import TOLERANCE, check_linear, columns, distance, verify
+from .cache import kept_for
+from .probe import Array, Response, drawing, respond, returned_second
 from .reduction import reduce
 
-__all__ = ["compile_scheduler", "scheduler_clip"]
+__all__ = ["CompiledScheduler", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
 
 _SATURATED = 1e4
 # Of the schedulers that convert outputs (`convert_model_output`): those that convert them to x0.
@@ -52,19 +55,62 @@ def compile_scheduler(
     """
     if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
         raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, expected an integer of at least 1")
+    _check_protocol(scheduler)
+    original = copy.deepcopy(scheduler)
+    with _running(original):
+        original.set_timesteps(num_inference_steps, **set_timesteps)
+    return compile_timesteps(original, step_options=step_options).table
+
+
+@dataclass(frozen=True, eq=False)
+class CompiledScheduler:
+    """A scheduler's table, and how it draws noise.
+
+    Attributes:
+        table: its rows.
+        draws: for every row the coefficients of its draws, in their order; those of draws that change nothing are 0.
+        further: what its steps return beside the sample: "none", "x0" (the table's, limited), "sum" or "unknown".
+        sums: [C, 2], of "sum": the coefficients of the row's state and output.
+    """
+
+    table: StepTable
+    draws: tuple[tuple[float, ...], ...]
+    further: str
+    sums: Array | None
+
+
+def compile_timesteps(
+    scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None
+) -> CompiledScheduler:
+    """`compile_scheduler` for a scheduler whose timesteps are set, for a run that begins with `timesteps[first]`.
+
+    Results are kept: of a scheduler that holds the same numbers, in the same version of its library, the next call
+    returns them.
+
+    Args, errors: as there. `first` is above 0 where a picture is changed rather than made: methods of several steps
+    then begin with less history.
+    """
+    _check_protocol(scheduler)
+    if not 0 <= first < len(scheduler.timesteps):
+        raise ValueError(f"first: got {first}, expected 0 to {len(scheduler.timesteps) - 1}, an index of its timesteps")
+    return kept_for(
+        scheduler, (first, dict(step_options or {})), lambda: _compile(scheduler, first, step_options or {})
+    )
+
+
+def _check_protocol(scheduler: Any) -> None:
     for name in ("config", "set_timesteps", "step"):
         if not hasattr(scheduler, name):
             raise ValueError(f"scheduler: got {type(scheduler).__name__} without {name}, expected diffusers' protocol")
-    original = copy.deepcopy(scheduler)
-    if hasattr(original, "noise_sampler"):
+    if hasattr(scheduler, "noise_sampler"):
         raise ValueError(f"scheduler: got {type(scheduler).__name__}, whose noise is a Brownian tree's, expected draws")
-    if step_options:
-        original.step = partial(original.step, **step_options)
-    learned = "learned" in str(original.config.get("variance_type"))
+
+
+@contextmanager
+def _running(scheduler: Any) -> Iterator[None]:
+    """Context in which a scheduler that fails is one that cannot be compiled."""
     try:
-        original.set_timesteps(num_inference_steps, **set_timesteps)
-        linear = _without_clip(original)
-        response, shorter = (respond(linear, 0.0 if learned else None, length) for length in (1.0, 0.5))
+        yield
     except ValueError:
         raise
     except Exception as error:
@@ -72,15 +118,25 @@ def compile_scheduler(
             f"scheduler: got {type(scheduler).__name__}, which does not run on basis vectors "
             f"({type(error).__name__}: {error}), expected one of linear steps"
         ) from error
+
+
+def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> CompiledScheduler:
+    original = copy.deepcopy(scheduler)
+    if step_options:
+        original.step = partial(original.step, **step_options)
+    learned = "learned" in str(original.config.get("variance_type"))
+    with _running(original):
+        linear = _without_clip(original)
+        response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.5))
     what = f"scheduler: got {type(scheduler).__name__}"
     check_linear(response, shorter, what)
     rows = reduce(response)
     p_x, p_m = _prediction(linear, response)
     found: dict[str, Any] = columns(rows, p_x, p_m)
     if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
-        found |= _beside_the_clip(linear, p_x, p_m)
+        found |= _beside_the_clip(linear, first, p_x, p_m)
     if learned:
-        found |= _learned(linear, rows.draws)
+        found |= _learned(linear, first, rows.draws)
     order = getattr(scheduler, "order", 1)
     table = StepTable.from_columns(
         c_in=_scales(response),
@@ -92,8 +148,10 @@ def compile_scheduler(
         name=type(scheduler).__name__,
         **found,
     )
-    verify(table, rows.draws, *_random_run(original, table), scheduler_clip(original), what)
-    return table
+    random = _random_run(original, first, table)
+    clip = scheduler_clip(original)
+    predicted = verify(table, rows.draws, random.outputs, random.drawn, random.states, clip, what)
+    return CompiledScheduler(table, rows.draws, *_further(response, random, predicted))
 
 
 def scheduler_clip(scheduler: Any) -> float | DynamicThreshold | None:
@@ -115,21 +173,23 @@ def _without_clip(scheduler: Any) -> Any:
 
 def _prediction(scheduler: Any, response: Response) -> tuple[Array, Array]:
     """p_x and p_m where the scheduler tells its x0 (else 0)."""
-    calls, config = response.calls, scheduler.config
-    p_x, p_m = np.zeros(calls), np.zeros(calls)
-    predictions = response.predictions
+    config, predictions = scheduler.config, response.predictions
     if config.get("algorithm_type") in _X0_ALGORITHMS or config.get("predict_x0"):
         predictions = response.converted if predictions is None else predictions
-    if predictions is None:
-        return p_x, p_m
-    for i in range(calls):
-        p_m[i] = predictions[i, 1 + i]
-        rest = predictions[i].copy()
-        rest[1 + i] = 0.0
-        p_x[i] = rest @ response.states[i] / (response.states[i] @ response.states[i])
-        if np.abs(rest - p_x[i] * response.states[i]).max() > 1e-5 * max(1.0, np.abs(rest).max()):
-            return np.zeros(calls), np.zeros(calls)  # no x0 of this row's
-    return p_x, p_m
+    found = None if predictions is None else _of_rows(predictions, response)
+    return found or (np.zeros(response.calls), np.zeros(response.calls))
+
+
+def _of_rows(vectors: Array, response: Response) -> tuple[Array, Array] | None:
+    """One vector a row as a sum of the row's state and output: the two coefficients [C]; None if one is no such sum."""
+    of_x, of_m = np.zeros(response.calls), np.zeros(response.calls)
+    for i, (vector, state) in enumerate(zip(vectors, response.states, strict=False)):
+        rest = vector.copy()
+        of_m[i], rest[1 + i] = rest[1 + i], 0.0
+        of_x[i] = rest @ state / (state @ state)
+        if np.abs(rest - of_x[i] * state).max() > 1e-5 * max(1.0, np.abs(rest).max()):
+            return None
+    return of_x, of_m
 
 
 def _scales(response: Response) -> Array:
@@ -140,12 +200,12 @@ def _scales(response: Response) -> Array:
     return scales
 
 
-def _beside_the_clip(linear: Any, p_x: Array, p_m: Array) -> dict[str, Array]:
+def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[str, Array]:
     """a_x, a_0 and a_m of steps whose x0 is limited: derivatives where it is saturated, and what is left there."""
     limited = copy.deepcopy(linear)
     limited.register_to_config(clip_sample=True)
     bound, found = float(limited.config.get("clip_sample_range", 1.0)), []
-    for i, t in enumerate(limited.timesteps):
+    for i, t in enumerate(limited.timesteps[first:]):
         x, m = _SATURATED * np.sign(p_x[i] or 1.0), _SATURATED * np.sign(p_m[i] or 1.0)
         values = torch.tensor([[x, m], [2 * x, m], [x, 2 * m]], dtype=torch.float64).T.reshape(2, 1, 1, 1, 3)
         output = values[1]
@@ -161,11 +221,11 @@ def _beside_the_clip(linear: Any, p_x: Array, p_m: Array) -> dict[str, Array]:
     return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
 
 
-def _learned(scheduler: Any, draws: tuple[tuple[float, ...], ...]) -> dict[str, Array]:
+def _learned(scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...]) -> dict[str, Array]:
     """l_0 and l_v: the logarithm of the noise is linear in the variance channels."""
     logs = []
     for v in (-1.0, 0.0, 1.0):
-        s = reduce(respond(scheduler, v)).s
+        s = reduce(respond(scheduler, v, first=first)).s
         logs.append(np.log2(np.where(s > 0, s, 1.0)))
     if np.abs(logs[0] - 2 * logs[1] + logs[2]).max() > 1e-4:
         raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected that")
@@ -177,22 +237,58 @@ def _learned(scheduler: Any, draws: tuple[tuple[float, ...], ...]) -> dict[str, 
     }
 
 
-def _random_run(scheduler: Any, table: StepTable) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
-    """Random outputs, the draws and the samples of a run of the scheduler on them, in float64."""
+@dataclass(frozen=True, eq=False)
+class _RandomRun:
+    """A run of a scheduler on random outputs, in float64.
+
+    Attributes:
+        outputs, drawn, further: of every step, what it was given, has drawn and has returned beside the sample.
+        states: the samples, the first one and that of every step.
+    """
+
+    outputs: list[Tensor]
+    drawn: list[list[Tensor]]
+    states: list[Tensor]
+    further: list[Tensor]
+
+
+def _random_run(scheduler: Any, first: int, table: StepTable) -> _RandomRun:
     generator = torch.Generator().manual_seed(0)
 
     def normal(channels: int = 3) -> Tensor:
         return torch.empty(2, channels, 4, 4, dtype=torch.float64).normal_(generator=generator)
 
     def draw(like: Tensor | None) -> Tensor:
-        drawn[-1].append(normal())
-        return drawn[-1][-1]
+        run.drawn[-1].append(normal())
+        return run.drawn[-1][-1]
 
     outputs = [normal(6 if table.learned_variance else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
-    states, drawn = [normal() * table.initial_scale], list[list[Tensor]]()
+    run = _RandomRun(outputs, [], [normal() * table.initial_scale], [])
     original = copy.deepcopy(scheduler)
     with drawing(original, draw), torch.no_grad():
-        for t, output in zip(original.timesteps, outputs, strict=True):
-            drawn.append([])
-            states.append(original.step(output, t, states[-1]).prev_sample.double())
-    return outputs, drawn, states
+        for t, output in zip(original.timesteps[first:], outputs, strict=True):
+            run.drawn.append([])
+            if hasattr(original, "scale_model_input"):
+                original.scale_model_input(run.states[-1], t)
+            result = original.step(output, t, run.states[-1])
+            run.states.append(result.prev_sample.double())
+            run.further.extend(returned_second(result))
+    return run
+
+
+def _further(response: Response, random: _RandomRun, predicted: list[Tensor]) -> tuple[str, Array | None]:
+    """What a scheduler returns beside the sample, as `CompiledScheduler` says it."""
+    if not random.further:
+        return "none", None
+
+    def is_returned(vectors: list[Tensor]) -> bool:
+        return max(map(distance, vectors, random.further)) <= TOLERANCE
+
+    if len(random.further) == response.calls and is_returned(predicted):
+        return "x0", None
+    found = None if response.further is None else _of_rows(response.further, response)
+    if found is not None:
+        pairs = zip(*found, random.states, random.outputs, strict=False)
+        if is_returned([of_x * x + of_m * m[:, : x.shape[1]] for of_x, of_m, x, m in pairs]):
+            return "sum", np.stack(found, axis=1)
+    return "unknown", None

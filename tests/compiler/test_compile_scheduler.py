@@ -251,7 +251,7 @@ def test_what_is_no_table_is_refused_and_why(step: Any, message: str) -> None:
         ("RePaintScheduler", {}, "missing 2 required positional arguments"),
         ("ScoreSdeVeScheduler", {}, "without step"),
         ("CMStochasticIterativeScheduler", {}, "its table differs"),  # clips what is not x0
-        ("CosineDPMSolverMultistepScheduler", {}, "draws of noise"),
+        ("CosineDPMSolverMultistepScheduler", {}, "a Brownian tree's"),
         ("DiscreteDDIMScheduler", {}, "gives other coefficients for other samples"),
         ("HeliosScheduler", {}, "does not run on basis vectors"),
     ],
