@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from functools import cache
 from importlib import metadata
 from threading import Lock
 from typing import Any, TypeVar
@@ -34,7 +35,7 @@ def kept_for(owner: Any, further: Any, make: Callable[[], Result]) -> Result:
         make: () -> the result. An error of its is raised and not kept.
     """
     try:
-        key = (type(owner), _version(type(owner)), _value(vars(owner)), _value(further))
+        key = (type(owner), _version(type(owner).__module__), _value(vars(owner)), _value(further))
     except _UnknownError:
         return make()
     with _lock:
@@ -50,9 +51,10 @@ def kept_for(owner: Any, further: Any, make: Callable[[], Result]) -> Result:
     return result
 
 
-def _version(owner: type) -> str:
+@cache
+def _version(module: str) -> str:
     try:
-        return metadata.version(owner.__module__.partition(".")[0])
+        return metadata.version(module.partition(".")[0])
     except metadata.PackageNotFoundError:
         return ""
 

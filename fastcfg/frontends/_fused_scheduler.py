@@ -1,0 +1,103 @@
+"""Subclasses of schedulers whose `step` is a table's."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ._scheduler_run import FallThroughError, SchedulerRun
+
+_logger = logging.getLogger("fastcfg")
+_logged: set[tuple[type, str]] = set()
+
+_RUN = "_fastcfg_run"
+
+
+def is_fused(scheduler: type) -> bool:
+    """Whether a class is one of ours."""
+    return "_fastcfg_original" in vars(scheduler)
+
+
+@functools.cache
+def fused_class(original: type) -> type:
+    """The subclass of a scheduler class. It keeps the original's name and module, so that pipelines that are saved can
+    be loaded where fastcfg is not installed.
+    """
+    base: Any = original
+    step_names = list(inspect.signature(base.step).parameters)[4:]  # after self, output, timestep, sample
+
+    @functools.wraps(base.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        options = run.options if (run := vars(self).pop(_RUN, None)) is not None else {}
+        result = base.set_timesteps(self, *args, **kwargs)
+        try:
+            _run_of(self, options).compile()
+        except FallThroughError as error:
+            _log(original, str(error))
+        return result
+
+    @functools.wraps(base.step)
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        options = dict(zip(step_names, args, strict=False)) | kwargs
+        if getattr(self, "num_inference_steps", 0) is not None and hasattr(self, "timesteps"):
+            try:
+                return _run_of(self).step(model_output, timestep, sample, options)
+            except FallThroughError as error:
+                _log(original, str(error))
+        return base.step(self, model_output, timestep, sample, *args, **kwargs)
+
+    names: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step}
+    if hasattr(base, "scale_model_input"):
+
+        @functools.wraps(base.scale_model_input)
+        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            timestep = args[0] if args else kwargs.get("timestep")
+            try:
+                scaled: Tensor = _run_of(self).scale(sample, timestep)
+            except FallThroughError:
+                scaled = base.scale_model_input(self, sample, *args, **kwargs)
+            return scaled
+
+        names["scale_model_input"] = scale_model_input
+
+    def reduce(self: Any) -> Any:
+        return _rebuilt, (original, {name: value for name, value in vars(self).items() if name != _RUN})
+
+    return type(
+        original.__name__,
+        (original,),
+        names
+        | {
+            "__doc__": original.__doc__,
+            "__module__": original.__module__,
+            "__qualname__": original.__qualname__,
+            "__reduce__": reduce,
+            "_fastcfg_original": original,
+        },
+    )
+
+
+def _rebuilt(original: type, state: Mapping[str, Any]) -> Any:
+    scheduler: Any = object.__new__(fused_class(original))
+    scheduler.__dict__.update(state)
+    return scheduler
+
+
+def _run_of(scheduler: Any, options: Mapping[str, Any] | None = None) -> SchedulerRun:
+    run: SchedulerRun | None = vars(scheduler).get(_RUN)
+    if run is None or run.timesteps is not scheduler.timesteps:
+        run = SchedulerRun(scheduler, type(scheduler)._fastcfg_original, options or {})
+        vars(scheduler)[_RUN] = run
+    return run
+
+
+def _log(original: type, reason: str) -> None:
+    """Say once why a class runs as it is."""
+    if (original, reason) not in _logged:
+        _logged.add((original, reason))
+        _logger.warning("%s is not fused: %s", original.__name__, reason)

@@ -1,0 +1,385 @@
+"""diffusers' schedulers with the fused step, beside themselves without it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.suite.foreign import load_diffusers
+from fastcfg.compiler import scheduler_clip
+from fastcfg.frontends import _fused_scheduler as fused_scheduler
+from fastcfg.frontends import diffusers as fused
+from fastcfg.frontends.diffusers import fuse
+from fastcfg.stepper import Stepper
+
+diffusers: Any = load_diffusers()
+pytestmark = [
+    pytest.mark.skipif(diffusers is None, reason="diffusers is not installed"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The `scale_model_input`"),
+]
+
+V = {"prediction_type": "v_prediction"}
+KARRAS = {"use_karras_sigmas": True}
+# One configuration of every class that compiles, two where a clip, thresholding or variances make it another thing.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", {}),
+    ("DDIMScheduler", {"clip_sample": False, **V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0, "clip_sample": False}),
+    ("DDIMInverseScheduler", {}),
+    ("DDIMParallelScheduler", {}),
+    ("CogVideoXDDIMScheduler", V),
+    ("DDPMScheduler", {}),
+    ("DDPMScheduler", {"variance_type": "learned_range"}),
+    ("DDPMParallelScheduler", {}),
+    ("UnCLIPScheduler", {"variance_type": "learned_range"}),
+    ("LCMScheduler", {}),
+    ("TCDScheduler", {}),
+    ("EulerDiscreteScheduler", {**KARRAS, **V}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("HeunDiscreteScheduler", {}),
+    ("KDPM2DiscreteScheduler", {}),
+    ("KDPM2AncestralDiscreteScheduler", {}),
+    ("LMSDiscreteScheduler", KARRAS),
+    ("PNDMScheduler", {"skip_prk_steps": True}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, **KARRAS}),
+    ("DPMSolverMultistepInverseScheduler", {}),
+    ("DPMSolverSinglestepScheduler", {}),
+    ("UniPCMultistepScheduler", {"solver_order": 3}),
+    ("DEISMultistepScheduler", {}),
+    ("SASolverScheduler", {}),
+    ("EDMEulerScheduler", {}),
+    ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchHeunDiscreteScheduler", {}),
+    ("FlowMatchLCMScheduler", {}),
+    ("FlowMapEulerDiscreteScheduler", {}),
+    ("LTXEulerAncestralRFScheduler", {}),
+    ("MiniMaxH3Scheduler", {}),
+]
+STEPS = 8
+# Of a step in float32 between the fused and the original one, in shares of the largest value, beside the original's own
+# error (FlowMatchHeun and the inverse of DPM-Solver: 3e-6). Measured: at most 1.1e-6.
+FLOAT32 = 2e-6
+# The fused sample's distance from the table in float64: in the original's, or in the dtype's spacing. Measured in
+# float32: twice theirs at 1.9e-7; in half precision never more than theirs, only the result's own rounding is left.
+FACTOR = {torch.float32: 2.0, torch.float16: 1.01, torch.bfloat16: 1.01}
+SPACINGS = {torch.float32: 2.0, torch.float16: 0.5, torch.bfloat16: 0.5}
+
+
+_made: dict[str, Any] = {}
+
+
+def make(name: str, config: dict[str, Any]) -> Any:
+    # KDPM2's constructor takes 1.3 s.
+    key = f"{name}{config}"
+    if key not in _made:
+        _made[key] = getattr(diffusers, name)(**config)
+    return copy.deepcopy(_made[key])
+
+
+def denoise(x: Tensor, t: Tensor, learned: bool) -> Tensor:
+    wide = x.float()
+    output = torch.tanh(0.8 * wide + torch.sin(0.01 * t.float())) + 0.1 * wide
+    return (torch.cat([output, torch.cos(wide)], dim=1) if learned else output).to(x.dtype)
+
+
+def start(scheduler: Any, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(2, 3, 12, 10, generator=torch.manual_seed(0))
+    return (x * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)
+
+
+def is_fused(scheduler: Any) -> bool:
+    run = vars(scheduler)["_fastcfg_run"]
+    return run._rows is not None and not run._fallen
+
+
+def generator_of(scheduler: Any, seed: int = 1) -> dict[str, Any]:
+    takes = "generator" in inspect.signature(scheduler.step).parameters
+    return {"generator": torch.Generator().manual_seed(seed)} if takes else {}
+
+
+def sample(scheduler: Any, dtype: torch.dtype = torch.float32, first: int = 0, **options: Any) -> Tensor:
+    """The loop of a pipeline."""
+    scheduler.set_timesteps(STEPS)
+    x, options = start(scheduler, dtype), {**generator_of(scheduler), **options}
+    for t in scheduler.timesteps[first:]:
+        given = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        learned = "learned" in str(scheduler.config.get("variance_type"))
+        x = scheduler.step(denoise(given, t, learned), t, x, **options, return_dict=False)[0]
+    return x
+
+
+# Every step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("begin", [0, 3], ids=["from noise", "from a picture"])
+@pytest.mark.parametrize(("name", "config"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: int, dtype: torch.dtype) -> None:
+    original, ours = make(name, config), fuse(make(name, config))
+    for scheduler in (original, ours):
+        scheduler.set_timesteps(STEPS)
+    first = begin * getattr(original, "order", 1)
+    if begin and hasattr(original, "set_begin_index"):
+        original.set_begin_index(first)
+        ours.set_begin_index(first)
+    theirs_draw, ours_draw = generator_of(original), generator_of(ours)
+    x, learned = start(original, dtype), "learned" in str(config.get("variance_type"))
+    truth, redrawn = None, torch.Generator().manual_seed(1)
+    farthest = largest_error = allowed = theirs = 0.0
+    for position, (t, own_t) in enumerate(zip(original.timesteps[first:], ours.timesteps[first:], strict=True)):
+        given = x
+        if hasattr(original, "scale_model_input"):
+            given, scaled = original.scale_model_input(x, t), ours.scale_model_input(x, own_t)
+            torch.testing.assert_close(scaled, given, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        output = denoise(given, t, learned)
+        want, got = original.step(output, t, x, **theirs_draw), ours.step(output, own_t, x, **ours_draw)
+        assert type(got) is type(want)
+        assert list(got) == list(want)
+        assert [value.dtype for value in got.values()] == [value.dtype for value in want.values()]
+        assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
+        # The same row in float64.
+        run = vars(ours)["_fastcfg_run"]
+        compiled, row = run._rows.compiled, first + position - run._rows.first
+        truth = truth or Stepper(compiled.table, x.double(), scheduler_clip(original))
+        noise = run._noise(compiled.draws[row], run._answers[output.dtype, x.dtype].drawn, x, redrawn, None)
+        exact = truth(row, output.double(), x.double(), None if noise is None else noise.double())
+        for i, (a, b, c) in enumerate(zip(got.values(), want.values(), exact, strict=False)):
+            a, b = a.double(), b.double()
+            size = max(1.0, float(b.abs().max()))
+            farthest = max(farthest, float((a - b).abs().max()) / size)
+            if i == 0:
+                largest_error = max(largest_error, float((a - c).abs().max()) / size)
+                allowed = max(allowed, float((b - c).abs().max()) / size)
+            if i == 0 or compiled.further == "x0":
+                theirs = max(theirs, float((b - c).abs().max()) / size)
+        x = want.prev_sample
+    assert is_fused(ours)
+    assert farthest < (FLOAT32 + theirs if dtype == torch.float32 else 0.2)
+    assert largest_error <= max(FACTOR[dtype] * allowed, SPACINGS[dtype] * torch.finfo(dtype).eps)
+    if theirs_draw:
+        states = [draw["generator"].get_state() for draw in (theirs_draw, ours_draw)]
+        assert torch.equal(*states)  # consumed alike
+    assert getattr(ours, "step_index", None) == getattr(original, "step_index", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDIMScheduler", {"eta": 0.6}),
+        ("DDIMScheduler", {"eta": 1.0, "use_clipped_model_output": True}),
+        ("TCDScheduler", {"eta": 0.7}),
+        ("EulerDiscreteScheduler", {"s_noise": 1.01}),
+        ("LMSDiscreteScheduler", {"order": 2}),
+    ],
+    ids=str,
+)
+def test_arguments_of_the_steps(name: str, options: dict[str, Any]) -> None:
+    want, ours = sample(make(name, {}), **options), fuse(make(name, {}))
+    torch.testing.assert_close(sample(ours, **options), want, rtol=2e-5, atol=2e-5)
+    assert is_fused(ours)
+
+
+def test_given_noise_takes_the_place_of_a_draw() -> None:
+    noise = torch.randn(2, 3, 12, 10, generator=torch.manual_seed(5))
+    results = []
+    for scheduler in (make("DDIMScheduler", {}), fuse(make("DDIMScheduler", {}))):
+        results.append(sample(scheduler, eta=1.0, variance_noise=noise, generator=None))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
+
+
+def test_one_generator_for_every_sample() -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+
+    want = sample(make("DDPMScheduler", {}), generator=generators())
+    got = sample(fuse(make("DDPMScheduler", {})), generator=generators())
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_second_run_is_the_first() -> None:
+    scheduler = fuse(make("DPMSolverMultistepScheduler", {}))
+    first = sample(scheduler)
+    assert torch.equal(sample(scheduler), first)
+    # And after a run that ended early.
+    scheduler.set_timesteps(STEPS)
+    scheduler.step(first, scheduler.timesteps[0], first * torch.inf)
+    assert torch.equal(sample(scheduler), first)
+
+
+def test_samples_of_any_rank() -> None:
+    for shape in ((5,), (2, 7), (2, 3, 7), (1, 2, 3, 4, 5)):
+        results = []
+        for scheduler in (make("DPMSolverMultistepScheduler", {}), fuse(make("DPMSolverMultistepScheduler", {}))):
+            scheduler.set_timesteps(3)
+            x = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape)
+            for t in scheduler.timesteps:
+                x = scheduler.step(torch.sin(x), t, x).prev_sample
+            results.append(x)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails where a number is read back from the device, or tensors are made from the host's."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::")
+        forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_to_copy", "lift_fresh", "arange")
+        assert not name.startswith(forbidden), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_a_step_reads_nothing_back_and_copies_nothing_from_the_host(name: str, config: dict[str, Any]) -> None:
+    scheduler = fuse(make(name, config))
+    scheduler.set_timesteps(STEPS)
+    x, learned = start(scheduler, torch.float32), "learned" in str(config.get("variance_type"))
+    output, timesteps = denoise(x, torch.zeros(()), learned), scheduler.timesteps
+    x = scheduler.step(output, timesteps[0], x).prev_sample  # memory is allocated
+    with NothingFromTheHost():
+        for t in timesteps[1:]:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+    assert is_fused(scheduler)
+
+
+# What stays the original's
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_it_is_the_original_s_class_with_its_signatures_and_files(name: str, tmp_path: Any) -> None:
+    cls, theirs = getattr(fused, name), getattr(diffusers, name)
+    assert cls is getattr(fused, name)
+    scheduler = cls.from_config(theirs().config)
+    assert isinstance(scheduler, theirs)
+    assert (cls.__name__, cls.__module__, cls.order) == (theirs.__name__, theirs.__module__, theirs.order)
+    for method in ("__init__", "step", "set_timesteps"):
+        assert inspect.signature(getattr(cls, method)) == inspect.signature(getattr(theirs, method))
+    assert hasattr(cls, "scale_model_input") == hasattr(theirs, "scale_model_input")
+    assert dict(scheduler.config) == dict(theirs().config)
+    scheduler.save_pretrained(tmp_path)
+    assert dict(theirs.from_pretrained(tmp_path).config) == dict(cls.from_pretrained(tmp_path).config)
+    assert [c.__name__ for c in scheduler.compatibles] == [c.__name__ for c in theirs().compatibles]
+    want = sample(theirs())
+    for other in (scheduler, copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler)), copy.copy(scheduler)):
+        torch.testing.assert_close(sample(other), want, rtol=1e-5, atol=1e-5)
+        assert is_fused(other)
+
+
+def test_noise_is_added_as_ever() -> None:
+    x, noise = torch.ones(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.5)
+    for name in ("DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+        original, ours = make(name, {}), fuse(make(name, {}))
+        for scheduler in (original, ours):
+            scheduler.set_timesteps(STEPS)
+        args = (x, noise, original.timesteps[2:3])
+        assert torch.equal(ours.add_noise(*args), original.add_noise(*args))
+    assert len(ours) == len(original)
+
+
+def test_fusing_leaves_the_original_alone_and_is_done_once() -> None:
+    original = make("EulerDiscreteScheduler", {})
+    original.set_timesteps(STEPS)
+    ours = fuse(original)
+    assert fuse(ours) is ours
+    assert type(original) is diffusers.EulerDiscreteScheduler
+    x = torch.ones(1, 3, 4, 4)
+    # Its timesteps were set before.
+    got = ours.step(x, ours.timesteps[0], x).prev_sample
+    assert original.step_index is None
+    torch.testing.assert_close(got, original.step(x, original.timesteps[0], x).prev_sample, rtol=1e-6, atol=1e-6)
+    assert is_fused(ours)
+
+
+def test_what_a_callback_keeps_is_not_overwritten_and_what_it_changes_counts() -> None:
+    scheduler = fuse(make("DDIMScheduler", {"clip_sample": False}))
+    scheduler.set_timesteps(3)
+    x, kept = start(scheduler, torch.float32), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.1 * x, t, x, return_dict=False)[0]
+        kept.append((x, x.clone()))
+        x = x * 0.5
+    for now, then in kept:
+        assert torch.equal(now, then)
+
+
+# What falls through
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("PNDMScheduler", {}, "needs 4 saved tensors"),
+        ("CMStochasticIterativeScheduler", {}, "its table differs"),
+    ],
+)
+def test_what_cannot_be_compiled_runs_as_it_did_and_one_line_says_why(
+    name: str, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    want = sample(make(name, config))
+    fused_scheduler._logged.clear()
+    with caplog.at_level(logging.WARNING, logger="fastcfg"):
+        ours = fuse(make(name, config))
+        assert torch.equal(sample(ours), want)
+        assert torch.equal(sample(ours), want)
+    lines = [record.getMessage() for record in caplog.records if record.name == "fastcfg"]
+    assert len(lines) == 1
+    assert name in lines[0]
+    assert reason in lines[0]
+
+
+def test_gradients_come_through_the_original() -> None:
+    scheduler, original = fuse(make("DDIMScheduler", {})), make("DDIMScheduler", {})
+    for s in (scheduler, original):
+        s.set_timesteps(STEPS)
+    x = torch.ones(1, 3, 4, 4, requires_grad=True)
+    got, want = (s.step(x * 0.3, s.timesteps[0], x).prev_sample for s in (scheduler, original))
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert x.grad is not None
+
+
+def test_the_original_says_what_is_wrong() -> None:
+    scheduler = fuse(make("DDIMScheduler", {}))
+    x = torch.ones(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="Number of inference steps is 'None'"):
+        scheduler.step(x, 5, x)
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nonsense'"):
+        scheduler.step(x, scheduler.timesteps[0], x, nonsense=1)
+    scheduler = fuse(make("DDPMScheduler", {}))
+    scheduler.set_timesteps(STEPS)
+    with pytest.raises(ValueError, match="model output: got shape"):
+        scheduler.step(x[:, :2], scheduler.timesteps[0], x)
+
+
+def test_a_step_that_cannot_be_fused_in_the_middle_of_a_run_that_saves_tensors_is_refused() -> None:
+    scheduler = fuse(make("LMSDiscreteScheduler", {}))
+    scheduler.set_timesteps(STEPS)
+    x = start(scheduler, torch.float32)
+    x = scheduler.step(x, scheduler.timesteps[0], x).prev_sample
+    with pytest.raises(ValueError, match="in the middle of a run"):
+        scheduler.step(x, scheduler.timesteps[1], x, order=2)
+
+
+@pytest.mark.parametrize("what", [3, "DDIMScheduler", torch.nn.Identity(), object])
+def test_what_is_no_scheduler_is_refused(what: Any) -> None:
+    with pytest.raises(TypeError, match="scheduler: got"):
+        fuse(what)
+
+
+def test_names_that_are_no_schedulers_are_not_found() -> None:
+    for name in ("UNet2DModel", "NoSuchScheduler"):
+        with pytest.raises(AttributeError, match=name):
+            getattr(fused, name)
+    assert {"fuse", "DDIMScheduler"} <= set(dir(fused))
