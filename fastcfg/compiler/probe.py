@@ -142,6 +142,13 @@ def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[N
             setattr(place, name, function)
 
 
+def position_in(timesteps: Tensor, value: Any) -> int | None:
+    """Where an element of `timesteps` is in it; None for anything else. Nothing is read from the device."""
+    if not isinstance(value, Tensor) or value.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return None
+    return (value.storage_offset() - timesteps.storage_offset()) // max(timesteps.stride(0), 1)
+
+
 def returned_second(result: Any) -> list[Tensor]:
     """What a step has returned beside the sample, whatever it is called; empty if nothing."""
     return [value.double() for value in list(result.values())[1:2]] if isinstance(result, Mapping) else []

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ from ..table import NO_NOISE, StepTable
 from ..threshold import DynamicThreshold
 from .assembly import TOLERANCE, check_linear, columns, distance, verify
 from .cache import kept_for
-from .probe import Array, Response, drawing, respond, returned_second
+from .probe import Array, Response, drawing, position_in, respond, returned_second
 from .reduction import reduce
 
-__all__ = ["CompiledScheduler", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
+__all__ = ["CompiledScheduler", "NextTimestep", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
 
 _SATURATED = 1e4
 # Of the schedulers that convert outputs (`convert_model_output`): those that convert them to x0.
@@ -38,7 +37,8 @@ def compile_scheduler(
         scheduler: an object of diffusers' protocol: `config`, `set_timesteps`, `timesteps`, `step`, and where it has
             them `scale_model_input`, `init_noise_sigma`, `convert_model_output`. It is not changed.
         num_inference_steps: as its `set_timesteps` takes it.
-        step_options: further arguments of its `step`, the same in every one, such as eta of DDIM.
+        step_options: further arguments of its `step`, the same in every one, such as eta of DDIM. The value
+            `NextTimestep` stands for the following timestep, and None in the last step (prev_timestep of UnCLIP).
         **set_timesteps: further arguments of `set_timesteps`.
 
     Returns:
@@ -98,6 +98,23 @@ def compile_timesteps(
     )
 
 
+class NextTimestep:
+    """Stands for the timestep that follows, as an argument of `step`."""
+
+
+class StepWith:
+    """A scheduler's `step` with further arguments. Copied with the scheduler, it is the copy's."""
+
+    def __init__(self, scheduler: Any, options: dict[str, Any]) -> None:
+        self._scheduler, self._step, self._options = scheduler, scheduler.step, options
+
+    def __call__(self, output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
+        timesteps = self._scheduler.timesteps
+        following = [*timesteps, None][position_in(timesteps, timestep) + 1]  # type: ignore[operator]
+        options = {name: following if value is NextTimestep else value for name, value in self._options.items()}
+        return self._step(output, timestep, sample, **options)
+
+
 def _check_protocol(scheduler: Any) -> None:
     for name in ("config", "set_timesteps", "step"):
         if not hasattr(scheduler, name):
@@ -123,7 +140,7 @@ def _running(scheduler: Any) -> Iterator[None]:
 def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> CompiledScheduler:
     original = copy.deepcopy(scheduler)
     if step_options:
-        original.step = partial(original.step, **step_options)
+        original.step = StepWith(original, dict(step_options))
     learned = "learned" in str(original.config.get("variance_type"))
     with _running(original):
         linear = _without_clip(original)
@@ -205,7 +222,7 @@ def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[st
     limited = copy.deepcopy(linear)
     limited.register_to_config(clip_sample=True)
     bound, found = float(limited.config.get("clip_sample_range", 1.0)), []
-    for i, t in enumerate(limited.timesteps[first:]):
+    for i in range(len(p_x)):
         x, m = _SATURATED * np.sign(p_x[i] or 1.0), _SATURATED * np.sign(p_m[i] or 1.0)
         values = torch.tensor([[x, m], [2 * x, m], [x, 2 * m]], dtype=torch.float64).T.reshape(2, 1, 1, 1, 3)
         output = values[1]
@@ -213,6 +230,7 @@ def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[st
             output = torch.cat([output, torch.zeros_like(output)], dim=1)
         fresh = copy.deepcopy(limited)
         with drawing(fresh, lambda like: torch.zeros(1, 1, 1, 3, dtype=torch.float64)), torch.no_grad():
+            t = fresh.timesteps[first + i]
             base, by_x, by_m = fresh.step(output, t, values[0]).prev_sample.double().reshape(-1).tolist()
         a_x, a_m = (by_x - base) / x, (by_m - base) / m
         found.append((a_x, (base - a_x * x - a_m * m) / bound, a_m))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler import CompiledScheduler, compile_timesteps, scheduler_clip
-from ..compiler.probe import drawing
+from ..compiler import CompiledScheduler, NextTimestep, compile_timesteps, scheduler_clip
+from ..compiler.probe import drawing, position_in
+from ..compiler.scheduler import StepWith
 from ..stepper import Stepper
 
 __all__ = ["FallThroughError", "SchedulerRun"]
@@ -122,9 +123,9 @@ class SchedulerRun:
         generator, noise = options.pop("generator", None), options.pop("variance_noise", None)
         return_dict = options.pop("return_dict", True)
         try:
-            changed = self._changed(options)
             self._check(output, sample, generator, noise)
             position = self._position(timestep)
+            changed = self._changed(options, position)
             rows = self._select(position, changed)
             answer = self._answer(output, sample, rows)
         except FallThroughError as error:
@@ -144,14 +145,22 @@ class SchedulerRun:
         values = [value.to(dtype) for value, dtype in zip(values, answer.dtypes, strict=True)]
         return answer.kind(**dict(zip(answer.names, values, strict=True))) if return_dict else tuple(values)
 
-    def _changed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _changed(self, options: Mapping[str, Any], position: int) -> dict[str, Any]:
         """The options that are not the defaults."""
+        changed: dict[str, Any] = {}
+        last = position == len(self._values) - 1
         for name, value in options.items():
             if name not in self._defaults:
                 raise FallThroughError(f"its step has no argument {name}")
-            if not isinstance(value, bool | int | float | str | None):
+            if position_in(self.timesteps, value) == position + 1 or (
+                last and value is None and self.options.get(name) is NextTimestep
+            ):
+                changed[name] = NextTimestep
+            elif not isinstance(value, bool | int | float | str | None):
                 raise FallThroughError(f"{name} of its step is a {type(value).__name__}")
-        return {name: value for name, value in options.items() if value != self._defaults[name]}
+            elif value != self._defaults[name]:
+                changed[name] = value
+        return changed
 
     def _check(self, output: Any, sample: Any, generator: Any, noise: Any) -> None:
         if self._fallen:
@@ -176,9 +185,8 @@ class SchedulerRun:
         if isinstance(timestep, Tensor):
             if timestep.numel() != 1:
                 raise FallThroughError("its timesteps differ by sample")
-            ours = self.timesteps
-            if timestep.untyped_storage().data_ptr() == ours.untyped_storage().data_ptr():
-                return timestep.storage_offset() - ours.storage_offset()
+            if (offset := position_in(self.timesteps, timestep)) is not None:
+                return offset
         value = float(timestep)
         if self._next is not None and self._values[self._next : self._next + 1] == [value]:
             return self._next
@@ -228,7 +236,8 @@ class SchedulerRun:
 
             try:
                 with drawing(twin, draw), torch.no_grad():
-                    result = twin.step(example[0], twin.timesteps[rows.first + noisy], example[1], **rows.options)
+                    step = StepWith(twin, dict(rows.options))
+                    result = step(example[0], twin.timesteps[rows.first + noisy], example[1])
             except Exception as error:
                 raise FallThroughError(f"its step fails on an example ({type(error).__name__}: {error})") from error
             fields = {name: value for name, value in result.items() if value is not None}
