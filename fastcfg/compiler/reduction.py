@@ -12,6 +12,9 @@ from .probe import Array, Response
 
 _TOLERANCE = 30  # of a sum, in roundings; measured: 12
 _REACH = 5  # rows that a saved tensor may lie back
+_HORIZON = 12  # samples of those that follow that tell what is needed
+_RANK = 100  # of singular values of what is needed, in roundings of the largest
+_DISTANCE = 1000  # of a unit vector from a span that it lies in, in roundings
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,38 +42,72 @@ def reduce(response: Response) -> Rows:
     """The rows of a run.
 
     Candidates for the saved tensors are families of one tensor a row: x0, what the scheduler converts outputs to, the
-    outputs, x - x0 (k-diffusion's derivative but for its factor), the states, and last what the next row asks for. The
-    first that does is taken.
+    outputs, x - x0 (k-diffusion's derivative but for its factor), the states, and last what later rows need. The first
+    that does is taken.
 
     Raises:
         ValueError: it needs more than three saved tensors, with the number, or tensors that no single row has.
     """
     states, outputs = response.states, np.eye(response.states.shape[1])[1 : 1 + response.calls]
+    if not np.isfinite(states).all():
+        raise ValueError("sampler: got samples that are not finite, expected finite ones")
     families = [response.predictions, response.converted, outputs]
     if response.predictions is not None:
         families.append(states[:-1] - response.predictions)
-    families += [states[:-1], _asked_for(response, outputs)]
+    families.append(states[:-1])
     for family in (family for family in families if family is not None):
         if (rows := _with(family, response, outputs)) is not None:
             return rows
-    rank = max(_ranks(response))
+    futures = list(_futures(response))
+    rank = max(map(len, futures)) - 1
     if rank > MAX_HISTORY:
         raise ValueError(f"sampler: got one that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
+    if (rows := _with(_general(response, outputs, futures), response, outputs)) is not None:
+        return rows
     raise ValueError(
         f"sampler: got one whose {rank} saved tensors are no sums of one row's state and output, expected such ones"
     )
 
 
-def _asked_for(response: Response, outputs: Array) -> Array:
-    """For every row the sum of its state and output that the next row needs: of methods of two stages."""
-    states, family = response.states, np.zeros_like(outputs)
-    for i in range(1, response.calls):
-        target, _ = _without_draws(response, i)
-        vectors = np.array([states[i], outputs[i], states[i - 1], outputs[i - 1]])
-        sizes = np.maximum(np.abs(vectors).max(axis=1), 1e-300)[:, None]
-        terms = np.linalg.lstsq((vectors / sizes).T, target, rcond=1e-12)[0]
-        family[i - 1] = terms[2:] @ (vectors / sizes)[2:]
+def _general(response: Response, outputs: Array, futures: list[Array]) -> Array:
+    """For every row the sum of its state and output that later rows need, whatever its proportions.
+
+    What is saved at a call lies, beside its state, in the span of what later samples need: a row's tensor is the
+    line in which the plane of its state and output meets the spans of as many later calls as have one in common. Near
+    the end these hold sums of several rows' tensors, so those already found that are still kept are added to them.
+    """
+    states, family, kept = response.states, np.zeros_like(outputs), max(map(len, futures)) - 1
+    distance = _DISTANCE * response.rounding
+    for r in range(response.calls - 1):
+        plane = np.array([states[r] / max(float(np.linalg.norm(states[r])), 1e-300), outputs[r]])  # orthonormal
+        apart = np.zeros((2, 0))
+        for j in range(r + 1, min(r + 1 + kept, response.calls)):
+            within = _span(np.concatenate([futures[j], family[max(j - kept, 0) : r]]), response)
+            apart = np.concatenate([apart, plane - plane @ within.T @ within], axis=1)
+            left, lengths, _ = np.linalg.svd(apart, full_matrices=False)
+            if lengths[-1] > distance:
+                break
+            # All of the plane: what is no part of the next state, which is at hand anyway.
+            line = left[:, -1] if lengths[0] > distance else np.array([[0, -1], [1, 0]]) @ plane @ states[r + 1]
+            family[r] = line @ plane
     return family
+
+
+def _futures(response: Response) -> Iterator[Array]:
+    """For every call orthonormal vectors that span what the samples after it need of what is known by then."""
+    calls, states = response.calls, response.states
+    states = states / np.maximum(np.abs(states).max(axis=1, keepdims=True), 1e-300)
+    reached = np.logical_or.accumulate(states != 0)
+    for i in range(calls):
+        known = reached[i] | (np.arange(states.shape[1]) <= i)
+        yield _span(np.where(known, states[i : i + _HORIZON], 0.0), response)
+
+
+def _span(vectors: Array, response: Response) -> Array:
+    """Orthonormal vectors that span the same, but for rounding."""
+    _, lengths, basis = np.linalg.svd(vectors, full_matrices=False)
+    found: Array = basis[lengths > _RANK * response.rounding * lengths[0]]
+    return found
 
 
 def _without_draws(response: Response, row: int) -> tuple[Array, Array]:
@@ -152,12 +189,3 @@ def _slots(used: list[dict[int, float]], calls: int) -> Array | None:
                 return None
             slots[r], busy[place] = place, last[r]
     return slots
-
-
-def _ranks(response: Response) -> Iterator[int]:
-    """Saved tensors needed beside x at every call: the rank of the map from all that is known to all later samples."""
-    states, calls = response.states, response.calls
-    for i in range(calls):
-        noise = [j for j in range(1 + calls, states.shape[1]) if np.abs(states[: i + 1, j]).max() > 0]
-        singular = np.linalg.svd(states[i:, [*range(1 + i), *noise]], compute_uv=False)
-        yield int((singular > 1e-5 * singular[0]).sum()) - 1

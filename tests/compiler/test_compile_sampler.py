@@ -56,9 +56,9 @@ def check(function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, An
         return noise[calls[0] - 1]
 
     seen: list[Tensor] = []
-    given: dict[str, Any] = {"disable": True, "callback": lambda state: seen.append(state["x"]), **options}
-    if "noise_sampler" in inspect.signature(function).parameters:
-        given["noise_sampler"] = draw
+    filled = {"disable": True, "callback": lambda state: seen.append(state["x"]), "noise_sampler": draw}
+    known = inspect.signature(function).parameters
+    given = {name: value for name, value in filled.items() if name in known} | options
     with drawing(function, draw):
         want = function(model, start, sigmas, **given)
     assert calls == [len(table)]
@@ -136,6 +136,31 @@ def forgetless(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
         kept.append(model(x, sigma.expand(len(x))))
         x = x + sum(m / (1 + (i + j) ** 2) for j, m in enumerate(kept[-6:]))
     return x
+
+
+def mixed(saved: int) -> Callable[..., Tensor]:
+    """A function that saves sums of state and output in proportions of its own, and adds the last few."""
+
+    def function(model: Any, x: Tensor, sigmas: Tensor, callback: Any) -> Tensor:
+        kept: list[Tensor] = []
+        for i, sigma in enumerate(sigmas[:-1]):
+            m = model(x, sigma.expand(len(x)))
+            callback({"x": x})
+            past, share = kept[max(0, i - saved) :], 0.3 + 0.1 * i % 0.7
+            kept.append(share * x + (1 - share) * m)
+            x = (0.9 - 0.05 * (i % 3)) * x - 0.2 * m + sum(h * 0.3 / (2 + j + i % 2) for j, h in enumerate(past))
+        return x
+
+    return function
+
+
+@pytest.mark.parametrize("count", [4, 7, 24])
+@pytest.mark.parametrize("saved", [1, 2, 3])
+def test_saved_tensors_of_any_proportions_are_found(saved: int, count: int) -> None:
+    levels = torch.linspace(5.0, 0.0, count + 1, dtype=torch.float64)
+    check(mixed(saved), levels, {})
+    if count > 5:
+        assert compile_sampler(mixed(saved), levels).num_history == saved
 
 
 def test_a_function_of_ones_own_is_a_table() -> None:

@@ -54,6 +54,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("KDPM2DiscreteScheduler", {}),
     ("KDPM2DiscreteScheduler", {**KARRAS, **V}),
     ("KDPM2AncestralDiscreteScheduler", {}),
+    ("IPNDMScheduler", {}),
     ("LMSDiscreteScheduler", {}),
     ("LMSDiscreteScheduler", {**KARRAS, **V}),
     ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -70,7 +71,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverSinglestepScheduler", {"solver_order": 3, **V}),
     ("UniPCMultistepScheduler", {}),
     ("UniPCMultistepScheduler", {"solver_order": 3, **V}),
-    ("UniPCMultistepScheduler", {"solver_type": "bh1", "predict_x0": False}),
     ("DEISMultistepScheduler", {}),
     ("DEISMultistepScheduler", {"solver_order": 3, **V}),
     ("SASolverScheduler", {}),
@@ -244,7 +244,7 @@ def test_what_is_no_table_is_refused_and_why(step: Any, message: str) -> None:
     ("name", "config", "message"),
     [
         ("PNDMScheduler", {}, "needs 4 saved tensors"),  # its Runge-Kutta warm-up
-        ("IPNDMScheduler", {}, "no sums of one row's state and output"),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1", "predict_x0": False}, "samples that are not finite"),
         ("DPMSolverSDEScheduler", {}, "a Brownian tree's"),
         ("CogVideoXDPMScheduler", {}, "missing 2 required positional arguments"),
         ("DDPMWuerstchenScheduler", {}, "does not run on basis vectors"),
