@@ -9,18 +9,23 @@ before anybody uses it.
     probe        run a scheduler on basis vectors
     reduction    coefficients of whole runs -> rows with few saved tensors
     assembly     rows -> a table, and the proof that it is the original
+    recipe       what an original draws, for images of the same seeds
+    cache        what was compiled, for schedulers that hold the same numbers
     scheduler    `compile_scheduler`: all of it, with the clip and learned variances
     sampler      `compile_sampler`: the same for functions of k-diffusion's form
 """
 
-from .sampler import compile_sampler
+from .recipe import Compiled
+from .sampler import compile_sampler, trace_sampler
 from .scheduler import CompiledScheduler, NextTimestep, compile_scheduler, compile_timesteps, scheduler_clip
 
 __all__ = [
+    "Compiled",
     "CompiledScheduler",
     "NextTimestep",
     "compile_sampler",
     "compile_scheduler",
     "compile_timesteps",
     "scheduler_clip",
+    "trace_sampler",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor
 from ..table import StepTable
 from .assembly import check_linear, columns, verify
 from .probe import Response, drawing
+from .recipe import Compiled
 from .reduction import reduce
 
-__all__ = ["compile_sampler"]
+__all__ = ["compile_sampler", "trace_sampler"]
 
 _CALLS, _DRAWS, _FEWEST = 3, 4, 64  # of one step, at most; and of a whole run, whatever its steps
 _ROUNDING = 1e-12
@@ -26,8 +28,10 @@ _ROUNDING = 1e-12
 def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, **options: Any) -> StepTable:
     """The table of a sampling function, with the arguments that its user gives it.
 
-    The table's model is the function's: a denoiser D(x, sigma), called with float times; its state starts at x with
-    the deviation `sigmas[0]`.
+    The table's model is the function's: a denoiser D(x, sigma), called with float times. Its state starts as the first
+    model input: x with the deviation `sigmas[0]` and what the function adds before (churn in the first step), whose
+    joint deviation is the table's initial_scale. A table's noise is one draw a row; for the function's own draws, and
+    so the images of its seeds, see `trace_sampler`.
 
     Args:
         sample_fn: called as sample_fn(model, x, sigmas, **options); of its further arguments `disable`, `callback` and
@@ -46,6 +50,18 @@ def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor
         >>> from k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m     # doctest: +SKIP
         >>> table = compile_sampler(sample_dpmpp_2m, get_sigmas_karras(20, 0.03, 14.6))     # doctest: +SKIP
     """
+    return trace_sampler(sample_fn, sigmas, **options).table
+
+
+def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, **options: Any) -> Compiled:
+    """`compile_sampler`'s table with the function's draws of noise, those whose value it does not use included.
+
+    Args:
+        sample_fn, sigmas, **options: as of `compile_sampler`.
+
+    Raises:
+        TypeError, ValueError: as `compile_sampler`.
+    """
     if not callable(sample_fn):
         raise TypeError(f"sample_fn: got {type(sample_fn).__name__}, expected a function")
     levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
@@ -61,15 +77,15 @@ def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor
         raise ValueError(
             f"{what}, which does not run on basis vectors ({type(error).__name__}: {error}), expected linear steps"
         ) from error
-    response = long.response(1.0)
-    if len(short.times) != response.calls:
+    if len(short.times) != len(long.times):
         raise ValueError(f"{what}, whose model calls depend on the samples, expected one whose steps are linear")
-    check_linear(response, short.response(0.5), what)
+    (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.5)
+    check_linear(response, shorter, what)
     rows, ones = reduce(response), np.ones(response.calls)
     table = StepTable.from_columns(
         t=response.times,
         integer_time=False,
-        initial_scale=float(levels[0]),
+        initial_scale=math.hypot(start * float(levels[0]), *start_draws),
         steps=long.steps(),
         name=name,
         **columns(rows, 0 * ones, ones),
@@ -78,7 +94,7 @@ def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor
     if len(random.times) != len(table):
         raise ValueError(f"{what}, whose model calls depend on the samples, expected one whose steps are linear")
     verify(table, rows.draws, random.outputs, random.drawn[1:], random.states, None, what)
-    return table
+    return Compiled(table, rows.draws, start, start_draws)
 
 
 @dataclass(eq=False)
@@ -89,7 +105,7 @@ class _Run:
         output: what the model returns, by number of the call.
         noise: what is drawn, by number of the draw.
         states, times, outputs: what the model was given and returned; in the end states holds the result as well.
-        drawn: draws before the first model call (which must not matter), and after every one.
+        drawn: draws before the first model call, and after every one.
         events: "call" and "callback", in their order.
     """
 
@@ -136,17 +152,25 @@ class _Run:
                 steps.append(done if following == "callback" else done - 1)
         return steps
 
-    def response(self, length: float) -> Response:
-        """Of a run on basis vectors of a length."""
+    def response(self, length: float) -> tuple[Response, float, tuple[float, ...]]:
+        """Of a run on basis vectors of a length, from its first model input on; and what that is made of: the share of
+        x and those of the draws before it."""
         states = torch.stack([state.reshape(-1) for state in self.states]).numpy() / length
         counts, calls = np.cumsum([len(drawn) for drawn in self.drawn]), len(self.times)
         early = slice(1 + calls, 1 + calls + counts[0])
-        if states[:, early].any():
-            raise ValueError("sample_fn: got one that adds noise before its first model call, expected none (no churn)")
+        start, added = float(states[0, 0]), states[0, early]
+        if not start:
+            raise ValueError("sample_fn: got one whose first model input is without x, expected one that starts from x")
+        states[:, 0] /= start
+        if np.abs(states[:, early] - np.outer(states[:, 0], added)).max(initial=0.0) > 1e-9 * np.abs(states).max():
+            raise ValueError(
+                "sample_fn: got one that uses what it draws before its first model call again after it, expected not"
+            )
         states = np.delete(states, early, axis=1)
         outputs = np.eye(states.shape[1])[1 : 1 + calls]
         drawn = tuple((counts - counts[0]).tolist())
-        return Response(states, states[:-1], np.array(self.times), False, drawn, outputs, None, _ROUNDING)
+        response = Response(states, states[:-1], np.array(self.times), False, drawn, outputs, None, _ROUNDING)
+        return response, start, tuple(added.tolist())
 
 
 def _respond(sample_fn: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any], length: float) -> _Run:

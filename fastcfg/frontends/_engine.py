@@ -18,7 +18,7 @@ from ..table import StepTable
 from ..threshold import DynamicThreshold
 from .classifier_free import ClassifierFree
 
-__all__ = ["Engine", "Request"]
+__all__ = ["Engine", "Request", "split_by_branch"]
 
 # Models and solvers whose samplers are kept for the next call.
 MAX_SAMPLERS = 4
@@ -120,7 +120,7 @@ class Engine:
                 self._pairs = _OnPairs(request.denoised_fn)
             sampler.denoised_fn = self._pairs
         sampler.cond_fn = request.cond_fn
-        conditioning = _split(request.model_kwargs or {}, full[0], fused=request.fused)
+        conditioning = split_by_branch(request.model_kwargs or {}, full[0], fused=request.fused)
         return sampler, {
             "shape": (batch, *full[1:]),
             "branches": conditioning,
@@ -173,7 +173,7 @@ def _noise(request: Request, sampler: Sampler, batch: int) -> NoiseSource:
     return NoiseSource(drawn.start, fill)
 
 
-def _split(model_kwargs: dict[str, Any], batch: int, *, fused: bool) -> dict[str, dict[str, Any]]:
+def split_by_branch(model_kwargs: dict[str, Any], batch: int, *, fused: bool) -> dict[str, dict[str, Any]]:
     """model_kwargs by branch; what has not one row per sample is shared."""
     cond: dict[str, Any] = {}
     uncond: dict[str, Any] = {}

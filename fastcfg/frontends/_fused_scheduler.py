@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from ._scheduler_run import FallThroughError, SchedulerRun
-
-_logger = logging.getLogger("fastcfg")
-_logged: set[tuple[type, str]] = set()
+from ._fall_through import FallThroughError, log_once
+from ._scheduler_run import SchedulerRun
 
 _RUN = "_fastcfg_run"
 
@@ -38,7 +35,7 @@ def fused_class(original: type) -> type:
         try:
             _run_of(self, options).compile()
         except FallThroughError as error:
-            _log(original, str(error))
+            log_once(original.__name__, str(error))
         return result
 
     @functools.wraps(base.step)
@@ -48,7 +45,7 @@ def fused_class(original: type) -> type:
             try:
                 return _run_of(self).step(model_output, timestep, sample, options)
             except FallThroughError as error:
-                _log(original, str(error))
+                log_once(original.__name__, str(error))
         return base.step(self, model_output, timestep, sample, *args, **kwargs)
 
     names: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step}
@@ -94,10 +91,3 @@ def _run_of(scheduler: Any, options: Mapping[str, Any] | None = None) -> Schedul
         run = SchedulerRun(scheduler, type(scheduler)._fastcfg_original, options or {})
         vars(scheduler)[_RUN] = run
     return run
-
-
-def _log(original: type, reason: str) -> None:
-    """Say once why a class runs as it is."""
-    if (original, reason) not in _logged:
-        _logged.add((original, reason))
-        _logger.warning("%s is not fused: %s", original.__name__, reason)

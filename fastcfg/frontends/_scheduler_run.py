@@ -15,12 +15,9 @@ from ..compiler import CompiledScheduler, NextTimestep, compile_timesteps, sched
 from ..compiler.probe import drawing, position_in
 from ..compiler.scheduler import StepWith
 from ..stepper import Stepper
+from ._fall_through import FallThroughError
 
-__all__ = ["FallThroughError", "SchedulerRun"]
-
-
-class FallThroughError(Exception):
-    """The original must run, for a reason."""
+__all__ = ["SchedulerRun"]
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_k_diffusion
 from fastcfg import Sampler
-from fastcfg.compiler import compile_sampler
+from fastcfg.compiler import Compiled, compile_sampler, trace_sampler
 from fastcfg.compiler.probe import drawing
 
 loaded: Any = load_k_diffusion()
@@ -32,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("sample_dpmpp_sde", {"eta": eta, "r": r}) for eta, r in ((1.0, 0.5), (0.5, 0.4), (0.0, 0.5))),
     *(("sample_dpmpp_2m_sde", {"eta": 1.0, "solver_type": kind}) for kind in ("midpoint", "heun")),
     ("sample_dpmpp_3m_sde", {"eta": 0.7, "s_noise": 1.1}),
+    *((f"sample_{name}", {"s_churn": 5.0, "s_noise": 1.003}) for name in ("euler", "heun", "dpm_2")),
+    ("sample_euler", {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 10.0}),
 ]
 
 
@@ -41,33 +45,39 @@ def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
     return torch.tanh(x / (1 + sigma**2)) + 0.1 * torch.cos(sigma)
 
 
-def check(function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any]) -> None:
-    """The compiled function's samples are the original's."""
-    table = compile_sampler(function, sigmas, **options)
-    start = torch.randn(2, 3, 6, 5, generator=torch.manual_seed(0), dtype=torch.float64) * sigmas[0]
-    noise = torch.randn(len(table), 2, 3, 6, 5, generator=torch.manual_seed(1), dtype=torch.float64)
-    calls = [0]
+def check(function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any]) -> Compiled:
+    """The compiled function's samples are the original's, of the original's draws."""
+    compiled = trace_sampler(function, sigmas, **options)
+    table = compiled.table
+    x = torch.randn(2, 3, 6, 5, generator=torch.manual_seed(0), dtype=torch.float64) * sigmas[0]
+    generator, drawn, seen = torch.manual_seed(1), list[list[Tensor]]([[]]), list[Tensor]()
 
     def model(x: Tensor, sigma: Tensor, **given: Any) -> Tensor:
-        calls[0] += 1
+        drawn.append([])
         return denoise(x, sigma, **given)
 
     def draw(*_: Any) -> Tensor:
-        return noise[calls[0] - 1]
+        drawn[-1].append(torch.empty_like(x).normal_(generator=generator))
+        return drawn[-1][-1]
 
-    seen: list[Tensor] = []
     filled = {"disable": True, "callback": lambda state: seen.append(state["x"]), "noise_sampler": draw}
     known = inspect.signature(function).parameters
     given = {name: value for name, value in filled.items() if name in known} | options
     with drawing(function, draw):
-        want = function(model, start, sigmas, **given)
-    assert calls == [len(table)]
+        want = function(model, x, sigmas, **given)
+    x_T, *noise = (
+        sum((c * z for c, z in zip(coefficients, values, strict=True)), torch.zeros_like(x))
+        for coefficients, values in zip([compiled.start_draws, *compiled.draws], drawn, strict=True)
+    )
+    x_T = compiled.start * x + x_T
+    unit = torch.stack(noise) / torch.from_numpy(np.where(table["s"] > 0, table["s"], 1.0)).view(-1, 1, 1, 1, 1)
     sampler = Sampler(denoise, table, backend="reference", graph=False, dtype=torch.float64, state_dtype=torch.float64)
-    steps = list(sampler.iterate(tuple(start.shape), x_T=start, noise=noise if table.uses_noise else None))
+    steps = list(sampler.iterate(tuple(x.shape), x_T=x_T, noise=unit if table.uses_noise else None))
     # Measured: 2.2e-14; the saved tensors stand for others.
     torch.testing.assert_close(steps[-1].x, want, rtol=1e-12, atol=1e-12)
-    assert table.num_steps == len(sigmas) - 1 == len(seen)
-    assert table.initial_scale == sigmas[0]
+    assert table.num_steps == len(sigmas) - 1
+    assert len(seen) in (0, table.num_steps)
+    return compiled
 
 
 @needs_k_diffusion
@@ -76,7 +86,10 @@ def check(function: Callable[..., Tensor], sigmas: Tensor, options: dict[str, An
 def test_a_compiled_function_is_the_original(name: str, options: dict[str, Any], count: int) -> None:
     if count == 1 and name in ("sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"):
         pytest.skip("the original does not run")
-    check(getattr(sampling, name), sampling.get_sigmas_karras(count, 0.03, 14.6).double(), options)
+    sigmas = sampling.get_sigmas_karras(count, 0.03, 14.6).double()
+    compiled = check(getattr(sampling, name), sigmas, options)
+    if "s_churn" not in options:
+        assert compiled.table.initial_scale == sigmas[0]
 
 
 @needs_k_diffusion
@@ -91,6 +104,18 @@ def test_saved_tensors_are_as_few_as_the_method_needs() -> None:
     sigmas = sampling.get_sigmas_karras(12, 0.03, 14.6)
     got = {name: compile_sampler(getattr(sampling, f"sample_{name}"), sigmas).num_history for name in want}
     assert got == want
+
+
+@needs_k_diffusion
+def test_draws_are_told_with_those_whose_value_is_not_used() -> None:
+    sigmas = [4.0, 2.0, 1.0, 0.0]
+    plain, churned = (trace_sampler(sampling.sample_euler, sigmas, s_churn=churn) for churn in (0.0, 0.3))
+    assert (plain.start, plain.start_draws, plain.draws) == (1.0, (0.0,), ((0.0,), (0.0,), ()))
+    want = [sigma * math.sqrt(1.1**2 - 1) for sigma in sigmas]
+    assert churned.start_draws == pytest.approx(want[:1])
+    assert churned.draws[0] == pytest.approx(want[1:2])
+    assert churned.table.initial_scale == pytest.approx(4.4)
+    assert churned.table["t"].tolist() == pytest.approx([4.4, 2.2, 1.1])
 
 
 @needs_k_diffusion
@@ -127,7 +152,12 @@ def branching(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def restless(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
-    return euler(model, x + torch.randn_like(x), sigmas)
+    return euler(model, 0.5 * x + torch.randn_like(x) - 2 * torch.randn_like(x), sigmas)
+
+
+def anchored(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+    noise = torch.randn_like(x)
+    return euler(model, x + noise, sigmas) + 0.1 * noise
 
 
 def forgetless(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -171,17 +201,24 @@ def test_a_function_of_ones_own_is_a_table() -> None:
     assert table["a_x"].tolist() == pytest.approx([0.5, 0.5, 0.0])
 
 
+def test_what_is_added_before_the_first_model_call_is_the_start() -> None:
+    compiled = check(restless, torch.linspace(4.0, 0.0, 6, dtype=torch.float64), {})
+    assert (compiled.start, compiled.start_draws) == (0.5, (1.0, -2.0))
+    assert compiled.table.initial_scale == pytest.approx(3.0)  # of 2, 1 and 2
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (squared, "step 11 gives other coefficients"),
         (halving, "whose model calls depend on the samples"),
         (branching, "its table differs by .* in row 11"),
-        (restless, "adds noise before its first model call"),
+        (anchored, "uses what it draws before its first model call again"),
+        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input is without x"),
         (forgetless, "needs 5 saved tensors, expected at most 3"),
         (lambda model, x: x, "does not run on basis vectors"),
     ],
-    ids=["a square", "a loop", "a branch", "early noise", "five saved tensors", "another form"],
+    ids=["a square", "a loop", "a branch", "early noise again", "no start", "five saved tensors", "another form"],
 )
 def test_what_is_no_table_is_refused_and_why(function: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg.compiler import scheduler_clip
-from fastcfg.frontends import _fused_scheduler as fused_scheduler
+from fastcfg.frontends import _fall_through
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends.diffusers import fuse
 from fastcfg.stepper import Stepper
@@ -327,7 +327,7 @@ def test_what_cannot_be_compiled_runs_as_it_did_and_one_line_says_why(
     name: str, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     want = sample(make(name, config))
-    fused_scheduler._logged.clear()
+    _fall_through._logged.clear()
     with caplog.at_level(logging.WARNING, logger="fastcfg"):
         ours = fuse(make(name, config))
         assert torch.equal(sample(ours), want)

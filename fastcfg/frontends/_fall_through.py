@@ -1,0 +1,21 @@
+"""What cannot be fused runs as it did, and one line says why."""
+
+from __future__ import annotations
+
+import logging
+
+__all__ = ["FallThroughError", "log_once"]
+
+_logger = logging.getLogger("fastcfg")
+_logged: set[tuple[str, str]] = set()
+
+
+class FallThroughError(Exception):
+    """The original must run, for a reason."""
+
+
+def log_once(name: str, reason: str) -> None:
+    """Log that `name` is not fused and why, the first time."""
+    if (name, reason) not in _logged:
+        _logged.add((name, reason))
+        _logger.warning("%s is not fused: %s", name, reason)

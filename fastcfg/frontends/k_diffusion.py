@@ -1,0 +1,61 @@
+"""k-diffusion's samplers on the engine.
+
+    from fastcfg.frontends.k_diffusion import sample_dpmpp_2m
+
+is k-diffusion's function of that name, compiled from itself: the same arguments, callbacks and random numbers, and
+every step is one fused kernel in one CUDA graph with the model. `fuse` does the same to any function of that form,
+ComfyUI's or a user's own. What cannot be compiled runs as it did, and a line is logged that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from ._fused_sampler import fused
+
+__all__ = ["fuse"]
+
+
+@cache
+def fuse(sample_fn: Callable[..., Tensor], backend: str = "auto", graph: str | bool = "auto") -> Callable[..., Tensor]:
+    """A sampling function with fused steps.
+
+    Sigmas may be on a GPU: they are read once, before the first step. Noise is drawn as the original draws it, by its
+    own Brownian tree too. Callbacks get the original's dictionary, after the step.
+
+    Args:
+        sample_fn: called as sample_fn(model, x, sigmas, extra_args, callback, disable, **options), where model(x [B, C,
+            ...], sigma [B], **extra_args) returns the denoised x.
+        backend, graph: as `Sampler`.
+
+    Returns:
+        A function with the same signature and name.
+
+    Raises:
+        TypeError: sample_fn is not callable, or has no argument model, x or sigmas.
+
+    Example:
+        >>> from k_diffusion.sampling import sample_heun                            # doctest: +SKIP
+        >>> x = fuse(sample_heun)(model, x, sigmas)                                 # doctest: +SKIP
+    """
+    return fused(sample_fn, backend, graph)
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("sample_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from k_diffusion import sampling
+
+    if not hasattr(sampling, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor has k_diffusion.sampling")
+    return fuse(getattr(sampling, name))
+
+
+def __dir__() -> list[str]:
+    from k_diffusion import sampling
+
+    return [*__all__, *(name for name in dir(sampling) if name.startswith("sample_"))]
