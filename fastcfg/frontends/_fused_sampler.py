@@ -39,11 +39,11 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
     missing = [argument for argument in _NEEDED if argument not in signature.parameters]
     samplers: OrderedDict[Any, Sampler] = OrderedDict()
 
-    def sampler_for(model: Any, compiled: Compiled, x: Tensor) -> Sampler:
-        key = (Alike(model), compiled.table, x.dtype, x.device)
-        state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    def sampler_for(model: Any, compiled: Compiled, x: Tensor, dtype: torch.dtype) -> Sampler:
+        key = (Alike(model), compiled.table, dtype, x.device)
+        state = torch.float64 if dtype == torch.float64 else torch.float32
         sampler = samplers.pop(key, None) or Sampler(
-            model, compiled.table, backend=backend, graph=graph, dtype=x.dtype, state_dtype=state, device=x.device
+            model, compiled.table, backend=backend, graph=graph, dtype=dtype, state_dtype=state, device=x.device
         )
         samplers[key] = sampler
         while len(samplers) > MAX_SAMPLERS:
@@ -62,7 +62,7 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
         except FallThroughError as error:
             log_once(name, str(error))
             return sample_fn(*args, **kwargs)
-        return call.run(sampler_for(call.model, call.compiled, call.x))
+        return call.run(sampler_for(call.model, call.compiled, call.x, call.rehearsal.dtypes[0]))
 
     return sample
 
@@ -76,12 +76,14 @@ class _Rehearsal:
         callbacks: by the number of the model call, what the callback was given but for tensors of samples.
         plain_callbacks: whether it was given the last model call's input and result.
         tree: what its own Brownian tree was made with beside x; None where it made none.
+        dtypes: of the last model input and of the result: half-precision samples become float32 in most functions.
     """
 
     draws: tuple[tuple[Any, ...] | None, ...]
     callbacks: dict[int, dict[str, Any]]
     plain_callbacks: bool
     tree: tuple[tuple[Any, ...], dict[str, Any]] | None
+    dtypes: tuple[torch.dtype, torch.dtype]
 
 
 @lru_cache(maxsize=_MAX_COMPILED)
@@ -150,14 +152,15 @@ def _rehearse(
         if original is not None:
             module.BrownianTreeNoiseSampler = tree  # type: ignore[union-attr]
         with drawing(sample_fn, drawn), torch.no_grad():
-            sample_fn(model, x, sigmas, **arguments)
+            result = sample_fn(model, x, sigmas, **arguments)
+        dtypes = given[-1].dtype, result.dtype
     except Exception as error:
         raise FallThroughError(f"it fails on an example ({type(error).__name__}: {error})") from error
     finally:
         if original is not None:
             module.BrownianTreeNoiseSampler = original  # type: ignore[union-attr]
     made: list[Any] = tree.made
-    return _Rehearsal(tuple(draws), callbacks, plain, made[0] if made else None)
+    return _Rehearsal(tuple(draws), callbacks, plain, made[0] if made else None, dtypes)
 
 
 @dataclass(eq=False)
@@ -237,7 +240,7 @@ class _Call:
             progress=shows,
             callback=None if self.callback is None else self._called_back(start),
         )
-        return result.to(x.dtype)
+        return result.to(self.rehearsal.dtypes[1])
 
     def _fill(self, row: int, buffer: Tensor | None) -> None:
         weights = self.compiled.draws[row]
@@ -259,7 +262,7 @@ class _Call:
             else:
                 drawn = self.noise_sampler(*asked)
             if weight:
-                drawn = drawn.to(torch.float32 if self.x.dtype != torch.float64 else torch.float64) * weight
+                drawn = drawn.to(torch.promote_types(self.x.dtype, torch.float32)) * weight
                 total = drawn if total is None else total + drawn
         return total
 
