@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 __all__ = [
     "Schedule",
     "betas_for_alpha_bar",
+    "consistency_timesteps",
     "legacy_betas",
     "named_betas",
     "space_timesteps",
@@ -155,6 +156,26 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     return kept
 
 
+def consistency_timesteps(n: int, num_timesteps: int = 1000, original_steps: int = 50) -> list[int]:
+    """The timesteps that consistency models are distilled for, and sampled at (diffusers' LCMScheduler): n of the
+    multiples of num_timesteps // original_steps, less 1.
+
+    Returns:
+        n timesteps, the noisiest first.
+
+    Raises:
+        ValueError: n not in 1 ... original_steps, or original_steps above num_timesteps.
+
+    Example:
+        >>> consistency_timesteps(4)
+        [999, 759, 499, 259]
+    """
+    if not 1 <= n <= original_steps <= num_timesteps:
+        raise ValueError(f"n: got {n}, expected 1 <= n <= original_steps {original_steps} <= {num_timesteps}")
+    kept = np.arange(original_steps, 0, -1) * (num_timesteps // original_steps) - 1
+    return kept[np.floor(np.linspace(0, original_steps, n, endpoint=False)).astype(np.int64)].tolist()
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """The betas of a diffusion process and everything derived from them.
@@ -218,6 +239,21 @@ class Schedule:
             )
         kept = self.alphas_cumprod[keep]
         return Schedule(1 - kept / np.append(1.0, kept[:-1]), self.timestep_map[keep], self.original_num_timesteps)
+
+    def zero_terminal_snr(self) -> Schedule:
+        """The process whose √ᾱ are shifted to end at 0, pure noise, and scaled to begin as before (Lin et al. 2023,
+        https://arxiv.org/abs/2305.08891, algorithm 1). Its model predicts v: ε says nothing of x0 there.
+
+        Apply it before re-spacing. Solvers in noise-level space refuse it, because sigma is infinite at its end.
+
+        Raises:
+            ValueError: a single timestep.
+        """
+        if self.num_timesteps == 1:
+            raise ValueError("betas: got one timestep, expected at least 2")
+        root = self.sqrt_alphas_cumprod
+        ᾱ = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        return Schedule(1 - ᾱ / np.append(1.0, ᾱ[:-1]), self.timestep_map, self.original_num_timesteps)
 
     @property
     def num_timesteps(self) -> int:
