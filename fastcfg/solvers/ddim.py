@@ -6,7 +6,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ._prediction import x0_coefficients
+from ._prediction import Array, x0_coefficients
 
 
 def ddim(
@@ -36,22 +36,13 @@ def ddim(
         >>> ddim(Schedule.named("linear", 1000).respace("ddim25")).uses_noise
         False
     """
-    if not (np.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta: got {eta}, expected a finite value of at least 0")
-    ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
-    σ = eta * np.sqrt((1 - ᾱ_prev) / (1 - ᾱ)) * np.sqrt(1 - ᾱ / ᾱ_prev)
-    direction = 1 - ᾱ_prev - σ**2
-    # At eta = 1 rounding may take the first step a little below 0.
-    if direction.min() < -1e-12:
-        raise ValueError(
-            f"eta: got {eta}, expected less: sigma exceeds the noise that is left at {int((direction < 0).sum())} steps"
-        )
+    σ, direction = noise_split(schedule, eta)
     return _rows(
         schedule,
         prediction,
         rescale_timesteps,
-        ᾱ_prev,
-        np.sqrt(np.maximum(direction, 0)),
+        schedule.alphas_cumprod_prev,
+        direction,
         σ,
         slice(None, None, -1),
         "ddim",
@@ -111,6 +102,25 @@ def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescal
         integer_time=not rescale_timesteps,
         name="ddim_extrapolated",
     )
+
+
+def noise_split(schedule: Schedule, eta: float) -> tuple[Array, Array]:
+    """(σ, √(1 - ᾱ_prev - σ²)), each [T] by timestep: equation 16 of the paper, and what is left for ε.
+
+    Raises:
+        ValueError: eta as `ddim` says.
+    """
+    if not (np.isfinite(eta) and eta >= 0):
+        raise ValueError(f"eta: got {eta}, expected a finite value of at least 0")
+    ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
+    σ = eta * np.sqrt((1 - ᾱ_prev) / (1 - ᾱ)) * np.sqrt(1 - ᾱ / ᾱ_prev)
+    direction = 1 - ᾱ_prev - σ**2
+    # At eta = 1 rounding may take the first step a little below 0.
+    if direction.min() < -1e-12:
+        raise ValueError(
+            f"eta: got {eta}, expected less: sigma exceeds the noise that is left at {int((direction < 0).sum())} steps"
+        )
+    return σ, np.sqrt(np.maximum(direction, 0))
 
 
 def _rows(schedule, prediction, rescale_timesteps, ᾱ_to, direction, σ, order, name) -> StepTable:  # type: ignore[no-untyped-def]

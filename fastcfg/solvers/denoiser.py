@@ -13,7 +13,7 @@ from ..sigmas import discrete_sigmas
 from ..table import StepTable
 from ._prediction import Array
 
-PREDICTIONS = ("x0", "epsilon", "v", "edm")
+PREDICTIONS = ("x0", "epsilon", "v", "edm", "flow")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,11 @@ class Denoiser:
         prediction: "x0": the model is D(x, σ) itself. "epsilon" or "v": a model of the discrete process `schedule`,
             called with x/√(σ²+1) and the timestep interpolated in log σ, clamped to the process (k-diffusion's
             `DiscreteEpsDDPMDenoiser` and `DiscreteVDDPMDenoiser`). "edm": the network F of Karras et al. 2022
-            (https://arxiv.org/abs/2206.00364, table 1), called with x/√(σ²+sigma_data²) and log(σ)/4.
+            (https://arxiv.org/abs/2206.00364, table 1), called with x/√(σ²+sigma_data²) and log(σ)/4. "flow": the
+            velocity v = z - x0 of x = (1-σ) x0 + σ z (Lipman et al. 2022, https://arxiv.org/abs/2210.02747), called
+            with x and 1000 σ, for levels up to 1 (`fastcfg.sigmas.flow`). Its ODE dx/dσ = v = (x - x0)/σ is that of the
+            other state, so any solver here that adds no noise solves it; `euler` and `heun` are diffusers'
+            `FlowMatchEulerDiscreteScheduler` and `FlowMatchHeunDiscreteScheduler`.
         schedule: the process of "epsilon" and "v", whose `timestep_map` the model knows.
         sigma_data: the data's standard deviation, for "edm" alone.
 
@@ -56,8 +60,16 @@ class Denoiser:
             raise ValueError(f"sigma_data: got {self.sigma_data}, expected a finite value above 0")
 
     def columns(self, σ: Array) -> dict[str, Array]:
-        """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0."""
+        """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0.
+
+        Raises:
+            ValueError: levels above 1 with "flow".
+        """
         one = np.ones_like(σ)
+        if self.prediction == "flow":
+            if σ.max() > 1:
+                raise ValueError(f"sigmas: got up to {σ.max():g}, expected at most 1 with prediction 'flow'")
+            return {"c_in": one, "t": 1000 * σ, "p_x": one, "p_m": -σ}
         if self.schedule is not None:
             log_σ = np.log(discrete_sigmas(self.schedule))
             t, c_in = np.interp(np.log(σ), log_σ, self.schedule.model_timesteps()), 1 / np.sqrt(σ**2 + 1)
@@ -100,9 +112,12 @@ def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any
 
     Raises:
         TypeError: denoiser not a Denoiser.
+        ValueError: noise in the steps of a flow, whose state has another scale at every level.
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
+    if denoiser.prediction == "flow" and np.any(columns.get("s", 0)):
+        raise ValueError("denoiser: got prediction 'flow' for steps that add noise, expected a solver without")
     return StepTable.from_columns(
         **denoiser.columns(σ),
         integer_time=False,

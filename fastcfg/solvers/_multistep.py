@@ -1,0 +1,92 @@
+"""Rows of exponential multistep methods, with or without a corrector.
+
+Between two levels of λ = -log σ the exact x is A x + ∫ k(λ) m(λ) dλ, with m the x0 (or the slope d) of the model. A
+method puts for m the polynomial through the m of some levels, so that a step is A x + sum_i w_i m_i. A corrector takes
+the step to a level again once the m there is known; x minus the predictor's terms is where it starts from, so that no
+state has to be saved for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..table import StepTable
+from ._prediction import Array
+from .denoiser import Denoiser, denoising_table
+
+# Exact to rounding for the kernels here up to steps of 20 in λ.
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
+
+
+def integrals(kernel: Callable[[Array], Array], λ: float, λ_to: float, known: Array) -> Array:
+    """w_i = ∫ k(λ) ℓ_i(λ) dλ from λ to λ_to, with ℓ_i the Lagrange polynomials of the levels `known`; like `known`."""
+    τ = λ + (λ_to - λ) * (_NODES + 1) / 2
+    basis = [np.prod([(τ - b) / (a - b) for b in known if b != a], axis=0) for a in known]
+    return (λ_to - λ) / 2 * (np.array(basis) @ (_WEIGHTS * kernel(τ)))
+
+
+def data_weights(λ: float, λ_to: float, known: Array, B: float, c: float = 1.0) -> Array:
+    """Weights of the x0 at levels `known`, with k(λ) = c e^(-c (λ_to - λ)).
+
+    For two levels, of which one is λ, the weight of the other one is -B/(2r) with r its distance from λ in steps, which
+    differs from the integral by what the order allows: UniPC and SA-Solver take B(h) = -h, e^-h - 1 or -c h.
+    """
+    total = -np.expm1(-c * (λ_to - λ))
+    if len(known) == 1:
+        return np.array([total])
+    if len(known) == 2:
+        other = known != λ
+        weight = -B * (λ_to - λ) / (2 * (known[other][0] - λ))
+        return np.where(other, weight, total - weight)
+    return integrals(lambda τ: c * np.exp(-c * (λ_to - τ)), λ, λ_to, known)
+
+
+def orders(levels: Array, order: int, lower_order_final: bool) -> list[int]:
+    """The order of every step: what has been seen allows, 1 for a step to 0, and, if wanted, what is left to come."""
+    N = len(levels) - 1
+    most = [min(order, n + 1, N - n if lower_order_final else order) for n in range(N)]
+    return [*most[:-1], most[-1] if levels[-1] > 0 else 1]
+
+
+def multistep_table(
+    denoiser: Denoiser,
+    σ: Array,
+    A: Array,
+    predictor: Sequence[Array],
+    corrector: Sequence[Array] = (),
+    *,
+    slopes: bool = False,
+    **columns: Any,
+) -> StepTable:
+    """The table of steps at levels σ [N].
+
+    Args:
+        denoiser, σ: as `denoising_table`.
+        A: [N], of x.
+        predictor: N arrays, the weights of m_n, m_{n-1}, ... in the step from level n.
+        corrector: N arrays, those of m_n, m_{n-1}, ... in the step to level n taken again; empty for none.
+        slopes: whether m is d = (x - x0)/σ rather than x0.
+        **columns: further ones.
+    """
+    rows = np.arange(len(σ))
+    on = np.zeros((1 + max(map(len, [*predictor, *corrector])), len(σ)))
+    for n, weights in enumerate(predictor):
+        on[: len(weights), n] += weights
+        if corrector and len(corrector[n]):
+            on[: len(corrector[n]), n] += A[n] * corrector[n]
+            on[1 : 1 + len(predictor[n - 1]), n] -= A[n] * predictor[n - 1]
+    ages = int(np.flatnonzero(on.any(axis=1)).max(initial=0))
+    # The m of row i goes where that of row i - ages, which it is the last to read, was.
+    slots = max(ages, 1)
+    a_h = np.zeros((3, len(σ)))
+    for age in range(1, ages + 1):
+        a_h[(rows - age) % slots, rows] = on[age]
+    m_x, m_0 = (1 / σ, -1 / σ) if slopes else (np.zeros_like(σ), np.ones_like(σ))
+    saved: dict[str, Any] = {"k_x": m_x, "k_0": m_0, "slot": rows % slots} if ages else {}
+    a_h0, a_h1, a_h2 = a_h
+    return denoising_table(
+        denoiser, σ, σ[0], a_x=A + on[0] * m_x, a_0=on[0] * m_0, a_h0=a_h0, a_h1=a_h1, a_h2=a_h2, **saved, **columns
+    )

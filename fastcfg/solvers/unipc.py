@@ -1,0 +1,67 @@
+"""UniPC (Zhao et al. 2023, https://arxiv.org/abs/2302.04867) in noise-level space, predicting x0."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..table import StepTable
+from ._multistep import data_weights, multistep_table, orders
+from ._prediction import Array
+from .denoiser import RAW, Denoiser, noise_levels
+
+VARIANTS = ("bh1", "bh2")
+
+
+def unipc(
+    sigmas: ArrayLike,
+    *,
+    order: int = 2,
+    variant: str = "bh2",
+    lower_order_final: bool = True,
+    denoiser: Denoiser = RAW,
+) -> StepTable:
+    """UniP-p and UniC-p: every step is predicted from the last p x0, and taken again with the x0 seen at its end.
+
+    Algorithms 1 to 4 of the paper, one model evaluation a step: the x0 that corrects a step also begins the next one.
+    It is diffusers' `UniPCMultistepScheduler`. B(h) counts only where two x0 are combined (equation 3 has a solution
+    without it elsewhere).
+
+    Args:
+        sigmas: noise levels [N + 1], see `fastcfg.sigmas`: finite, falling strictly, the last at least 0.
+        order: p, 1 to 3, less in the first steps.
+        variant: B(h): "bh1" is -h, "bh2" is e^-h - 1, in λ = -log σ.
+        lower_order_final: whether the last steps are of lower order too, as diffusers takes them. A step to 0 is of
+            first order in any case.
+        denoiser: what the model predicts, by default D(x, σ).
+
+    Returns:
+        A table of N rows with p saved tensors. Its start is sigmas[0] times noise.
+
+    Raises:
+        TypeError: denoiser not a Denoiser.
+        ValueError: sigmas not as described, unknown order or variant.
+
+    Example:
+        >>> from fastcfg import sigmas
+        >>> table = unipc(sigmas.karras(10, 0.1, 10.0), order=3)
+        >>> len(table), table.num_history
+        (10, 3)
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: got {order}, expected 1, 2 or 3")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(VARIANTS)}")
+    levels = noise_levels(sigmas)
+    with np.errstate(divide="ignore"):
+        λ = -np.log(levels)
+    predictor: list[Array] = []
+    corrector: list[Array] = [np.zeros(0)]
+    for n, p in enumerate(orders(levels, order, lower_order_final)):
+        h = λ[n + 1] - λ[n]
+        B = -h if variant == "bh1" else np.expm1(-h)
+        before = λ[n - np.arange(p)]
+        predictor.append(data_weights(λ[n], λ[n + 1], before, B))
+        if n + 2 < len(λ):
+            corrector.append(data_weights(λ[n], λ[n + 1], np.append(λ[n + 1], before), B))
+    return multistep_table(denoiser, levels[:-1], levels[1:] / levels[:-1], predictor, corrector, name="unipc")
