@@ -207,7 +207,9 @@ def _timesteps(T: int, n: int, spacing: str) -> Array:
     if spacing == "simple":
         return T - 1 - np.floor(np.arange(n) * (T / n))
     if spacing == "beta":
-        return np.unique(np.rint(_beta_quantiles(1 - np.arange(n) / n, 0.6, 0.6) * (T - 1)))[::-1]
+        # The median is halfway between two timesteps if T is even, up to its rounding.
+        steps = np.round(_beta_quantiles(1 - np.arange(n) / n, 0.6, 0.6) * (T - 1), 9)
+        return np.unique(np.rint(steps))[::-1]
     raise ValueError(f"spacing: got {spacing!r}, expected one of {', '.join(SPACINGS)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,17 @@ from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers, load_k_diffusion
 from fastcfg import Sampler, Schedule, StepTable, sigmas, solvers
+from fastcfg.schedule import consistency_timesteps
 from fastcfg.solvers import Denoiser
 
 SHAPE = (2, 3, 4, 4)
 LEVELS = sigmas.karras(5, 0.1, 10.0)
 PROCESS = Schedule.named("scaled_linear")
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+diffusers: Any = load_diffusers()
+needs_diffusers = pytest.mark.skipif(diffusers is None, reason="diffusers is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 # k-diffusion's name, ours, and the options of both.
 ANCESTRAL = [("euler_ancestral", "euler_ancestral"), ("dpm_2_ancestral", "dpm2_ancestral")]
 ANCESTRAL += [("dpmpp_2s_ancestral", "dpmpp_2s_ancestral")]
@@ -32,6 +39,8 @@ METHODS: list[tuple[str, str, dict[str, Any]]] = [
     *[("dpmpp_2m_sde", "dpmpp_2m_sde", {**n, "solver_type": kind}) for kind in ("midpoint", "heun") for n in NOISES],
     *[("dpmpp_3m_sde", "dpmpp_3m_sde", noise) for noise in NOISES],
 ]
+
+WHOLE = {"lower_order_final": False}
 
 Model = Callable[[Tensor, Tensor], Tensor]
 
@@ -166,10 +175,17 @@ def slope(build: Callable[..., StepTable], options: dict[str, Any]) -> float:
         (solvers.lms, {"order": 1}, 1),  # 0.99
         (solvers.lms, {"order": 2}, 2),  # 1.96
         (solvers.lms, {"order": 3}, 3),  # 2.91
+        *[(solvers.deis, {"order": order, **WHOLE}, order) for order in (1, 2, 3)],  # 0.99, 2.01, 3.12
+        # The corrector adds an order; with three x0 the first steps, of lower order, show.
+        *[(solvers.unipc, {"order": p, "variant": v, **WHOLE}, p + 1) for p in (1, 2) for v in ("bh1", "bh2")],
+        (solvers.unipc, {"order": 3, **WHOLE}, 3.6),  # 3.63; those above: 2.03, 2.00, 3.02, 2.98
+        (solvers.unipc, {"order": 3}, 2),  # 2.02: what last steps of lower order cost, whatever the order
+        (solvers.deis, {"order": 3}, 2),  # 1.99
+        *[(solvers.sa_solver, {"predictor_order": 2, "tau": 0, "corrector_order": q, **WHOLE}, q) for q in (1, 2, 3)],
     ],
 )
 def test_errors_vanish_with_the_methods_order(
-    build: Callable[..., StepTable], options: dict[str, Any], order: int
+    build: Callable[..., StepTable], options: dict[str, Any], order: float
 ) -> None:
     assert abs(slope(build, options) - order) < 0.25
 
@@ -198,20 +214,88 @@ def test_noise_levels_are_k_diffusions(n: int) -> None:
     np.testing.assert_allclose(timesteps, process.sigma_to_t(process.get_sigmas(n)[:-1]), **spread | {"atol": 1e-3})
 
 
-@pytest.mark.filterwarnings("ignore:__array__")
+@needs_diffusers
 @pytest.mark.parametrize("n", [1, 7, 20, 1000])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_spacings_are_diffusers(spacing: str, n: int) -> None:
-    diffusers = load_diffusers()
-    if diffusers is None:
-        pytest.skip("diffusers cannot be imported")
-    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    scheduler = diffusers.EulerDiscreteScheduler(**betas, timestep_spacing=spacing)
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing=spacing)
     scheduler.set_timesteps(n)
     levels, timesteps = sigmas.from_schedule(PROCESS, n, spacing)
     assert timesteps.tolist() == scheduler.timesteps.tolist()
     # Measured: 1.3e-5, from betas in float32.
     np.testing.assert_allclose(levels, scheduler.sigmas.numpy(), rtol=1e-4)
+
+
+@needs_diffusers
+def test_beta_is_scipys_and_diffusers() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for shape in ((0.6, 0.6), (1.0, 1.0), (0.5, 0.9), (2.0, 3.0), (10.0, 0.3), (0.05, 8.0)):
+        want = stats.beta.ppf(1 - np.linspace(0, 1, 301), *shape)
+        np.testing.assert_allclose(sigmas._beta_quantiles(1 - np.linspace(0, 1, 301), *shape), want, rtol=0, atol=1e-12)
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, use_beta_sigmas=True)
+    scheduler.set_timesteps(20)
+    # Theirs are float32; measured: 1.4e-5, of betas in it.
+    ends = sigmas.discrete_sigmas(PROCESS)[[0, -1]]
+    np.testing.assert_allclose(sigmas.beta(20, *ends), scheduler.sigmas.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 4, 20, 1000])
+def test_spacings_are_comfys(n: int) -> None:
+    known = sigmas.discrete_sigmas(PROCESS)
+    levels, _ = sigmas.from_schedule(PROCESS, n, "simple")
+    np.testing.assert_allclose(levels[:-1], [known[-(1 + int(i * (1000 / n)))] for i in range(n)], rtol=1e-12)
+    levels, steps = sigmas.from_schedule(PROCESS, n, "sgm_uniform")
+    np.testing.assert_allclose(steps, np.linspace(999, 0, n + 1)[:-1])
+    np.testing.assert_allclose(levels[:-1], np.exp(np.interp(steps, np.arange(1000), np.log(known))), rtol=1e-12)
+    stats = pytest.importorskip("scipy.stats")
+    places = np.rint(stats.beta.ppf(1 - np.linspace(0, 1, n, endpoint=False), 0.6, 0.6) * 999).tolist()
+    levels, steps = sigmas.from_schedule(PROCESS, n, "beta")
+    assert steps.tolist() == list(dict.fromkeys(places))  # each once
+    np.testing.assert_allclose(levels[:-1], known[steps.astype(int)], rtol=1e-12)
+
+
+@needs_diffusers
+@pytest.mark.parametrize(("model", "name"), [("sd15", ""), ("sdxl", "XL"), ("svd", "Video")])
+def test_align_your_steps(model: str, name: str) -> None:
+    from diffusers.schedulers import AysSchedules
+
+    published = AysSchedules[f"StableDiffusion{name}Sigmas"]
+    np.testing.assert_allclose(sigmas.align_your_steps(10, model), published, rtol=1e-12)
+    known = np.array(sigmas.ALIGN_YOUR_STEPS[model])[::-1]
+    for n in (1, 7, 25):
+        want = np.exp(np.interp(np.linspace(0, 1, n + 1), np.linspace(0, 1, 11), np.log(known)))[::-1]
+        np.testing.assert_allclose(sigmas.align_your_steps(n, model), np.append(want[:-1], 0.0), rtol=1e-12)
+
+
+@needs_diffusers
+@pytest.mark.parametrize("n", [1, 4, 28])
+def test_flow_shifts_are_diffusers(n: int) -> None:
+    even = np.linspace(1.0, 1 / n, n)
+    mu = sigmas.flow_mu(1024)
+    assert mu == pytest.approx(1024 * (m := (1.15 - 0.5) / (4096 - 256)) + 0.5 - m * 256)
+    dynamic = {"use_dynamic_shifting": True}
+    cases = [
+        ({"shift": 3.0}, None, 3.0),
+        (dynamic, mu, math.exp(mu)),
+        (dynamic | {"time_shift_type": "linear"}, mu, mu),
+    ]
+    for config, given, shift in cases:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+        scheduler.set_timesteps(sigmas=even, mu=given)
+        # Theirs are float32; measured: 6.8e-8.
+        np.testing.assert_allclose(sigmas.flow(n, shift), scheduler.sigmas.numpy(), rtol=1e-6)
+
+
+@needs_diffusers
+def test_zero_terminal_snr_is_diffusers() -> None:
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    rescaled = PROCESS.zero_terminal_snr()
+    want = rescale_zero_terminal_snr(torch.from_numpy(PROCESS.betas.copy())).numpy()
+    np.testing.assert_allclose(rescaled.betas, want, rtol=1e-9)  # measured: 3e-12
+    assert rescaled.alphas_cumprod[-1] == 0
+    assert rescaled.alphas_cumprod[0] == pytest.approx(PROCESS.alphas_cumprod[0], rel=1e-12)
+    assert rescaled.respace(10).timestep_map.tolist() == PROCESS.respace(10).timestep_map.tolist()
 
 
 @pytest.mark.parametrize(
@@ -254,6 +338,11 @@ def test_spacings_are_diffusers(spacing: str, n: int) -> None:
             ValueError,
             "spacing: got 'even', expected one of lin",
         ),
+        (lambda: sigmas.beta(5, 0.1, 1.0, alpha=0), ValueError, r"alpha, beta: got 0, 0.6, expected values in \(0, 10"),
+        (lambda: sigmas.align_your_steps(5, "sd3"), ValueError, "model: got 'sd3', expected one of sd15, sdxl, svd"),
+        (lambda: sigmas.flow(5, shift=0), ValueError, "shift: got 0, expected a finite value above 0"),
+        (lambda: Schedule(np.array([0.3])).zero_terminal_snr(), ValueError, "betas: got one timestep, expected at"),
+        (lambda: consistency_timesteps(51), ValueError, "n: got 51, expected 1 <= n <= original_steps 50 <= 1000"),
     ],
 )
 def test_bad_arguments_are_refused(call: Callable[[], object], kind: type[Exception], message: str) -> None:

@@ -30,9 +30,11 @@ TABLES: dict[str, StepTable] = {
     "sgld": solvers.sgld(SCHEDULE, 3, 5),
 }
 
-# Of noise-level space: two of them, with two stages and with two saved tensors, stand for all.
+# Rows like those above, one family a module: heun and dpmpp_3m_sde, with two stages and with two saved tensors, stand
+# for all of noise-level space, ddim for distilled models. (a_u of CFG++ is in tests/test_captured.py's own table.)
+_FAMILIES = ("cfg_pp", "consistency", "deis", "sa", "sigma", "sigma_multistep", "unipc")
 REPRESENTED = {
-    name for name in solvers.__all__ if getattr(solvers, name).__module__.startswith("fastcfg.solvers.sigma")
+    name for name in solvers.__all__ if getattr(solvers, name).__module__.removeprefix("fastcfg.solvers.") in _FAMILIES
 }
 REPRESENTED |= {"Denoiser"}
 

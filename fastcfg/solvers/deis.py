@@ -18,7 +18,7 @@ def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, d
 
     Args:
         sigmas: noise levels [N + 1], see `fastcfg.sigmas`: finite, falling strictly, the last at least 0.
-        order: the number of ε combined, 1 (`euler`) to 4, less in the first steps.
+        order: the number of ε combined, 1 (`euler`) to 3, less in the first steps.
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them in fewer than 15
             steps. A step to 0 is of first order in any case.
         denoiser: what the model predicts, by default D(x, σ).
@@ -30,8 +30,8 @@ def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, d
         TypeError: denoiser not a Denoiser.
         ValueError: sigmas not as described or unknown order.
     """
-    if order not in (1, 2, 3, 4):
-        raise ValueError(f"order: got {order}, expected 1, 2, 3 or 4")
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: got {order}, expected 1, 2 or 3")
     levels = noise_levels(sigmas)
     σ, σ_to = levels[:-1], levels[1:]
     weights = [np.array([step]) for step in σ_to - σ]
