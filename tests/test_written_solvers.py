@@ -110,6 +110,13 @@ def test_multistep_tables_are_diffusers(name: str, config: Any, build: Any, opti
     assert table.num_history == compiled.num_history
 
 
+@pytest.mark.parametrize("build", [solvers.unipc, solvers.deis, solvers.sa_solver])
+def test_a_step_to_0_returns_x0(build: Any) -> None:
+    last = build(LEVELS, lower_order_final=False).rows[-1]
+    c = dict(zip(COLUMNS, last, strict=True))
+    assert [c[name] for name in ("a_x", "a_0", "a_h0", "a_h1", "s")] == pytest.approx([0, 1, 0, 0, 0], abs=1e-12)
+
+
 @needs_diffusers
 @pytest.mark.parametrize("n", [1, 4, 8])
 @pytest.mark.parametrize(("theirs", "ours"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "x0")])

@@ -1,0 +1,175 @@
+"""The pictures of docs/solvers.md: `python -m benchmarks pictures`.
+
+Every solver draws the same prompt from the same two seeds with the embedded model in 5, 10 and 20 steps, one grid a
+family; and the noise levels of every schedule are plotted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastcfg import CFG, Sampler, Schedule, StepTable, sigmas, solvers
+from fastcfg.cli.parser import Parser
+from fastcfg.files import replacing
+from fastcfg.pipeline import TextToImage
+from fastcfg.schedule import consistency_timesteps
+
+PROMPT = "a red circle above a blue square"
+STEPS, SEEDS = (5, 10, 20), [0, 1]
+COLOURS = 64  # of a grid's palette, which keeps its file small
+
+Build = Callable[[int], StepTable]
+_TILE, _GAP, _LABEL, _HEAD = 64, 4, 190, 22
+
+
+def families(process: Schedule) -> dict[str, dict[str, tuple[Build, float]]]:
+    """By family and label: the table of so many steps, and the guidance scale."""
+    denoiser = solvers.Denoiser("epsilon", schedule=process)
+
+    def on_timesteps(build: Callable[..., StepTable], scale: float = 3.0, **options: Any) -> tuple[Build, float]:
+        return lambda n: build(process.respace(n), **options), scale
+
+    def on_levels(build: Callable[..., StepTable], scale: float = 3.0, **options: Any) -> tuple[Build, float]:
+        return lambda n: build(sigmas.karras(n, 0.02, 80.0), denoiser=denoiser, **options), scale
+
+    return {
+        "timesteps": {
+            "ddpm": on_timesteps(solvers.ddpm),
+            "ddim": on_timesteps(solvers.ddim),
+            "ddim, eta 1": on_timesteps(solvers.ddim, eta=1.0),
+            # It does not clip x0, and the last fiftieth of the cosine schedule multiplies the errors of ε by hundreds.
+            "plms, from t = 950": (lambda n: solvers.plms(process.respace(np.linspace(0, 950, n).astype(int))), 3.0),
+            "prk (4 calls a step)": on_timesteps(solvers.prk),
+        },
+        "one_step": {
+            "euler": on_levels(solvers.euler),
+            "euler, s_churn 5": on_levels(solvers.euler, s_churn=5.0),
+            "euler_ancestral": on_levels(solvers.euler_ancestral),
+            "heun (2 calls)": on_levels(solvers.heun),
+            "heun, s_churn 5": on_levels(solvers.heun, s_churn=5.0),
+            "dpm2 (2 calls)": on_levels(solvers.dpm2),
+            "dpmpp_2s_ancestral (2)": on_levels(solvers.dpmpp_2s_ancestral),
+        },
+        "multistep": {
+            "lms": on_levels(solvers.lms),
+            "deis": on_levels(solvers.deis),
+            "dpmpp_2m": on_levels(solvers.dpmpp_2m),
+            "dpmpp_2m_sde": on_levels(solvers.dpmpp_2m_sde),
+            "dpmpp_3m_sde": on_levels(solvers.dpmpp_3m_sde),
+            "unipc": on_levels(solvers.unipc),
+            "unipc, order 3": on_levels(solvers.unipc, order=3),
+            "sa_solver": on_levels(solvers.sa_solver),
+        },
+        "cfg_pp": {
+            "ddim, CFG(3)": on_timesteps(solvers.ddim),
+            "ddim, CFG(12)": on_timesteps(solvers.ddim, 12.0),
+            "ddim_cfg_pp, CFG(0.6)": on_timesteps(solvers.ddim_cfg_pp, 0.6),
+            "ddim_cfg_pp, CFG(1)": on_timesteps(solvers.ddim_cfg_pp, 1.0),
+            "euler_ancestral_cfg_pp, 1": on_levels(solvers.euler_ancestral_cfg_pp, 1.0),
+        },
+        "consistency": {
+            "lcm": (lambda n: solvers.lcm(process.respace(consistency_timesteps(n))), 3.0),
+            "tcd, gamma 0": (lambda n: solvers.tcd(process, consistency_timesteps(n), gamma=0.0), 3.0),
+            "tcd, gamma 0.3": (lambda n: solvers.tcd(process, consistency_timesteps(n)), 3.0),
+        },
+        "langevin": {
+            "corrected ddpm (2 calls)": (
+                lambda n: solvers.predictor_corrector(solvers.ddpm(process.respace(n)), process.respace(n)),
+                3.0,
+            ),
+            "langevin (20 calls a level)": on_timesteps(solvers.langevin, steps_per_level=20),
+        },
+    }
+
+
+def draw(pipeline: TextToImage, table: StepTable, scale: float) -> np.ndarray:
+    """uint8 [len(SEEDS), H, W, 3]."""
+    size = pipeline.meta.image_size
+    cond, uncond = (pipeline._encode(ids) for ids in (pipeline._tokens("prompt", PROMPT), []))
+    shown = {name: value.expand(len(SEEDS), *value.shape[1:]) for name, value in cond.items()}
+    sampler = Sampler(pipeline.model, table, guidance=CFG(scale), clip=1.0, memory_format=torch.channels_last)
+    x = sampler.sample((len(SEEDS), 3, size, size), cond=shown, uncond=uncond, seed=SEEDS)
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def draw_family(pipeline: TextToImage, rows: Mapping[str, tuple[Build, float]], path: Path) -> None:
+    """Write the grid of a family."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, side = ImageFont.load_default(13), _TILE + _GAP
+    page = Image.new("RGB", (_LABEL + len(STEPS) * (len(SEEDS) * side + _GAP), _HEAD + len(rows) * side), "white")
+    canvas = ImageDraw.Draw(page)
+    for i, steps in enumerate(STEPS):
+        left = _LABEL + i * (len(SEEDS) * side + _GAP)
+        canvas.text((left, _HEAD / 2), f"{steps} steps", "black", font, anchor="lm")
+        for j, (label, (build, scale)) in enumerate(rows.items()):
+            top = _HEAD + j * side
+            canvas.text((_GAP, top + _TILE / 2), label, "black", font, anchor="lm")
+            for k, picture in enumerate(draw(pipeline, build(steps), scale)):
+                tile = Image.fromarray(picture).resize((_TILE, _TILE), Image.Resampling.NEAREST)
+                page.paste(tile, (left + k * side, top))
+    save(page, path)
+
+
+def save(page: Any, path: Path) -> None:
+    """Write a picture in few colours, whole or not at all."""
+    with replacing(path) as temporary:
+        page.convert("RGB").quantize(COLOURS, dither=0).save(temporary, "PNG", optimize=True)
+
+
+def plot_sigmas(path: Path, n: int = 10) -> None:
+    """Write the levels of every schedule."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    process = Schedule.named("scaled_linear")
+    ends = sigmas.discrete_sigmas(process)[[0, -1]].tolist()
+    of_levels = {build.__name__: build(n, *ends) for build in (sigmas.karras, sigmas.exponential, sigmas.beta)}
+    of_levels["polyexponential, rho 2"] = sigmas.polyexponential(n, *ends, rho=2.0)
+    of_levels["align_your_steps, sd15"] = sigmas.align_your_steps(n)
+    of_timesteps = {spacing: sigmas.from_schedule(process, n, spacing)[0] for spacing in sigmas.SPACINGS}
+    shifts = (1.0, math.exp(sigmas.flow_mu(4096)), 12.0)
+    of_flows = {f"shift {shift:.3g}": sigmas.flow(n, shift) for shift in shifts}
+    panels = {"levels": of_levels, "from_schedule": of_timesteps, "flow": of_flows}
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for axes, (title, curves) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for label, levels in curves.items():
+            shown = levels if title == "flow" else levels[:-1]
+            axes.plot(np.arange(len(shown)), shown, marker="o", markersize=3, linewidth=1, label=label)
+        axes.set(title=title, xlabel=f"step of {n}", ylabel="sigma", yscale="linear" if title == "flow" else "log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=80, format="png")
+    save(Image.open(drawn), path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = Parser(
+        prog="python -m benchmarks pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", metavar="DIR", default="docs/solvers", help="where to (default: %(default)s)")
+    out = Path(parser.parse_args(argv).out)
+    out.mkdir(parents=True, exist_ok=True)
+    plot_sigmas(out / "sigmas.png")
+    pipeline = TextToImage.load()
+    for name, rows in families(pipeline.schedule).items():
+        draw_family(pipeline, rows, out / f"{name}.png")
+        print(out / f"{name}.png", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
