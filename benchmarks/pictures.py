@@ -46,7 +46,7 @@ def families(process: Schedule) -> dict[str, dict[str, tuple[Build, float]]]:
             "ddpm": on_timesteps(solvers.ddpm),
             "ddim": on_timesteps(solvers.ddim),
             "ddim, eta 1": on_timesteps(solvers.ddim, eta=1.0),
-            # It does not clip x0, and the last fiftieth of the cosine schedule multiplies the errors of ε by hundreds.
+            # It does not clip x0, and the end of the cosine schedule multiplies the errors of ε by 1,600.
             "plms, from t = 950": (lambda n: solvers.plms(process.respace(np.linspace(0, 950, n).astype(int))), 3.0),
             "prk (4 calls a step)": on_timesteps(solvers.prk),
         },
