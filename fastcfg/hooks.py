@@ -50,7 +50,8 @@ class DenoisedOutput:
         m = output[:, :channels]
         if spec.branches > 1:
             weights = buffers.weights.index_select(0, row)[0]  # type: ignore[union-attr]
-            m = self._pieces.guidance_blend(m, weights, base=spec.base)
+            momentum = buffers.momentum if spec.momentum else None
+            m = self._pieces.guidance_blend(m, weights, base=spec.base, scaled=spec.scaled, momentum=momentum)
         coefficients = buffers.table.index_select(0, row).expand(len(x), -1).t().contiguous()
         x0 = self._function(self._pieces.predict_x0(x, m, coefficients[_P_X], coefficients[_P_M]))
         _check("denoised_fn", x0, x)

@@ -21,6 +21,8 @@ class StepSpec:
         base: the branch the delta form of the blend starts from; None for the weighted sum (see `fastcfg.guidance`).
         conditional: the branch whose variance channels are used.
         unconditional: the branch that a_u multiplies; None if no row uses it.
+        scaled: whether the base is weighted as well: w_b m_b + sum of w_k (m_k - m_b).
+        momentum: whether a tensor is added to the blend, with a weight after the branches'.
         learned_variance: whether std comes from the variance channels.
         raw_output: whether a_m is used.
         gradient: whether p_g and a_g are used.
@@ -35,6 +37,8 @@ class StepSpec:
     base: int | None = None
     conditional: int = 0
     unconditional: int | None = None
+    scaled: bool = False
+    momentum: bool = False
     learned_variance: bool = False
     raw_output: bool = False
     gradient: bool = False
@@ -55,13 +59,14 @@ class StepBuffers:
             not from x. Then x, x0 and noise may have its dtype: what is between is in float32.
         table: [R + 1, columns] in the state's dtype, from `StepTable.on`.
         counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
-        weights: [R, B, K] in the state's dtype.
+        weights: [R, B, K] in the state's dtype, or [R, B, K + 1] with momentum.
         bound: [B] in the state's dtype: the clip bound of each sample.
         noise: [B, C, ...] in the state's dtype, standard normal.
         seeds: int64 [B].
         history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write
             to.
         gradient: [B, C, ...] in the state's dtype: that of the classifier.
+        momentum: [B, C, ...] in the state's dtype: what is added to the blend.
         x0: [B, C, ...] in the state's dtype; with dynamic thresholding also where x0 waits for its bound.
         model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
         time: [S*B], int64 or floating: the model's time.
@@ -76,6 +81,7 @@ class StepBuffers:
     seeds: torch.Tensor | None = None
     history: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    momentum: torch.Tensor | None = None
     x0: torch.Tensor | None = None
     model_input: torch.Tensor | None = None
     time: torch.Tensor | None = None

@@ -14,14 +14,18 @@ def blend(
     sample,
     batch,
     stride,
+    momentum_ptrs,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
     UNCONDITIONAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
 ):
     """The blend of one sample's branches in float32, by its K weights, and the branch UNCONDITIONAL itself.
 
     BASE is the branch that the delta form starts from, or -1 for the weighted sum; without an UNCONDITIONAL branch (-1)
-    the second result is the first.
+    the second result is the first. SCALED weights the base as well, MOMENTUM adds the tensor at `momentum_ptrs` with a
+    weight that follows the branches'.
     """
     if BASE < 0:
         for k in tl.static_range(BRANCHES):
@@ -41,6 +45,8 @@ def blend(
         if BASE == UNCONDITIONAL:
             unconditional = base
         m = base
+        if SCALED:
+            m = tl.load(weights_ptr + BASE) * base
         for k in tl.static_range(BRANCHES):
             if k != BASE:
                 branch_ptr = output_ptr + (k * batch + sample).to(tl.int64) * stride
@@ -48,6 +54,9 @@ def blend(
                 if k == UNCONDITIONAL:
                     unconditional = m_k
                 m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k - base, m)
+    if MOMENTUM:
+        h = tl.load(momentum_ptrs, mask=mask, other=0.0)
+        m = tl.fma(tl.load(weights_ptr + BRANCHES) + tl.zeros_like(h), h, m)
     if UNCONDITIONAL < 0:
         unconditional = m
     return m, unconditional

@@ -11,6 +11,7 @@ from ._layout import BLOCK, blocks_per_sample, locate, model_offsets
 def _blend_kernel(
     output_ptr,
     weights_ptr,
+    momentum_ptr,
     out_ptr,
     batch,
     size,
@@ -19,23 +20,42 @@ def _blend_kernel(
     blocks,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample, offs, mask = locate(size, blocks, BLOCK)
     output_offs = model_offsets(offs, channels, spatial, CHANNELS_LAST)
-    weights_ptr += sample * BRANCHES
-    blended, _ = blend(output_ptr, output_offs, mask, weights_ptr, sample, batch, size, BRANCHES, BASE, -1)
+    weights_ptr += sample * (BRANCHES + MOMENTUM)
+    momentum_ptrs = momentum_ptr + sample * size + offs
+    blended, _ = blend(
+        output_ptr,
+        output_offs,
+        mask,
+        weights_ptr,
+        sample,
+        batch,
+        size,
+        momentum_ptrs,
+        BRANCHES,
+        BASE,
+        -1,
+        SCALED,
+        MOMENTUM,
+    )
     tl.store(out_ptr + sample * size + offs, blended, mask=mask)
 
 
-def launch_blend(output, weights, base, out):
+def launch_blend(output, weights, base, scaled, momentum, out):
     """Write float32 `out` [B, C, ...] from `output` [K*B, C, ...], contiguous or channels-last.
 
     Args:
         output: the branches along the batch.
-        weights: float32 [B, K].
+        weights: float32 [B, K], or [B, K + 1] with momentum.
         base: index of the branch that the delta form starts from; -1 for the weighted sum.
+        scaled: whether the base is weighted, too.
+        momentum: float32 [B, C, ...], contiguous; None for none.
         out: the blend.
     """
     size = out[0].numel()
@@ -44,14 +64,17 @@ def launch_blend(output, weights, base, out):
     _blend_kernel[(len(out) * blocks,)](
         output,
         weights,
+        out if momentum is None else momentum,
         out,
         len(out),
         size,
         channels,
         size // channels,
         blocks,
-        BRANCHES=weights.shape[1],
+        BRANCHES=len(output) // len(out),
         BASE=base,
+        SCALED=scaled,
+        MOMENTUM=momentum is not None,
         CHANNELS_LAST=not output.is_contiguous(),
         BLOCK=BLOCK,
         enable_fp_fusion=False,

@@ -24,6 +24,7 @@ def _step_bound_kernel(
     table_ptr,
     counter_ptr,
     weights_ptr,
+    momentum_ptr,
     x0_ptr,
     selection_ptr,
     batch,
@@ -35,6 +36,8 @@ def _step_bound_kernel(
     COLUMNS: tl.constexpr,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
+    SCALED: tl.constexpr,
+    MOMENTUM: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SELECTION: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -44,9 +47,22 @@ def _step_bound_kernel(
     sample, offs, mask = locate(size, blocks, BLOCK)
     row = tl.load(counter_ptr)
     row_ptr = table_ptr + row * COLUMNS
-    weights_ptr += (row * batch + sample) * BRANCHES
     output_offs = model_offsets(offs, output_stride // spatial, spatial, CHANNELS_LAST)
-    m, _ = blend(output_ptr, output_offs, mask, weights_ptr, sample, batch, output_stride, BRANCHES, BASE, -1)
+    m, _ = blend(
+        output_ptr,
+        output_offs,
+        mask,
+        weights_ptr + (row * batch + sample) * (BRANCHES + MOMENTUM),
+        sample,
+        batch,
+        output_stride,
+        momentum_ptr + sample * size + offs,
+        BRANCHES,
+        BASE,
+        -1,
+        SCALED,
+        MOMENTUM,
+    )
     x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
     x0 = predict_x0(x, m, tl.load(row_ptr + 2), tl.load(row_ptr + 3))
     tl.store(x0_ptr + sample * size + offs, x0, mask=mask)
@@ -69,7 +85,7 @@ def launch_first_pass(output, spec, buffers, selection, rank, config=None):
         output,
         buffers.table,
         buffers.counter,
-        x if buffers.weights is None else buffers.weights,
+        *(x if t is None else t for t in (buffers.weights, buffers.momentum)),
         buffers.x0,
         selection,
         batch,
@@ -81,6 +97,8 @@ def launch_first_pass(output, spec, buffers, selection, rank, config=None):
         COLUMNS=buffers.table.shape[1],
         BRANCHES=spec.branches,
         BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
+        SCALED=spec.scaled,
+        MOMENTUM=spec.momentum,
         CHANNELS_LAST=not output.is_contiguous(),
         SELECTION=SELECTION,
         SHIFT=shift,

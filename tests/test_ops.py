@@ -36,12 +36,13 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
         x=normal(*SHAPE),
         table=table,
         counter=torch.zeros(2, dtype=torch.int32, device=DEVICE),
-        weights=normal(ROWS, SHAPE[0], spec.branches),
+        weights=normal(ROWS, SHAPE[0], spec.branches + spec.momentum),
         bound=torch.tensor([0.5, 1.0], dtype=dtype, device=DEVICE),
         noise=normal(*SHAPE),
         seeds=torch.tensor([3, -4], device=DEVICE),
         history=normal(spec.history + 1, *SHAPE),
         gradient=normal(*SHAPE),
+        momentum=normal(*SHAPE) if spec.momentum else None,
         x0=normal(*SHAPE),
         model_input=torch.zeros((4, *SHAPE[1:]), device=DEVICE),
         time=torch.zeros(4, dtype=torch.int64, device=DEVICE),
@@ -186,6 +187,8 @@ def test_initial_noise_refuses(out: Tensor, seeds: Tensor, message: str) -> None
         ({"base": -1}, "spec.base: got -1"),
         ({"conditional": 2}, "spec.conditional: got 2"),
         ({"unconditional": 5}, "spec.unconditional: got 5"),
+        ({"scaled": True}, "spec: got scaled without a base"),
+        ({"branches": 1, "momentum": True}, "spec: got .* momentum without branches"),
         ({"history": 4}, r"spec.history: got 4, expected 0 \.\.\. 3"),
         ({"history": -1}, "spec.history: got -1"),
         ({"rescale": True}, "spec.rescale: got True without clip"),
@@ -392,7 +395,9 @@ def test_a_compiled_step_gives_the_same_bits(name: str) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("spec", [StepSpec(), replace(FULL, noise="philox", learned_variance=True)])
+@pytest.mark.parametrize(
+    "spec", [StepSpec(), replace(FULL, noise="philox", learned_variance=True, scaled=True, momentum=True)]
+)
 def test_the_registered_step_passes_opcheck(spec: StepSpec) -> None:
     buffers = make_buffers(spec)
     if spec == StepSpec():

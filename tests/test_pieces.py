@@ -92,6 +92,16 @@ def test_blend_kernel_equals_the_reference(
     assert got.shape == shape
     assert got.is_contiguous()
 
+    weights, momentum = normal(shape[0], branches + 1, seed=1), normal(*shape, seed=2)
+    extra: dict[str, Any] = {"base": base, "scaled": base is not None, "momentum": momentum}
+    got, want = (ops.guidance_blend(output, weights, **extra, backend=b) for b in ("triton", "reference"))
+    assert equal(got, want)
+    w = weights.double().view(*weights.shape, *[1] * (len(shape) - 1)).unbind(1)
+    m = output.double().chunk(branches)
+    exact = sum(w[k] * (m[k] - (0 if base in (None, k) else m[base])) for k in range(branches)) + w[-1] * momentum
+    # Measured: 1.5e-6.
+    assert (got - exact).abs().max() < 1e-5
+
 
 @kernels
 @poisoned
@@ -308,7 +318,7 @@ x, wide, coefficient = normal(2, 3, 4, 4), normal(2, 6, 4, 4, dtype=torch.float1
     [
         ("split_model_output", (wide, 3)),
         ("split_model_output", (normal(2, 6, 4, 4, layout="channels_last"), 3)),
-        ("guidance_blend", (wide, uniform(1, 0, 1, 0).repeat(1, 2), -1)),
+        ("guidance_blend", (wide, uniform(1, 0, 1, 0).repeat(1, 2), -1, False, None)),
         ("predict_x0", (x, x, coefficient, coefficient, None)),
         ("predict_x0", (x, x, coefficient, coefficient, coefficient)),
         ("posterior_mean_variance", (x, x, *[coefficient] * 4, None)),

@@ -186,8 +186,8 @@ def test_the_registered_operations_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastcfg.threshold.default, (x, one))
     selection = torch.zeros((2, SELECTION), dtype=torch.int32, device=DEVICE)
     table, weights = normal(3, len(COLUMNS)), normal(2, 2, 2)
-    arguments = (normal(4, 3, 4, 4), x, table, counter, weights, one, x.clone(), selection)
-    torch.library.opcheck(torch.ops.fastcfg.step_bound.default, (*arguments, 2, 1, 3, 0.25, 1.0, math.inf))
+    arguments = (normal(4, 3, 4, 4), x, table, counter, weights, None, one, x.clone(), selection)
+    torch.library.opcheck(torch.ops.fastcfg.step_bound.default, (*arguments, 2, 1, True, 3, 0.25, 1.0, math.inf))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ def check_spec(spec: StepSpec) -> None:
         index = getattr(spec, name)
         if index is not None and not 0 <= index < k:
             raise ValueError(f"spec.{name}: got {index}, expected a branch index below {k}")
+    if (spec.scaled and spec.base is None) or (spec.momentum and k < 2):
+        raise ValueError("spec: got scaled without a base or momentum without branches, expected both or neither")
     if not 0 <= spec.history <= MAX_HISTORY:
         raise ValueError(f"spec.history: got {spec.history}, expected 0 ... {MAX_HISTORY}")
     if spec.rescale and not spec.clip:
@@ -66,10 +68,11 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
     expect("table", buffers.table, (rows + 1, len(COLUMNS)), state, x.device)
     expect("counter", buffers.counter, (2,), torch.int32, x.device)
     needed = {
-        "weights": (spec.branches > 1, (rows, batch, spec.branches), state),
+        "weights": (spec.branches > 1, (rows, batch, spec.branches + spec.momentum), state),
         "bound": (spec.clip, (batch,), state),
         "noise": (spec.noise == "tensor", shape, x.dtype),
         "seeds": (spec.noise == "philox", (batch,), torch.int64),
+        "momentum": (spec.momentum, shape, state),
         "gradient": (spec.gradient, shape, state),
         "history": (spec.history > 0, (spec.history + 1, *shape), state),
         "x0": (spec.keep_x0, shape, x.dtype),

@@ -46,13 +46,23 @@ def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") 
 
 
 @torch.no_grad()
-def guidance_blend(output: Tensor, weights: Tensor, *, base: int | None = None, backend: str = "auto") -> Tensor:
+def guidance_blend(
+    output: Tensor,
+    weights: Tensor,
+    *,
+    base: int | None = None,
+    scaled: bool = False,
+    momentum: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """The guided output of K >= 2 branches: m_b + Σ w_k (m_k - m_b) over k != b for base b, or Σ w_k m_k without one.
 
     Args:
         output: [K*B, C, ...], the branches one after the other.
-        weights: float32 [B, K]; with a base its column is not used.
+        weights: float32 [B, K] ([B, K + 1] with momentum); with a base that is not scaled its column is not used.
         base: index of the branch that the differences are measured from.
+        scaled: whether the base is weighted as well, w_b m_b + Σ w_k (m_k - m_b); needs a base.
+        momentum: float32 [B, C, ...], contiguous, added with the last weight.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -71,15 +81,20 @@ def guidance_blend(output: Tensor, weights: Tensor, *, base: int | None = None, 
     if weights.ndim != 2 or not weights.shape[0] or weights.shape[1] < 2:
         raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected [B, K] with K >= 2 branches")
     expect("weights", weights, tuple(weights.shape), torch.float32, output.device)
-    batch, branches = weights.shape
+    batch, branches = weights.shape[0], weights.shape[1] - (momentum is not None)
     if len(output) != batch * branches:
         raise ValueError(f"output: got {len(output)} samples, expected {batch * branches} ({branches} x {batch})")
     if base is not None and not 0 <= base < branches:
         raise ValueError(f"base: got {base}, expected a branch index below {branches}, or None")
+    if scaled and base is None:
+        raise ValueError("base: got None with scaled, expected a branch index")
+    if momentum is not None:
+        expect("momentum", momentum, (batch, *output.shape[1:]), torch.float32, output.device)
     output = _dense(output)
     if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.guidance_blend(output, weights, base=base)
-    return (_blend_op if through_dispatcher() else _blend)(output, weights, -1 if base is None else base)
+        return reference.guidance_blend(output, weights, base=base, scaled=scaled, momentum=momentum)
+    run = _blend_op if through_dispatcher() else _blend
+    return run(output, weights, -1 if base is None else base, scaled, momentum)
 
 
 @torch.no_grad()
@@ -207,16 +222,16 @@ _split_op = torch.library.custom_op("fastcfg::split_model_output", _split, mutat
 _split_op.register_fake(_split_results)
 
 
-def _blend_result(output: Tensor, weights: Tensor, base: int) -> Tensor:
+def _blend_result(output: Tensor, weights: Tensor, base: int, scaled: bool, momentum: Tensor | None) -> Tensor:
     return _like(output, len(weights), *output.shape[1:])
 
 
-def _blend(output: Tensor, weights: Tensor, base: int) -> Tensor:
+def _blend(output: Tensor, weights: Tensor, base: int, scaled: bool, momentum: Tensor | None) -> Tensor:
     from ..kernels.blend import launch_blend
 
-    out = _blend_result(output, weights, base)
+    out = _blend_result(output, weights, base, scaled, momentum)
     with torch.cuda.device_of(output):
-        launch_blend(output, weights, base, out)
+        launch_blend(output, weights, base, scaled, momentum, out)
     return out
 
 

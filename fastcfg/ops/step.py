@@ -111,6 +111,7 @@ class GuidedStep:
             buffers.seeds,
             buffers.history,
             buffers.gradient,
+            buffers.momentum,
             buffers.x0,
             buffers.model_input,
             buffers.time,
@@ -119,6 +120,8 @@ class GuidedStep:
             -1 if spec.base is None else spec.base,
             spec.conditional,
             -1 if spec.unconditional is None else spec.unconditional,
+            spec.scaled,
+            spec.momentum,
             spec.learned_variance,
             spec.raw_output,
             spec.gradient,
@@ -155,6 +158,7 @@ def _guided_step_op(
     seeds: Tensor | None,
     history: Tensor | None,
     gradient: Tensor | None,
+    momentum: Tensor | None,
     x0: Tensor | None,
     model_input: Tensor | None,
     time: Tensor | None,
@@ -163,6 +167,8 @@ def _guided_step_op(
     base: int,
     conditional: int,
     unconditional: int,
+    scaled: bool,
+    with_momentum: bool,
     learned_variance: bool,
     raw_output: bool,
     classified: bool,
@@ -179,6 +185,8 @@ def _guided_step_op(
         None if base < 0 else base,
         conditional,
         None if unconditional < 0 else unconditional,
+        scaled,
+        with_momentum,
         learned_variance,
         raw_output,
         classified,
@@ -188,7 +196,7 @@ def _guided_step_op(
         noise_kind,
         keep_x0,
     )
-    run = (x, table, counter, weights, bound, noise, seeds, history, gradient, x0, model_input, time, source)
+    run = (x, table, counter, weights, bound, noise, seeds, history, gradient, momentum, x0, model_input, time, source)
     _launch(output, spec, StepBuffers(*run), backend)
 
 

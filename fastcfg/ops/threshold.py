@@ -24,7 +24,7 @@ class QuantileBound:
 
     Args:
         threshold: the quantile and its limits.
-        spec: the guided step's: branches and base are used.
+        spec: the guided step's: what it says of the blend is used.
         buffers: the guided step's, with bound and x0, which are written.
         backend: "auto", "triton", "inductor" (which finds it as the reference) or "reference".
 
@@ -47,7 +47,8 @@ class QuantileBound:
         self, threshold: DynamicThreshold, spec: StepSpec, buffers: StepBuffers, backend: str = "auto"
     ) -> None:
         check_spec(spec)
-        check_buffers(StepSpec(branches=spec.branches, base=spec.base, clip=True, keep_x0=True), buffers)
+        needed = StepSpec(spec.branches, spec.base, scaled=spec.scaled, momentum=spec.momentum, clip=True, keep_x0=True)
+        check_buffers(needed, buffers)
         x = buffers.x
         self.spec, self.buffers = spec, buffers
         self.backend = resolve_backend(backend, x.device, x.dtype)
@@ -92,11 +93,13 @@ class QuantileBound:
             buffers.table,
             buffers.counter,
             buffers.weights,
+            buffers.momentum if self.spec.momentum else None,
             buffers.bound,
             buffers.x0,
             self._selection,
             self.spec.branches,
             -1 if base is None else base,
+            self.spec.scaled,
             *self._place,
         )
 
@@ -217,19 +220,21 @@ def _step_bound_op(
     table: Tensor,
     counter: Tensor,
     weights: Tensor | None,
+    momentum: Tensor | None,
     bound: Tensor,
     x0: Tensor,
     selection: Tensor,
     branches: int,
     base: int,
+    scaled: bool,
     rank: int,
     weight: float,
     floor: float,
     ceiling: float,
 ) -> None:
     """`_launch_step_bound` for the dispatcher; -1 stands for no base."""
-    spec = StepSpec(branches, None if base < 0 else base)
-    buffers = StepBuffers(x, table, counter, weights=weights, bound=bound, x0=x0)
+    spec = StepSpec(branches, None if base < 0 else base, scaled=scaled, momentum=momentum is not None)
+    buffers = StepBuffers(x, table, counter, weights=weights, momentum=momentum, bound=bound, x0=x0)
     _launch_step_bound(output, spec, buffers, selection, Place(rank, weight, floor, ceiling))
 
 

@@ -29,7 +29,7 @@ class ReferenceStep:
         self._x = x = torch.empty_like(buffers.x, dtype=buffers.table.dtype) if self._apart else buffers.x
         self._scratch = Scratch(
             m=torch.empty_like(x),
-            difference=torch.empty_like(x) if spec.base is not None and spec.branches > 2 else None,
+            difference=torch.empty_like(x) if spec.base is not None and (spec.branches > 2 or spec.scaled) else None,
             x0=buffers.x0 if spec.keep_x0 and not self._apart else torch.empty_like(x),
             low=torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) if spec.clip else None,
             saved=torch.empty_like(x) if spec.history else None,
@@ -72,6 +72,7 @@ class ReferenceStep:
             bound=buffers.bound,
             noise=noise,
             gradient=buffers.gradient,
+            momentum=buffers.momentum,
             history=self._history,
             scratch=self._scratch,
         )

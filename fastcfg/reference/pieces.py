@@ -33,9 +33,17 @@ def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def guidance_blend(output: Tensor, weights: Tensor, *, base: int | None = None) -> Tensor:
-    """[K*B, C, ...] and weights [B, K] to [B, C, ...], by `blend`."""
-    return blend(_computed(output).chunk(weights.shape[1]), base, weights)
+def guidance_blend(
+    output: Tensor,
+    weights: Tensor,
+    *,
+    base: int | None = None,
+    scaled: bool = False,
+    momentum: Tensor | None = None,
+) -> Tensor:
+    """[K*B, C, ...] and weights [B, K] (or [B, K + 1] with momentum) to [B, C, ...], by `blend`."""
+    branches = weights.shape[1] - (momentum is not None)
+    return blend(_computed(output).chunk(branches), base, weights, scaled=scaled, momentum=momentum)
 
 
 def predict_x0(x: Tensor, output: Tensor, p_x: Tensor, p_m: Tensor, bound: Tensor | None = None) -> Tensor:

@@ -59,6 +59,7 @@ class ReferenceBound:
         self._reader.read()
         channels = buffers.x.shape[1]
         branches = [branch[:, :channels] for branch in output.to(buffers.x.dtype).chunk(spec.branches)]
-        m = blend(branches, spec.base, self._reader.weights, buffers.x0, self._magnitudes)
+        weights, momentum = self._reader.weights, buffers.momentum if spec.momentum else None
+        m = blend(branches, spec.base, weights, buffers.x0, self._magnitudes, spec.scaled, momentum)
         x0 = predict(self._reader.row, buffers.x, m, buffers.x0)
         quantile_bound(x0, self._place, self._magnitudes, buffers.bound)

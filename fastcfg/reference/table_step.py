@@ -20,7 +20,8 @@ class Scratch:
 
     Attributes:
         m: the blended output, later the standard deviation.
-        difference: a branch's distance from the base, where more than two branches are blended in delta form.
+        difference: a branch's distance from the base, where the base is weighted or more than two branches are blended
+            in delta form.
         x0: the predicted x0.
         low: [B, 1, ...], minus the clip bound.
         saved: the tensor to save.
@@ -47,6 +48,7 @@ def table_step(
     noise: Tensor | None = None,
     history: Sequence[Tensor] = (),
     gradient: Tensor | None = None,
+    momentum: Tensor | None = None,
     scratch: Scratch = Scratch(),
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Guidance, x0, update and the tensor to save.
@@ -56,18 +58,20 @@ def table_step(
         x: [B, C, ...], float32 or float64.
         outputs: the K branches' outputs, each like x.
         spec: which of the terms exist.
-        weights: [B, K], the row's blend weights; needed for K > 1.
+        weights: [B, K], the row's blend weights ([B, K + 1] with momentum); needed for K > 1.
         variance: the conditional branch's variance channels, like x; needed for learned variance.
         bound: [B], the clip bound of x0; needed for clip.
         noise: standard normals like x; needed unless spec.noise is "none".
         history: the saved tensors, each like x.
         gradient: the classifier's, like x; needed for spec.gradient.
+        momentum: what is added to the blend, like x; needed for spec.momentum.
         scratch: memory for the results.
 
     Returns:
         The next x, x0, and the tensor to save (None where the solver saves nothing).
     """
-    m = blend(outputs, spec.base, weights, scratch.m, scratch.difference)
+    added = momentum if spec.momentum else None
+    m = blend(outputs, spec.base, weights, scratch.m, scratch.difference, spec.scaled, added)
 
     x0 = predict(row, x, m, scratch.x0)
     if spec.clip:
@@ -119,9 +123,12 @@ def blend(
     weights: Tensor | None,
     out: Tensor | None = None,
     difference: Tensor | None = None,
+    scaled: bool = False,
+    momentum: Tensor | None = None,
 ) -> Tensor:
-    """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base`, or the
-    weighted sum. `out` and `difference` are memory for them, as in `Scratch`."""
+    """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base` (which
+    is weighted as well if `scaled`), or the weighted sum. A momentum [B, C, ...] is added with the weight K. `out` and
+    `difference` are memory for them, as in `Scratch`."""
     if len(outputs) == 1:
         return outputs[0]
     w = weights.view(*weights.shape, *[1] * (outputs[0].ndim - 1)).unbind(1)  # type: ignore[union-attr]
@@ -129,15 +136,15 @@ def blend(
         m = torch.mul(outputs[0], w[0], out=out)
         for k in range(1, len(outputs)):
             m = fma(w[k], outputs[k], m, out=out)
-        return m
-    if len(outputs) == 2:
-        # One difference: no running blend is in `out` yet.
-        difference = out
-    m = outputs[base]
-    for k, m_k in enumerate(outputs):
-        if k != base:
-            m = fma(w[k], torch.sub(m_k, outputs[base], out=difference), m, out=out)
-    return m
+    else:
+        if len(outputs) == 2 and not scaled:
+            # One difference: no running blend is in `out` yet.
+            difference = out
+        m = torch.mul(outputs[base], w[base], out=out) if scaled else outputs[base]
+        for k, m_k in enumerate(outputs):
+            if k != base:
+                m = fma(w[k], torch.sub(m_k, outputs[base], out=difference), m, out=out)
+    return m if momentum is None else fma(w[-1], momentum, m, out=out)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "rescale": (False, True),
     # K, and the base of the delta form or None for the weighted sum.
     "branches": ((1, None), (2, None), (2, 0), (2, 1), (3, None), (3, 0), (3, 1), (3, 2)),
+    # Of the base too, and a tensor beside the branches.
+    "scaled": (False, True),
+    "momentum": (False, True),
     "conditional": ("first", "last"),
     "unconditional": ("unused", "first", "last"),
     "weights": ("one", "per sample", "per row", "per sample and row"),
@@ -57,8 +60,12 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 
 def forbidden(case: dict[str, Any]) -> bool:
-    """Learned variance needs noise, and the channels it is read from; dividing by the bound needs one."""
+    """Learned variance needs noise, and the channels it is read from; dividing by the bound needs one; a weighted base
+    needs a base, momentum a blend."""
     if case.get("clip") == "off" and case.get("rescale"):
+        return True
+    branches, base = case.get("branches", (2, 0))
+    if (case.get("scaled") and base is None) or (case.get("momentum") and branches == 1):
         return True
     learned = case.get("variance") in ("learned", "learned_range")
     return learned and (case.get("noise") == "none" or case.get("output channels") == "C")
@@ -114,6 +121,8 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         base,
         conditional=ends[case["conditional"]],  # type: ignore[arg-type]
         unconditional=ends[case["unconditional"]],
+        scaled=case["scaled"],
+        momentum=case["momentum"],
         learned_variance=case["variance"] != "fixed",
         raw_output=case["raw output"],
         gradient=case["gradient"],
@@ -128,7 +137,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
     table = build_table(case, seed, slots)
     rows = len(table) - 1
 
-    weights = normal(rows, batch, branches) * 3
+    weights = normal(rows, batch, branches + spec.momentum) * 3
     if "sample" not in case["weights"]:
         weights = weights[:, :1].expand_as(weights)
     if "row" not in case["weights"]:
@@ -150,6 +159,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         seeds=sample_seeds(2**63 - 2 + seed, batch) if spec.noise == "philox" else None,
         history=normal(history + 1, *shape) if history else None,
         gradient=normal(*shape) if spec.gradient else None,
+        momentum=normal(*shape) if spec.momentum else None,
         x0=normal(*shape) if spec.keep_x0 else None,
         model_input=model_tensor(case["slots"] * batch, channels, case["input layout"]) if case["slots"] else None,
         time=torch.zeros(case["slots"] * batch, dtype=case["time"]) if case["slots"] else None,

@@ -110,27 +110,35 @@ def buffers_for(spec: StepSpec, shape: tuple[int, ...], row: int) -> StepBuffers
         x=normal(*shape),
         table=normal(rows + 1, len(COLUMNS)),
         counter=torch.tensor([row, 0], dtype=torch.int32),
-        weights=normal(rows, shape[0], spec.branches) * 3 if spec.branches > 1 else None,
+        weights=normal(rows, shape[0], spec.branches + spec.momentum) * 3 if spec.branches > 1 else None,
+        momentum=normal(*shape) if spec.momentum else None,
         bound=torch.full((shape[0],), math.nan),
         x0=torch.full(shape, math.nan),
     )
 
 
 @pytest.mark.parametrize(
-    ("branches", "base", "dtype", "channels_last", "wide", "shape"),
+    ("branches", "base", "extra", "dtype", "channels_last", "wide", "shape"),
     [
-        (1, None, torch.float32, False, False, (2, 1, 17)),
-        (2, 1, torch.bfloat16, False, True, (2, 3, 5, 7)),
-        (2, 0, torch.float32, True, True, (1, 3, 8, 8)),
-        (2, None, torch.float16, True, False, (3, 2, 5, 7)),
-        (3, 2, torch.bfloat16, True, True, (1, 3, 3, 4, 5)),
-        (3, None, torch.float32, False, True, (2, 2, 35)),
+        (1, None, "", torch.float32, False, False, (2, 1, 17)),
+        (2, 1, "", torch.bfloat16, False, True, (2, 3, 5, 7)),
+        (2, 0, "scaled", torch.float32, True, True, (1, 3, 8, 8)),
+        (2, None, "momentum", torch.float16, True, False, (3, 2, 5, 7)),
+        (3, 2, "scaled momentum", torch.bfloat16, True, True, (1, 3, 3, 4, 5)),
+        (3, None, "", torch.float32, False, True, (2, 2, 35)),
     ],
 )
 def test_the_bound_of_a_row_is_the_references_bit_for_bit(
-    branches: int, base: int | None, dtype: torch.dtype, channels_last: bool, wide: bool, shape: tuple[int, ...]
+    branches: int,
+    base: int | None,
+    extra: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+    wide: bool,
+    shape: tuple[int, ...],
 ) -> None:
-    spec = StepSpec(branches, base, clip=True, rescale=True)
+    terms = dict.fromkeys(extra.split(), True)
+    spec = StepSpec(branches, base, clip=True, rescale=True, **terms)  # type: ignore[arg-type]
     threshold = DynamicThreshold(0.8, floor=0.1)
     selection = empty_selection(shape[0])
     for row in (2, 0):
