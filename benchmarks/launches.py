@@ -62,12 +62,13 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
         x=_tensor(*shape),
         table=_tensor(51, len(COLUMNS)),
         counter=_tensor(2, dtype="int32"),
-        weights=_tensor(50, batch, spec.branches),
+        weights=_tensor(50, batch, spec.branches + spec.momentum),
         bound=_tensor(batch),
         noise=_tensor(*shape),
         seeds=_tensor(batch, dtype="int64"),
         history=_tensor(spec.history + 1, *shape),
         gradient=_tensor(*shape),
+        momentum=_tensor(*shape),
         x0=_tensor(*shape),
         model_input=_tensor(rows, *shape[1:], dtype=dtype, channels_last=channels_last),
         time=_tensor(rows, dtype="int64"),
@@ -82,7 +83,7 @@ def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
     model = buffers.model_input.dtype.itemsize  # type: ignore[union-attr]
     state = buffers.x.dtype.itemsize
     variance = spec.learned_variance and spec.noise != "none"
-    tensors = spec.history + (spec.noise == "tensor") + spec.gradient
+    tensors = spec.history + (spec.noise == "tensor") + spec.gradient + spec.momentum
     read = state + (spec.branches + variance) * model + state * tensors
     slots = len(buffers.model_input) // len(buffers.x)  # type: ignore[arg-type]
     return read + state + slots * model + state * (spec.history > 0) + state * spec.keep_x0
@@ -111,7 +112,7 @@ def blend_piece(dtype: str = "bfloat16") -> Launch:
 
     batch = SHAPE[0]
     output = _tensor(2 * batch, *SHAPE[1:], dtype=dtype)
-    call = partial(blend.launch_blend, output, _tensor(batch, 2), 1, _tensor(*SHAPE))
+    call = partial(blend.launch_blend, output, _tensor(batch, 2), 1, False, None, _tensor(*SHAPE))
     return Launch(call, blend, "_blend_kernel", 2 * output.itemsize + 4)
 
 
@@ -164,6 +165,27 @@ def step_bound(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels
     return Launch(call, step_bound, "_step_bound_kernel", 8 + 2 * output.dtype.itemsize)
 
 
+def gram(dtype: str = "bfloat16", branches: int = 2, momentum: bool = False, channels_last: bool = False) -> Launch:
+    """The pass over the model's output that guidance computes its weights from."""
+    from fastcfg.kernels import gram
+
+    batch, channels, *rest = SHAPE
+    output = _tensor(branches * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
+    size, vectors = _tensor(*SHAPE)[0].numel(), branches + momentum
+    memory = _tensor(*gram.partial_shape(vectors, batch, size))
+    h = _tensor(*SHAPE) if momentum else None
+    call = partial(gram.launch_gram_partial, output, size, size // channels, 1, 0, h, -0.5, memory)
+    return Launch(call, gram, "_gram_kernel", branches * output.itemsize + 8 * momentum)
+
+
+def gram_sum() -> Launch:
+    """The sum over that pass's blocks; bytes are per number."""
+    from fastcfg.kernels import gram
+
+    call = partial(gram.launch_gram_sum, _tensor(64, 12, 2, 3), _tensor(64, 2, 3, dtype="float64"))
+    return Launch(call, gram, "_gram_sum_kernel", 4)
+
+
 def threshold_piece() -> Launch:
     """Limit and divide, the second half of `dynamic_threshold`."""
     from fastcfg.kernels import threshold
@@ -199,6 +221,8 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "gradient": partial(step, **_MAIN, gradient=True),
     "x0": partial(step, **_MAIN, keep_x0=True),
     "rescale": partial(step, **_MAIN, rescale=True),
+    "scaled": partial(step, **_MAIN, scaled=True),
+    "momentum": partial(step, **_MAIN, scaled=True, momentum=True),
     "all-terms": partial(step, **_ALL),
     "one-sample": partial(step, (1, 3, 64, 64), **_ALL),
     "one-element": partial(step, (1, 1, 1), **_ALL),
@@ -212,6 +236,10 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "threshold-piece": threshold_piece,
     "step-bound": step_bound,
     "step-bound-one": partial(step_bound, (1, 3, 64, 64), "float32", channels_last=True),
+    "gram": gram,
+    "gram-k3-momentum": partial(gram, branches=3, momentum=True),
+    "gram-channels-last": partial(gram, "float32", channels_last=True),
+    "gram-sum": gram_sum,
     "quantile-first": partial(quantile_pass, 0),
     "quantile-pass": partial(quantile_pass, 1),
     "quantile-last": partial(quantile_pass, 3),
@@ -229,6 +257,7 @@ _OTHERS: dict[str, Callable[..., Launch]] = {
     "x0-piece": x0_piece,
     "posterior-piece": posterior_piece,
     "step-bound": step_bound,
+    "gram": gram,
 }
 BY_DTYPE: dict[str, Callable[[], Launch]] = {
     f"{name}-{short}": partial(make, dtype=dtype)

@@ -31,14 +31,18 @@ STEPS = {
     "gradient": (1 + 1, 1),
     "x0": (1, 1 + 1),
     "rescale": (1, 1),
+    "scaled": (1, 1),
+    "momentum": (1 + 1, 1),
     "all-terms": (1 + 4, 1 + 2),
     "one-sample": (1 + 4, 1 + 2),
 }
 PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece")
 # Of dynamic thresholding: they count, and the last program of a sample goes on.
 PASSES = ("step-bound", "quantile-first", "quantile-pass", "quantile-last")
+# Of the Gram matrix.
+SUMS = ("gram", "gram-k3-momentum")
 # One element at a time.
-SCALAR = ("channels-last", "odd-size", "one-element", "step-bound-one")
+SCALAR = ("channels-last", "gram-channels-last", "odd-size", "one-element", "step-bound-one")
 
 # Of a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6, at
 # most: 128 with x0 output, 108 otherwise.
@@ -57,7 +61,15 @@ def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProc
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """Every variant on every target, compiled afresh."""
     folder = tmp_path_factory.mktemp("roofline")
-    names = (*STEPS, *PIECES, *PASSES, *SCALAR, "starting-noise")  # the other dtypes are for the table
+    names = (
+        *STEPS,
+        *PIECES,
+        *PASSES,
+        *SUMS,
+        *SCALAR,
+        "gram-sum",
+        "starting-noise",
+    )  # the other dtypes are for the table
     done = run_command("--variant", *names, "--json", str(folder / "rows.json"), TRITON_CACHE_DIR=str(folder / "cache"))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((folder / "rows.json").read_text())
@@ -77,6 +89,8 @@ def test_no_instruction_runs_twice(rows: dict[tuple[str, str], dict[str, Any]]) 
     loops = {key: row["backward_branches"] for key, row in rows.items() if row["backward_branches"]}
     # On AMD an atomic maximum is made of those of its active lanes, one after the other: here of a single one.
     single = {("gfx942", variant) for variant in ("step-bound", "step-bound-one", "quantile-first", "quantile-last")}
+    # The sum over blocks goes on for as many as there are.
+    single |= {(target, "gram-sum") for target in TARGETS}
     assert {key: n for key, n in loops.items() if n > (key in single)} == {}
 
 
@@ -111,7 +125,7 @@ def test_float32_tensors_move_16_bytes_at_a_time(
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("variant", [*STEPS, *PIECES, *PASSES])
+@pytest.mark.parametrize("variant", [*STEPS, *PIECES, *PASSES, *SUMS])
 def test_the_code_moves_the_bytes_of_the_formula(
     rows: dict[tuple[str, str], dict[str, Any]], target: str, variant: str
 ) -> None:

@@ -7,6 +7,7 @@ than a small kernel runs. No operation carries gradients.
 
 from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem
 from .checks import is_channels_last
+from .gram import gram
 from .noise import initial_noise
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
 from .step import GuidedStep, guided_step
@@ -17,6 +18,7 @@ __all__ = [
     "GuidedStep",
     "QuantileBound",
     "dynamic_threshold",
+    "gram",
     "guidance_blend",
     "guided_step",
     "inductor_problem",

@@ -2,6 +2,7 @@
 (`gaussian`)."""
 
 from . import bound, gaussian, pieces
+from .gram import gram
 from .guided_step import ReferenceStep
 from .quantile import ReferenceBound, quantile_bound
 from .table_step import Scratch, blend, table_step
@@ -13,6 +14,7 @@ __all__ = [
     "blend",
     "bound",
     "gaussian",
+    "gram",
     "pieces",
     "quantile_bound",
     "table_step",

@@ -1,0 +1,112 @@
+"""The Gram matrix of a model's branches: what guidance that looks at the outputs computes its weights from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import gram as reference
+from .backend import resolve_backend, through_dispatcher
+from .checks import expect
+from .step import readable
+
+
+@torch.no_grad()
+def gram(
+    output: Tensor,
+    branches: int,
+    base: int,
+    *,
+    channels: int | None = None,
+    momentum: Tensor | None = None,
+    decay: float = 0.0,
+    conditional: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Inner products and sums of every sample's V vectors: the base branch's output, the other branches' differences
+    from it (in the branches' order), and the momentum if there is one.
+
+    An inner product <a, b> is off by less than 2**-19 Σ|a_i b_i|, a sum by less than 2**-19 Σ|a_i|: differences are
+    rounded to float32 once, products once, and added in a tree. Norms are thus good to a millionth however close the
+    branches are. Squares beyond float32's range become infinite (outputs of 1e19) or 0 (of 1e-23). A sample's results
+    depend on nothing but the sample: not on the batch, and they are the same at every call.
+
+    Args:
+        output: the model's, [K*B, C or 2C, ...], float32, float16 or bfloat16 (float64 on the reference path).
+            Contiguous and channels-last are read as they are, anything else is copied first.
+        branches: K, at least 2.
+        base: index of the branch that differences are measured from.
+        channels: C, the first channels of the output; all of them by default.
+        momentum: float32 [B, C, ...], contiguous, rewritten in the same pass: h <- decay*h + (m_c - m_base).
+        decay: finite.
+        conditional: c, another branch than the base; needed with momentum.
+        backend: "auto", "triton", "inductor" (which finds them as the reference) or "reference", which adds in float64.
+
+    Returns:
+        float64 [B, V, V], symmetric, and float64 [B, V], with V = K, or K + 1 with momentum.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, indices of no branch, or a backend that cannot run.
+
+    Example:
+        >>> cond, uncond = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[3.0, 0.0]]])
+        >>> products, sums = gram(torch.cat([cond, uncond]), branches=2, base=1)
+        >>> products                                    # of (cond - uncond, uncond)
+        tensor([[[16.,  0.],
+                 [ 0.,  9.]]], dtype=torch.float64)
+        >>> sums
+        tensor([[4., 3.]], dtype=torch.float64)
+    """
+    if branches < 2 or output.ndim < 3 or not output.numel() or len(output) % branches:
+        raise ValueError(f"output: got shape {tuple(output.shape)}, expected [K*B, C, ...] of K = {branches} >= 2")
+    if not output.dtype.is_floating_point:
+        raise ValueError(f"output: got {output.dtype}, expected a floating dtype")
+    channels = output.shape[1] if channels is None else channels
+    if not 1 <= channels <= output.shape[1]:
+        raise ValueError(f"channels: got {channels}, expected 1 to {output.shape[1]}")
+    if not 0 <= base < branches:
+        raise ValueError(f"base: got {base}, expected a branch index below {branches}")
+    if momentum is not None:
+        if conditional is None or conditional == base or not 0 <= conditional < branches:
+            raise ValueError(f"conditional: got {conditional}, expected a branch index below {branches} but {base}")
+        wide = torch.float64 if momentum.dtype == torch.float64 else torch.float32
+        expect("momentum", momentum, (len(output) // branches, channels, *output.shape[2:]), wide, output.device)
+    state = torch.promote_types(output.dtype, torch.float32 if momentum is None else momentum.dtype)
+    conditional, output = conditional or 0, readable(output)
+    arguments = (output, momentum, branches, base, channels, conditional, float(decay))
+    if resolve_backend(backend, output.device, state) == "triton":
+        products = (_gram_op if through_dispatcher() else _gram)(*arguments)
+    else:
+        products = reference(output, branches, base, channels, conditional, momentum, decay)
+    return products[..., :-1], products[..., -1]
+
+
+def _gram(
+    output: Tensor,
+    momentum: Tensor | None,
+    branches: int,
+    base: int,
+    channels: int,
+    conditional: int,
+    decay: float,
+) -> Tensor:
+    from ..kernels.gram import launch_gram, partial_shape
+
+    out = _gram_result(output, momentum, branches, base, channels, conditional, decay)
+    spatial = output[0, 0].numel()
+    shape = partial_shape(out.shape[1], len(out), channels * spatial)
+    partial = torch.empty(shape, dtype=torch.float32, device=output.device)
+    with torch.cuda.device_of(output):
+        launch_gram(output, channels * spatial, spatial, base, conditional, momentum, decay, partial, out)
+    return out
+
+
+def _gram_result(
+    output: Tensor, momentum: Tensor | None, branches: int, base: int, channels: int, conditional: int, decay: float
+) -> Tensor:
+    vectors = branches + (momentum is not None)
+    return torch.empty((len(output) // branches, vectors, vectors + 1), dtype=torch.float64, device=output.device)
+
+
+_gram_op = torch.library.custom_op("fastcfg::gram", _gram, mutates_args=("momentum",))
+_gram_op.register_fake(_gram_result)
