@@ -10,7 +10,23 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 
 from . import solvers
 from .frontends import ClassifierFree, accelerate
-from .guidance import CFG, AdaptiveCFG, Compose, Guidance, NoGuidance
+from .guidance import (
+    APG,
+    CFG,
+    AdaptiveCFG,
+    APGMix,
+    AutoGuidance,
+    CFGZeroStar,
+    Compose,
+    GramGuidance,
+    Guidance,
+    InstructPix2Pix,
+    MagnitudeAwareCFG,
+    NoGuidance,
+    PerpNeg,
+    PerturbedCFG,
+    TangentialCFG,
+)
 from .sampler import Preview, Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
@@ -19,18 +35,28 @@ from .threshold import DynamicThreshold
 __version__ = "0.1.0"
 
 __all__ = [
+    "APG",
     "CFG",
+    "APGMix",
     "AdaptiveCFG",
+    "AutoGuidance",
+    "CFGZeroStar",
     "ClassifierFree",
     "Compose",
     "DynamicThreshold",
+    "GramGuidance",
     "Guidance",
+    "InstructPix2Pix",
+    "MagnitudeAwareCFG",
     "NoGuidance",
+    "PerpNeg",
+    "PerturbedCFG",
     "Preview",
     "Sampler",
     "Schedule",
     "Step",
     "StepTable",
+    "TangentialCFG",
     "accelerate",
     "solvers",
 ]

@@ -138,4 +138,5 @@ class Keeper:
 
 
 def _functions(options: Options) -> dict[str, Any]:
-    return {name: getattr(options, name).value for name in ("model", "denoised_fn", "cond_fn")}
+    functions = {name: getattr(options, name).value for name in ("model", "denoised_fn", "cond_fn", "mix")}
+    return functions | {f"branch_models[{name!r}]": same.value for name, same in options.branch_models}

@@ -80,6 +80,8 @@ class Programs:
     def __init__(self, workspace: Workspace, model: Callable[..., Any], pool: Pool) -> None:
         self._workspace, self._options, self._pool = workspace, workspace.options, pool
         self._model = Opaque(model) if is_compiled(model) else model
+        others = {name: same.value for name, same in self._options.branch_models}
+        self._branch_models = {name: Opaque(other) if is_compiled(other) else other for name, other in others.items()}
         self._gradient: ClassifierGradient | None = None
         if (cond_fn := self._options.cond_fn.value) is not None:
             self._gradient = ClassifierGradient(cond_fn, workspace.buffers, workspace.classifier_keywords)
@@ -195,10 +197,10 @@ class Programs:
         buffers = replace(workspace.buffers, weights=branch_set.weights)
         if workspace.noises is not None:
             buffers.noise = workspace.noises[slot]
-        denoised, agreement = None, workspace.agreement if len(active) > 1 else None
+        denoised, statistics = None, branch_set.statistics
         if options.denoised_fn.value is not None:
             denoised = DenoisedOutput(options.denoised_fn.value, spec, buffers, options.backend)
-            spec = replace(spec, branches=1, base=None, conditional=0)
+            spec = replace(spec, branches=1, base=None, conditional=0, scaled=False, momentum=False)
             table = takes_x0(options.table).on(options.device, options.state_dtype)
             buffers = replace(buffers, weights=None, table=table)
         bound = QuantileBound(options.threshold, spec, buffers, options.backend) if options.threshold else None
@@ -210,8 +212,8 @@ class Programs:
         @torch.no_grad()
         def program() -> None:
             output = call()
-            if agreement is not None:
-                agreement(output)
+            if statistics is not None:
+                statistics(output)
             if denoised is not None:
                 output = denoised(output)
             if bound is not None:
@@ -226,11 +228,13 @@ class Programs:
         """The model on its buffers: () -> [n*B, C or 2C, ...]."""
         workspace, model = self._workspace, self._model
         batch, packed = len(workspace.buffers.x), workspace.branch_sets[active].packed
+        models = [self._branch_models.get(self._options.branches[k], model) for k in active]
+        # Neighbours of one model are one forward, unless that is not wanted.
+        starts = [k for k in range(len(active)) if batching == "serial" or k == 0 or models[k] is not models[k - 1]]
         calls = []
         # Every slot holds the same input, so any subset of the branches takes the first ones.
-        size = batch if batching == "serial" else len(active) * batch
-        for start in range(0, len(active) * batch, size):
-            part = slice(start, start + size)
+        for start, end in zip(starts, [*starts[1:], len(active)], strict=True):
+            part, model = slice(start * batch, end * batch), models[start]
             keywords = {name: value[part] for name, value in packed.items()} | dict(workspace.shared)
             buffers = workspace.buffers
             calls.append(partial(model, buffers.model_input[part], buffers.time[part], **keywords))  # type: ignore[index]
@@ -255,6 +259,8 @@ def step_spec(options: Options, active: Branches) -> StepSpec:
         base=position(options.base) if len(active) > 1 else None,
         conditional=position(options.conditional) or 0,
         unconditional=position(options.unconditional) if table.uses_unconditional else None,
+        scaled=options.looks(active),
+        momentum=options.looks(active) and options.momentum is not None,
         learned_variance=table.learned_variance,
         raw_output=table.uses_raw_output,
         gradient=options.cond_fn.value is not None,

@@ -40,6 +40,10 @@ class Sampler:
         model: any callable; a `torch.nn.Module` tells its device and dtype.
         table: from `fastcfg.solvers` (or any `StepTable`).
         guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
+        branch_models: by name, the models of branches that the model does not run: a weaker one, or the same one
+            perturbed; any callables called like the model, serially after it. Their branches take the conditional
+            branch's conditioning unless they are given one of the same keys (of the model's `precompute`, where they
+            have none).
         clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), B numbers, or a `DynamicThreshold`.
         denoised_fn: changes x0 before the clip: x0 [B, C, ...] -> the same shape (guided-diffusion's argument of that
             name; inpainting puts the known pixels back).
@@ -61,8 +65,8 @@ class Sampler:
         memory_format: torch.contiguous_format or torch.channels_last, for the model input.
 
     Attributes:
-        table, guidance, clip, denoised_fn, cond_fn: as given. They may be replaced between calls; buffers and graphs
-            are kept where the new values allow it.
+        table, guidance, branch_models, clip, denoised_fn, cond_fn: as given. They may be replaced between calls;
+            buffers and graphs are kept where the new values allow it.
 
     Raises:
         TypeError: model not callable, table not a StepTable, guidance not a Guidance, clip not numbers.
@@ -84,6 +88,7 @@ class Sampler:
         table: StepTable,
         *,
         guidance: Guidance | None = None,
+        branch_models: Mapping[str, Callable[..., Any]] | None = None,
         clip: float | Sequence[float] | Tensor | DynamicThreshold | None = None,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
@@ -125,6 +130,7 @@ class Sampler:
         parameter = _first_parameter(model)
         self.model, self.table = model, table
         self.guidance = guidance or NoGuidance()
+        self.branch_models = dict(branch_models or {})
         self.clip = clip
         self.denoised_fn, self.cond_fn = denoised_fn, cond_fn
         self.noise = noise
@@ -270,13 +276,14 @@ class Sampler:
         """Check everything, then set the buffers to the start of a run."""
         shape = _checked_shape(shape)
         batch = shape[0]
+        self._check_functions()
         named = {"cond": cond, "uncond": uncond, **(branches or {})}
+        named |= {name: named["cond"] for name in self.branch_models if named.get(name) is None}
         given = conditioning = check_conditioning(self.guidance.branches, named, batch, self.device)
         if hasattr(self.model, "precompute"):
             # What does not depend on t is computed once: encoded text, and its keys and values.
-            named = {name: self.model.precompute(**value) for name, value in named.items() if value is not None}
+            named = {name: self._precompute(name)(**value) for name, value in named.items() if value is not None}
             conditioning = check_conditioning(self.guidance.branches, named, batch, self.device)
-        self._check_functions()
         plan = self.guidance.plan(self.table, batch)
         bounds = self.clip if isinstance(self.clip, Tensor) else None
         if bounds is not None and len(bounds) not in (1, batch):
@@ -306,6 +313,10 @@ class Sampler:
         self._last = (kept.workspace.options, list(kept.programs.decisions.values()), run.branches)
         self._keeper.give_back(kept)
 
+    def _precompute(self, branch: str) -> Callable[..., Any]:
+        model: Any = self.model
+        return getattr(self.branch_models.get(branch), "precompute", model.precompute)
+
     def _options(self, source: NoiseSource, plan: GuidancePlan, keep_x0: bool) -> Options:
         guidance, by_row = self.guidance, keep_x0 or plan.threshold is not None
         capture = "timed" if times_graphs(self.device) else "never"
@@ -315,11 +326,15 @@ class Sampler:
             model=Alike(self.model),
             denoised_fn=Alike(self.denoised_fn),
             cond_fn=Alike(self.cond_fn),
+            branch_models=tuple((name, Alike(model)) for name, model in sorted(self.branch_models.items())),
             table=self.table,
             branches=guidance.branches,
             base=guidance.base,
             conditional=guidance.conditional,
             unconditional=guidance.unconditional,
+            mix=Alike(plan.mix),
+            rescale=plan.rescale,
+            momentum=plan.momentum,
             clip=isinstance(self.clip, Tensor),
             threshold=self.clip if isinstance(self.clip, DynamicThreshold) else None,
             noise="none" if not self.table.uses_noise else "tensor" if source.fill else "philox",
@@ -369,6 +384,12 @@ class Sampler:
             function = getattr(self, name)
             if function is not None and not callable(function):
                 raise TypeError(f"{name}: got {type(function).__name__}, expected a function or None")
+        for name, model in self.branch_models.items():
+            if name not in self.guidance.branches:
+                expected = ", ".join(self.guidance.branches)
+                raise ValueError(f"branch_models: got {name!r}, expected branches of the guidance: {expected}")
+            if not callable(model):
+                raise TypeError(f"branch_models[{name!r}]: got {type(model).__name__}, expected a callable")
         if self.denoised_fn is not None and (table.uses_raw_output or table.uses_unconditional or table["k_m"].any()):
             raise ValueError(
                 f"denoised_fn: got a function with the table {table.name}, "

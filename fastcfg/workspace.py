@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .agreement import DELAY, Agreement
 from .conditioning import Conditioning, Same
 from .guidance import GuidancePlan
+from .statistics import DELAY, Agreement, Mixing, Statistics
 from .step import StepBuffers
 from .table import StepTable
 from .threshold import DynamicThreshold
@@ -28,7 +30,9 @@ class Options:
     Attributes:
         model, denoised_fn, cond_fn, table, backend, dtype, state_dtype, device, memory_format, compile, batching: as
             `Sampler`.
+        branch_models: by branch, the models of those that the model does not run.
         branches, base, conditional, unconditional: as `Guidance`.
+        mix, rescale, momentum: as `GuidancePlan`.
         clip: whether x0 is clipped to bounds that `Workspace.load` is given.
         threshold: dynamic thresholding, instead of clip.
         noise: "none", "tensor" or "philox".
@@ -40,11 +44,15 @@ class Options:
     model: Same
     denoised_fn: Same
     cond_fn: Same
+    branch_models: tuple[tuple[str, Same], ...]
     table: StepTable
     branches: tuple[str, ...]
     base: int | None
     conditional: int
     unconditional: int | None
+    mix: Same
+    rescale: float
+    momentum: float | None
     clip: bool
     threshold: DynamicThreshold | None
     noise: str
@@ -59,18 +67,30 @@ class Options:
     capture: str
     repeat: int
 
+    def looks(self, active: tuple[int, ...]) -> bool:
+        """Whether a row with these branches computes its weights from their outputs."""
+        return len(active) > 1 and (self.mix.value is not None or self.rescale > 0)
+
 
 class BranchSet:
-    """The branches some row evaluates, with their blend weights [R + 2, B, n] and packed conditioning.
+    """The branches some row evaluates, with their packed conditioning and blend weights.
 
-    The last two rows of the weights are nobody's: see `Agreement`.
+    Attributes:
+        active: the branches.
+        all_planned: [R + 2, B, P], the weights as planned; the last two rows are nobody's: see `Agreement`.
+        planned: those of the run's rows.
+        weights: [R, B, V], what the step reads: the same, or computed from them.
+        statistics: what looks at the branches; None if nothing does.
     """
 
-    def __init__(self, active: tuple[int, ...], conditioning: Conditioning, weights: Tensor) -> None:
+    def __init__(
+        self, active: tuple[int, ...], conditioning: Conditioning, planned: Tensor, weights: Tensor | None
+    ) -> None:
         self.active = active
-        self.all_weights = weights
-        self.weights = weights[:-DELAY]
+        self.all_planned, self.planned = planned, planned[:-DELAY]
+        self.weights = self.planned if weights is None else weights
         self.packed = conditioning.allocate(len(active))
+        self.statistics: Statistics | None = None
 
 
 class Workspace:
@@ -88,7 +108,7 @@ class Workspace:
         buffers: of the step; `noise` is that of a graph's first row.
         noises: the noise buffers of a graph's rows.
         branch_sets: by their branches.
-        agreement: with adaptive guidance, what watches the branches.
+        agreement: with adaptive guidance, what ends it.
         shared: what the model is given as it is.
         classifier_keywords: what cond_fn is given.
     """
@@ -112,6 +132,7 @@ class Workspace:
             return torch.zeros(size, dtype=options.state_dtype, device=options.device)
 
         self.options = options
+        self.agreement: Agreement | None = None
         self.noises = state(options.repeat, *shape) if options.noise == "tensor" else None
         self.buffers = StepBuffers(
             x=state(*shape),
@@ -122,6 +143,7 @@ class Workspace:
             seeds=torch.zeros(batch, dtype=torch.int64, device=options.device),
             history=state(table.num_history + 1, *shape) if table.num_history else None,
             gradient=state(*shape) if options.cond_fn.value is not None else None,
+            momentum=state(*shape) if options.momentum is not None else None,
             x0=state(*shape) if with_x0 else None,
             model_input=torch.zeros((slots * batch, *shape[1:]), dtype=options.dtype, device=options.device).contiguous(
                 memory_format=options.memory_format
@@ -131,25 +153,18 @@ class Workspace:
             ),
         )
         sets = dict.fromkeys(plan.active) | dict.fromkeys([plan.alone] if plan.threshold is not None else [])
-        self.branch_sets = {
-            active: BranchSet(active, conditioning, state(table.num_rows + DELAY, batch, len(active)))
-            for active in sets
-        }
+        self.branch_sets = {active: self._branch_set(active, plan, conditioning) for active in sets}
         self.shared = conditioning.shared
         self._given = given.allocate(1) if options.cond_fn.value is not None else {}
         self.classifier_keywords = {**self._given, **given.shared}
-        self.agreement: Agreement | None = None
-        if plan.threshold is not None:
-            self.agreement = self._agreement(plan, plan.threshold)
         self.load(conditioning, plan, None, given)
 
     def load(self, conditioning: Conditioning, plan: GuidancePlan, bound: Tensor | None, given: Conditioning) -> None:
         """Copy a call's conditioning, guidance weights and clip bounds into the static buffers."""
         if self._given:
             given.copy_to(self._given, (self.options.conditional,))
-        weights = torch.from_numpy(plan.weights)
         for active, branch_set in self.branch_sets.items():
-            branch_set.weights.copy_(weights[:, :, list(active)])
+            branch_set.planned.copy_(torch.from_numpy(self._planned(plan, active)))
             conditioning.copy_to(branch_set.packed, active)
         if bound is not None:
             self.buffers.bound.copy_(bound)  # type: ignore[union-attr]
@@ -162,6 +177,8 @@ class Workspace:
         if buffers.history is not None:
             # Rows multiply tensors they do not use by 0, and 0 times the infinity of an earlier run is not 0.
             buffers.history.zero_()
+        if buffers.momentum is not None:
+            buffers.momentum.zero_()
         slots = buffers.model_input.unflatten(0, (-1, len(buffers.x)))  # type: ignore[union-attr]
         slots.copy_((buffers.x * self._c_in[row]).expand_as(slots))
         buffers.time.fill_(self._t[row])  # type: ignore[union-attr]
@@ -194,18 +211,40 @@ class Workspace:
         tensors = [value for value in vars(buffers).values() if value is not None]
         tensors += self._given.values()
         for branch_set in self.branch_sets.values():
-            tensors += [branch_set.all_weights, *branch_set.packed.values()]
+            weights = [] if branch_set.weights is branch_set.planned else [branch_set.weights]
+            tensors += [branch_set.all_planned, *weights, *branch_set.packed.values()]
         return tensors
 
-    def _agreement(self, plan: GuidancePlan, threshold: float) -> Agreement:
-        options = self.options
-        pair = (options.conditional, options.unconditional)
-        active = next(active for active in self.branch_sets if all(branch in active for branch in pair))
-        unguided = torch.from_numpy(plan.unguided[list(active)])  # type: ignore[index]
-        return Agreement(
-            self.buffers,
-            self.branch_sets[active].all_weights,
-            (active.index(options.conditional), active.index(options.unconditional)),
-            unguided.to(self.buffers.x),
-            threshold,
-        )
+    def _planned(self, plan: GuidancePlan, active: tuple[int, ...]) -> NDArray[np.float64]:
+        """[R, B, P]: the plan of some branches."""
+        if not self.options.looks(active):
+            return plan.weights[:, :, list(active)]
+        planned: NDArray[np.float64] = plan.planned  # type: ignore[assignment]
+        return planned[:, :, [*active, *range(len(self.options.branches), planned.shape[2])]]
+
+    def _branch_set(self, active: tuple[int, ...], plan: GuidancePlan, conditioning: Conditioning) -> BranchSet:
+        options, looks = self.options, self.options.looks(active)
+        rows, batch, columns = self._planned(plan, active).shape
+        dtype, device = options.state_dtype, options.device
+        planned = torch.zeros((rows + DELAY, batch, columns), dtype=torch.float64 if looks else dtype, device=device)
+        vectors = len(active) + (options.momentum is not None)
+        weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if looks else None
+        branch_set = BranchSet(active, conditioning, planned, weights)
+        if looks or (len(active) > 1 and plan.threshold is not None):
+            branch_set.statistics = self._statistics(branch_set, plan)
+        return branch_set
+
+    def _statistics(self, branch_set: BranchSet, plan: GuidancePlan) -> Statistics:
+        options, buffers, active = self.options, self.buffers, branch_set.active
+        base = len(active) - 1 if options.base is None else active.index(options.base)
+        conditional = active.index(options.conditional)
+        readers: list[Agreement | Mixing] = []
+        if plan.threshold is not None:
+            pair = (conditional, active.index(options.unconditional))
+            unguided = torch.from_numpy(plan.unguided).to(branch_set.all_planned)
+            self.agreement = Agreement(buffers, branch_set.all_planned, base, pair, unguided, plan.threshold)
+            readers.append(self.agreement)
+        if options.looks(active):
+            mix, rescale = options.mix.value, options.rescale
+            readers.append(Mixing(buffers, branch_set.planned, branch_set.weights, base, conditional, mix, rescale))
+        return Statistics(buffers, len(active), base, conditional, options.momentum, options.backend, readers)

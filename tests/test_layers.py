@@ -34,7 +34,7 @@ LAYERS = (
     "conditioning",
     "sources",
     "hooks",
-    "agreement",
+    "statistics",
     "workspace",
     "programs",
     "run",

@@ -191,8 +191,10 @@ def check_model(
         ValueError: guidance that evaluates other branches from run to run, or a model that fails.
     """
     base = problem.sampler(graph=False)
-    if problem.guidance.plan(problem.table, problem.shape[0]).threshold is not None:
-        raise ValueError("guidance: got AdaptiveCFG, expected one that does not look at the outputs, such as CFG")
+    plan = problem.guidance.plan(problem.table, problem.shape[0])
+    if plan.threshold is not None or plan.planned is not None:
+        kind = type(problem.guidance).__name__
+        raise ValueError(f"guidance: got {kind}, expected one that does not look at the outputs, such as CFG")
     settings = {"dtype": base.dtype, "device": base.device, "batching": "batched", "graph": False}
     name = str(base.dtype).removeprefix("torch.")
     recorder = _Recorder(problem.model)

@@ -1,0 +1,130 @@
+"""Classifier-free guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..table import StepTable
+from .base import Guidance, GuidancePlan
+from .scales import Scale, check_scale, scale_by_row
+
+__all__ = ["CFG", "AdaptiveCFG"]
+
+FORMULATIONS = ("standard", "original", "sum")
+
+
+@dataclass(frozen=True, eq=False)
+class CFG(Guidance):
+    """Classifier-free guidance (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598).
+
+    A negative prompt is the conditioning given to the unconditional branch.
+
+    Attributes:
+        scale: s of m = uncond + s (cond - uncond); with formulation "original", w of m = cond + w (cond - uncond). A
+            number; B numbers, one per sample; an array [R, 1] or [R, B] with one row per model evaluation; or a
+            function of the progress through the run, 0 at the first step and below 1 at the last, that returns a number
+            or B numbers.
+        interval: (start, stop) in fractions of the run's steps. Outside it only the conditional branch is evaluated
+            (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724); step i of N is inside if int(start*N) <= i <
+            int(stop*N), as in diffusers' guiders.
+        formulation: "standard", "original" (diffusers' `use_original_formulation`), or "sum": s*cond + (1 - s)*uncond.
+            They agree but for rounding.
+        order: the branches along the batch. GLIDE and guided-diffusion put the conditional half first, diffusers the
+            unconditional.
+        rescale: φ of the last factor φ std(cond)/std(m) + 1 - φ, against overexposure (Lin et al. 2023, section 3.4,
+            https://arxiv.org/abs/2305.08891; diffusers' `guidance_rescale`). Above 0 it takes a second pass over the
+            outputs per row. A prediction that hardly varies (a standard deviation below a thousandth of its root mean
+            square, or zeros) is left as it is.
+
+    Raises:
+        ValueError: non-finite scale, an interval not within 0 <= start < stop <= 1, unknown formulation, an order that
+            is not a permutation of ("cond", "uncond"), or a rescale outside 0 to 1.
+
+    Example:
+        >>> CFG(3.0).branches
+        ('cond', 'uncond')
+    """
+
+    scale: Scale = 3.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    formulation: str = "standard"
+    order: tuple[str, ...] = ("cond", "uncond")
+    rescale: float = 0.0
+
+    names: ClassVar[tuple[str, ...]] = ("cond", "uncond")
+
+    def __post_init__(self) -> None:
+        check_scale("scale", self.scale)
+        super().__post_init__()
+        if self.formulation not in FORMULATIONS:
+            raise ValueError(f"formulation: got {self.formulation!r}, expected one of {', '.join(FORMULATIONS)}")
+        if sorted(self.order) != sorted(self.names):
+            raise ValueError(f"order: got {self.order!r}, expected a permutation of {self.names}")
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(self.order)
+
+    @property
+    def other(self) -> int:
+        """Index of the branch that the guidance leads away from."""
+        return self.branches.index(self.names[1])
+
+    @property
+    def base(self) -> int | None:
+        if self.looks:
+            return self.other
+        return {"standard": self.other, "original": self.conditional, "sum": None}[self.formulation]
+
+    def weights(self, table: StepTable, batch: int) -> NDArray[np.float64]:
+        scale = scale_by_row("scale", self.scale, table, batch)
+        weights = np.zeros((table.num_rows, batch, len(self.branches)))
+        if self.base == self.conditional:
+            weights[..., self.other] = -scale
+            return weights
+        weights[..., self.conditional] = scale + (self.formulation == "original")
+        if self.base is None:
+            weights[..., self.other] = 1 - scale
+        return weights
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveCFG(CFG):
+    """Classifier-free guidance that ends by itself, sample by sample, once the branches agree.
+
+    Adaptive guidance (Castillo et al. 2023, https://arxiv.org/abs/2312.12487): late in a run the two branches point the
+    same way, and guidance costs a forward that changes little. Until then it equals `CFG`. The cosine between the
+    branches is taken on the device after every model evaluation; a sample in which it has reached the threshold is
+    unguided from two rows later on, and when all samples are, the unconditional branch is not evaluated any more. The
+    host reads that decision one row late, so that the device never waits for it.
+
+    Attributes:
+        threshold: the cosine, at most 1; the paper uses 0.991. Branches of norm 0 have none and do not agree.
+
+    Raises:
+        ValueError: as `CFG`, a threshold that is no cosine, or (when planned) a table that adds the unconditional
+            output.
+    """
+
+    threshold: float = 0.991
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.threshold, int | float) or not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold: got {self.threshold!r}, expected a cosine, -1 to 1")
+
+    def plan(self, table: StepTable, batch: int) -> GuidancePlan:
+        if table.uses_unconditional:
+            raise ValueError(
+                f"guidance: got AdaptiveCFG with the table {table.name}, "
+                "expected CFG: the table adds the unconditional output in every row"
+            )
+        plan = super().plan(table, batch)
+        if not any(len(active) > 1 for active in plan.active):
+            return plan
+        unguided = self.unguided if plan.planned is None else self.planned_unguided(plan.planned.shape[-1])
+        return replace(plan, threshold=float(self.threshold), alone=(self.conditional,), unguided=unguided)

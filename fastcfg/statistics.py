@@ -1,0 +1,145 @@
+"""What looks at the branches between the model and the fused step: weights from their Gram matrix, and agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .guidance import rescale_factor
+from .ops import gram
+from .step import StepBuffers
+
+__all__ = ["DELAY", "Agreement", "Mixing", "Statistics"]
+
+# An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
+DELAY = 2
+
+
+class Statistics:
+    """Computes the Gram matrix of a row's branches in one pass, and gives it to those who want it.
+
+    Args:
+        buffers: of the run; the momentum, where there is one, is moved on.
+        branches: K, the number evaluated.
+        base: index of the one that differences are measured from.
+        conditional: index of the one whose difference the momentum takes up.
+        decay: of the momentum; None for none.
+        backend: of the pass.
+        readers: called with the Gram matrix and the sums.
+    """
+
+    def __init__(
+        self,
+        buffers: StepBuffers,
+        branches: int,
+        base: int,
+        conditional: int,
+        decay: float | None,
+        backend: str,
+        readers: Sequence[Callable[[Tensor, Tensor], None]],
+    ) -> None:
+        self._given: dict[str, Any] = {
+            "branches": branches,
+            "base": base,
+            "channels": buffers.x.shape[1],
+            "momentum": None if decay is None else buffers.momentum,
+            "decay": decay or 0.0,
+            "conditional": conditional,
+            "backend": backend,
+        }
+        self._readers = readers
+
+    def __call__(self, output: Tensor) -> None:
+        """Args: output: the model's, [K*B, C or 2C, ...]."""
+        found = gram(output, **self._given)
+        for read in self._readers:
+            read(*found)
+
+
+class Mixing:
+    """Computes a row's blend weights.
+
+    Args:
+        buffers: of the run.
+        planned: float64 [R + 2, B, P], as `GuidancePlan.planned`; the last two rows are nobody's.
+        weights: [R, B, V] in the state's dtype: what the step reads. The row's are written.
+        base, conditional: as `Statistics`.
+        mix, rescale: as `GuidancePlan`.
+    """
+
+    def __init__(
+        self,
+        buffers: StepBuffers,
+        planned: Tensor,
+        weights: Tensor,
+        base: int,
+        conditional: int,
+        mix: Callable[[Tensor, Tensor], Tensor] | None,
+        rescale: float,
+    ) -> None:
+        self._counter, self._planned, self._weights = buffers.counter, planned, weights
+        self._count = buffers.x[0].numel()
+        self._pair, self._mix, self._rescale = (base, conditional), mix, rescale
+
+    def __call__(self, products: Tensor, sums: Tensor) -> None:
+        row = self._counter[:1].long()
+        weights = self._planned.index_select(0, row)[0]
+        if self._mix is not None:
+            weights = self._mix(products, weights)
+        if self._rescale:
+            weights = weights * rescale_factor(products, sums, self._count, weights, *self._pair, self._rescale)
+        self._weights.index_copy_(0, row, weights[None].to(self._weights.dtype))
+
+
+class Agreement:
+    """Ends the guidance of samples whose branches agree.
+
+    A sample whose branches have had a cosine of at least the threshold once is unguided from two rows later on,
+    whatever the batch. When all have, the host, which reads `done` one row late, can stop evaluating the other branch.
+
+    Args:
+        buffers: of the run.
+        planned: [R + 2, B, P], the (planned) weights, of which the last two rows may be written to.
+        base: index of the branch that differences are measured from.
+        pair: indices of the branches that are compared.
+        unguided: [P], the (planned) weights of an unguided sample.
+        threshold: the least cosine of agreement.
+    """
+
+    def __init__(
+        self,
+        buffers: StepBuffers,
+        planned: Tensor,
+        base: int,
+        pair: tuple[int, int],
+        unguided: Tensor,
+        threshold: float,
+    ) -> None:
+        self._counter, self._planned, self._unguided = buffers.counter, planned, unguided
+        self._base, self._pair, self._threshold = base, pair, threshold
+        self._agreed = torch.zeros(len(buffers.x), dtype=torch.bool, device=buffers.x.device)
+        self.done = torch.zeros((), dtype=torch.bool, device=buffers.x.device)
+
+    def reset(self) -> None:
+        """No sample has agreed yet."""
+        self._agreed.zero_()
+        self.done.zero_()
+
+    def __call__(self, products: Tensor, sums: Tensor) -> None:
+        i, j = self._pair
+        dot = self._product(products, i, j)
+        norms = self._product(products, i, i) * self._product(products, j, j)
+        # Without a division: branches of norm 0 have no cosine and do not agree.
+        self._agreed |= (dot >= self._threshold * norms.sqrt()) & (norms > 0)
+        row = self._counter[:1].long() + DELAY
+        planned = self._planned.index_select(0, row)
+        self._planned.index_copy_(0, row, torch.where(self._agreed[:, None], self._unguided, planned))
+        self.done.copy_(self._agreed.all())
+
+    def _product(self, products: Tensor, i: int, j: int) -> Tensor:
+        """[B]: the inner product of two branches' outputs."""
+        of_i, of_j = {i, self._base}, {j, self._base}
+        return sum(products[:, a, b] for a in sorted(of_i) for b in sorted(of_j))  # type: ignore[return-value]
