@@ -41,6 +41,8 @@ class Decision:
         reason: why there is no graph, or none of several rows; else empty.
         milliseconds: of a row, by "eager" or "graph" and batching, where they were measured.
         constants: how many tensors the model copies from the host in every call, and the graph does not.
+        passes: over the state in a row beside the model: the step's, and one where guidance looks at the outputs; those
+            of dynamic thresholding are not counted.
     """
 
     branches: tuple[str, ...]
@@ -49,6 +51,7 @@ class Decision:
     reason: str = ""
     milliseconds: dict[str, float] = field(default_factory=dict)
     constants: int = 0
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Programs:
             if options.capture == "always" or choice.seconds < _WORTH * best.seconds:
                 best = choice
         decision.batching, decision.constants = best.batching, best.constants
+        decision.passes += self._workspace.branch_sets[active].statistics is not None
         self._single[active] = best.program
         if best.record is not None:
             decision.graph, decision.reason = "cuda" if options.device.type == "cuda" else "stand-in", ""

@@ -1,4 +1,4 @@
-"""The `fastcfg` command: sample, train, doctor, parity, bench."""
+"""The `fastcfg` command: sample, train, doctor, methods, parity, bench."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastcfg import __version__
 
-from . import bench, doctor, parity, sample, train
+from . import bench, doctor, methods, parity, sample, train
 from .parser import Parser, UsageError
 
 __all__ = ["main"]
@@ -23,6 +23,7 @@ examples:
   fastcfg sample "a red circle above a blue square"
   fastcfg train --out run --steps 2000
   fastcfg doctor
+  fastcfg methods
   fastcfg parity --quick
   fastcfg bench --list
 
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (sample, train, doctor, parity, bench):
+    for command in (sample, train, doctor, methods, parity, bench):
         command.add_parser(commands)
     return parser
 
