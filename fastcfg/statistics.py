@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guidance import rescale_factor
 from .ops import gram
+from .reference import rescale_factor
 from .step import StepBuffers
 
 __all__ = ["DELAY", "Agreement", "Mixing", "Statistics"]
@@ -22,39 +22,16 @@ class Statistics:
     """Computes the Gram matrix of a row's branches in one pass, and gives it to those who want it.
 
     Args:
-        buffers: of the run; the momentum, where there is one, is moved on.
-        branches: K, the number evaluated.
-        base: index of the one that differences are measured from.
-        conditional: index of the one whose difference the momentum takes up.
-        decay: of the momentum; None for none.
-        backend: of the pass.
         readers: called with the Gram matrix and the sums.
+        **options: of `ops.gram`; the momentum, where there is one, is moved on.
     """
 
-    def __init__(
-        self,
-        buffers: StepBuffers,
-        branches: int,
-        base: int,
-        conditional: int,
-        decay: float | None,
-        backend: str,
-        readers: Sequence[Callable[[Tensor, Tensor], None]],
-    ) -> None:
-        self._given: dict[str, Any] = {
-            "branches": branches,
-            "base": base,
-            "channels": buffers.x.shape[1],
-            "momentum": None if decay is None else buffers.momentum,
-            "decay": decay or 0.0,
-            "conditional": conditional,
-            "backend": backend,
-        }
-        self._readers = readers
+    def __init__(self, readers: Sequence[Callable[[Tensor, Tensor], None]], **options: Any) -> None:
+        self._readers, self._options = readers, options
 
     def __call__(self, output: Tensor) -> None:
         """Args: output: the model's, [K*B, C or 2C, ...]."""
-        found = gram(output, **self._given)
+        found = gram(output, **self._options)
         for read in self._readers:
             read(*found)
 
@@ -66,7 +43,7 @@ class Mixing:
         buffers: of the run.
         planned: float64 [R + 2, B, P], as `GuidancePlan.planned`; the last two rows are nobody's.
         weights: [R, B, V] in the state's dtype: what the step reads. The row's are written.
-        base, conditional: as `Statistics`.
+        base, conditional: indices of the branch that differences are measured from and of the conditional one.
         mix, rescale: as `GuidancePlan`.
     """
 
@@ -103,7 +80,7 @@ class Agreement:
     Args:
         buffers: of the run.
         planned: [R + 2, B, P], the (planned) weights, of which the last two rows may be written to.
-        base: index of the branch that differences are measured from.
+        base: as `Mixing`.
         pair: indices of the branches that are compared.
         unguided: [P], the (planned) weights of an unguided sample.
         threshold: the least cosine of agreement.

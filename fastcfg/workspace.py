@@ -247,4 +247,13 @@ class Workspace:
         if options.looks(active):
             mix, rescale = options.mix.value, options.rescale
             readers.append(Mixing(buffers, branch_set.planned, branch_set.weights, base, conditional, mix, rescale))
-        return Statistics(buffers, len(active), base, conditional, options.momentum, options.backend, readers)
+        return Statistics(
+            readers,
+            branches=len(active),
+            base=base,
+            channels=buffers.x.shape[1],
+            momentum=buffers.momentum,
+            decay=options.momentum or 0.0,
+            conditional=conditional,
+            backend=options.backend,
+        )

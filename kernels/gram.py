@@ -109,13 +109,9 @@ def launch_gram_partial(output, size, spatial, base, conditional, momentum, deca
 
 def launch_gram_sum(partial, out):
     """Add the blocks' results up."""
-    constants = {
-        "NUMBERS": out[0].numel(),
-        "COLUMNS": triton.next_power_of_2(out[0].numel()),
-        "BLOCK": 64,
-        "enable_fp_fusion": False,
-    }
-    _gram_sum_kernel[(len(out),)](partial, out, partial.shape[1], **constants)
+    size = out[0].numel()
+    columns = triton.next_power_of_2(size)
+    _gram_sum_kernel[(len(out),)](partial, out, partial.shape[1], size, columns, BLOCK=64, enable_fp_fusion=False)
 
 
 def launch_gram(output, size, spatial, base, conditional, momentum, decay, partial, out):
@@ -126,8 +122,7 @@ def launch_gram(output, size, spatial, base, conditional, momentum, decay, parti
         size, spatial: elements of a sample's first C channels, and of one of them.
         base: the branch that differences are measured from.
         conditional: another, whose difference the momentum takes up.
-        momentum: float32 [B, C, ...], contiguous, rewritten: decay*h + difference; None for none.
-        decay: a number.
+        momentum: float32 [B, C, ...], contiguous, rewritten: decay*h + difference for a number decay; None for none.
         partial: memory of `partial_shape`.
         out: the result.
     """

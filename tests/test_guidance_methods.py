@@ -456,12 +456,12 @@ def test_scales_change_without_a_capture_and_parameters_with_one() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: CFG(rescale=1.5), "rescale: got 1.5, expected a finite number from 0 to 1"),
+        (lambda: CFG(rescale=1.5), "rescale: got 1.5, expected a number from 0 to 1"),
         (lambda: CFGZeroStar(zero_init_steps=-1), "zero_init_steps: got -1, expected an integer of at least 0"),
         (lambda: APG(eta=float("nan")), "eta: got nan, expected a finite number"),
         (lambda: APG(momentum="no"), "momentum: got 'no', expected a finite number"),
-        (lambda: APG(norm_threshold=-1.0), "norm_threshold: got -1.0, expected a finite number from 0"),
-        (lambda: APGMix(apg_start_step=0.5), "apg_start_step: got 0.5, expected an integer"),
+        (lambda: APG(norm_threshold=-1.0), "norm_threshold: got -1.0, expected a finite number of at least 0"),
+        (lambda: APGMix(apg_start_step=0.5), "apg_start_step: got 0.5, expected an integer of at least 0"),
         (lambda: APGMix(apg_scale=[1.0, 2.0]).plan(TABLE, 3), "apg_scale: got 2 values, expected 1 or one per sample"),
         (lambda: MagnitudeAwareCFG(alpha=-1.0), "alpha: got -1.0"),
         (lambda: PerpNeg(negatives={"cond": 1.0}), r"negatives: got \['cond'\], expected names other than"),

@@ -14,11 +14,9 @@ A branch whose weight is zero for every sample of a row is not evaluated there. 
 
 from .base import Guidance, GuidancePlan, NoGuidance
 from .cfg import CFG, AdaptiveCFG
-from .compose import Compose, InstructPix2Pix
-from .gram import GramGuidance, rescale_factor
-from .models import AutoGuidance, PerturbedCFG
-from .projected import APG, APGMix
-from .statistic import CFGZeroStar, MagnitudeAwareCFG, PerpNeg, TangentialCFG
+from .compose import AutoGuidance, Compose, InstructPix2Pix, PerturbedCFG
+from .gram import GramGuidance
+from .statistic import APG, APGMix, CFGZeroStar, MagnitudeAwareCFG, PerpNeg, TangentialCFG
 
 __all__ = [
     "APG",
@@ -37,5 +35,4 @@ __all__ = [
     "PerpNeg",
     "PerturbedCFG",
     "TangentialCFG",
-    "rescale_factor",
 ]

@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..table import StepTable
-from .scales import check_interval, check_number, close, inside_interval
-
-__all__ = ["Guidance", "GuidancePlan", "NoGuidance"]
+from .scales import check_fields, inside_interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,13 +20,12 @@ class GuidancePlan:
     Attributes:
         weights: float64 [R, B, K].
         active: for every row the branches that are evaluated, ascending.
-        planned: of guidance that looks at the outputs: float64 [R, B, P], from which the row's weights are computed:
-            those of the K branches, the base's included, then what the method adds. None for guidance that does not
-            look.
-        mix: computes them: (Gram matrix [B, V, V], planned [B, P]) -> weights [B, V], for the V vectors of `ops.gram`;
-            None takes those planned.
-        rescale: as `CFG.rescale`, the last factor of the weights.
-        momentum: the decay of the momentum, which the conditional branch's difference is added to; None for none.
+        planned: of guidance that looks at the outputs: float64 [R, B, P], the weights of the K branches, the base's
+            included, and what the method adds. None for guidance that does not look.
+        mix: (Gram matrix [B, V, V], planned [B, P]) -> a row's weights [B, V] of the vectors of `ops.gram`; None takes
+            those planned.
+        rescale: as `CFG.rescale`.
+        momentum: the decay of the momentum; None for none.
         threshold: of adaptive guidance: the cosine between the conditional and the unconditional branch from which on a
             sample is not guided any more; None for guidance that does not end by itself.
         alone: the branch evaluated when no sample is.
@@ -55,6 +52,9 @@ class Guidance:
         base: index of the branch that the delta form starts from; None for the sum form.
         conditional: index of the branch whose variance channels are used.
         unconditional: index of the branch that a_u multiplies (CFG++), None if there is none.
+
+    Raises:
+        ValueError: fields that are not finite or out of their range, which the message tells.
     """
 
     # What specs may have as fields, described at `CFG`.
@@ -62,8 +62,7 @@ class Guidance:
     rescale = 0.0
 
     def __post_init__(self) -> None:
-        check_interval(self.interval)
-        check_number("rescale", self.rescale, 0, 1)
+        check_fields(self)
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -96,14 +95,8 @@ class Guidance:
         """bool [R]: the rows at which guidance applies; elsewhere the output is the conditional branch's."""
         return inside_interval(self.interval, table)
 
-    @property
-    def decay(self) -> float | None:
-        """`GuidancePlan.momentum`."""
-        return None
-
     def mixer(self) -> Callable[..., Any] | None:
-        """`GuidancePlan.mix`: the same (or a partial of the same function with the same numbers) keeps captured
-        programs."""
+        """`GuidancePlan.mix`. Partials of one function with equal numbers share captured programs."""
         return None
 
     def planned(self, table: StepTable, weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -135,20 +128,20 @@ class Guidance:
             )
         weights = self.weights(table, batch)
         weights[~self.inside(table)] = self.unguided
+        if self.mixer() is not None:
+            # As math.isclose, by which diffusers' guiders tell that a scale guides nothing.
+            unguided = np.asarray(np.isclose(weights, self.unguided, rtol=1e-9, atol=0).all(axis=-1))
+            weights[unguided] = self.unguided
         active = [self._active(weights[i], table, i) for i in range(table.num_rows)]
         if not self.looks:
             return GuidancePlan(weights, tuple(active))
         planned, mix = self.planned(table, weights), self.mixer()
         if mix is not None:
-            unguided = np.asarray(close(weights, self.unguided).all(axis=-1))
             planned[unguided] = self.planned_unguided(planned.shape[-1])
-            weights[unguided] = self.unguided
             # A method that looks at the branches looks at all of them.
-            active = [
-                self._active(weights[i], table, i) if unguided[i].all() else tuple(range(len(self.branches)))
-                for i in range(table.num_rows)
-            ]
-        return GuidancePlan(weights, tuple(active), planned, mix, self.rescale, self.decay)
+            for i in np.flatnonzero(~unguided.all(axis=1)):
+                active[i] = tuple(range(len(self.branches)))
+        return GuidancePlan(weights, tuple(active), planned, mix, self.rescale, getattr(self, "momentum", None))
 
     def planned_unguided(self, columns: int) -> NDArray[np.float64]:
         """float64 [P]: what is planned for a sample that is the conditional branch's alone."""
@@ -179,9 +172,7 @@ class Guidance:
 class NoGuidance(Guidance):
     """One conditional branch, unblended."""
 
-    @property
-    def branches(self) -> tuple[str, ...]:
-        return ("cond",)
+    branches = ("cond",)
 
     def weights(self, table: StepTable, batch: int) -> NDArray[np.float64]:
         return np.ones((table.num_rows, batch, 1))

@@ -10,9 +10,7 @@ from numpy.typing import NDArray
 
 from ..table import StepTable
 from .base import Guidance, GuidancePlan
-from .scales import Scale, check_scale, scale_by_row
-
-__all__ = ["CFG", "AdaptiveCFG"]
+from .scales import Cosine, Interval, Scale, Share, scale_by_row
 
 FORMULATIONS = ("standard", "original", "sum")
 
@@ -50,15 +48,14 @@ class CFG(Guidance):
     """
 
     scale: Scale = 3.0
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: Interval = (0.0, 1.0)
     formulation: str = "standard"
     order: tuple[str, ...] = ("cond", "uncond")
-    rescale: float = 0.0
+    rescale: Share = 0.0
 
     names: ClassVar[tuple[str, ...]] = ("cond", "uncond")
 
     def __post_init__(self) -> None:
-        check_scale("scale", self.scale)
         super().__post_init__()
         if self.formulation not in FORMULATIONS:
             raise ValueError(f"formulation: got {self.formulation!r}, expected one of {', '.join(FORMULATIONS)}")
@@ -110,12 +107,7 @@ class AdaptiveCFG(CFG):
             output.
     """
 
-    threshold: float = 0.991
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.threshold, int | float) or not -1 <= self.threshold <= 1:
-            raise ValueError(f"threshold: got {self.threshold!r}, expected a cosine, -1 to 1")
+    threshold: Cosine = 0.991
 
     def plan(self, table: StepTable, batch: int) -> GuidancePlan:
         if table.uses_unconditional:

@@ -10,11 +10,6 @@ from torch import Tensor
 
 from .cfg import CFG
 
-__all__ = ["GramGuidance", "rescale_factor"]
-
-# Variances below this share of the mean square are rounding errors of the Gram matrix.
-_NO_VARIANCE = 1e-6
-
 
 @dataclass(frozen=True, eq=False)
 class GramGuidance(CFG):
@@ -24,9 +19,6 @@ class GramGuidance(CFG):
     returns. Two forwards, two passes over the outputs. Samples whose scale guides nothing (1, or 0 with formulation
     "original") and rows outside the interval are the conditional branch's, unseen by `mix`. Formulation "sum" is
     "standard".
-
-    Attributes:
-        scale, interval, formulation, order, rescale: as `CFG`.
 
     Example:
         Guidance of a bounded length: ||s d|| is at most that of uncond.
@@ -63,33 +55,3 @@ class GramGuidance(CFG):
 
     def mixer(self) -> Callable[..., Any] | None:
         return self.mix
-
-
-def rescale_factor(
-    gram: Tensor, sums: Tensor, count: int, weights: Tensor, base: int, conditional: int, rescale: float
-) -> Tensor:
-    """[B, 1]: φ std(cond)/std(m) + 1 - φ for the blend m of a row's vectors, by w^T Cov w.
-
-    The Gram matrix knows a variance to 2**-19 of the mean square; where it is below a millionth of it, or 0, the factor
-    is 1.
-
-    Args:
-        gram: float64 [B, V, V], as from `ops.gram`.
-        sums: float64 [B, V].
-        count: elements of a vector.
-        weights: [B, V].
-        base: index of the vector that is a branch's output itself.
-        conditional: of the conditional branch's, an output or a difference from the base.
-        rescale: φ.
-    """
-    sums = sums / count
-    second = gram / count
-    covariance = second - sums[:, :, None] * sums[:, None, :]
-    variance = ((covariance @ weights[..., None])[..., 0] * weights).sum(-1)
-    square = ((second @ weights[..., None])[..., 0] * weights).sum(-1)
-    wanted = covariance[:, base, base]
-    if conditional != base:
-        wanted = wanted + 2 * covariance[:, base, conditional] + covariance[:, conditional, conditional]
-    ratio = (wanted.clamp_min(0) / variance).sqrt()
-    ratio = ratio.masked_fill(~(variance > _NO_VARIANCE * square), 1.0)
-    return (rescale * ratio + (1 - rescale))[:, None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,6 +13,21 @@ from numpy.typing import ArrayLike, NDArray
 from ..table import StepTable
 
 Scale = float | Sequence[float] | NDArray[np.float64] | Callable[[float], ArrayLike]
+Scales = Mapping[str, Scale]
+Interval = tuple[float, float]
+Number: TypeAlias = float
+Positive: TypeAlias = float
+Share: TypeAlias = float
+Cosine: TypeAlias = float
+Count: TypeAlias = int
+
+_LIMITS = {
+    "Number": (-math.inf, math.inf, "a finite number"),
+    "Positive": (0, math.inf, "a finite number of at least 0"),
+    "Share": (0, 1, "a number from 0 to 1"),
+    "Cosine": (-1, 1, "a cosine, -1 to 1"),
+    "Count": (0, math.inf, "an integer of at least 0"),
+}
 
 
 def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArray[np.float64]:
@@ -34,35 +50,31 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
     return np.broadcast_to(values, (table.num_rows, batch)).copy()
 
 
-def inside_interval(interval: tuple[float, float], table: StepTable) -> NDArray[np.bool_]:
+def inside_interval(interval: Interval, table: StepTable) -> NDArray[np.bool_]:
     """bool [R]: rows whose step lies in the interval."""
     first, last = (int(edge * table.num_steps) for edge in interval)
-    inside: NDArray[np.bool_] = (table.steps >= first) & (table.steps < last)
-    return inside
+    return np.asarray((table.steps >= first) & (table.steps < last))
 
 
-def close(values: NDArray[np.float64], to: ArrayLike) -> NDArray[np.bool_]:
-    """As math.isclose, by which diffusers' guiders tell that a scale guides nothing."""
-    found: NDArray[np.bool_] = np.isclose(values, to, rtol=1e-9, atol=0)
-    return found
-
-
-def check_scale(name: str, scale: Scale) -> None:
-    """Raise ValueError for numbers that are not finite; a function is checked when it is called."""
-    if not callable(scale):
-        _finite(name, scale)
-
-
-def check_interval(interval: tuple[float, float], name: str = "interval") -> None:
-    """Raise ValueError unless 0 <= start < stop <= 1."""
-    if not isinstance(interval, Sequence) or len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"{name}: got {interval!r}, expected 0 <= start < stop <= 1")
-
-
-def check_number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> None:
-    """Raise ValueError unless a value is a finite number from least to most."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{name}: got {value!r}, expected a finite number from {least:g} to {most:g}")
+def check_fields(spec: Any) -> None:
+    """Raise ValueError unless a dataclass's fields are what their annotations say: finite scales (functions are checked
+    when they are called), an Interval, one of `_LIMITS`, or None where that is allowed."""
+    for field in fields(spec):
+        name, value = field.name, getattr(spec, field.name)
+        kind = str(field.type).removesuffix("" if value is None else " | None")
+        if kind in ("Scale", "Scales"):
+            scales = {name: value} if kind == "Scale" else {f"{name}[{key!r}]": value[key] for key in value}
+            for label, scale in scales.items():
+                if not callable(scale):
+                    _finite(label, scale)
+        elif kind == "Interval":
+            if not isinstance(value, Sequence) or len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
+                raise ValueError(f"{name}: got {value!r}, expected 0 <= start < stop <= 1")
+        elif kind in _LIMITS:
+            least, most, expected = _LIMITS[kind]
+            number = isinstance(value, int if kind == "Count" else int | float) and math.isfinite(value)
+            if not number or not least <= value <= most:
+                raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _finite(name: str, scale: Any) -> NDArray[np.float64]:

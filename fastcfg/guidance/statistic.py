@@ -1,9 +1,10 @@
-"""Guidance whose weights are formulas of the branches' norms and inner products. Two passes per row."""
+"""Guidance whose weights are formulas of the branches' norms and inner products: two forwards and two passes over the
+outputs per row, unless it is said otherwise. Attributes that are not described are those of `CFG`; so are errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..table import StepTable
-from .base import Guidance
+from .base import Guidance, GuidancePlan
 from .gram import GramGuidance
-from .scales import Scale, check_number, check_scale, scale_by_row
-
-__all__ = ["CFGZeroStar", "MagnitudeAwareCFG", "PerpNeg", "TangentialCFG"]
+from .scales import Count, Interval, Number, Positive, Scale, Scales, Share, scale_by_row
 
 _TINY = 1e-30
 
@@ -28,36 +27,19 @@ class CFGZeroStar(GramGuidance):
     ClassifierFreeZeroStarGuidance).
 
     m = α uncond + s (cond - α uncond) with α = <cond, uncond> / (||uncond||² + 1e-8), the best multiple of uncond; and
-    m = 0 in the first steps, where the prediction is worse than none. Two forwards, two passes. For an uncond of norm 0
-    α is 0.
+    m = 0 in the first steps, where the prediction is worse than none. For an uncond of norm 0 α is 0.
 
     Attributes:
-        scale, interval, formulation, order, rescale: as `CFG`.
         zero_init_steps: the first steps, whose output is 0 (inside the interval or not).
-
-    Raises:
-        ValueError: as `CFG`, or a number of steps that is no integer of at least 0.
     """
 
-    zero_init_steps: int = 1
+    zero_init_steps: Count = 1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.zero_init_steps, int) or self.zero_init_steps < 0:
-            raise ValueError(f"zero_init_steps: got {self.zero_init_steps!r}, expected an integer of at least 0")
-
-    def inside(self, table: StepTable) -> NDArray[np.bool_]:
-        return super().inside(table) | (table.steps < self.zero_init_steps)
-
-    def weights(self, table: StepTable, batch: int) -> NDArray[np.float64]:
-        weights = super().weights(table, batch)
-        weights[table.steps < self.zero_init_steps] = 0
-        return weights
-
-    def planned(self, table: StepTable, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        planned = super().planned(table, weights)
-        planned[table.steps < self.zero_init_steps] = 0
-        return planned
+    def plan(self, table: StepTable, batch: int) -> GuidancePlan:
+        plan, zero = super().plan(table, batch), table.steps < self.zero_init_steps
+        plan.planned[zero] = 0  # type: ignore[index]
+        active = (tuple(range(2)) if first else found for first, found in zip(zero, plan.active, strict=True))
+        return replace(plan, active=tuple(active))
 
     def mixer(self) -> Callable[..., Any]:
         return partial(_zero_star, u=self.other, c=self.conditional)
@@ -69,11 +51,8 @@ class TangentialCFG(GramGuidance):
     https://arxiv.org/abs/2503.18137; diffusers' TangentialClassifierFreeGuidance).
 
     m = u' + s (cond - u') with u' = <uncond, v> v, where v is the first right singular vector of (cond, uncond): in
-    their span, an eigenvector of their Gram matrix. Two forwards, two passes. Where v is anything in the span (branches
-    of one norm at right angles, or both 0), u' is uncond / 2.
-
-    Attributes:
-        scale, interval, formulation, order, rescale: as `CFG`.
+    their span, an eigenvector of their Gram matrix. Where v is anything in the span (branches of one norm at
+    right angles, or both 0), u' is uncond / 2.
     """
 
     def mixer(self) -> Callable[..., Any]:
@@ -85,26 +64,81 @@ class MagnitudeAwareCFG(GramGuidance):
     """MAMBO-G: large scales, damped where the update is large, as at the beginning (Zhu et al. 2025,
     https://arxiv.org/abs/2508.03442; diffusers' MagnitudeAwareGuidance).
 
-    m = uncond + (1 + (s - 1) exp(-α ||cond - uncond|| / ||uncond||)) (cond - uncond). Two forwards, two passes. For an
-    uncond of norm 0 it is cond.
+    m = uncond + (1 + (s - 1) exp(-α ||cond - uncond|| / ||uncond||)) (cond - uncond). For an uncond of
+    norm 0 it is cond.
 
     Attributes:
-        scale, interval, formulation, order, rescale: as `CFG`.
         alpha: α, at least 0.
-
-    Raises:
-        ValueError: as `CFG`, or an α that is negative or not finite.
     """
 
     scale: Scale = 10.0
-    alpha: float = 8.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("alpha", self.alpha, 0)
+    alpha: Positive = 8.0
 
     def mixer(self) -> Callable[..., Any]:
         return partial(_magnitude_aware, u=self.other, c=self.conditional, alpha=self.alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class APG(GramGuidance):
+    """Adaptive projected guidance: strong scales without oversaturation (Sadat et al. 2024,
+    https://arxiv.org/abs/2410.02416; diffusers' AdaptiveProjectedGuidance).
+
+    m = uncond + s (g' - (1 - η) proj_cond g') with g' = g min(1, norm_threshold / ||g||), where g is cond - uncond or,
+    with momentum β, the running sum h <- (cond - uncond) + β h of the guided rows so far. Norms and projections are
+    over a whole sample. With momentum a tensor more is read twice and written once per row. Zeros are harmless: nothing
+    is projected onto a cond of norm 0, and a g of norm 0 stays 0.
+
+    Attributes:
+        formulation: "standard", or "original" for cond in place of the first uncond.
+        eta: η, how much of the parallel part remains; the paper takes 0.
+        momentum: β, negative in the paper (-0.5, -0.75); None for none.
+        norm_threshold: r; 0 for no limit.
+    """
+
+    eta: Number = 1.0
+    momentum: Number | None = None
+    norm_threshold: Positive = 15.0
+
+    def planned(self, table: StepTable, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The branches' weights without the update, and the update's."""
+        original = self.formulation == "original"
+        planned = np.concatenate([super().planned(table, weights), weights[..., self.conditional, None]], axis=-1)
+        planned[..., self.conditional] = original
+        planned[..., -1] -= original
+        return planned
+
+    def mixer(self) -> Callable[..., Any]:
+        given = (self.other, self.conditional, self.momentum is not None, float(self.eta), float(self.norm_threshold))
+        return partial(_project, *given)
+
+
+@dataclass(frozen=True, eq=False)
+class APGMix(APG):
+    """Classifier-free guidance in the first steps, adaptive projected guidance after them (HunyuanImage 2.1; diffusers'
+    AdaptiveProjectedMixGuidance). The momentum is collected from the first guided row on.
+
+    Attributes:
+        scale: that of the first steps.
+        apg_scale: that of the others, as `CFG.scale`.
+        apg_start_step: the last step with plain guidance.
+    """
+
+    scale: Scale = 3.5
+    eta: Number = 0.0
+    momentum: Number | None = -0.5
+    norm_threshold: Positive = 10.0
+    apg_scale: Scale = 10.0
+    apg_start_step: Count = 5
+
+    def planned(self, table: StepTable, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        scale = scale_by_row("apg_scale", self.apg_scale, table, weights.shape[1])
+        original = self.formulation == "original"
+        # As in diffusers a scale that guides nothing leaves the row to plain guidance.
+        projected = (table.steps > self.apg_start_step)[:, None] & ~np.isclose(scale, 1 - original, rtol=1e-9, atol=0)
+        planned = super().planned(table, weights)
+        planned[..., -1] = np.where(projected, scale, 0)
+        planned[..., self.conditional] = np.where(projected, original, weights[..., self.conditional])
+        return planned
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,24 +152,17 @@ class PerpNeg(Guidance):
     Attributes:
         scale: s, as `CFG.scale`.
         negatives: the weights w_k by branch name, each as `CFG.scale`, positive to lead away.
-        interval: as `CFG.interval`.
-        rescale: as `CFG.rescale`.
-
-    Raises:
-        ValueError: no negatives, names that are "cond" or "uncond", non-finite numbers, a bad interval or rescale.
+        interval, rescale: as `CFG`.
     """
 
     scale: Scale = 7.5
-    negatives: Mapping[str, Scale] = field(default_factory=lambda: {"negative": 1.0})
-    interval: tuple[float, float] = (0.0, 1.0)
-    rescale: float = 0.0
+    negatives: Scales = field(default_factory=lambda: {"negative": 1.0})
+    interval: Interval = (0.0, 1.0)
+    rescale: Share = 0.0
 
     def __post_init__(self) -> None:
         if not self.negatives or {"cond", "uncond"} & set(self.negatives):
             raise ValueError(f"negatives: got {sorted(self.negatives)}, expected names other than 'cond' and 'uncond'")
-        check_scale("scale", self.scale)
-        for name, weight in self.negatives.items():
-            check_scale(f"negatives[{name!r}]", weight)
         super().__post_init__()
 
     @property
@@ -180,6 +207,24 @@ def _magnitude_aware(gram: Tensor, planned: Tensor, u: int, c: int, alpha: float
     return _pair(planned[:, u], 1 + (planned[:, c] - 1) * torch.exp(-alpha * ratio), u)
 
 
+def _project(
+    u: int, c: int, with_momentum: bool, eta: float, norm_threshold: float, gram: Tensor, planned: Tensor
+) -> Tensor:
+    g = gram.shape[1] - 1 if with_momentum else c
+    weights, scale = planned[:, :-1], planned[:, -1]
+    if norm_threshold > 0:
+        scale = scale * (norm_threshold / gram[:, g, g].sqrt()).clamp(max=1)
+    cond_square = gram[:, u, u] + 2 * gram[:, u, c] + gram[:, c, c]
+    # The smallest square is that of torch.nn.functional.normalize.
+    parallel = (1 - eta) * scale * (gram[:, u, g] + gram[:, c, g]) / cond_square.clamp_min(1e-24)
+    columns = list((weights - parallel[:, None]).unbind(1))
+    if with_momentum:
+        columns.append(scale)
+    else:
+        columns[c] = columns[c] + scale
+    return torch.stack(columns, dim=1)
+
+
 def _perp_neg(gram: Tensor, planned: Tensor) -> Tensor:
     shares = gram[:, 1:-1, 0] / gram[:, :1, 0].clamp_min(_TINY)
     cond = planned[:, :1] - (planned[:, 1:-1] * shares).sum(dim=1, keepdim=True)
@@ -187,5 +232,4 @@ def _perp_neg(gram: Tensor, planned: Tensor) -> Tensor:
 
 
 def _pair(of_u: Tensor, of_d: Tensor, u: int) -> Tensor:
-    """[B, 2], in the order of the branches."""
     return torch.stack([of_d, of_u] if u else [of_u, of_d], dim=1)

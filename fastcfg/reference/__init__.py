@@ -2,7 +2,7 @@
 (`gaussian`)."""
 
 from . import bound, gaussian, pieces
-from .gram import gram
+from .gram import gram, rescale_factor
 from .guided_step import ReferenceStep
 from .quantile import ReferenceBound, quantile_bound
 from .table_step import Scratch, blend, table_step
@@ -17,5 +17,6 @@ __all__ = [
     "gram",
     "pieces",
     "quantile_bound",
+    "rescale_factor",
     "table_step",
 ]

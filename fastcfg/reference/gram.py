@@ -1,4 +1,5 @@
-"""The Gram matrix of the branches in torch: float64 over the differences that the kernel forms in float32."""
+"""The Gram matrix of the branches in torch, float64 over the differences that the kernel forms in float32; and the
+factor of rescaled guidance, which follows from it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,9 @@ import torch
 from torch import Tensor
 
 from ._fma import fma
+
+# Variances below this share of the mean square are rounding errors of the Gram matrix.
+_NO_VARIANCE = 1e-6
 
 
 def gram(
@@ -35,3 +39,23 @@ def gram(
     # Rows of sums over the last dimension alone: torch adds them in the same order whatever the batch.
     rows = [(stacked * stacked[:, i : i + 1]).sum(-1) for i in range(len(vectors))]
     return torch.stack([*rows, stacked.sum(-1)], dim=2)
+
+
+def rescale_factor(
+    gram: Tensor, sums: Tensor, count: int, weights: Tensor, base: int, conditional: int, rescale: float
+) -> Tensor:
+    """[B, 1]: φ std(cond)/std(m) + 1 - φ for the blend m of the vectors with weights [B, V]; 1 where m hardly varies.
+
+    `gram` [B, V, V] and `sums` [B, V] are of vectors of `count` elements, rescale is φ.
+    """
+    sums = sums / count
+    second = gram / count
+    covariance = second - sums[:, :, None] * sums[:, None, :]
+    variance = ((covariance @ weights[..., None])[..., 0] * weights).sum(-1)
+    square = ((second @ weights[..., None])[..., 0] * weights).sum(-1)
+    wanted = covariance[:, base, base]
+    if conditional != base:
+        wanted = wanted + 2 * covariance[:, base, conditional] + covariance[:, conditional, conditional]
+    ratio = (wanted.clamp_min(0) / variance).sqrt()
+    ratio = ratio.masked_fill(~(variance > _NO_VARIANCE * square), 1.0)
+    return (rescale * ratio + (1 - rescale))[:, None]
