@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from benchmarks.captured.rig import REPRESENTED
-from fastcfg import CFG, AdaptiveCFG, Compose, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, solvers
+from fastcfg import APG, CFG, AdaptiveCFG, Compose, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, solvers
 from fastcfg.ops import triton_problem
 
 B, SHAPE = 2, (2, 3, 4, 4)
@@ -58,7 +58,12 @@ GUIDANCES: dict[str, Guidance | None] = {
     "by progress": CFG(lambda progress: 4 * (1 - progress)),
     "compose": Compose({"cond": 2.0, "image": 1.5}, interval=(0.0, 0.6)),
     "adaptive": AdaptiveCFG(3.0, threshold=0.9),
+    "apg": APG(3.0, interval=(0.0, 0.7), momentum=-0.5, rescale=0.5),
+    "adaptive rescaled": AdaptiveCFG(3.0, threshold=0.9, rescale=0.5),
 }
+
+# Not with tables that add the unconditional output.
+UNADDED = ("none", "adaptive", "adaptive rescaled")
 
 CONDITIONS = {"cond": [1.0, -0.5], "uncond": [0.0, 0.0], "image": [0.3, 0.2]}
 
@@ -128,7 +133,7 @@ def forbidden(case: Any) -> bool:
     return (
         (case.get("functions") == "denoised_fn" and raw)
         or (case.get("functions") == "cond_fn" and table is not None and not table.uses_gradient)
-        or (case.get("guidance") in ("none", "adaptive") and table is not None and table.uses_unconditional)
+        or (case.get("guidance") in UNADDED and table is not None and table.uses_unconditional)
         or (case.get("backend") == "triton" and not INTERPRETER)
     )
 

@@ -66,6 +66,7 @@ def no_loop_waits_for_the_device(device: torch.device) -> Details:
         "torch's noise": {"noise": "torch"},
         "interval": {"guidance": GUIDANCES["interval"]},
         "adaptive": {"guidance": GUIDANCES["adaptive"]},
+        "apg": {"guidance": GUIDANCES["apg"]},
         "adaptive, eager": {"guidance": GUIDANCES["adaptive"], "graph": False},
     }
     for (solver, table), (name, options) in itertools.product(TABLES.items(), variants.items()):

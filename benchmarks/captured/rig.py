@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.captured.registry import require
-from fastcfg import CFG, AdaptiveCFG, Compose, Guidance, Sampler, Schedule, StepTable, solvers
+from fastcfg import APG, CFG, AdaptiveCFG, CFGZeroStar, Compose, Guidance, Sampler, Schedule, StepTable, solvers
 from fastcfg.run import Run
 
 SCHEDULE = Schedule.named("squaredcos_cap_v2", 100).respace(5)
@@ -46,6 +46,8 @@ GUIDANCES: dict[str, Guidance | None] = {
     "interval": CFG(3.0, interval=(0.2, 0.7)),
     "compose": Compose({"cond": 2.0, "image": 1.5}),
     "adaptive": AdaptiveCFG(3.0, threshold=0.9),
+    "apg": APG(3.0, momentum=-0.5, rescale=0.5),
+    "zero star": CFGZeroStar(3.0, (0.0, 0.7)),
 }
 
 _VALUES = {"cond": (0.8, -0.5), "uncond": (0.0, 0.0), "image": (0.3, 0.2)}
