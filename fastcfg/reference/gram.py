@@ -51,8 +51,9 @@ def rescale_factor(
     sums = sums / count
     second = gram / count
     covariance = second - sums[:, :, None] * sums[:, None, :]
-    variance = ((covariance @ weights[..., None])[..., 0] * weights).sum(-1)
-    square = ((second @ weights[..., None])[..., 0] * weights).sum(-1)
+    # Not by matrix products, whose order of additions may depend on the batch.
+    pairs = weights[:, :, None] * weights[:, None, :]
+    variance, square = (covariance * pairs).sum((1, 2)), (second * pairs).sum((1, 2))
     wanted = covariance[:, base, base]
     if conditional != base:
         wanted = wanted + 2 * covariance[:, base, conditional] + covariance[:, conditional, conditional]
