@@ -15,7 +15,8 @@ from fastcfg.table import COLUMNS
 CASES = {(1, 1, 1): torch.float32, (3, 3, 5, 7): torch.bfloat16, (2, 4, 1021): torch.float16}
 _CFG = StepSpec(branches=2, base=1, noise="philox", clip=True)
 _ALL = StepSpec(3, None, 0, 2, learned_variance=True, raw_output=True, gradient=True, history=3, noise="tensor")
-SPECS = (StepSpec(), replace(_CFG, learned_variance=True), replace(_CFG, rescale=True), replace(_ALL, keep_x0=True))
+_LOOKING = replace(_CFG, rescale=True, scaled=True, momentum=True)
+SPECS = (StepSpec(), replace(_CFG, learned_variance=True), _LOOKING, replace(_ALL, keep_x0=True))
 
 
 def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, partial[object]]]:
@@ -27,6 +28,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
     yield "initial_noise", partial(ops.initial_noise, x.clone(), seeds)
     yield "split_model_output", partial(ops.split_model_output, wide, channels)
     yield "guidance_blend", partial(ops.guidance_blend, wide, normal(n, 3), base=1)
+    yield "gram", partial(ops.gram, wide, 3, 2, channels=channels, momentum=normal(shape), decay=0.5, conditional=0)
     yield "predict_x0", partial(ops.predict_x0, x, m, p, p, p.abs())
     yield "posterior_mean_variance", partial(ops.posterior_mean_variance, x, x, p, p, p, p, m)
     yield "quantile_bound", partial(ops.quantile_bound, x, 0.9)
@@ -35,7 +37,8 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
         output, table = wide[: spec.branches * n].clone(), normal(3, len(COLUMNS))
         table[:, COLUMNS.index("slot")] = spec.history - 1.0
         history, counter = normal(spec.history + 1, *shape), torch.zeros(2, dtype=torch.int32, device=device)
-        given = (normal(2, n, spec.branches), p.abs(), normal(shape), seeds, history, normal(shape), normal(shape))
+        weights, images = normal(2, n, spec.branches + spec.momentum), [normal(shape) for _ in range(3)]
+        given = (weights, p.abs(), normal(shape), seeds, history, *images)
         following = output[:, :channels].clone(memory_format=layout), normal(len(output))
         buffers = StepBuffers(x.clone(), table, counter, *given, *following)
         if spec.rescale:

@@ -24,7 +24,9 @@ SHAPE = (2, 3, 5, 7)
 ROWS = 4
 
 compiled = pytest.mark.skipif(bool(inductor_problem(CPU)), reason=inductor_problem(CPU))
-LEARNED = StepSpec(branches=2, base=1, learned_variance=True, clip=True, rescale=True, noise="tensor")
+LEARNED = StepSpec(
+    branches=2, base=1, scaled=True, momentum=True, learned_variance=True, clip=True, rescale=True, noise="tensor"
+)
 
 
 def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: Any) -> StepBuffers:
@@ -39,12 +41,13 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
         x=normal(*SHAPE),
         table=table,
         counter=torch.zeros(2, dtype=torch.int32),
-        weights=normal(ROWS, SHAPE[0], spec.branches),
+        weights=normal(ROWS, SHAPE[0], spec.branches + spec.momentum),
         bound=torch.tensor([0.5, 1.0], dtype=dtype),
         noise=normal(*SHAPE),
         seeds=torch.tensor([3, -4]),
         history=normal(spec.history + 1, *SHAPE),
         gradient=normal(*SHAPE),
+        momentum=normal(*SHAPE),
         x0=normal(*SHAPE),
         model_input=torch.zeros(4, *SHAPE[1:], dtype=dtype),
         time=torch.zeros(4, dtype=torch.int64),
@@ -77,7 +80,7 @@ CASES: dict[str, tuple[StepSpec, torch.dtype, dict[str, Any], Callable[[Tensor],
     "one branch in float64, nothing to write but x": (
         StepSpec(noise="tensor"),
         torch.float64,
-        dict.fromkeys(("weights", "bound", "seeds", "history", "gradient", "x0", "model_input", "time")),
+        dict.fromkeys(("weights", "bound", "seeds", "history", "gradient", "momentum", "x0", "model_input", "time")),
         lambda output: output,
     ),
 }

@@ -42,7 +42,7 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
         seeds=torch.tensor([3, -4], device=DEVICE),
         history=normal(spec.history + 1, *SHAPE),
         gradient=normal(*SHAPE),
-        momentum=normal(*SHAPE) if spec.momentum else None,
+        momentum=normal(*SHAPE),
         x0=normal(*SHAPE),
         model_input=torch.zeros((4, *SHAPE[1:]), device=DEVICE),
         time=torch.zeros(4, dtype=torch.int64, device=DEVICE),
@@ -402,7 +402,7 @@ def test_the_registered_step_passes_opcheck(spec: StepSpec) -> None:
     buffers = make_buffers(spec)
     if spec == StepSpec():
         absent = dict.fromkeys(
-            ("weights", "bound", "noise", "seeds", "history", "gradient", "x0", "model_input", "time")
+            ("weights", "bound", "noise", "seeds", "history", "gradient", "momentum", "x0", "model_input", "time")
         )
         buffers = replace(buffers, **absent)
     recorded: list[tuple[Any, ...]] = []

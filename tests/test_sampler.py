@@ -753,6 +753,7 @@ def test_report_tells_how_the_run_went() -> None:
         "reason": "the device is a CPU",
         "milliseconds": {},
         "constants": 0,
+        "passes": 1,
     }
     assert sampler.report() == {
         "backend": "reference",

@@ -9,7 +9,7 @@ import torch
 
 from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, solvers
 from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
-from fastcfg.ops import GuidedStep, QuantileBound, initial_noise, quantile_bound
+from fastcfg.ops import GuidedStep, QuantileBound, gram, initial_noise, quantile_bound
 from fastcfg.sources import torch_source
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS
@@ -30,6 +30,7 @@ SPECS = {
     "plain": StepSpec(),
     "cfg": StepSpec(branches=2, base=1, clip=True, noise="philox"),
     "learned": StepSpec(branches=2, base=1, clip=True, noise="philox", learned_variance=True),
+    "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise="philox"),
     "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise="philox"),
     "history": StepSpec(branches=3, noise="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
 }
@@ -69,16 +70,34 @@ def random_buffers(spec: StepSpec, shape: tuple[int, ...], dtype: torch.dtype) -
         x=normal(*shape),
         table=table,
         counter=torch.zeros(2, dtype=torch.int32, device=DEVICE),
-        weights=normal(rows, batch, spec.branches),
+        weights=normal(rows, batch, spec.branches + spec.momentum),
         bound=normal(batch).abs(),
         noise=normal(*shape),
         seeds=sample_seeds(2**40, batch).to(DEVICE),
         history=normal(spec.history + 1, *shape) if spec.history else None,
+        momentum=normal(*shape) if spec.momentum else None,
         x0=torch.full(shape, torch.nan, device=DEVICE),
         model_input=torch.zeros((spec.branches * batch, *shape[1:]), dtype=dtype, device=DEVICE),
         time=torch.zeros(spec.branches * batch, device=DEVICE),
     )
     return buffers, normal(spec.branches * batch, 2 * shape[1], *shape[2:]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, (1, 3, 5, 7), (2, 4, 10000)], ids=str)
+def test_the_gram_matrix_is_the_references_within_its_bound(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    output = torch.randn((3 * shape[0], *shape[1:]), device=DEVICE).to(dtype)
+    h = torch.randn(shape, device=DEVICE)
+    found = []
+    for backend, momentum in (("triton", h.clone()), ("triton", h.clone()), ("reference", h.clone())):
+        extra = {"momentum": momentum, "decay": -0.5, "conditional": 0, "backend": backend}
+        found.append((*gram(output, 3, 2, **extra), momentum))
+    (products, sums, moved), again, (want, want_sums, want_moved) = found
+    assert torch.equal(products, again[0])
+    assert torch.equal(moved, want_moved)
+    norms = want.diagonal(dim1=1, dim2=2).sqrt()
+    assert ((products - want).abs() <= 2.0**-19 * norms[:, :, None] * norms[:, None, :]).all()
+    assert ((sums - want_sums).abs() <= 2.0**-19 * norms * output[0].numel() ** 0.5).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
