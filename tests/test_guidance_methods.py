@@ -339,7 +339,9 @@ def test_captured_kernels_equal_eager_ones() -> None:
     assert torch.equal(play(guidance, outputs, batch=1, backend="triton")[:, 0], eager[:, 0])
 
 
-@pytest.mark.parametrize("options", [{"clip": DynamicThreshold(0.9)}, {"denoised_fn": torch.tanh}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"clip": DynamicThreshold(0.9)}, {"denoised_fn": torch.tanh}], ids=["clip", "denoised_fn"]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_x0_is_predicted_from_the_guided_output(options: dict[str, Any], backend: str) -> None:
     rows = 2 if backend == "triton" else R
