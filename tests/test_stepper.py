@@ -101,8 +101,9 @@ def test_a_row_that_failed_is_not_counted() -> None:
     table, x = TABLES["noise"], start()
     stepper, (output, noise) = Stepper(table, x), inputs(TABLES["noise"], 1, torch.float32)
     want = Stepper(table, x)(1, output, x, noise)[0]
+    stepper(0, output, x, noise)
     with pytest.raises(ValueError, match="model output: got shape"):
-        stepper(0, x[:, :1], x, noise)
+        stepper(3, x[:, :1], x, noise)
     assert torch.equal(stepper(1, output, x, noise)[0], want)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg import DynamicThreshold, Sampler, StepTable
-from fastcfg.compiler import compile_scheduler, scheduler_clip
+from fastcfg.compiler import compile_scheduler, compile_timesteps, scheduler_clip
 from fastcfg.compiler.probe import drawing
 
 diffusers: Any = load_diffusers()
@@ -265,3 +265,37 @@ def test_the_schedulers_that_fall_through(name: str, config: dict[str, Any], mes
 def test_bad_numbers_of_steps(count: Any) -> None:
     with pytest.raises(ValueError, match="num_inference_steps: got"):
         compile_scheduler(diffusers.DDIMScheduler(), count)
+
+
+def test_what_was_compiled_is_kept_for_the_same_numbers_alone() -> None:
+    def prepared(count: int, **config: Any) -> Any:
+        scheduler = diffusers.DDIMScheduler(**config)
+        scheduler.set_timesteps(count)
+        return scheduler
+
+    first = compile_timesteps(prepared(9), step_options={"eta": 0.3})
+    assert compile_timesteps(prepared(9), step_options={"eta": 0.3}) is first
+    others = [
+        compile_timesteps(prepared(8), step_options={"eta": 0.3}),
+        compile_timesteps(prepared(9, steps_offset=1), step_options={"eta": 0.3}),
+        compile_timesteps(prepared(9), step_options={"eta": 0.4}),
+        compile_timesteps(prepared(9), first=1, step_options={"eta": 0.3}),
+    ]
+    assert all(other is not first for other in others)
+    changed = prepared(9)
+    changed.alphas_cumprod = changed.alphas_cumprod * 0.99
+    assert compile_timesteps(changed, step_options={"eta": 0.3}) is not first
+    # What holds something that has no value to compare is compiled anew.
+    changed.further = object()
+    assert compile_timesteps(changed) is not compile_timesteps(changed)
+
+
+def test_a_table_from_a_later_timestep_has_no_past() -> None:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(10)
+    whole, later = (compile_timesteps(scheduler, first).table for first in (0, 4))
+    assert len(later) == 6
+    assert whole["a_h0"][4] != 0
+    assert later["a_h0"][0] == 0
+    with pytest.raises(ValueError, match="first: got 10, expected 0 to 9"):
+        compile_timesteps(scheduler, 10)

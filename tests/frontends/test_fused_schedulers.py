@@ -197,6 +197,52 @@ def test_given_noise_takes_the_place_of_a_draw() -> None:
     torch.testing.assert_close(results[1], results[0], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_noise_is_drawn_in_the_original_s_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = inspect.getmodule(getattr(diffusers, name))
+    draw, dtypes = module.randn_tensor, []  # type: ignore[union-attr]
+    monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: (dtypes.append(k["dtype"]), draw(*a, **k))[1])
+    sample(make(name, {}), torch.float16)
+    theirs, dtypes[:] = list(dtypes), []
+    sample(fuse(make(name, {})), torch.float16)
+    assert dtypes == theirs
+    assert theirs
+
+
+def test_two_draws_a_step_are_drawn_twice() -> None:
+    class Twice(diffusers.DDIMScheduler):  # type: ignore[misc, name-defined]
+        def step(
+            self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **options: Any
+        ) -> Any:
+            result = super().step(model_output, timestep, sample, **options)
+            for weight in (-0.3, 0.4):
+                drawn = torch.randn(sample.shape, generator=generator, dtype=sample.dtype)
+                result.prev_sample = result.prev_sample + weight * drawn
+            return result if options.get("return_dict", True) else result.to_tuple()
+
+    def run(scheduler: Any) -> Tensor:
+        scheduler.set_timesteps(4)
+        x, generator = start(scheduler, torch.float32), torch.Generator().manual_seed(2)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.sin(x), t, x, generator=generator).prev_sample
+        return x
+
+    ours = fuse(Twice(clip_sample=False))
+    torch.testing.assert_close(run(ours), run(Twice(clip_sample=False)), rtol=1e-5, atol=1e-5)
+    assert is_fused(ours)
+
+
+def test_a_run_that_began_with_the_original_ends_with_it() -> None:
+    results = []
+    for scheduler in (make("LMSDiscreteScheduler", {}), fuse(make("LMSDiscreteScheduler", {}))):
+        scheduler.set_timesteps(STEPS)
+        x = start(scheduler, torch.float32).requires_grad_()
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.sin(x), t, x).prev_sample.detach()  # gradients in the first step only
+        results.append(x)
+    assert torch.equal(*results)
+
+
 def test_one_generator_for_every_sample() -> None:
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in (3, 4)]
