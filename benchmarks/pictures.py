@@ -1,12 +1,13 @@
-"""The pictures of docs/solvers.md: `python -m benchmarks pictures`.
+"""The pictures of docs/solvers.md and docs/guidance.md: `python -m benchmarks pictures`.
 
 Every solver draws the same prompt from the same two seeds with the embedded model in 5, 10 and 20 steps, one grid a
-family; and the noise levels of every schedule are plotted.
+family; every method of guidance does at three scales, in 20 steps; and the noise levels of every schedule are plotted.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import math
 import sys
@@ -20,11 +21,24 @@ import torch
 from fastcfg import CFG, Sampler, Schedule, StepTable, sigmas, solvers
 from fastcfg.cli.parser import Parser
 from fastcfg.files import replacing
+from fastcfg.guidance import (
+    APG,
+    AdaptiveCFG,
+    APGMix,
+    AutoGuidance,
+    CFGZeroStar,
+    Guidance,
+    MagnitudeAwareCFG,
+    PerpNeg,
+    PerturbedCFG,
+    TangentialCFG,
+)
 from fastcfg.pipeline import TextToImage
 from fastcfg.schedule import consistency_timesteps
 
 PROMPT = "a red circle above a blue square"
-STEPS, SEEDS = (5, 10, 20), [0, 1]
+NEGATIVE = "a green triangle"
+STEPS, SEEDS, SCALES = (5, 10, 20), [0, 1], (1.5, 4.0, 12.0)
 COLOURS = 64  # of a grid's palette, which keeps its file small
 
 Build = Callable[[int], StepTable]
@@ -91,30 +105,69 @@ def families(process: Schedule) -> dict[str, dict[str, tuple[Build, float]]]:
     }
 
 
-def draw(pipeline: TextToImage, table: StepTable, scale: float) -> np.ndarray:
+def guided() -> dict[str, Callable[[float], Guidance]]:
+    """Methods of guidance by label: the spec of a scale."""
+    return {
+        "CFG": CFG,
+        "CFG, interval (0.2, 0.8)": lambda s: CFG(s, interval=(0.2, 0.8)),
+        "CFG, rescale 0.7": lambda s: CFG(s, rescale=0.7),
+        "AdaptiveCFG": AdaptiveCFG,
+        "CFGZeroStar": CFGZeroStar,
+        "TangentialCFG": TangentialCFG,
+        "MagnitudeAwareCFG": MagnitudeAwareCFG,
+        "APG, eta 0, momentum -0.5": lambda s: APG(s, eta=0.0, momentum=-0.5),
+        "APGMix": lambda s: APGMix(s, apg_scale=s),
+        "PerpNeg, a green triangle": lambda s: PerpNeg(s),
+        "AutoGuidance": AutoGuidance,
+        "PerturbedCFG": PerturbedCFG,
+    }
+
+
+def draw(pipeline: TextToImage, table: StepTable, guidance: Guidance) -> np.ndarray:
     """uint8 [len(SEEDS), H, W, 3]."""
-    size = pipeline.meta.image_size
-    cond, uncond = (pipeline._encode(ids) for ids in (pipeline._tokens("prompt", PROMPT), []))
-    shown = {name: value.expand(len(SEEDS), *value.shape[1:]) for name, value in cond.items()}
-    sampler = Sampler(pipeline.model, table, guidance=CFG(scale), clip=1.0, memory_format=torch.channels_last)
-    x = sampler.sample((len(SEEDS), 3, size, size), cond=shown, uncond=uncond, seed=SEEDS)
+    size, texts = pipeline.meta.image_size, {"cond": PROMPT, "negative": NEGATIVE, "uncond": ""}
+    texts |= {"weak": PROMPT, "perturbed": PROMPT}
+    encoded = {}
+    for name in guidance.branches:
+        text = pipeline._encode(pipeline._tokens("prompt", texts[name]) if texts[name] else [])
+        encoded[name] = {key: value.expand(len(SEEDS), *value.shape[1:]) for key, value in text.items()}
+    other = {name: weaker(pipeline.model) for name in ("weak", "perturbed") if name in guidance.branches}
+    sampler = Sampler(
+        pipeline.model,
+        table,
+        guidance=guidance,
+        clip=1.0,
+        branch_models=other,
+        memory_format=torch.channels_last,
+    )
+    x = sampler.sample((len(SEEDS), 3, size, size), branches=encoded, seed=SEEDS)
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def draw_family(pipeline: TextToImage, rows: Mapping[str, tuple[Build, float]], path: Path) -> None:
-    """Write the grid of a family."""
+def weaker(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with 5 % of noise on every weight."""
+    noisy, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in noisy.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * parameter.float().std(correction=0) * noise.to(parameter))
+    return noisy
+
+
+def draw_grid(rows: Mapping[str, Callable[[float], np.ndarray]], columns: Mapping[str, float], path: Path) -> None:
+    """Write a grid: by row's label what draws the pictures of a column's value."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, side = ImageFont.load_default(13), _TILE + _GAP
-    page = Image.new("RGB", (_LABEL + len(STEPS) * (len(SEEDS) * side + _GAP), _HEAD + len(rows) * side), "white")
+    page = Image.new("RGB", (_LABEL + len(columns) * (len(SEEDS) * side + _GAP), _HEAD + len(rows) * side), "white")
     canvas = ImageDraw.Draw(page)
-    for i, steps in enumerate(STEPS):
+    for i, (title, value) in enumerate(columns.items()):
         left = _LABEL + i * (len(SEEDS) * side + _GAP)
-        canvas.text((left, _HEAD / 2), f"{steps} steps", "black", font, anchor="lm")
-        for j, (label, (build, scale)) in enumerate(rows.items()):
+        canvas.text((left, _HEAD / 2), title, "black", font, anchor="lm")
+        for j, (label, pictures) in enumerate(rows.items()):
             top = _HEAD + j * side
             canvas.text((_GAP, top + _TILE / 2), label, "black", font, anchor="lm")
-            for k, picture in enumerate(draw(pipeline, build(steps), scale)):
+            for k, picture in enumerate(pictures(value)):
                 tile = Image.fromarray(picture).resize((_TILE, _TILE), Image.Resampling.NEAREST)
                 page.paste(tile, (left + k * side, top))
     save(page, path)
@@ -160,14 +213,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", metavar="DIR", default="docs/solvers", help="where to (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", default="docs", help="where to (default: %(default)s)")
     out = Path(parser.parse_args(argv).out)
-    out.mkdir(parents=True, exist_ok=True)
-    plot_sigmas(out / "sigmas.png")
+    (out / "solvers").mkdir(parents=True, exist_ok=True)
+    plot_sigmas(out / "solvers/sigmas.png")
     pipeline = TextToImage.load()
-    for name, rows in families(pipeline.schedule).items():
-        draw_family(pipeline, rows, out / f"{name}.png")
-        print(out / f"{name}.png", flush=True)
+    in_steps = {f"{steps} steps": float(steps) for steps in STEPS}
+    for name, solvers_of in families(pipeline.schedule).items():
+        rows = {
+            label: lambda steps, build=build, scale=scale: draw(pipeline, build(int(steps)), CFG(scale))
+            for label, (build, scale) in solvers_of.items()
+        }
+        draw_grid(rows, in_steps, out / f"solvers/{name}.png")
+        print(out / f"solvers/{name}.png", flush=True)
+    table = solvers.ddpm(pipeline.schedule.respace(20))
+    rows = {
+        label: lambda scale, method=method: draw(pipeline, table, method(scale)) for label, method in guided().items()
+    }
+    draw_grid(rows, {f"scale {scale:g}": scale for scale in SCALES}, out / "guidance_methods.png")
+    print(out / "guidance_methods.png", flush=True)
     return 0
 
 
