@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from .files import write_text
+from .files import replacing, write_text
 
 __all__ = ["COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
 
@@ -191,6 +191,32 @@ class StepTable:
                 line += f"; h{c['slot']:.0f} <- {_sum({'x': c['k_x'], 'x0': c['k_0'], 'm': c['k_m']})}"
             lines.append(line)
         return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the coefficients of x', of what is saved and of x0 over the rows, as a PNG, whole or not at all. Columns
+        that are 0 throughout are left out.
+
+        Raises:
+            ImportError: matplotlib is not installed (the extra "bench" has it).
+            OSError: the file cannot be written.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("StepTable.plot needs matplotlib: pip install 'fastcfg[bench]'") from error
+        panels = {"x' =": "a_x a_0 a_m a_u a_h0 a_h1 a_h2 s", "h <-": "k_x k_0 k_m", "x0 =": "p_x p_m"}
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
+        for axes, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for column in columns.split():
+                if self[column].any():
+                    axes.plot(self[column], marker="o", markersize=3, linewidth=1, label=column)
+            axes.set(title=title, xlabel="row", yscale="symlog" if np.abs(self.rows[:, 2:]).max() > 100 else "linear")
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend(fontsize="small")
+        figure.suptitle(f"{self.name}: {self.num_rows} rows, {self.num_history} saved tensors")
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=80, format="png")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, whole or not at all: the attributes, the columns' names and the rows.

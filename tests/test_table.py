@@ -177,3 +177,19 @@ def test_a_table_explains_itself() -> None:
     assert learned[0].endswith("0 saved tensors, learned variance")
     assert "+ 2^(" in learned[2]
     assert "2^(" not in learned[-1]
+
+
+def test_a_plot_shows_every_column_that_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+    from PIL import Image
+
+    shown: list[str] = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (shown.append(k["label"]), plot(self, *a, **k))[1])
+    table = StepTable.from_columns(t=[2, 1, 0], p_m=1.0, a_0=[0.1, 0.2, 0.3], slot=[0, -1, -1], k_0=1.0, a_h0=[0, 1, 0])
+    table.plot(tmp_path / "table.png")
+    assert shown == ["a_0", "a_h0", "k_0", "p_m"]
+    assert Image.open(tmp_path / "table.png").size[0] > 500
+    with pytest.raises(OSError, match="absent"):
+        table.plot(tmp_path / "absent" / "table.png")

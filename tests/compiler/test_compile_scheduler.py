@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -299,3 +301,19 @@ def test_a_table_from_a_later_timestep_has_no_past() -> None:
     assert later["a_h0"][0] == 0
     with pytest.raises(ValueError, match="first: got 10, expected 0 to 9"):
         compile_timesteps(scheduler, 10)
+
+
+def test_the_docs_say_of_every_class_whether_it_compiles() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/compiler.md").read_text(encoding="utf-8")
+    compiles, falls = text.split("| class | saved tensors |")[1].split("| falls through | why |")
+    falls = falls.split("## k-diffusion")[0]
+    for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):
+        listed = rf"(?m)^\|[^|]*\b{name.removesuffix('Scheduler')}\b[^|]*\| (.*) \|$"
+        saved, reason = re.search(listed, compiles), re.search(listed, falls)
+        assert saved or reason, name
+        config = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+        if saved:
+            assert compile_scheduler(getattr(diffusers, name)(**config), 12).num_history == int(saved[1]), name
+        else:
+            with pytest.raises((ValueError, TypeError)):  # or its constructor wants arguments
+                compile_scheduler(getattr(diffusers, name)(), 12)
