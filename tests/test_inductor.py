@@ -144,7 +144,8 @@ def test_under_torch_compile_the_step_becomes_part_of_the_program() -> None:
         step(output_of(row, spec) * 2)
         program(output_of(row, spec))
     for name, want in vars(eager).items():
-        assert torch.equal(getattr(traced, name), want), name
+        if isinstance(want, Tensor):
+            assert torch.equal(getattr(traced, name), want), name
 
 
 class Compiled:
