@@ -31,6 +31,7 @@ from fastcfg import (
     StepTable,
     TangentialCFG,
 )
+from fastcfg.blender import Blender
 from fastcfg.cli import main
 from fastcfg.cli.methods import methods
 from fastcfg.ops import triton_problem
@@ -329,6 +330,44 @@ def test_captured_equals_eager_and_a_sample_is_its_own(name: str) -> None:
     assert torch.equal(play(guidance, outputs, graph=True), eager)
     if name not in ("tangential", "adaptive"):  # scales per sample; rows with other programs
         assert torch.equal(play(guidance, outputs, batch=1)[:, 0], eager[:, 0])
+
+
+BLENDED: dict[str, Guidance] = LOOKING | {
+    "plain": CFG(4.0, (0.2, 0.8)),
+    "by sample": CFG([2.0, 1.0, 4.0, 3.0], formulation="original"),
+    "sum": CFG(4.0, formulation="sum"),
+    "instruct": InstructPix2Pix(),
+}
+del BLENDED["adaptive"]
+
+
+@pytest.mark.parametrize("name", BLENDED)
+def test_a_blender_blends_as_a_sampler(name: str) -> None:
+    # The kernels have their own tests; here one method's launches them.
+    last = BACKENDS[-1] if name == "apg" else BACKENDS[0]
+    for dtype, backend in ((torch.float32, BACKENDS[0]), (torch.bfloat16, last)):
+        outputs = recorded(dtype)[: 2 if backend == "triton" else R]
+        blender = Blender(BLENDED[name], len(outputs), outputs[0, 0], backend)
+        for _ in range(2):
+            blender.begin()
+            rows = [
+                blender(row, {k: outputs[row, NAMES.index(k)] for k in blender.branches(row)})
+                for row in range(len(outputs))
+            ]
+            assert rows[0].dtype == dtype
+            want = play(BLENDED[name], outputs, backend=backend)
+            # What is rounded once may be half of the last place off.
+            assert_near(torch.stack(rows), want, 1e-6 if dtype == torch.float32 else 2.0**-8 + 1e-6)
+
+
+def test_a_blender_refuses_what_it_cannot_blend() -> None:
+    like = torch.zeros(SHAPE)
+    with pytest.raises(ValueError, match="got AdaptiveCFG"):
+        Blender(AdaptiveCFG(), R, like)
+    with pytest.raises(ValueError, match=r"like: got torch\.float64"):
+        Blender(CFG(), R, like.double())
+    with pytest.raises(ValueError, match=r"outputs: got \['cond'\], expected those of row 0: \['cond', 'uncond'\]"):
+        Blender(CFG(), R, like)(0, {"cond": like})
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs the Triton interpreter")

@@ -27,6 +27,7 @@ LAYERS = (
     "kernels",
     "ops",
     "stepper",
+    "blender",
     "streams",
     "graphs",
     "fingerprint",

@@ -1,0 +1,154 @@
+"""Guidance run by somebody else's loop, which calls the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .guidance import Guidance, GuidancePlan
+from .ops import gram, guidance_blend
+from .reference import rescale_factor
+from .table import StepTable
+
+__all__ = ["Blender"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A row's part of the plan.
+
+    Attributes:
+        branches: those evaluated, by name.
+        base: index among them of the one differences are measured from; None for the sum form.
+        share: of two branches, the weight of the one that is not the base, where it is one number for all samples.
+        weights: elsewhere, of several branches: float32 [B, K], or float64 [B, P] where they are planned only.
+        looks: whether they are.
+    """
+
+    branches: tuple[str, ...]
+    base: int | None
+    share: float | None
+    weights: Tensor | None
+    looks: bool
+
+
+class Blender:
+    """Blends the branches' outputs row by row, as a `Sampler` with the same guidance does: one kernel for plain
+    guidance, and where the weights depend on the outputs, one pass more over them. Nothing is read back to the host.
+
+    Args:
+        guidance: any spec but one that ends by itself (`AdaptiveCFG`).
+        num_steps: N, the length of the run.
+        like: one branch's output [B, C, ...], in float32, float16 or bfloat16: those of the run have its shape, dtype
+            and device.
+        backend: "auto", "triton" or "reference".
+
+    Attributes:
+        momentum: float32 [B, C, ...], of guidance that has one; `begin` clears it.
+
+    Raises:
+        ValueError: what the guidance refuses for such a run, guidance that ends by itself, or another dtype.
+
+    Example:
+        >>> from fastcfg import APG
+        >>> cond, uncond = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+        >>> blender = Blender(APG(7.5, momentum=-0.5), num_steps=20, like=cond)
+        >>> blender(0, {"cond": cond, "uncond": uncond}).shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, guidance: Guidance, num_steps: int, like: Tensor, backend: str = "auto") -> None:
+        plan = guidance.plan(StepTable.from_columns(t=range(num_steps), a_m=1.0), len(like))
+        if plan.threshold is not None:
+            raise ValueError(f"guidance: got {type(guidance).__name__}, expected guidance that does not end by itself")
+        if like.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"like: got {like.dtype}, expected float32, float16 or bfloat16")
+        self.guidance = guidance
+        self._mix, self._rescale, self._decay = plan.mix, plan.rescale, plan.momentum or 0.0
+        self._backend = backend
+        self.momentum: Tensor | None = None
+        if plan.momentum is not None:
+            self.momentum = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        self._rows = [self._row(plan, row, like.device) for row in range(num_steps)]
+
+    def _row(self, plan: GuidancePlan, row: int, device: torch.device) -> _Row:
+        active, branches = plan.active[row], self.guidance.branches
+        names = tuple(branches[k] for k in active)
+        if len(active) == 1:
+            return _Row(names, None, None, None, False)
+        base = None if self.guidance.base is None else active.index(self.guidance.base)
+        if plan.planned is not None:
+            columns = [*active, *range(len(branches), plan.planned.shape[2])]
+            return _Row(names, base, None, torch.from_numpy(plan.planned[row][:, columns].copy()).to(device), True)
+        weights = plan.weights[row][:, list(active)]
+        if base is not None and len(active) == 2 and (weights == weights[0]).all():
+            return _Row(names, base, float(weights[0, 1 - base]), None, False)
+        return _Row(names, base, None, torch.from_numpy(weights.copy()).to(device, torch.float32), False)
+
+    def branches(self, row: int) -> tuple[str, ...]:
+        """The branches a row evaluates, by name, as `__call__` wants them."""
+        return self._rows[row].branches
+
+    def begin(self) -> None:
+        """Forget the momentum of an earlier run."""
+        if self.momentum is not None:
+            self.momentum.zero_()
+
+    @torch.no_grad()
+    def __call__(self, row: int, outputs: Mapping[str, Tensor]) -> Tensor:
+        """One row.
+
+        Args:
+            row: 0 to N - 1.
+            outputs: the models', each [B, C, ...], for the branches the row evaluates.
+
+        Returns:
+            [B, C, ...] in the outputs' dtype. The blend is in float32, rounded once.
+
+        Raises:
+            ValueError: other branches than those.
+        """
+        plan = self._rows[row]
+        if set(outputs) != set(plan.branches):
+            raise ValueError(f"outputs: got {sorted(outputs)}, expected those of row {row}: {sorted(plan.branches)}")
+        parts = [outputs[name] for name in plan.branches]
+        if len(parts) == 1:
+            return parts[0]
+        if plan.share is not None:
+            return torch.lerp(parts[plan.base], parts[1 - plan.base], plan.share)  # type: ignore[index, operator]
+        output = torch.cat(parts)
+        weights = self._weights(plan, output) if plan.looks else plan.weights
+        blended = guidance_blend(
+            output,
+            weights,  # type: ignore[arg-type]
+            base=plan.base,
+            scaled=plan.looks,
+            momentum=self.momentum if plan.looks else None,
+            backend=self._backend,
+        )
+        return blended.to(output.dtype)
+
+    def _weights(self, plan: _Row, output: Tensor) -> Tensor:
+        """[B, V]: the weights of a row that looks at its outputs."""
+        conditional = plan.branches.index(self.guidance.branches[self.guidance.conditional])
+        base: int = plan.base  # type: ignore[assignment]
+        products, sums = gram(
+            output,
+            len(plan.branches),
+            base,
+            momentum=self.momentum,
+            decay=self._decay,
+            conditional=conditional,
+            backend=self._backend,
+        )
+        planned: Tensor = plan.weights  # type: ignore[assignment]
+        weights: Tensor = planned if self._mix is None else self._mix(products, planned)
+        if self._rescale:
+            count = output[0].numel()
+            weights = weights * rescale_factor(products, sums, count, weights, base, conditional, self._rescale)
+        return weights.float()
