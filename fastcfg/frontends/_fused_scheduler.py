@@ -11,26 +11,20 @@ from torch import Tensor
 
 from ._fall_through import FallThroughError, log_once
 from ._scheduler_run import SchedulerRun
+from ._subclass import STATE, subclass
 
-_RUN = "_fastcfg_run"
-
-
-def is_fused(scheduler: type) -> bool:
-    """Whether a class is one of ours."""
-    return "_fastcfg_original" in vars(scheduler)
+__all__ = ["fused_class"]
 
 
 @functools.cache
 def fused_class(original: type) -> type:
-    """The subclass of a scheduler class. It keeps the original's name and module, so that pipelines that are saved can
-    be loaded where fastcfg is not installed.
-    """
+    """The subclass of a scheduler class."""
     base: Any = original
     step_names = list(inspect.signature(base.step).parameters)[4:]  # after self, output, timestep, sample
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        options = run.options if (run := vars(self).pop(_RUN, None)) is not None else {}
+        options = run.options if (run := vars(self).pop(STATE, None)) is not None else {}
         result = base.set_timesteps(self, *args, **kwargs)
         try:
             _run_of(self, options).compile()
@@ -62,32 +56,12 @@ def fused_class(original: type) -> type:
 
         names["scale_model_input"] = scale_model_input
 
-    def reduce(self: Any) -> Any:
-        return _rebuilt, (original, {name: value for name, value in vars(self).items() if name != _RUN})
-
-    return type(
-        original.__name__,
-        (original,),
-        names
-        | {
-            "__doc__": original.__doc__,
-            "__module__": original.__module__,
-            "__qualname__": original.__qualname__,
-            "__reduce__": reduce,
-            "_fastcfg_original": original,
-        },
-    )
-
-
-def _rebuilt(original: type, state: Mapping[str, Any]) -> Any:
-    scheduler: Any = object.__new__(fused_class(original))
-    scheduler.__dict__.update(state)
-    return scheduler
+    return subclass(original, names, fused_class)
 
 
 def _run_of(scheduler: Any, options: Mapping[str, Any] | None = None) -> SchedulerRun:
-    run: SchedulerRun | None = vars(scheduler).get(_RUN)
+    run: SchedulerRun | None = vars(scheduler).get(STATE)
     if run is None or run.timesteps is not scheduler.timesteps:
         run = SchedulerRun(scheduler, type(scheduler)._fastcfg_original, options or {})
-        vars(scheduler)[_RUN] = run
+        vars(scheduler)[STATE] = run
     return run

@@ -1,4 +1,4 @@
-"""diffusers' schedulers with one fused step.
+"""diffusers' schedulers with one fused step, and its guiders with one fused blend.
 
 `fuse(pipeline.scheduler)` returns the same scheduler with a fused `step`; importing a class by its name from here gives
 diffusers' class, subclassed:
@@ -6,44 +6,59 @@ diffusers' class, subclassed:
     from fastcfg.frontends.diffusers import DDIMScheduler
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
-Every scheduler class there is can be had, a user's own included (`fuse`): its steps are compiled from itself. What
-cannot be compiled runs as it did, and a line is logged that says why.
+Every scheduler class there is can be had, a user's own included (`fuse`): its steps are compiled from itself. The
+guiders of modular pipelines can be had likewise, for the methods of `fastcfg.guidance`. What cannot be fused runs as it
+did, and a line is logged that says why.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from ._fused_scheduler import fused_class, is_fused
+from ._fused_guider import fused_guider, is_guider
+from ._fused_scheduler import fused_class
+from ._subclass import as_subclass, is_fused
 
 __all__ = ["fuse"]
 
+_Component = TypeVar("_Component")
 
-def fuse(scheduler: Any) -> Any:
-    """A scheduler of the same class (a subclass of it) and state, whose `step` is one fused kernel.
 
-    `set_timesteps` compiles; `step` reads nothing back from the device and copies nothing to it, draws noise as the
-    original does, and returns what it returns. All else is the original's: the constructor, `config`,
+def fuse(component: _Component) -> _Component:
+    """A scheduler or guider of the same class (a subclass of it) and state, whose work is one fused kernel.
+
+    A scheduler's `set_timesteps` compiles; `step` reads nothing back from the device and copies nothing to it, draws
+    noise as the original does, and returns what it returns. All else is the original's: the constructor, `config`,
     `save_pretrained`, `add_noise`, `order`, `begin_index`.
 
+    A guider's `forward` blends in float32 what the model has predicted, in one pass (two where the method looks at the
+    predictions), and rounds once.
+
     Args:
-        scheduler: of diffusers, or of its protocol. It is not changed.
+        component: a scheduler or guider of diffusers, or of its protocol. It is not changed.
 
     Raises:
         TypeError: no such object.
 
     Example:
         >>> pipeline.scheduler = fuse(pipeline.scheduler)                           # doctest: +SKIP
+        >>> modular.update_components(guider=fuse(modular.guider))                  # doctest: +SKIP
     """
-    if is_fused(type(scheduler)):
-        return scheduler
-    missing = [name for name in ("config", "set_timesteps", "step") if not hasattr(scheduler, name)]
-    if missing or isinstance(scheduler, type):
-        raise TypeError(f"scheduler: got {type(scheduler).__name__}, expected a scheduler of diffusers' protocol")
-    kind: Any = type(scheduler)
-    fused: Any = object.__new__(fused_class(kind))
-    fused.__dict__.update(vars(scheduler))
-    return fused
+    kind: Any = type(component)
+    if is_fused(kind):
+        return component
+    fused = None if isinstance(component, type) else _fused(component, kind)
+    if fused is None:
+        raise TypeError(f"component: got {kind.__name__}, expected a scheduler or guider of diffusers' protocol")
+    same: _Component = as_subclass(component, fused)
+    return same
+
+
+def _fused(protocol: object, kind: type) -> type | None:
+    """The subclass of a class by the methods of it or of an instance."""
+    if all(hasattr(protocol, name) for name in ("config", "set_timesteps", "step")):
+        return fused_class(kind)
+    return fused_guider(kind) if is_guider(protocol) else None
 
 
 def __getattr__(name: str) -> Any:
@@ -52,12 +67,13 @@ def __getattr__(name: str) -> Any:
     import diffusers
 
     found = getattr(diffusers, name, None)
-    if not isinstance(found, type) or not hasattr(found, "set_timesteps"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor is it a scheduler of diffusers")
-    return fused_class(found)
+    fused = _fused(found, found) if isinstance(found, type) else None
+    if fused is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor is it one of diffusers' schedulers")
+    return fused
 
 
 def __dir__() -> list[str]:
     import diffusers
 
-    return [*__all__, *(name for name in dir(diffusers) if name.endswith("Scheduler"))]
+    return [*__all__, *(name for name in dir(diffusers) if name.endswith(("Scheduler", "Guidance")))]

@@ -98,7 +98,7 @@ def start(scheduler: Any, dtype: torch.dtype) -> Tensor:
 
 
 def is_fused(scheduler: Any) -> bool:
-    run = vars(scheduler)["_fastcfg_run"]
+    run = vars(scheduler)["_fastcfg_state"]
     return run._rows is not None and not run._fallen
 
 
@@ -148,7 +148,7 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.dtype for value in got.values()] == [value.dtype for value in want.values()]
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same row in float64.
-        run = vars(ours)["_fastcfg_run"]
+        run = vars(ours)["_fastcfg_state"]
         compiled, row = run._rows.compiled, first + position - run._rows.first
         truth = truth or Stepper(compiled.table, x.double(), scheduler_clip(original))
         noise = run._noise(compiled.draws[row], run._answers[output.dtype, x.dtype].drawn, x, redrawn, None)
