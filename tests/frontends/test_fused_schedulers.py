@@ -420,7 +420,7 @@ def test_a_step_that_cannot_be_fused_in_the_middle_of_a_run_that_saves_tensors_i
 
 @pytest.mark.parametrize("what", [3, "DDIMScheduler", torch.nn.Identity(), object])
 def test_what_is_no_scheduler_is_refused(what: Any) -> None:
-    with pytest.raises(TypeError, match="scheduler: got"):
+    with pytest.raises(TypeError, match="component: got"):
         fuse(what)
 
 
