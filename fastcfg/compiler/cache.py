@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from importlib import metadata
 from threading import Lock
+from types import FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,7 +61,7 @@ def _version(module: str) -> str:
 
 
 def _value(thing: Any) -> Hashable:
-    """Equal for equal numbers, strings, arrays and containers of them."""
+    """Equal for equal numbers, strings, arrays, functions of nothing but their arguments, and containers of them."""
     if thing is None or isinstance(thing, bool | int | float | str | torch.dtype | torch.device | type):
         return type(thing), thing
     if isinstance(thing, torch.Tensor):
@@ -78,6 +79,8 @@ def _value(thing: Any) -> Hashable:
         return np.ndarray, thing.dtype, thing.shape, thing.tobytes()
     if isinstance(thing, Mapping):
         return dict, tuple((name, _value(value)) for name, value in thing.items())
+    if isinstance(thing, FunctionType) and not thing.__closure__ and not thing.__code__.co_names:
+        return FunctionType, thing.__code__, _value(thing.__defaults__), _value(thing.__kwdefaults__)
     if isinstance(thing, list | tuple):
         return type(thing), tuple(_value(value) for value in thing)
     raise _UnknownError

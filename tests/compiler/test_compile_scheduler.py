@@ -275,7 +275,8 @@ def test_what_was_compiled_is_kept_for_the_same_numbers_alone() -> None:
         scheduler.set_timesteps(count)
         return scheduler
 
-    first = compile_timesteps(prepared(9), step_options={"eta": 0.3})
+    count = 9
+    first = compile_timesteps(prepared(count), step_options={"eta": 0.3})
     assert compile_timesteps(prepared(9), step_options={"eta": 0.3}) is first
     others = [
         compile_timesteps(prepared(8), step_options={"eta": 0.3}),
@@ -287,9 +288,15 @@ def test_what_was_compiled_is_kept_for_the_same_numbers_alone() -> None:
     changed = prepared(9)
     changed.alphas_cumprod = changed.alphas_cumprod * 0.99
     assert compile_timesteps(changed, step_options={"eta": 0.3}) is not first
+    # A function of its arguments is compared by what it does (SASolver's tau), another one is not.
+    functions = [eval(text) for text in ("lambda t: 3 * t", "lambda t: 3 * t", "lambda t: 4 * t")]
+    kept = []
+    for changed.further in functions:
+        kept.append(compile_timesteps(changed))
+    assert kept[0] is kept[1] is not kept[2]
     # What holds something that has no value to compare is compiled anew.
-    changed.further = object()
-    assert compile_timesteps(changed) is not compile_timesteps(changed)
+    for changed.further in (object(), lambda t: t + count, lambda t: math.sin(t)):
+        assert compile_timesteps(changed) is not compile_timesteps(changed)
 
 
 def test_a_table_from_a_later_timestep_has_no_past() -> None:
