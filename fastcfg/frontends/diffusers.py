@@ -41,8 +41,8 @@ def fuse(component: _Component) -> _Component:
         TypeError: no such object.
 
     Example:
-        >>> pipeline.scheduler = fuse(pipeline.scheduler)                           # doctest: +SKIP
-        >>> modular.update_components(guider=fuse(modular.guider))                  # doctest: +SKIP
+        >>> pipeline.scheduler = fuse(pipeline.scheduler)
+        >>> modular.update_components(guider=fuse(modular.guider))
     """
     kind: Any = type(component)
     if is_fused(kind):

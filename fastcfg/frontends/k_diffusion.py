@@ -39,8 +39,8 @@ def fuse(sample_fn: Callable[..., Tensor], backend: str = "auto", graph: str | b
         TypeError: sample_fn is not callable, or has no argument model, x or sigmas.
 
     Example:
-        >>> from k_diffusion.sampling import sample_heun                            # doctest: +SKIP
-        >>> x = fuse(sample_heun)(model, x, sigmas)                                 # doctest: +SKIP
+        >>> from k_diffusion.sampling import sample_heun
+        >>> x = fuse(sample_heun)(model, x, sigmas)
     """
     return fused(sample_fn, backend, graph)
 

@@ -50,12 +50,15 @@ class Text2ImUNet(UNetModel):
         **kwargs: further keyword arguments of `UNetModel`.
 
     Example:
+        >>> from fastcfg.models.tokenizer import Tokenizer
+        >>> tokenizer = Tokenizer.word_level(["a", "red", "circle"])
         >>> model = Text2ImUNet(
         ...     16, 64, 2, 2, True, tokenizer, xf_padding=True, in_channels=3, model_channels=32, out_channels=6,
         ...     num_res_blocks=1, attention_resolutions=(2,), channel_mult=(1, 2), num_head_channels=32,
         ... )
-        >>> text = model.precompute(tokens=tokens, mask=mask)  # once
-        >>> output = model(x, timesteps, **text)               # every step
+        >>> tokens, mask = tokenizer.padded_tokens_and_mask(tokenizer.encode("a red circle"), 16)
+        >>> text = model.precompute(tokens=torch.tensor([tokens]), mask=torch.tensor([mask]))  # once
+        >>> output = model(torch.randn(1, 3, 16, 16), torch.tensor([999]), **text)  # every step
     """
 
     def __init__(

@@ -87,6 +87,7 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
         ValueError: ``image`` has another shape.
 
     Example:
+        >>> from fastcfg.training.shapes import Scene, SceneObject, render
         >>> scene = Scene((SceneObject("star", "red", "large"),))
         >>> judge(render(scene, np.random.default_rng(0)), scene).correct
         True

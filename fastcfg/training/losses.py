@@ -50,8 +50,9 @@ class HybridLoss:
 
     Example:
         >>> loss = HybridLoss(Schedule.named("squaredcos_cap_v2", 1000))
-        >>> x_t = loss.q_sample(x_start, t, noise)
-        >>> loss(model(x_t, t), x_start, x_t, t, noise).loss.mean().backward()
+        >>> x_start, noise, t = torch.zeros(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.randint(1000, (4,))
+        >>> x_t, model = loss.q_sample(x_start, t, noise), torch.nn.Conv2d(3, 6, 1)
+        >>> loss(model(x_t), x_start, x_t, t, noise).loss.mean().backward()
     """
 
     def __init__(self, schedule: Schedule, mse_weight_cap: float = 1.0, dtype: torch.dtype = torch.float32) -> None:

@@ -1,0 +1,82 @@
+"""The examples of the docstrings and of the docs run, and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.suite.foreign import load_diffusers, load_k_diffusion
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted((ROOT / "fastcfg").rglob("*.py"))
+    if ">>>" in path.read_text(encoding="utf-8")
+]
+# What an example takes that is not here.
+ELSEWHERE = {
+    "fastcfg.frontends.accelerate.accelerate": "an object of guided-diffusion",
+    "fastcfg.frontends.diffusers.fuse": "pipelines: tests/frontends/test_stock_pipelines.py",
+    "fastcfg.frontends.k_diffusion.fuse": "a model",
+    "fastcfg.models.checkpoint.save_checkpoint": "a trained network",
+    "fastcfg.models.clip.CLIPModel": "GLIDE's weights",
+    "fastcfg.models.loading.load_network": "GLIDE's weights",
+    "fastcfg.models.text2im.Text2ImUNet.precompute": "a network",
+    "fastcfg.models.weights.read_state_dict": "GLIDE's weights",
+    "fastcfg.pipeline.TextToImage": "half a minute: tests/test_pipeline.py",
+    "fastcfg.pipeline.TextToImage.load": "GLIDE's weights",
+    "fastcfg.training.train.train": "minutes",
+    "fastcfg.upsampler.Upsampler": "GLIDE's weights",
+}
+OTHERS = {"diffusers": load_diffusers, "k_diffusion": load_k_diffusion}
+
+# What the blocks of a document take for granted.
+MODEL = "import torch\nmodel = lambda x, t, **conditioning: torch.cat([x, x], dim=1)"
+BEFORE = {
+    "README.md": f"{MODEL}\nlabels = torch.ones(16, dtype=torch.int64)",
+    "docs/compiler.md": f"{MODEL}\nfrom types import SimpleNamespace\nimport diffusers\n"
+    "pipeline = SimpleNamespace(scheduler=diffusers.DDIMScheduler())\n"
+    "from fastcfg.compiler import compile_sampler",
+    "docs/guidance.md": "from dataclasses import dataclass\nfrom fastcfg import GramGuidance",
+    "docs/solvers.md": "from fastcfg import sigmas, solvers\nfrom fastcfg.solvers import Denoiser\n"
+    "model = lambda x, t: -x",
+}
+
+
+def need_others(text: str) -> None:
+    """Skip where a package that a text imports is not there."""
+    for name, load in OTHERS.items():
+        if re.search(rf"(from|import) {name}\b", text) and load() is None:
+            pytest.skip(f"{name} is not installed")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = [found for found in doctest.DocTestFinder().find(importlib.import_module(name)) if found.examples]
+    assert examples
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    for example in examples:
+        if example.name not in ELSEWHERE:
+            need_others(example.docstring)
+            runner.run(example)
+    assert not runner.failures
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_others(BEFORE[name])
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert blocks
+    given: dict[str, Any] = {}
+    exec(BEFORE[name], given)
+    for block in blocks:
+        if "accelerate(" not in block:  # takes objects of guided-diffusion
+            exec(block.replace("model = ...", "..."), given)
