@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square
 BUDGET ?= 240s
 BENCH ?= bench
-# One process by default: on two busy cores, "-n 2 --dist loadgroup" took 1.0 to 2.7 times as long (not measured idle).
-PYTEST_ARGS ?=
+# On two idle cores 585 s, where one process takes 880. A file's tests share fixtures that compile for minutes.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint bench clean
 

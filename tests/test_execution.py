@@ -564,7 +564,7 @@ def live_tensors() -> int:
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("guidance", ["cfg", "interval", "adaptive"])
-def test_a_thousand_calls_keep_no_tensors(guidance: str, graph: bool) -> None:
+def test_hundreds_of_calls_keep_no_tensors(guidance: str, graph: bool) -> None:
     sampler_, _ = build(GUIDANCES[guidance], table="ddim", graph=graph)
 
     def call(seed: int) -> None:
@@ -573,7 +573,7 @@ def test_a_thousand_calls_keep_no_tensors(guidance: str, graph: bool) -> None:
     call(0)
     call(1)
     before, nbytes = live_tensors(), sampler_.memory()
-    for seed in range(1000 if guidance == "cfg" else 100):
+    for seed in range(300 if guidance == "cfg" else 100):
         call(seed)
     assert live_tensors() <= before
     assert sampler_.memory() == nbytes

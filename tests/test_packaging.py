@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 CHECKPOINT_FILES = sorted(path.name for path in (ROOT / "fastcfg" / "checkpoints").glob("*") if path.is_file())

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("static_roofline")
-
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
