@@ -24,10 +24,10 @@ def fused_class(original: type) -> type:
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        options = run.options if (run := vars(self).pop(STATE, None)) is not None else {}
+        before: SchedulerRun | None = vars(self).pop(STATE, None)
         result = base.set_timesteps(self, *args, **kwargs)
         try:
-            _run_of(self, options).compile()
+            _run_of(self, before.options if before is not None else {}).compile(before)
         except FallThroughError as error:
             log_once(original.__name__, str(error))
         return result

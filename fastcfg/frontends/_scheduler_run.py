@@ -20,6 +20,10 @@ from ._fall_through import FallThroughError
 __all__ = ["SchedulerRun"]
 
 
+# Kept from run to run: shapes and dtypes, each with the saved tensors' memory.
+_MOST_STEPPERS = 4
+
+
 @dataclass(frozen=True)
 class _Answer:
     """What a `step` returns.
@@ -80,6 +84,7 @@ class SchedulerRun:
         self._defaults = {parameter.name: parameter.default for parameter in named[4:]}
         self._clip = scheduler_clip(scheduler)
         self._draw = _drawing_function(original)
+        self._whole: CompiledScheduler | None = None
         self._rows: _Rows | None = None
         self._next: int | None = None
         self._fallen = ""
@@ -87,13 +92,18 @@ class SchedulerRun:
         self._steppers: dict[Any, Stepper] = {}
         self._answers: dict[Any, _Answer] = {}
 
-    def compile(self) -> None:
+    def compile(self, before: SchedulerRun | None = None) -> None:
         """The table of a run from the first timestep, with the last run's options.
+
+        Args:
+            before: a run whose memory serves again if it had the same table.
 
         Raises:
             FallThroughError: it is none.
         """
-        self._compiled(0, self.options)
+        self._whole = self._compiled(0, self.options)
+        if before is not None and before._whole is self._whole:
+            self._steppers, self._answers, self._scales = before._steppers, before._answers, before._scales
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """`scale_model_input`.
@@ -268,9 +278,12 @@ class SchedulerRun:
         shape = tuple(sample.shape)
         # Any three dimensions do: fewer have no variance channels.
         wanted = shape if sample.ndim > 2 else (*shape[:-1], *(1,) * (3 - sample.ndim), sample.shape[-1])
-        key = (id(compiled), shape, sample.dtype, sample.device)
+        keep_x0 = compiled.further == "x0"
+        # A stepper holds its table, whose id is nobody else's until then.
+        key = (id(compiled.table), keep_x0, shape, sample.dtype, sample.device)
         if key not in self._steppers:
-            keep_x0 = compiled.further == "x0"
+            if len(self._steppers) == _MOST_STEPPERS:
+                del self._steppers[next(iter(self._steppers))]
             self._steppers[key] = Stepper(compiled.table, sample.reshape(wanted), self._clip, keep_x0=keep_x0)
         if sample.ndim < 3:
             output, sample = output.reshape(wanted), sample.reshape(wanted)

@@ -189,6 +189,26 @@ def test_arguments_of_the_steps(name: str, options: dict[str, Any]) -> None:
     assert is_fused(ours)
 
 
+def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
+    ours = fuse(make("DPMSolverMultistepScheduler", {}))
+    want = sample(ours)
+    kept = vars(ours)["_fastcfg_state"]._steppers
+    assert len(kept) == 1
+    # One that is given up in the middle leaves nothing behind.
+    ours.set_timesteps(STEPS)
+    x = start(ours, torch.float32)
+    for t in ours.timesteps[:3]:
+        x = ours.step(100 * torch.ones_like(x), t, x).prev_sample
+    assert torch.equal(sample(ours), want)
+    assert vars(ours)["_fastcfg_state"]._steppers is kept
+    for size in range(1, 7):
+        ours.set_timesteps(STEPS)
+        ours.step(torch.ones(1, 3, size, 4), ours.timesteps[0], torch.ones(1, 3, size, 4))
+    assert len(kept) == 4
+    ours.set_timesteps(STEPS + 1)
+    assert vars(ours)["_fastcfg_state"]._steppers is not kept
+
+
 def test_given_noise_takes_the_place_of_a_draw() -> None:
     noise = torch.randn(2, 3, 12, 10, generator=torch.manual_seed(5))
     results = []
