@@ -114,8 +114,13 @@ class _GuidedRun:
             self._blender.begin()
         if len(predictions) < 2:
             return None
+        if self._method is None:
+            raise FallThroughError("its method has no counterpart here")
         if torch.is_grad_enabled() and any(prediction.requires_grad for prediction in predictions.values()):
             raise FallThroughError("gradients through its blend are wanted")
+        kinds = {(given.shape, given.dtype, given.device) for given in predictions.values()}
+        if len(kinds) > 1 or predictions["pred_cond"].ndim < 3:
+            raise FallThroughError("its predictions differ in shape or dtype, or have less than three dimensions")
         blender = self._blender_of(guider, predictions["pred_cond"])
         # Their third prediction has several names.
         second = next(name for name in blender.guidance.branches if name not in ("cond", "perturbed"))
@@ -126,13 +131,11 @@ class _GuidedRun:
         return blender(guider._step, outputs)
 
     def _blender_of(self, guider: Any, like: Tensor) -> Blender:
-        if self._method is None:
-            raise FallThroughError("its method has no counterpart here")
         if getattr(guider, "adaptive_projected_guidance_norm_dim", None) is not None:
             raise FallThroughError("its norms are over some of the dimensions")
         if guider._num_inference_steps is None:
             raise FallThroughError("it is not told the number of steps")
-        kind, names = self._method
+        kind, names = self._method  # type: ignore[misc]
         options = {field: _attribute(guider, name) for field, name in names.items()}
         options["formulation"] = "original" if options["formulation"] else "standard"
         key = (options, guider._num_inference_steps, like.shape, like.dtype, like.device)

@@ -164,6 +164,25 @@ def test_gradients_go_through_the_original() -> None:
     assert torch.equal(cond.grad, torch.full(SHAPE, 3.0))
 
 
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("ClassifierFreeGuidance", ((3, 4, 5), (1, 4, 5))),
+        ("MagnitudeAwareGuidance", ((3, 40), (3, 40))),
+        ("ClassifierFreeZeroStarGuidance", ((3, 40), (3, 40))),
+    ],
+)
+def test_predictions_of_other_forms_are_left_to_the_original(name: str, shapes: Any, told: Any) -> None:
+    given = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    original = make(name, {})
+    guided = []
+    for guider in (original, fuse(copy.deepcopy(original))):
+        guider.set_state(2, STEPS, None)
+        guided.append(guider.forward(*given).pred)
+    assert torch.equal(*guided)
+    assert len(told()) == 1
+
+
 def test_predictions_that_are_not_wanted_are_left_to_the_original(told: Any) -> None:
     row = outputs(torch.float32)[0]
     guider = fuse(make("ClassifierFreeGuidance", {"stop": 0.5}))
