@@ -13,6 +13,7 @@ BENCHMARKS = {
     "graphs": ("graphs", "the captured loop, proved on a device: bits, launches, syncs, memory, threads, times"),
     "pictures": ("pictures", "what every solver draws in 5, 10 and 20 steps, and the schedules: docs/solvers.md"),
     "readme": ("report.readme", "write the README's results from the committed ones"),
+    "schedulers": ("schedulers", "what a step of diffusers' schedulers takes, fused and not"),
     "static_roofline": ("static_roofline", "what the kernels' machine code costs on GPUs that are not there"),
     "trace": ("trace", "what a profiler sees of the embedded model's loop, eager and captured"),
 }

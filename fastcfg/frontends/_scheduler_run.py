@@ -49,15 +49,13 @@ class _Rows:
         compiled: the table.
         first: the position in `timesteps` of its row 0.
         options: the arguments of `step` that it was compiled with.
+        stateful: whether it saves tensors.
     """
 
     compiled: CompiledScheduler
     first: int
     options: Mapping[str, Any]
-
-    @property
-    def stateful(self) -> bool:
-        return bool(self.compiled.table.num_history)
+    stateful: bool
 
 
 class SchedulerRun:
@@ -214,7 +212,8 @@ class SchedulerRun:
         compiled = self._compiled(0, options)
         first = position if compiled.table.num_history else 0
         # Methods of several steps have no past where a run begins, wherever that is.
-        self._rows = _Rows(self._compiled(first, options) if first else compiled, first, options)
+        compiled = self._compiled(first, options) if first else compiled
+        self._rows = _Rows(compiled, first, options, bool(compiled.table.num_history))
         return self._rows
 
     def _compiled(self, first: int, options: Mapping[str, Any]) -> CompiledScheduler:
@@ -233,6 +232,7 @@ class SchedulerRun:
         key = (output.dtype, sample.dtype)
         if key not in self._answers:
             twin, compiled, drawn = copy.deepcopy(self._twin), rows.compiled, [output.dtype]
+            twin.is_scale_input_called = True  # or some warn
             noisy = next((row for row, draws in enumerate(compiled.draws) if draws), 0)
             channels = 8 if compiled.table.learned_variance else 4
             example = torch.zeros(1, channels, 8, 8, dtype=output.dtype), torch.zeros(1, 4, 8, 8, dtype=sample.dtype)
@@ -275,26 +275,27 @@ class SchedulerRun:
         self, compiled: CompiledScheduler, row: int, output: Tensor, sample: Tensor, noise: Tensor | None
     ) -> list[Tensor]:
         """What the row returns."""
-        shape = tuple(sample.shape)
-        # Any three dimensions do: fewer have no variance channels.
-        wanted = shape if sample.ndim > 2 else (*shape[:-1], *(1,) * (3 - sample.ndim), sample.shape[-1])
+        if sample.ndim < 3:
+            # Any three dimensions do: fewer have no variance channels.
+            wide = (*sample.shape[:-1], *(1,) * (3 - sample.ndim), sample.shape[-1])
+            widened = None if noise is None else noise.reshape(wide)
+            values = self._apply(compiled, row, output.reshape(wide), sample.reshape(wide), widened)
+            return [value.reshape(sample.shape) for value in values]
         keep_x0 = compiled.further == "x0"
         # A stepper holds its table, whose id is nobody else's until then.
-        key = (id(compiled.table), keep_x0, shape, sample.dtype, sample.device)
-        if key not in self._steppers:
+        key = (id(compiled.table), keep_x0, sample.shape, sample.dtype, sample.device)
+        stepper = self._steppers.get(key)
+        if stepper is None:
             if len(self._steppers) == _MOST_STEPPERS:
                 del self._steppers[next(iter(self._steppers))]
-            self._steppers[key] = Stepper(compiled.table, sample.reshape(wanted), self._clip, keep_x0=keep_x0)
-        if sample.ndim < 3:
-            output, sample = output.reshape(wanted), sample.reshape(wanted)
-            noise = None if noise is None else noise.reshape(wanted)
-        following, x0 = self._steppers[key](row, output, sample, noise)
+            stepper = self._steppers[key] = Stepper(compiled.table, sample, self._clip, keep_x0=keep_x0)
+        following, x0 = stepper(row, output, sample, noise)
         if compiled.further == "none":
-            return [following.reshape(shape)]
+            return [following]
         if x0 is None:  # LCM, TCD: two kernels more
             of_x, of_m = compiled.sums[row].tolist()  # type: ignore[index]
             x0 = torch.add(sample * of_x, output[:, : sample.shape[1]], alpha=of_m)
-        return [following.reshape(shape), x0.reshape(shape)]
+        return [following, x0]
 
 
 def _drawing_function(original: type) -> Callable[..., Tensor]:

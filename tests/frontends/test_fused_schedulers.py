@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import logging
 import pickle
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import schedulers
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg.compiler import scheduler_clip
 from fastcfg.frontends import _fall_through
@@ -189,6 +191,14 @@ def test_arguments_of_the_steps(name: str, options: dict[str, Any]) -> None:
     assert is_fused(ours)
 
 
+def test_nothing_is_warned_of_that_the_user_did_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make("EulerDiscreteScheduler", {})
+    said: list[str] = []
+    monkeypatch.setattr(inspect.getmodule(type(scheduler)).logger, "warning", said.append)  # type: ignore[union-attr]
+    sample(fuse(scheduler))
+    assert said == []
+
+
 def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
     ours = fuse(make("DPMSolverMultistepScheduler", {}))
     want = sample(ours)
@@ -207,6 +217,20 @@ def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
     assert len(kept) == 4
     ours.set_timesteps(STEPS + 1)
     assert vars(ours)["_fastcfg_state"]._steppers is not kept
+
+
+def test_the_benchmark_times_both_in_turns(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "schedulers.json"
+    options = ["--turns", "2", "--shape", "1", "1", "2", "2", "--scheduler", "DDIMScheduler", "DDPMScheduler"]
+    assert schedulers.main([*options, "--device", "cpu", "--json", str(file)]) == 0
+    report, said = json.loads(file.read_text()), capsys.readouterr().out
+    assert list(report["schedulers"]) == options[-2:]
+    for name, row in report["schedulers"].items():
+        assert name in said
+        assert 0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2]
+        assert min(row["original_s"], row["fused_s"], report["copy_s"]) > 0
+    with pytest.raises(SystemExit):
+        schedulers.main(["--turns", "1"])
 
 
 def test_given_noise_takes_the_place_of_a_draw() -> None:
