@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .guidance import Guidance, GuidancePlan
 from .ops import gram, guidance_blend
-from .reference import rescale_factor
+from .statistics import mixed_weights
 from .table import StepTable
 
 __all__ = ["Blender"]
@@ -36,8 +36,9 @@ class _Row:
 
 
 class Blender:
-    """Blends the branches' outputs row by row, as a `Sampler` with the same guidance does: one kernel for plain
-    guidance, and where the weights depend on the outputs, one pass more over them. Nothing is read back to the host.
+    """Blends the branches' outputs row by row, as a `Sampler` with the same guidance does. Two branches with one weight
+    for all samples take one kernel. Others are laid side by side first, and where the weights depend on the outputs,
+    that takes a pass more over them. Nothing is read back to the host.
 
     Args:
         guidance: any spec but one that ends by itself (`AdaptiveCFG`).
@@ -147,8 +148,6 @@ class Blender:
             backend=self._backend,
         )
         planned: Tensor = plan.weights  # type: ignore[assignment]
-        weights: Tensor = planned if self._mix is None else self._mix(products, planned)
-        if self._rescale:
-            count = output[0].numel()
-            weights = weights * rescale_factor(products, sums, count, weights, base, conditional, self._rescale)
+        count = output[0].numel()
+        weights = mixed_weights(products, sums, count, planned, base, conditional, self._mix, self._rescale)
         return weights.float()

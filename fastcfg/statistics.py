@@ -12,7 +12,7 @@ from .ops import gram
 from .reference import rescale_factor
 from .step import StepBuffers
 
-__all__ = ["DELAY", "Agreement", "Mixing", "Statistics"]
+__all__ = ["DELAY", "Agreement", "Mixing", "Statistics", "mixed_weights"]
 
 # An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
 DELAY = 2
@@ -34,6 +34,24 @@ class Statistics:
         found = gram(output, **self._options)
         for read in self._readers:
             read(*found)
+
+
+def mixed_weights(
+    products: Tensor,
+    sums: Tensor,
+    count: int,
+    planned: Tensor,
+    base: int,
+    conditional: int,
+    mix: Callable[[Tensor, Tensor], Tensor] | None,
+    rescale: float,
+) -> Tensor:
+    """float64 [B, V]: a row's weights, from the Gram matrix and sums of vectors of `count` elements and the row of
+    `GuidancePlan.planned`; the others as `Mixing`."""
+    weights = planned if mix is None else mix(products, planned)
+    if rescale:
+        weights = weights * rescale_factor(products, sums, count, weights, base, conditional, rescale)
+    return weights
 
 
 class Mixing:
@@ -63,11 +81,8 @@ class Mixing:
 
     def __call__(self, products: Tensor, sums: Tensor) -> None:
         row = self._counter[:1].long()
-        weights = self._planned.index_select(0, row)[0]
-        if self._mix is not None:
-            weights = self._mix(products, weights)
-        if self._rescale:
-            weights = weights * rescale_factor(products, sums, self._count, weights, *self._pair, self._rescale)
+        planned = self._planned.index_select(0, row)[0]
+        weights = mixed_weights(products, sums, self._count, planned, *self._pair, self._mix, self._rescale)
         self._weights.index_copy_(0, row, weights[None].to(self._weights.dtype))
 
 
