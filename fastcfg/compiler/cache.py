@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from importlib import metadata
 from threading import Lock
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -79,8 +79,14 @@ def _value(thing: Any) -> Hashable:
         return np.ndarray, thing.dtype, thing.shape, thing.tobytes()
     if isinstance(thing, Mapping):
         return dict, tuple((name, _value(value)) for name, value in thing.items())
-    if isinstance(thing, FunctionType) and not thing.__closure__ and not thing.__code__.co_names:
+    if isinstance(thing, FunctionType) and _is_closed(thing):
         return FunctionType, thing.__code__, _value(thing.__defaults__), _value(thing.__kwdefaults__)
     if isinstance(thing, list | tuple):
         return type(thing), tuple(_value(value) for value in thing)
     raise _UnknownError
+
+
+def _is_closed(function: FunctionType) -> bool:
+    """Whether a function refers to nothing but its arguments; functions within, which may, count as if they did."""
+    code = function.__code__
+    return not (function.__closure__ or code.co_names or any(isinstance(part, CodeType) for part in code.co_consts))
