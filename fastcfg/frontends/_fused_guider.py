@@ -76,7 +76,9 @@ def fused_guider(original: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         predictions = dict(zip(names, args, strict=False)) | kwargs
         given = {name: value for name, value in predictions.items() if value is not None}
-        run = vars(self).setdefault(STATE, _GuidedRun(original))
+        run: _GuidedRun | None = vars(self).get(STATE)
+        if run is None:
+            run = vars(self)[STATE] = _GuidedRun(original)
         try:
             pred = run(self, given)
         except FallThroughError as error:

@@ -27,12 +27,12 @@ _Component = TypeVar("_Component")
 def fuse(component: _Component) -> _Component:
     """A scheduler or guider of the same class (a subclass of it) and state, whose work is one fused kernel.
 
-    A scheduler's `set_timesteps` compiles; `step` reads nothing back from the device and copies nothing to it, draws
-    noise as the original does, and returns what it returns. All else is the original's: the constructor, `config`,
-    `save_pretrained`, `add_noise`, `order`, `begin_index`.
+    A scheduler's `set_timesteps` compiles; `step` reads nothing back from the device and copies nothing to it (but for
+    the first of a shape and dtype, which sets memory up), draws noise as the original does, and returns what it
+    returns. All else is the original's: the constructor, `config`, `save_pretrained`, `add_noise`, `order`,
+    `begin_index`.
 
-    A guider's `forward` blends in float32 what the model has predicted, in one pass (two where the method looks at the
-    predictions), and rounds once.
+    A guider's `forward` blends in float32 what the model has predicted and rounds once: `fastcfg.blender.Blender`.
 
     Args:
         component: a scheduler or guider of diffusers, or of its protocol. It is not changed.
@@ -69,7 +69,9 @@ def __getattr__(name: str) -> Any:
     found = getattr(diffusers, name, None)
     fused = _fused(found, found) if isinstance(found, type) else None
     if fused is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor is it one of diffusers' schedulers")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}, nor is it one of diffusers' schedulers or guiders"
+        )
     return fused
 
 

@@ -91,15 +91,16 @@ def test_guiders_guide_as_they_did(name: str, options: dict[str, Any], setting: 
     ours = fuse(make(name, options | setting))
     assert type(ours).__name__ == name
     assert isinstance(ours, type(theirs))
-    for dtype, wider, least in ((torch.float32, torch.float64, 1e-6), (torch.float16, torch.float64, 6e-4)):
+    for dtype, least in ((torch.float32, 1e-6), (torch.float16, 6e-4)):
         rows = outputs(dtype)
-        want = guide(theirs, [{key: value.to(wider) for key, value in row.items()} for row in rows])
-        got = guide(ours, rows)
+        want = guide(theirs, [{key: value.double() for key, value in row.items()} for row in rows])
+        got, own = guide(ours, rows), guide(theirs, rows)
         assert got.dtype == dtype
-        finite = want.isfinite().all()
-        if not finite:  # they divide by the standard deviation of zeros
-            want, got = want[2:], got[2:]
-        error, own = errors(got, want), errors(guide(theirs, rows)[-len(want) :], want)
+        # They divide by the standard deviation of zeros.
+        assert not got[want.isnan()].nan_to_num(0).any()
+        want, got, own = (guided.nan_to_num(0) for guided in (want, got, own))
+        error, own = errors(got, want), errors(own, want)
+        # Measured: at most 8.3e-7 and 5.2e-4.
         assert (error <= torch.maximum(own, torch.tensor(least))).all(), (dtype, error, own)
     assert not told()
     third = "Skip" in name or "Perturbed" in name or "Smoothed" in name
@@ -117,7 +118,7 @@ def test_momentum_goes_on_through_a_change_and_ends_with_a_run() -> None:
             guided.append(guide_one(guider, step, row))
         runs.append(guided)
     for got, want in zip(runs[1][1:], runs[0][1:], strict=True):
-        assert torch.allclose(got, want, rtol=0, atol=1e-5)
+        assert torch.allclose(got, want, rtol=0, atol=6e-6)  # measured: 3.8e-6
 
 
 def guide_one(guider: Any, step: int, row: dict[str, Tensor]) -> Tensor:
@@ -150,7 +151,7 @@ def test_what_has_no_counterpart_guides_as_it_did(guider: Any, steps: Any, dtype
     original = guider()
     rows = outputs(dtype or torch.float32)
     got = guide(fuse(copy.deepcopy(original)), rows, steps)
-    assert torch.equal(got, guide(original, rows, steps)) or got.isnan().all()
+    torch.testing.assert_close(got, guide(original, rows, steps), rtol=0, atol=0, equal_nan=True)
     (line,) = told()
     assert reason in line
 
