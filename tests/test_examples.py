@@ -28,9 +28,9 @@ ELSEWHERE = {
     "fastcfg.models.loading.load_network": "GLIDE's weights",
     "fastcfg.models.text2im.Text2ImUNet.precompute": "a network",
     "fastcfg.models.weights.read_state_dict": "GLIDE's weights",
-    "fastcfg.pipeline.TextToImage": "half a minute: tests/test_pipeline.py",
+    "fastcfg.pipeline.TextToImage": "20 s: tests/test_pipeline.py",
     "fastcfg.pipeline.TextToImage.load": "GLIDE's weights",
-    "fastcfg.training.train.train": "minutes",
+    "fastcfg.training.train.train": "a training run: tests/training/test_train.py",
     "fastcfg.upsampler.Upsampler": "GLIDE's weights",
 }
 OTHERS = {"diffusers": load_diffusers, "k_diffusion": load_k_diffusion}
@@ -48,11 +48,9 @@ BEFORE = {
 }
 
 
-def need_others(text: str) -> None:
-    """Skip where a package that a text imports is not there."""
-    for name, load in OTHERS.items():
-        if re.search(rf"(from|import) {name}\b", text) and load() is None:
-            pytest.skip(f"{name} is not installed")
+def absent(text: str) -> list[str]:
+    """The packages that a text imports and that are not there."""
+    return [name for name, load in OTHERS.items() if re.search(rf"(from|import) {name}\b", text) and load() is None]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -62,15 +60,15 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert examples
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     for example in examples:
-        if example.name not in ELSEWHERE:
-            need_others(example.docstring)
+        if example.name not in ELSEWHERE and not absent(example.docstring):
             runner.run(example)
     assert not runner.failures
 
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need_others(BEFORE[name])
+    if missing := absent(BEFORE[name]):
+        pytest.skip(f"not installed: {missing}")
     monkeypatch.chdir(tmp_path)
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
