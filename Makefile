@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square
 BUDGET ?= 240s
 BENCH ?= bench
-# On two idle cores 585 s, where one process takes 880. A file's tests share fixtures that compile for minutes.
+# 560 to 604 s on two cores; one process took 916 s, with some tests longer. A file's tests share costly fixtures.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test lint bench clean
