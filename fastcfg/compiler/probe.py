@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import RLock, get_ident
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,12 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
+ROUNDING = 1e-12  # of coefficients in float64, in shares of a row's largest
+ROUNDING_FLOAT32 = 1e-7  # of those of schedulers that go through float32 by ways of their own
 _DRAWS = 4  # of one step, at most
-_ROUNDING = 1e-7  # many schedulers go through float32
+
+# Held while functions of modules are others: threads put them back in any order.
+_replacing = RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +38,7 @@ class Response:
         predictions: [C, size] or None: the predicted x0, where the scheduler tells it.
         converted: [C, size] or None: what it makes of the model's output first (`convert_model_output`).
         further: [C, size] or None: what a step returns second, whatever it is called.
-        rounding: of the coefficients, in shares of a row's largest.
+        rounding: of the coefficients, `ROUNDING` or `ROUNDING_FLOAT32`.
     """
 
     states: Array
@@ -42,9 +47,9 @@ class Response:
     integer_time: bool
     drawn: tuple[int, ...]
     predictions: Array | None
-    converted: Array | None
-    rounding: float
+    converted: Array | None = None
     further: Array | None = None
+    rounding: float = ROUNDING
 
     @property
     def calls(self) -> int:
@@ -92,7 +97,7 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, 
 
         scheduler.convert_model_output = recorded
     x, states, inputs, predictions, further, draws = basis(0), [], [], [], [], [0]
-    with drawing(scheduler, draw), torch.no_grad():
+    with drawing(scheduler, draw), in_float64(), torch.no_grad():
         for i, t in enumerate(timesteps):
             states.append(x)
             inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
@@ -115,7 +120,6 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, 
         tuple(draws),
         _stacked(told, used) / length if len(told) == calls else None,
         _stacked(converted, used) / length if len(converted) == calls else None,
-        _ROUNDING,
         _stacked(further, used) / length if len(further) == calls else None,
     )
 
@@ -123,23 +127,58 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, 
 @contextmanager
 def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[None]:
     """Context in which a scheduler's or a function's draws of noise are `draw`'s, which is given one of the shape."""
-    patched: list[tuple[Any, str, Any]] = []
 
-    def patch(place: Any, name: str, function: Callable[..., Tensor]) -> None:
-        if hasattr(place, name):
-            patched.append((place, name, getattr(place, name)))
-            setattr(place, name, function)
+    def shaped(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return draw(torch.empty(tuple(shape), dtype=dtype))
 
-    for base in type(sampler).__mro__:
-        if (module := inspect.getmodule(base)) is not None and base is not object:
-            patch(module, "randn_tensor", lambda shape, dtype=None, **_: draw(torch.empty(tuple(shape), dtype=dtype)))
-    patch(torch, "randn", lambda *shape, dtype=None, **_: draw(torch.empty(*shape, dtype=dtype)))
-    patch(torch, "randn_like", lambda like, **_: draw(like))
-    try:
+    def unpacked(*shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        return draw(torch.empty(*shape, dtype=dtype))
+
+    modules = [inspect.getmodule(base) for base in type(sampler).__mro__ if base is not object]
+    found: list[tuple[Any, str, Any]] = [(module, "randn_tensor", shaped) for module in modules if module is not None]
+    found += [(torch, "randn", unpacked), (torch, "randn_like", lambda like, **_: draw(like))]
+    with _replaced(found):
         yield
-    finally:
-        for place, name, function in reversed(patched):
-            setattr(place, name, function)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Context in which samples in float64 stay that. Schedulers that turn them to float32 first, to be no worse than
+    that for samples in half precision, would round what is read off them."""
+
+    def widest(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def converted(values: Tensor, *arguments: Any, **options: Any) -> Any:
+            result = convert(values, *arguments, **options)
+            narrowed = isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64
+            return values if narrowed and values.dtype == torch.float64 and values.ndim == 4 else result
+
+        return converted
+
+    with _replaced([(Tensor, name, widest(getattr(Tensor, name))) for name in ("to", "float", "type")]):
+        yield
+
+
+@contextmanager
+def _replaced(functions: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Context in which attributes (owner, name), where there are such, are other functions, to this thread."""
+    thread, kept = get_ident(), []
+
+    def of_this_thread(function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+        def chosen(*arguments: Any, **options: Any) -> Any:
+            return (function if get_ident() == thread else original)(*arguments, **options)
+
+        return chosen
+
+    with _replacing:
+        try:
+            for owner, name, function in functions:
+                if hasattr(owner, name):
+                    kept.append((owner, name, vars(owner).get(name), getattr(owner, name)))
+                    setattr(owner, name, of_this_thread(function, kept[-1][-1]))
+            yield
+        finally:
+            for owner, name, own, _ in reversed(kept):
+                delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def position_in(timesteps: Tensor, value: Any) -> int | None:

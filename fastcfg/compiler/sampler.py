@@ -14,15 +14,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..table import StepTable
-from .assembly import check_linear, columns, verify
-from .probe import Response, drawing
+from .assembly import columns, of_known_rounding, verify
+from .probe import Response, drawing, in_float64
 from .recipe import Compiled
 from .reduction import reduce
 
 __all__ = ["compile_sampler", "trace_sampler"]
 
 _CALLS, _DRAWS, _FEWEST = 3, 4, 64  # of one step, at most; and of a whole run, whatever its steps
-_ROUNDING = 1e-12
 
 
 def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, **options: Any) -> StepTable:
@@ -70,7 +69,7 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     what = f"sample_fn: got {name}"
     try:
-        long, short = (_respond(sample_fn, levels, options, length) for length in (1.0, 0.5))
+        long, short = (_respond(sample_fn, levels, options, length) for length in (1.0, 0.3))
     except ValueError:
         raise
     except Exception as error:
@@ -79,8 +78,8 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
         ) from error
     if len(short.times) != len(long.times):
         raise ValueError(f"{what}, whose model calls depend on the samples, expected one whose steps are linear")
-    (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.5)
-    check_linear(response, shorter, what)
+    (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.3)
+    response = of_known_rounding(response, shorter, what)
     rows, ones = reduce(response), np.ones(response.calls)
     table = StepTable.from_columns(
         t=response.times,
@@ -93,7 +92,7 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
     random = _random_run(sample_fn, levels, options, table)
     if len(random.times) != len(table):
         raise ValueError(f"{what}, whose model calls depend on the samples, expected one whose steps are linear")
-    verify(table, rows.draws, random.outputs, random.drawn[1:], random.states, None, what)
+    verify(table, rows.draws, random.outputs, random.drawn[1:], random.states, None, response.rounding, what)
     return Compiled(table, rows.draws, start, start_draws)
 
 
@@ -121,7 +120,7 @@ class _Run:
         filled = {"disable": True, "callback": self._callback, "noise_sampler": lambda *_: self._draw(None)}
         known = inspect.signature(sample_fn).parameters
         given = {name: value for name, value in filled.items() if name in known} | options
-        with drawing(sample_fn, self._draw), torch.no_grad():
+        with drawing(sample_fn, self._draw), in_float64(), torch.no_grad():
             self.states.append(sample_fn(self._model, x, sigmas, **given).double())
         return self
 
@@ -169,7 +168,7 @@ class _Run:
         states = np.delete(states, early, axis=1)
         outputs = np.eye(states.shape[1])[1 : 1 + calls]
         drawn = tuple((counts - counts[0]).tolist())
-        response = Response(states, states[:-1], np.array(self.times), False, drawn, outputs, None, _ROUNDING)
+        response = Response(states, states[:-1], np.array(self.times), False, drawn, outputs)
         return response, start, tuple(added.tolist())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..table import NO_NOISE, StepTable
 from ..threshold import DynamicThreshold
-from .assembly import TOLERANCE, check_linear, columns, distance, verify
+from .assembly import TOLERANCE, columns, distance, of_known_rounding, verify
 from .cache import kept_for
-from .probe import Array, Response, drawing, position_in, respond, returned_second
+from .probe import Array, Response, drawing, in_float64, position_in, respond, returned_second
 from .reduction import reduce
 
 __all__ = ["CompiledScheduler", "NextTimestep", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
@@ -144,16 +144,16 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> Com
     learned = "learned" in str(original.config.get("variance_type"))
     with _running(original):
         linear = _without_clip(original)
-        response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.5))
+        response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.3))
     what = f"scheduler: got {type(scheduler).__name__}"
-    check_linear(response, shorter, what)
+    response = of_known_rounding(response, shorter, what)
     rows = reduce(response)
     p_x, p_m = _prediction(linear, response)
     found: dict[str, Any] = columns(rows, p_x, p_m)
     if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
         found |= _beside_the_clip(linear, first, p_x, p_m)
     if learned:
-        found |= _learned(linear, first, rows.draws)
+        found |= _learned(linear, first, rows.draws, response.rounding)
     order = getattr(scheduler, "order", 1)
     table = StepTable.from_columns(
         c_in=_scales(response),
@@ -167,7 +167,7 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> Com
     )
     random = _random_run(original, first, table)
     clip = scheduler_clip(original)
-    predicted = verify(table, rows.draws, random.outputs, random.drawn, random.states, clip, what)
+    predicted = verify(table, rows.draws, random.outputs, random.drawn, random.states, clip, response.rounding, what)
     return CompiledScheduler(table, rows.draws, *_further(response, random, predicted))
 
 
@@ -222,6 +222,7 @@ def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[st
     limited = copy.deepcopy(linear)
     limited.register_to_config(clip_sample=True)
     bound, found = float(limited.config.get("clip_sample_range", 1.0)), []
+    zeros = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
     for i in range(len(p_x)):
         x, m = _SATURATED * np.sign(p_x[i] or 1.0), _SATURATED * np.sign(p_m[i] or 1.0)
         values = torch.tensor([[x, m], [2 * x, m], [x, 2 * m]], dtype=torch.float64).T.reshape(2, 1, 1, 1, 3)
@@ -229,7 +230,7 @@ def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[st
         if "learned" in str(limited.config.get("variance_type")):
             output = torch.cat([output, torch.zeros_like(output)], dim=1)
         fresh = copy.deepcopy(limited)
-        with drawing(fresh, lambda like: torch.zeros(1, 1, 1, 3, dtype=torch.float64)), torch.no_grad():
+        with drawing(fresh, lambda like: zeros), in_float64(), torch.no_grad():
             t = fresh.timesteps[first + i]
             base, by_x, by_m = fresh.step(output, t, values[0]).prev_sample.double().reshape(-1).tolist()
         a_x, a_m = (by_x - base) / x, (by_m - base) / m
@@ -239,11 +240,11 @@ def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[st
     return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
 
 
-def _learned(scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...]) -> dict[str, Array]:
+def _learned(scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...], rounding: float) -> dict[str, Array]:
     """l_0 and l_v: the logarithm of the noise is linear in the variance channels."""
     logs = []
     for v in (-1.0, 0.0, 1.0):
-        s = reduce(respond(scheduler, v, first=first)).s
+        s = reduce(replace(respond(scheduler, v, first=first), rounding=rounding)).s
         logs.append(np.log2(np.where(s > 0, s, 1.0)))
     if np.abs(logs[0] - 2 * logs[1] + logs[2]).max() > 1e-4:
         raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected that")
@@ -283,7 +284,7 @@ def _random_run(scheduler: Any, first: int, table: StepTable) -> _RandomRun:
     outputs = [normal(6 if table.learned_variance else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
     run = _RandomRun(outputs, [], [normal() * table.initial_scale], [])
     original = copy.deepcopy(scheduler)
-    with drawing(original, draw), torch.no_grad():
+    with drawing(original, draw), in_float64(), torch.no_grad():
         for t, output in zip(original.timesteps[first:], outputs, strict=True):
             run.drawn.append([])
             if hasattr(original, "scale_model_input"):
