@@ -33,6 +33,7 @@ class ReferenceStep:
             x0=buffers.x0 if spec.keep_x0 and not self._apart else torch.empty_like(x),
             low=torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) if spec.clip else None,
             saved=torch.empty_like(x) if spec.history else None,
+            sum=torch.empty_like(x),
             y=x,
         )
         self._reader = RowReader(buffers, weighted=spec.branches > 1)

@@ -25,6 +25,7 @@ class Scratch:
         x0: the predicted x0.
         low: [B, 1, ...], minus the clip bound.
         saved: the tensor to save.
+        sum: the next x without its share of x.
         y: the next x.
     """
 
@@ -33,6 +34,7 @@ class Scratch:
     x0: Tensor | None = None
     low: Tensor | None = None
     saved: Tensor | None = None
+    sum: Tensor | None = None
     y: Tensor | None = None
 
 
@@ -88,13 +90,16 @@ def table_step(
         saved = fma(row["k_0"], x0, torch.mul(x, row["k_x"], out=scratch.saved), out=scratch.saved)
         saved = fma(row["k_m"], m, saved, out=scratch.saved)
 
-    y = fma(row["a_0"], x0, torch.mul(x, row["a_x"], out=scratch.y), out=scratch.y)
+    # What is smallest first, mostly, which takes a third off the rounding of methods with saved tensors; x last.
+    terms = [(row[f"a_h{j}"], h) for j, h in enumerate(history)] + [(row["a_0"], x0)]
     if spec.raw_output:
-        y = fma(row["a_m"], m, y, out=scratch.y)
+        terms.append((row["a_m"], m))
     if spec.unconditional is not None:
-        y = fma(row["a_u"], outputs[spec.unconditional], y, out=scratch.y)
-    for j, h in enumerate(history):
-        y = fma(row[f"a_h{j}"], h, y, out=scratch.y)
+        terms.append((row["a_u"], outputs[spec.unconditional]))
+    y = torch.mul(terms[0][1], terms[0][0], out=scratch.sum)
+    for coefficient, term in terms[1:]:
+        y = fma(coefficient, term, y, out=scratch.sum)
+    y = fma(row["a_x"], x, y, out=scratch.y)
 
     if spec.gradient:
         scale = row["a_g"]
