@@ -44,7 +44,8 @@ class Sampler:
             perturbed; any callables called like the model, serially after it. Their branches take the conditional
             branch's conditioning unless they are given one of the same keys (of the model's `precompute`, where they
             have none).
-        clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), B numbers, or a `DynamicThreshold`.
+        clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), B numbers, or a `DynamicThreshold`. Of a
+            table whose rows do not use x0 (`table.uses_x0`) it limits what previews show, not the samples.
         denoised_fn: changes x0 before the clip: x0 [B, C, ...] -> the same shape (guided-diffusion's argument of that
             name; inpainting puts the known pixels back).
         cond_fn: classifier guidance: (x [B, C, ...], t [B], **cond) -> ∇ log p(y | x_t), of x's shape

@@ -152,6 +152,11 @@ class StepTable:
         return self.learned_variance or bool(self["s"].any())
 
     @property
+    def uses_x0(self) -> bool:
+        """Whether any row adds x0, or saves it; a clip limits nothing but the x0 that is shown where none does."""
+        return bool(self["a_0"].any() or self["k_0"].any())
+
+    @property
     def uses_raw_output(self) -> bool:
         """Whether any row adds the blended model output itself (a_m)."""
         return bool(self["a_m"].any())

@@ -39,9 +39,11 @@ def of_known_rounding(response: Response, shorter: Response, what: str) -> Respo
     return replace(response, rounding=ROUNDING if apart.max() < ROUNDING else ROUNDING_FLOAT32)
 
 
-def columns(rows: Rows, p_x: Array, p_m: Array) -> dict[str, Array]:
-    """A table's columns: in terms of x0 where it is known (p_m is not 0), so that x0 can be changed on the way."""
-    known = p_m != 0
+def columns(rows: Rows, p_x: Array, p_m: Array, limited: bool = True) -> dict[str, Array]:
+    """A table's columns: in terms of x0 where it is known (p_m is not 0) and is either limited on the way or what is
+    saved, else in those of state and output, which are fewer roundings."""
+    copies = p_x.any() and not limited and not (rows.k_x * rows.k_m).any()
+    known = (p_m != 0) & (not copies)
     factor = np.where(known, p_m, 1.0)
     a_0, k_0 = (np.where(known, values / factor, 0.0) for values in (rows.a_m, rows.k_m))
     found = {"p_x": p_x, "p_m": p_m, "s": rows.s, "slot": rows.slot}

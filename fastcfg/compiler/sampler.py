@@ -80,7 +80,7 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
         raise ValueError(f"{what}, whose model calls depend on the samples, expected one whose steps are linear")
     (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.3)
     response = of_known_rounding(response, shorter, what)
-    rows, ones = reduce(response), np.ones(response.calls)
+    rows, ones = reduce(response, limited=False), np.ones(response.calls)
     table = StepTable.from_columns(
         t=response.times,
         integer_time=False,

@@ -27,7 +27,12 @@ _X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
 
 
 def compile_scheduler(
-    scheduler: Any, num_inference_steps: int, *, step_options: Mapping[str, Any] | None = None, **set_timesteps: Any
+    scheduler: Any,
+    num_inference_steps: int,
+    *,
+    step_options: Mapping[str, Any] | None = None,
+    limited: bool = False,
+    **set_timesteps: Any,
 ) -> StepTable:
     """The table of a scheduler object, with the configuration that its user gave it.
 
@@ -39,6 +44,8 @@ def compile_scheduler(
         num_inference_steps: as its `set_timesteps` takes it.
         step_options: further arguments of its `step`, the same in every one, such as eta of DDIM. The value
             `NextTimestep` stands for the following timestep, and None in the last step (prev_timestep of UnCLIP).
+        limited: whether x0 will be limited by the sampler though the scheduler does not. Only tables made for that, or
+            of schedulers that limit it, use x0 at all: in terms of state and output rows are fewer roundings.
         **set_timesteps: further arguments of `set_timesteps`.
 
     Returns:
@@ -59,7 +66,7 @@ def compile_scheduler(
     original = copy.deepcopy(scheduler)
     with _running(original):
         original.set_timesteps(num_inference_steps, **set_timesteps)
-    return compile_timesteps(original, step_options=step_options).table
+    return compile_timesteps(original, step_options=step_options, limited=limited).table
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +87,7 @@ class CompiledScheduler:
 
 
 def compile_timesteps(
-    scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None
+    scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None, limited: bool = False
 ) -> CompiledScheduler:
     """`compile_scheduler` for a scheduler whose timesteps are set, for a run that begins with `timesteps[first]`.
 
@@ -94,7 +101,9 @@ def compile_timesteps(
     if not 0 <= first < len(scheduler.timesteps):
         raise ValueError(f"first: got {first}, expected 0 to {len(scheduler.timesteps) - 1}, an index of its timesteps")
     return kept_for(
-        scheduler, (first, dict(step_options or {})), lambda: _compile(scheduler, first, step_options or {})
+        scheduler,
+        (first, dict(step_options or {}), limited),
+        lambda: _compile(scheduler, first, step_options or {}, limited),
     )
 
 
@@ -137,7 +146,7 @@ def _running(scheduler: Any) -> Iterator[None]:
         ) from error
 
 
-def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> CompiledScheduler:
+def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], limited: bool) -> CompiledScheduler:
     original = copy.deepcopy(scheduler)
     if step_options:
         original.step = StepWith(original, dict(step_options))
@@ -147,9 +156,11 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> Com
         response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.3))
     what = f"scheduler: got {type(scheduler).__name__}"
     response = of_known_rounding(response, shorter, what)
-    rows = reduce(response)
+    clip = scheduler_clip(original)
+    limited = limited or clip is not None
+    rows = reduce(response, limited)
     p_x, p_m = _prediction(linear, response)
-    found: dict[str, Any] = columns(rows, p_x, p_m)
+    found: dict[str, Any] = columns(rows, p_x, p_m, limited)
     if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
         found |= _beside_the_clip(linear, first, p_x, p_m)
     if learned:
@@ -166,7 +177,6 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any]) -> Com
         **found,
     )
     random = _random_run(original, first, table)
-    clip = scheduler_clip(original)
     predicted = verify(table, rows.draws, random.outputs, random.drawn, random.states, clip, response.rounding, what)
     return CompiledScheduler(table, rows.draws, *_further(response, random, predicted))
 

@@ -195,8 +195,23 @@ def test_saved_tensors_are_as_few_as_the_method_needs() -> None:
 def test_x0_is_the_clipped_one_beside_which_ddim_keeps_the_raw_output() -> None:
     clipped = compile_scheduler(diffusers.DDIMScheduler(), 10)
     assert clipped.uses_raw_output
-    assert not compile_scheduler(diffusers.DDIMScheduler(**NO_CLIP), 10).uses_raw_output
+    assert clipped.uses_x0
     assert np.abs(clipped["p_m"]).min() > 0
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_clip_beside_a_scheduler_without_one_is_compiled_for(name: str) -> None:
+    scheduler = getattr(diffusers, name)(**(NO_CLIP if name == "DDIMScheduler" else {}))
+    scheduler.set_timesteps(8)
+    plain, limited = (compile_scheduler(scheduler, 8, limited=limited) for limited in (False, True))
+    assert limited.uses_x0
+    assert plain.uses_x0 == (name == "DPMSolverMultistepScheduler")  # x0 is what it keeps
+    noise, start = torch.zeros(8, 2, 3, 6, 5), torch.randn(2, 3, 6, 5, generator=torch.manual_seed(1)).double()
+    first, second = (run(table, scheduler, denoise, start, noise)[-1] for table in (plain, limited))
+    torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)
+    wide: dict[str, Any] = {"dtype": torch.float64, "state_dtype": torch.float64, "backend": "reference"}
+    free, held = (Sampler(denoise, limited, clip=clip, graph=False, **wide) for clip in (None, 0.1))
+    assert not torch.equal(free.sample(start.shape, x_T=start), held.sample(start.shape, x_T=start))
 
 
 def test_the_clip_of_a_scheduler() -> None:
