@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scheduler_cases import CASES, NO_CLIP
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers
@@ -23,69 +24,6 @@ diffusers: Any = load_diffusers()
 pytestmark = [
     pytest.mark.skipif(diffusers is None, reason="diffusers is not installed"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
-
-NO_CLIP = {"clip_sample": False}
-V = {"prediction_type": "v_prediction"}
-KARRAS = {"use_karras_sigmas": True}
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("DDIMScheduler", NO_CLIP),
-    ("DDIMScheduler", {}),
-    ("DDIMScheduler", {"clip_sample_range": 2.0, "timestep_spacing": "trailing", "set_alpha_to_one": False}),
-    ("DDIMScheduler", {**V, **NO_CLIP, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
-    ("DDIMScheduler", {"prediction_type": "sample", "timestep_spacing": "linspace"}),
-    ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0, **NO_CLIP}),
-    ("DDIMInverseScheduler", {}),
-    ("DDIMParallelScheduler", {}),
-    ("DDPMScheduler", NO_CLIP),
-    ("DDPMScheduler", {"variance_type": "fixed_large", **V}),
-    ("DDPMScheduler", {"variance_type": "fixed_small_log"}),
-    ("DDPMScheduler", {"variance_type": "learned_range", "beta_schedule": "squaredcos_cap_v2"}),
-    ("DDPMScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 0.9, **NO_CLIP}),
-    ("DDPMParallelScheduler", {}),
-    ("UnCLIPScheduler", {"variance_type": "learned_range"}),
-    ("UnCLIPScheduler", {"prediction_type": "sample"}),
-    ("LCMScheduler", {}),
-    ("TCDScheduler", {}),
-    ("EulerDiscreteScheduler", {}),
-    ("EulerDiscreteScheduler", {**KARRAS, **V, "final_sigmas_type": "sigma_min"}),
-    ("EulerDiscreteScheduler", {"use_exponential_sigmas": True, "timestep_spacing": "trailing"}),
-    ("EulerAncestralDiscreteScheduler", {}),
-    ("EulerAncestralDiscreteScheduler", V),
-    ("HeunDiscreteScheduler", {}),
-    ("HeunDiscreteScheduler", {**KARRAS, **V}),
-    ("KDPM2DiscreteScheduler", {}),
-    ("KDPM2DiscreteScheduler", {**KARRAS, **V}),
-    ("KDPM2AncestralDiscreteScheduler", {}),
-    ("IPNDMScheduler", {}),
-    ("LMSDiscreteScheduler", {}),
-    ("LMSDiscreteScheduler", {**KARRAS, **V}),
-    ("PNDMScheduler", {"skip_prk_steps": True}),
-    ("PNDMScheduler", {"skip_prk_steps": True, **V, "set_alpha_to_one": True}),
-    ("DPMSolverMultistepScheduler", {}),
-    ("DPMSolverMultistepScheduler", {"solver_order": 1, **V}),
-    ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun", **KARRAS}),
-    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **KARRAS}),
-    ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5}),
-    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
-    ("DPMSolverMultistepScheduler", {"euler_at_final": True, "use_lu_lambdas": True}),
-    ("DPMSolverMultistepInverseScheduler", {}),
-    ("DPMSolverSinglestepScheduler", {}),
-    ("DPMSolverSinglestepScheduler", {"solver_order": 3, **V}),
-    ("UniPCMultistepScheduler", {}),
-    ("UniPCMultistepScheduler", {"solver_order": 3, **V}),
-    ("DEISMultistepScheduler", {}),
-    ("DEISMultistepScheduler", {"solver_order": 3, **V}),
-    ("SASolverScheduler", {}),
-    ("EDMEulerScheduler", {}),
-    ("EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
-    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
-    ("FlowMatchHeunDiscreteScheduler", {}),
-    ("FlowMatchLCMScheduler", {}),
-    ("FlowMapEulerDiscreteScheduler", {}),
-    ("LTXEulerAncestralRFScheduler", {}),
-    ("MiniMaxH3Scheduler", {}),
-    ("CogVideoXDDIMScheduler", V),
 ]
 
 
