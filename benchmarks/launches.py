@@ -53,14 +53,14 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
     """
     from fastcfg.kernels import guided_step
     from fastcfg.step import StepBuffers, StepSpec
-    from fastcfg.table import COLUMNS
+    from fastcfg.table import DEVICE_COLUMNS
 
     spec = StepSpec(**fields)
     batch, channels, *rest = shape
     rows = spec.branches * batch
     buffers = StepBuffers(
         x=_tensor(*shape),
-        table=_tensor(51, len(COLUMNS)),
+        table=_tensor(51, len(DEVICE_COLUMNS)),
         counter=_tensor(2, dtype="int32"),
         weights=_tensor(50, batch, spec.branches + spec.momentum),
         bound=_tensor(batch),
@@ -149,12 +149,12 @@ def step_bound(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels
     """x0 of a row of two branches, with the first pass over it."""
     from fastcfg.kernels import quantile, step_bound
     from fastcfg.step import StepBuffers, StepSpec
-    from fastcfg.table import COLUMNS
+    from fastcfg.table import DEVICE_COLUMNS
 
     batch, channels, *rest = shape
     buffers = StepBuffers(
         x=_tensor(*shape),
-        table=_tensor(51, len(COLUMNS)),
+        table=_tensor(51, len(DEVICE_COLUMNS)),
         counter=_tensor(2, dtype="int32"),
         weights=_tensor(50, batch, 2),
         x0=_tensor(*shape),

@@ -10,7 +10,7 @@ import torch
 
 from fastcfg import DynamicThreshold, ops
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 CASES = {(1, 1, 1): torch.float32, (3, 3, 5, 7): torch.bfloat16, (2, 4, 1021): torch.float16}
 _CFG = StepSpec(branches=2, base=1, noise="philox", clip=True)
@@ -34,7 +34,7 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
     yield "quantile_bound", partial(ops.quantile_bound, x, 0.9)
     yield "dynamic_threshold", partial(ops.dynamic_threshold, x, 0.9)
     for spec in SPECS:
-        output, table = wide[: spec.branches * n].clone(), normal(3, len(COLUMNS))
+        output, table = wide[: spec.branches * n].clone(), normal(3, len(DEVICE_COLUMNS))
         table[:, COLUMNS.index("slot")] = spec.history - 1.0
         history, counter = normal(spec.history + 1, *shape), torch.zeros(2, dtype=torch.int32, device=device)
         weights, images = normal(2, n, spec.branches + spec.momentum), [normal(shape) for _ in range(3)]

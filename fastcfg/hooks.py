@@ -12,11 +12,11 @@ from . import ops
 from .ops.checks import check_output
 from .reference import pieces
 from .step import StepBuffers, StepSpec
-from .table import COLUMNS
+from .table import DEVICE_COLUMNS
 
 __all__ = ["ClassifierGradient", "DenoisedOutput"]
 
-_P_X, _P_M = COLUMNS.index("p_x"), COLUMNS.index("p_m")
+_P = [DEVICE_COLUMNS.index(name) for name in ("p_x", "p_m", "p_x_rest", "p_m_rest")]
 
 
 class DenoisedOutput:
@@ -53,7 +53,8 @@ class DenoisedOutput:
             momentum = buffers.momentum if spec.momentum else None
             m = self._pieces.guidance_blend(m, weights, base=spec.base, scaled=spec.scaled, momentum=momentum)
         coefficients = buffers.table.index_select(0, row).expand(len(x), -1).t().contiguous()
-        x0 = self._function(self._pieces.predict_x0(x, m, coefficients[_P_X], coefficients[_P_M]))
+        p_x, p_m, *rest = (coefficients[place] for place in _P)
+        x0 = self._function(self._pieces.predict_x0(x, m, p_x, p_m, rest=(rest[0], rest[1])))
         _check("denoised_fn", x0, x)
         if not spec.learned_variance:
             return x0

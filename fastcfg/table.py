@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .files import replacing, write_text
 
-__all__ = ["COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
+__all__ = ["COLUMNS", "DEVICE_COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
 
 COLUMNS = (
     *("c_in", "t"),
@@ -38,6 +38,8 @@ COLUMNS = (
     *("k_x", "k_0", "k_m", "slot"),
     *("p_g", "a_g"),
 )
+# On the device, after them, what rounding has taken from these two: x0 is a small difference of large terms.
+DEVICE_COLUMNS = (*COLUMNS, "p_x_rest", "p_m_rest")
 MAX_HISTORY = 3
 # l_0 of a row of a learned-variance table that adds no noise: 2**-1000 is 0 in float32.
 NO_NOISE = -1000.0
@@ -172,10 +174,12 @@ class StepTable:
         return bool(self["a_u"].any())
 
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[R + 1, len(COLUMNS)] on `device`: the rows, rounded once, and a last row of defaults that the final step
-        looks ahead to."""
+        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows, rounded once, with what that has taken from p_x and p_m,
+        and a last row of defaults that the final step looks ahead to."""
         end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
-        return torch.from_numpy(np.concatenate([self.rows, end])).to(dtype).to(device)
+        exact = torch.from_numpy(np.concatenate([self.rows, end]))
+        rest = (exact - exact.to(dtype).double())[:, [_INDEX["p_x"], _INDEX["p_m"]]]
+        return torch.cat([exact, rest], dim=1).to(dtype).to(device)
 
     def explain(self) -> str:
         """What the table is and does, as text: its rows, saved tensors and terms, and a line for every row, in which

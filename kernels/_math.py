@@ -28,6 +28,14 @@ def predict_x0(x, m, p_x, p_m):
 
 
 @triton.jit
+def predict_x0_closely(x, m, p_x, p_m, p_x_rest, p_m_rest):
+    """The same for coefficients in two parts, of which the rest is what rounding has taken from the first."""
+    zeros = tl.zeros_like(x)
+    rest = tl.fma(p_x_rest + zeros, x, p_m_rest * m)
+    return tl.fma(p_x + zeros, x, tl.fma(p_m + zeros, m, rest))
+
+
+@triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds of Philox4x32 on uint32 values."""
     for _ in tl.static_range(10):

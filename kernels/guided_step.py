@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._guidance import blend
-from ._math import clip, normal4, predict_x0, threshold
+from ._math import clip, normal4, predict_x0_closely, threshold
 
 STEP_STREAM = 1
 
@@ -88,6 +88,8 @@ def _guided_step_kernel(
     row_ptr = table_ptr + row * COLUMNS
     p_x = tl.load(row_ptr + 2)
     p_m = tl.load(row_ptr + 3)
+    p_x_rest = tl.load(row_ptr + 20)
+    p_m_rest = tl.load(row_ptr + 21)
     a_x = tl.load(row_ptr + 4)
     a_0 = tl.load(row_ptr + 5)
     # Used late, but a load does not move up past a store or out of a branch.
@@ -131,7 +133,7 @@ def _guided_step_kernel(
     # x0.
     x = tl.load(source_ptr + sample_offset + offs, mask=mask, other=0.0).to(tl.float32)
     zeros = tl.zeros_like(x)
-    x0 = predict_x0(x, m, p_x, p_m)
+    x0 = predict_x0_closely(x, m, p_x, p_m, p_x_rest, p_m_rest)
     if RESCALE:
         x0 = threshold(x0, tl.load(bound_ptr + sample))
     elif CLIP:

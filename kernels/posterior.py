@@ -57,8 +57,8 @@ def _posterior_kernel(
     place = sample * size + offs
     x0 = tl.load(x0_ptr + place, mask=mask).to(tl.float32)
     x = tl.load(x_ptr + place, mask=mask).to(tl.float32)
-    coef_x0 = tl.broadcast_to(tl.load(coef_x0_ptr + sample), x.shape)
-    tl.store(mean_ptr + place, tl.fma(coef_x0, x0, tl.load(coef_x_ptr + sample) * x), mask=mask)
+    coef_x = tl.broadcast_to(tl.load(coef_x_ptr + sample), x.shape)
+    tl.store(mean_ptr + place, tl.fma(coef_x, x, tl.load(coef_x0_ptr + sample) * x0), mask=mask)
 
     min_log = tl.load(min_log_ptr + sample)
     if LEARNED:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ._guidance import blend
 from ._layout import locate, model_offsets
-from ._math import predict_x0
+from ._math import predict_x0_closely
 from .guided_step import launch_config
 from .quantile import PASSES, SELECTION, launch_quantile, magnitude, narrow
 
@@ -64,7 +64,9 @@ def _step_bound_kernel(
         MOMENTUM,
     )
     x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
-    x0 = predict_x0(x, m, tl.load(row_ptr + 2), tl.load(row_ptr + 3))
+    p_x = tl.load(row_ptr + 2)
+    p_m = tl.load(row_ptr + 3)
+    x0 = predict_x0_closely(x, m, p_x, p_m, tl.load(row_ptr + 20), tl.load(row_ptr + 21))
     tl.store(x0_ptr + sample * size + offs, x0, mask=mask)
     # No bound yet: that is the last pass's.
     narrow(

@@ -16,7 +16,7 @@ from fastcfg.ops import GuidedStep, backend, inductor_problem, resolve_backend
 from fastcfg.ops.inductor import InductorStep
 from fastcfg.solvers import ddpm
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 from fastcfg.threshold import DynamicThreshold
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    table = normal(ROWS + 1, len(COLUMNS))
+    table = normal(ROWS + 1, len(DEVICE_COLUMNS))
     table[:, COLUMNS.index("slot")] = torch.tensor([0.0, 1.0, -1.0, 0.0, -1.0])
     buffers = StepBuffers(
         x=normal(*SHAPE),

@@ -14,7 +14,7 @@ from fastcfg import ops
 from fastcfg.noise import philox_normal, sample_seeds
 from fastcfg.ops import GuidedStep, backend, initial_noise, is_channels_last, resolve_backend, triton_problem
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (2, 3, 5, 7)
@@ -30,7 +30,7 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
-    table = normal(ROWS + 1, len(COLUMNS))
+    table = normal(ROWS + 1, len(DEVICE_COLUMNS))
     table[:, COLUMNS.index("slot")] = torch.tensor([0.0, 1.0, -1.0, 0.0, -1.0])
     buffers = StepBuffers(
         x=normal(*SHAPE),
@@ -218,8 +218,8 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ("x", zeros(*SHAPE).mT.contiguous().mT, "x: got torch.float32 with strides .* expected contiguous"),
         ("x", torch.zeros(SHAPE, device="meta"), "table: got .* expected .* on meta"),
         ("table", zeros(ROWS + 1, 5), r"table: got torch.float32 \(5, 5\)"),
-        ("table", zeros(ROWS + 1, len(COLUMNS), dtype=torch.float64), "table: got torch.float64"),
-        ("table", zeros(len(COLUMNS), ROWS + 1).T, "table: got non-contiguous"),
+        ("table", zeros(ROWS + 1, len(DEVICE_COLUMNS), dtype=torch.float64), "table: got torch.float64"),
+        ("table", zeros(len(DEVICE_COLUMNS), ROWS + 1).T, "table: got non-contiguous"),
         ("counter", zeros(2, dtype=torch.int64), "counter: got torch.int64"),
         ("counter", zeros(1, dtype=torch.int32), r"counter: got torch.int32 \(1,\)"),
         ("weights", None, r"weights: got None, expected torch.float32 \(4, 2, 2\)"),

@@ -14,7 +14,7 @@ from fastcfg import Schedule, ops
 from fastcfg.ops.backend import triton_problem
 from fastcfg.reference import gaussian, pieces
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -115,9 +115,11 @@ def test_x0_kernel_equals_the_reference(shape: tuple[int, ...], dtype: torch.dty
     output = normal(*shape, dtype=dtype, layout=layout, seed=2)
     coefficients = uniform(shape[0], 1, 3, 3), -uniform(shape[0], 0, 3, 4)
     bound = uniform(shape[0], 0.5, 2, 5) if clip else None
-    got, want = (ops.predict_x0(x, output, *coefficients, bound, backend=b) for b in ("triton", "reference"))
-    assert equal(got, want)
-    assert got.is_contiguous()
+    for rest in (None, (uniform(shape[0], -1, 1, 6), uniform(shape[0], -1, 1, 7))):
+        both = (ops.predict_x0(x, output, *coefficients, bound, rest=rest, backend=b) for b in ("triton", "reference"))
+        got, want = both
+        assert equal(got, want)
+        assert got.is_contiguous()
     if bound is not None:
         assert (got.flatten(1).abs().amax(1) <= bound).all()
 
@@ -183,7 +185,7 @@ def test_x0_propagates_nan(backend: str) -> None:
 @pytest.mark.parametrize("base", [None, 1])
 def test_pieces_in_turn_are_the_guided_step(base: int | None) -> None:
     shape, row = (2, 3, 5, 7), {"p_x": 1.2, "p_m": -0.7, "a_x": 0.9, "a_0": 0.3}
-    table = torch.zeros(2, len(COLUMNS), device=DEVICE)
+    table = torch.zeros(2, len(DEVICE_COLUMNS), device=DEVICE)
     for name, value in row.items():
         table[0, COLUMNS.index(name)] = value
     output = normal(4, 6, *shape[2:], dtype=torch.bfloat16, layout="channels_last")
@@ -319,8 +321,8 @@ x, wide, coefficient = normal(2, 3, 4, 4), normal(2, 6, 4, 4, dtype=torch.float1
         ("split_model_output", (wide, 3)),
         ("split_model_output", (normal(2, 6, 4, 4, layout="channels_last"), 3)),
         ("guidance_blend", (wide, uniform(1, 0, 1, 0).repeat(1, 2), -1, False, None)),
-        ("predict_x0", (x, x, coefficient, coefficient, None)),
-        ("predict_x0", (x, x, coefficient, coefficient, coefficient)),
+        ("predict_x0", (x, x, coefficient, coefficient, None, None, None)),
+        ("predict_x0", (x, x, coefficient, coefficient, coefficient, coefficient, coefficient)),
         ("posterior_mean_variance", (x, x, *[coefficient] * 4, None)),
         ("posterior_mean_variance", (x, x, *[coefficient] * 4, x)),
     ],

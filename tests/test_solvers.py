@@ -13,7 +13,7 @@ from torch import Tensor
 from fastcfg import Sampler, Schedule, StepTable, solvers
 from fastcfg.reference import table_step
 from fastcfg.step import StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import DEVICE_COLUMNS
 
 SCHEDULES = {
     "linear": Schedule.named("linear", 1000).respace("10"),
@@ -31,7 +31,7 @@ def run_row(table: StepTable, row: int, x: Tensor, output: Tensor, noise: Tensor
         clip=clip,
         noise="tensor" if table.uses_noise else "none",
     )
-    coefficients = dict(zip(COLUMNS, table.on("cpu", x.dtype)[row].unbind(), strict=True))
+    coefficients = dict(zip(DEVICE_COLUMNS, table.on("cpu", x.dtype)[row].unbind(), strict=True))
     y, x0, _ = table_step(
         coefficients,
         x,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastcfg import Schedule, StepTable, solvers
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 
 def test_columns_left_out_are_neutral() -> None:
@@ -67,12 +67,16 @@ def test_what_a_table_uses(columns: dict[str, Any], name: str, want: object) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_on_rounds_once_and_looks_ahead_to_a_neutral_row(dtype: torch.dtype) -> None:
-    table = StepTable.from_columns(t=[999, 0], a_x=[1 / 3, 2 / 3], c_in=0.1, slot=[0, -1])
+    table = StepTable.from_columns(t=[999, 0], a_x=[1 / 3, 2 / 3], c_in=0.1, p_x=[157.3, 1.1], p_m=-0.3, slot=[0, -1])
     tensor = table.on("cpu", dtype)
     assert tensor.dtype == dtype
-    assert tensor.shape == (3, len(COLUMNS))
-    assert torch.equal(tensor[:2], torch.tensor(table.rows.tolist(), dtype=dtype))
-    neutral = dict(zip(COLUMNS, tensor[2].tolist(), strict=True))
+    assert tensor.shape == (3, len(DEVICE_COLUMNS))
+    assert torch.equal(tensor[:2, :-2], torch.tensor(table.rows.tolist(), dtype=dtype))
+    parts = tensor[:2].double()
+    for column in ("p_x", "p_m"):
+        both = parts[:, COLUMNS.index(column)] + parts[:, DEVICE_COLUMNS.index(f"{column}_rest")]
+        np.testing.assert_allclose(both, table[column], rtol=1e-14)
+    neutral = dict(zip(DEVICE_COLUMNS, tensor[2].tolist(), strict=True))
     assert neutral.pop("c_in") == 1
     assert neutral.pop("slot") == -1
     assert not any(neutral.values())

@@ -15,7 +15,7 @@ from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, ops, so
 from fastcfg.ops import GuidedStep, QuantileBound, triton_problem
 from fastcfg.reference import quantile_bound
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import DEVICE_COLUMNS
 from fastcfg.threshold import MAX_SIZE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +92,8 @@ def test_more_magnitudes_than_float32_can_number_are_refused() -> None:
         ops.quantile_bound(huge)
     # The buffers of a run: on the meta device, where they take no memory.
     x = torch.zeros((1, 1, MAX_SIZE + 1), device="meta")
-    table, counter = torch.zeros((2, len(COLUMNS)), device="meta"), torch.zeros(2, dtype=torch.int32, device="meta")
+    table = torch.zeros((2, len(DEVICE_COLUMNS)), device="meta")
+    counter = torch.zeros(2, dtype=torch.int32, device="meta")
     buffers = StepBuffers(x, table, counter, bound=x[0, 0, :1], x0=x)
     with pytest.raises(ValueError, match=r"expected at most 2\*\*24"):
         QuantileBound(DynamicThreshold(), StepSpec(), buffers)
@@ -185,7 +186,7 @@ def test_the_registered_operations_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastcfg.quantile_bound.default, (x, 3, 0.25, 1.0, math.inf))
     torch.library.opcheck(torch.ops.fastcfg.threshold.default, (x, one))
     selection = torch.zeros((2, SELECTION), dtype=torch.int32, device=DEVICE)
-    table, weights = normal(3, len(COLUMNS)), normal(2, 2, 2)
+    table, weights = normal(3, len(DEVICE_COLUMNS)), normal(2, 2, 2)
     arguments = (normal(4, 3, 4, 4), x, table, counter, weights, None, one, x.clone(), selection)
     torch.library.opcheck(torch.ops.fastcfg.step_bound.default, (*arguments, 2, 1, True, 3, 0.25, 1.0, math.inf))
 
@@ -208,7 +209,7 @@ def test_bad_arguments_are_named(call: Callable[[], object], message: str) -> No
 def test_the_bound_of_a_run_needs_its_buffers(name: str) -> None:
     x = normal(2, 3, 4, 4)
     counter = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    buffers = StepBuffers(x, normal(3, len(COLUMNS)), counter, normal(2, 2, 2), bound=normal(2), x0=x.clone())
+    buffers = StepBuffers(x, normal(3, len(DEVICE_COLUMNS)), counter, normal(2, 2, 2), bound=normal(2), x0=x.clone())
     spec = StepSpec(branches=2, base=1, clip=True, rescale=True)
     bound = QuantileBound(DynamicThreshold(), spec, buffers)
     with pytest.raises(ValueError, match=r"model output: got shape \(2, 3, 4, 4\), expected \(4, 3, 4, 4\)"):
@@ -302,8 +303,9 @@ def test_one_step_is_diffusers_ddim_with_thresholding(threshold: str) -> None:
     t = torch.full((3,), int(table["t"][0]))
     cond, uncond = (rational(x, t, CONDITIONS[key]["y"]) for key in ("cond", "uncond"))
     m = torch.addcmul(uncond, torch.tensor(7.0), cond - uncond)
-    p_x, p_m = (torch.tensor(table[name][0], dtype=torch.float32) for name in ("p_x", "p_m"))
-    x0 = torch.addcmul(p_m * m, p_x, x)
+    c = dict(zip(DEVICE_COLUMNS, table.on("cpu")[0], strict=True))
+    rest = torch.addcmul(c["p_m_rest"] * m, c["p_x_rest"], x)
+    x0 = torch.addcmul(torch.addcmul(rest, c["p_m"], m), c["p_x"], x)
     if limits.floor == 1:
         expected = diffusers_threshold_sample(x0, limits.quantile, limits.ceiling)
     else:
@@ -378,7 +380,8 @@ def test_a_compiled_bound_and_step_give_the_same_bits(backend: str) -> None:
 
     def build() -> tuple[StepBuffers, QuantileBound, GuidedStep]:
         x, counter = normal(2, 3, 4, 4), torch.zeros(2, dtype=torch.int32, device=DEVICE)
-        buffers = StepBuffers(x, normal(3, len(COLUMNS)), counter, normal(2, 2, 2), bound=normal(2), x0=x.clone())
+        table = normal(3, len(DEVICE_COLUMNS))
+        buffers = StepBuffers(x, table, counter, normal(2, 2, 2), bound=normal(2), x0=x.clone())
         bound = QuantileBound(DynamicThreshold(0.9), spec, buffers, backend)
         return buffers, bound, GuidedStep(spec, buffers, backend)
 

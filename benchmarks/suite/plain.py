@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.suite.cases import Provider, StepCase
 from fastcfg.parity.plain import plain_row
 from fastcfg.parity.steps import Case as OptionCase
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 
 def tail(x: Tensor, output: Tensor, noise: Tensor | None, row: Tensor, c_in: Tensor, scale: float, kind: str) -> Any:
@@ -30,7 +30,7 @@ def tail(x: Tensor, output: Tensor, noise: Tensor | None, row: Tensor, c_in: Ten
     Returns:
         The next x and the next model input [2B, C, ...].
     """
-    c = dict(zip(COLUMNS, row.unbind(), strict=True))
+    c = dict(zip(DEVICE_COLUMNS, row.unbind(), strict=True))
     channels = x.shape[1]
     cond, uncond = output[:, :channels].float().chunk(2)
     m = uncond + scale * (cond - uncond)

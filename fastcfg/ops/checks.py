@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..step import NOISES, StepBuffers, StepSpec
-from ..table import COLUMNS, MAX_HISTORY
+from ..table import DEVICE_COLUMNS, MAX_HISTORY
 
 LOADED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,7 +65,7 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
         if x.dtype not in (*LOADED_DTYPES, state):
             raise ValueError(f"x: got {x.dtype}, expected one of {', '.join(map(str, LOADED_DTYPES))}")
         expect("source", buffers.source, shape, x.dtype, x.device)
-    expect("table", buffers.table, (rows + 1, len(COLUMNS)), state, x.device)
+    expect("table", buffers.table, (rows + 1, len(DEVICE_COLUMNS)), state, x.device)
     expect("counter", buffers.counter, (2,), torch.int32, x.device)
     needed = {
         "weights": (spec.branches > 1, (rows, batch, spec.branches + spec.momentum), state),

@@ -99,7 +99,14 @@ def guidance_blend(
 
 @torch.no_grad()
 def predict_x0(
-    x: Tensor, output: Tensor, p_x: Tensor, p_m: Tensor, bound: Tensor | None = None, *, backend: str = "auto"
+    x: Tensor,
+    output: Tensor,
+    p_x: Tensor,
+    p_m: Tensor,
+    bound: Tensor | None = None,
+    *,
+    rest: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """x0 = p_x*x + p_m*m, the columns of a `StepTable`, limited to ±bound; NaN stays NaN.
 
@@ -109,6 +116,8 @@ def predict_x0(
         p_x: float32 [B].
         p_m: float32 [B].
         bound: float32 [B], positive; None for no limit.
+        rest: float32 [B] twice, what rounding to float32 has taken from p_x and p_m (as the columns p_x_rest and
+            p_m_rest of `StepTable.on`); None for nothing.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -130,10 +139,12 @@ def predict_x0(
     expect("p_m", p_m, batch, torch.float32, x.device)
     if bound is not None:
         expect("bound", bound, batch, torch.float32, x.device)
+    for name, values in zip(("rest[0]", "rest[1]"), rest or (), strict=False):
+        expect(name, values, batch, torch.float32, x.device)
     x, output = x.contiguous(), _dense(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.predict_x0(x, output, p_x, p_m, bound)
-    return (_x0_op if through_dispatcher() else _x0)(x, output, p_x, p_m, bound)
+        return reference.predict_x0(x, output, p_x, p_m, bound, rest)
+    return (_x0_op if through_dispatcher() else _x0)(x, output, p_x, p_m, bound, *(rest or (None, None)))
 
 
 @torch.no_grad()
@@ -239,16 +250,33 @@ _blend_op = torch.library.custom_op("fastcfg::guidance_blend", _blend, mutates_a
 _blend_op.register_fake(_blend_result)
 
 
-def _x0_result(x: Tensor, output: Tensor, p_x: Tensor, p_m: Tensor, bound: Tensor | None) -> Tensor:
+def _x0_result(
+    x: Tensor,
+    output: Tensor,
+    p_x: Tensor,
+    p_m: Tensor,
+    bound: Tensor | None,
+    p_x_rest: Tensor | None,
+    p_m_rest: Tensor | None,
+) -> Tensor:
     return _like(x)
 
 
-def _x0(x: Tensor, output: Tensor, p_x: Tensor, p_m: Tensor, bound: Tensor | None) -> Tensor:
+def _x0(
+    x: Tensor,
+    output: Tensor,
+    p_x: Tensor,
+    p_m: Tensor,
+    bound: Tensor | None,
+    p_x_rest: Tensor | None,
+    p_m_rest: Tensor | None,
+) -> Tensor:
     from ..kernels.x0 import launch_x0
 
     out = _like(x)
+    rest = None if p_x_rest is None or p_m_rest is None else (p_x_rest, p_m_rest)
     with torch.cuda.device_of(x):
-        launch_x0(x, output, p_x, p_m, bound, out)
+        launch_x0(x, output, p_x, p_m, bound, rest, out)
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import gaussian
 from ..schedule import Schedule
 from ..step import StepSpec
-from ..table import COLUMNS
+from ..table import DEVICE_COLUMNS
 
 
 def blended(output: Tensor, channels: int, spec: StepSpec, weights: Tensor | None) -> Tensor:
@@ -58,10 +58,10 @@ def plain_row(
     Returns:
         The next x, x0, and the tensor to save.
     """
-    c = dict(zip(COLUMNS, row, strict=True))
+    c = dict(zip(DEVICE_COLUMNS, row, strict=True))
     channels = x.shape[1]
     m = blended(output, channels, spec, weights).to(x.dtype)
-    x0 = c["p_x"] * x + c["p_m"] * m
+    x0 = c["p_x"] * x + c["p_m"] * m + (c["p_x_rest"] * x + c["p_m_rest"] * m)
     if spec.clip:
         limit = bound.view(-1, *[1] * (x.ndim - 1))  # type: ignore[union-attr]
         x0 = torch.minimum(torch.maximum(x0, -limit), limit)

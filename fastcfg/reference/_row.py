@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..step import StepBuffers
-from ..table import COLUMNS
+from ..table import DEVICE_COLUMNS
 
 
 class RowReader:
@@ -32,8 +32,8 @@ class RowReader:
         self._first = self.index[:1]
         self._rows = torch.empty_like(buffers.table[:2])
         self._weights = torch.empty_like(buffers.weights[:1]) if weighted else None  # type: ignore[index]
-        self.row = dict(zip(COLUMNS, self._rows[0].unbind(), strict=True))
-        self.next = dict(zip(COLUMNS, self._rows[1].unbind(), strict=True))
+        self.row = dict(zip(DEVICE_COLUMNS, self._rows[0].unbind(), strict=True))
+        self.next = dict(zip(DEVICE_COLUMNS, self._rows[1].unbind(), strict=True))
         self.weights = None if self._weights is None else self._weights[0]
 
     def read(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..threshold import Place
 from . import quantile
 from ._fma import fma
-from .table_step import blend
+from .table_step import blend, predict
 
 __all__ = [
     "guidance_blend",
@@ -46,10 +46,21 @@ def guidance_blend(
     return blend(_computed(output).chunk(branches), base, weights, scaled=scaled, momentum=momentum)
 
 
-def predict_x0(x: Tensor, output: Tensor, p_x: Tensor, p_m: Tensor, bound: Tensor | None = None) -> Tensor:
-    """p_x*x + p_m*output, limited to ±bound; NaN stays NaN."""
+def predict_x0(
+    x: Tensor,
+    output: Tensor,
+    p_x: Tensor,
+    p_m: Tensor,
+    bound: Tensor | None = None,
+    rest: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """p_x*x + p_m*output, limited to ±bound; NaN stays NaN. The rest is what rounding has taken from p_x and p_m."""
     x, output = _computed(x), _computed(output)
-    x0 = fma(_per_sample(p_x, x), x, output * _per_sample(p_m, x))
+    if rest is None:
+        x0 = fma(_per_sample(p_x, x), x, output * _per_sample(p_m, x))
+    else:
+        names = ("p_x", "p_m", "p_x_rest", "p_m_rest")
+        x0 = predict({k: _per_sample(v, x) for k, v in zip(names, (p_x, p_m, *rest), strict=True)}, x, output)
     if bound is None:
         return x0
     limit = _per_sample(bound, x)
@@ -68,7 +79,7 @@ def posterior_mean_variance(
     """coef_x0*x0 + coef_x*x with the variance that the channels interpolate, f*max_log + (1-f)*min_log for f = (v+1)/2,
     or [B, 1, ...] of min_log without them: mean, variance, log variance."""
     x0, x = _computed(x0), _computed(x)
-    mean = fma(_per_sample(coef_x0, x), x0, x * _per_sample(coef_x, x))
+    mean = fma(_per_sample(coef_x, x), x, x0 * _per_sample(coef_x0, x))
     log_variance = _per_sample(min_log, x)
     if variance is None:
         return mean, torch.exp(log_variance), log_variance.clone()

@@ -61,5 +61,5 @@ class ReferenceBound:
         branches = [branch[:, :channels] for branch in output.to(buffers.x.dtype).chunk(spec.branches)]
         weights, momentum = self._reader.weights, buffers.momentum if spec.momentum else None
         m = blend(branches, spec.base, weights, buffers.x0, self._magnitudes, spec.scaled, momentum)
-        x0 = predict(self._reader.row, buffers.x, m, buffers.x0)
+        x0 = predict(self._reader.row, buffers.x, m, buffers.x0, self._magnitudes)
         quantile_bound(x0, self._place, self._magnitudes, buffers.bound)

@@ -25,7 +25,7 @@ class Scratch:
         x0: the predicted x0.
         low: [B, 1, ...], minus the clip bound.
         saved: the tensor to save.
-        sum: the next x without its share of x.
+        sum: what rounding the coefficients has taken from x0, later the next x without its share of x.
         y: the next x.
     """
 
@@ -56,7 +56,7 @@ def table_step(
     """Guidance, x0, update and the tensor to save.
 
     Args:
-        row: one row of the table: a scalar tensor in x's dtype for every column.
+        row: one row of the table: a scalar tensor in x's dtype for every column of the device.
         x: [B, C, ...], float32 or float64.
         outputs: the K branches' outputs, each like x.
         spec: which of the terms exist.
@@ -75,7 +75,7 @@ def table_step(
     added = momentum if spec.momentum else None
     m = blend(outputs, spec.base, weights, scratch.m, scratch.difference, spec.scaled, added)
 
-    x0 = predict(row, x, m, scratch.x0)
+    x0 = predict(row, x, m, scratch.x0, scratch.sum)
     if spec.clip:
         limit = _per_sample(bound, x)  # type: ignore[arg-type]
         x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)
@@ -117,9 +117,13 @@ def table_step(
     return y, x0, saved
 
 
-def predict(row: Mapping[str, Tensor], x: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
-    """x0 of a row before it is limited, from the state and the blended output, each [B, C, ...]."""
-    return fma(row["p_x"], x, torch.mul(m, row["p_m"], out=out), out=out)
+def predict(
+    row: Mapping[str, Tensor], x: Tensor, m: Tensor, out: Tensor | None = None, rest: Tensor | None = None
+) -> Tensor:
+    """x0 of a row before it is limited, from the state and the blended output, each [B, C, ...]. `out`, which may be m,
+    and `rest` are memory for it and for what the coefficients' rounding has taken from it."""
+    rest = fma(row["p_x_rest"], x, torch.mul(m, row["p_m_rest"], out=rest), out=rest)
+    return fma(row["p_x"], x, fma(row["p_m"], m, rest, out=out), out=out)
 
 
 def blend(

@@ -23,8 +23,9 @@ pytestmark = [
 ]
 
 COUNTS = (5, 12, 20)
-# Root mean squares in the original's. Measured: at most 1.31 by step, 1.19 of whole runs; in the median 0.84 and 0.83.
-BY_STEP, WHOLE = 1.35, 1.25
+# Root mean squares in the original's. Measured: by step at most 1.0 but for DPM-Solver++ with thresholding (1.06) and
+# FlowMapEuler (1.01, which computes in float64), 0.84 in the median; of whole runs at most 1.19 and 0.81.
+BY_STEP, WHOLE = 1.1, 1.25
 
 
 def denoise(x: Tensor, t: Tensor, learned: bool) -> Tensor:

@@ -12,7 +12,7 @@ from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.ops import GuidedStep, QuantileBound, gram, initial_noise, quantile_bound
 from fastcfg.sources import torch_source
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +64,7 @@ def random_buffers(spec: StepSpec, shape: tuple[int, ...], dtype: torch.dtype) -
         return torch.randn(size, generator=generator, device=DEVICE)
 
     batch, rows = shape[0], 4
-    table = normal(rows + 1, len(COLUMNS))
+    table = normal(rows + 1, len(DEVICE_COLUMNS))
     table[:, COLUMNS.index("slot")] = torch.tensor([0.0, 1, 2, -1, -1])
     buffers = StepBuffers(
         x=normal(*shape),

@@ -20,7 +20,7 @@ from fastcfg.noise import sample_seeds
 from fastcfg.reference import ReferenceStep
 from fastcfg.schedule import Schedule
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS, NO_NOISE
+from fastcfg.table import COLUMNS, DEVICE_COLUMNS, NO_NOISE
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
 
@@ -174,8 +174,8 @@ def build_table(case: dict[str, Any], seed: int, slots: list[int]) -> Tensor:
     rng = random.Random(seed)
     numbers = torch.Generator().manual_seed(seed)
     if case["prediction"] == "random row":
-        table = torch.randn(5, len(COLUMNS), generator=numbers)
-        table[-1] = torch.tensor([{"c_in": 1.0, "slot": -1.0}.get(name, 0.0) for name in COLUMNS])
+        table = torch.randn(5, len(DEVICE_COLUMNS), generator=numbers)
+        table[-1] = torch.tensor([{"c_in": 1.0, "slot": -1.0}.get(name, 0.0) for name in DEVICE_COLUMNS])
         table[:, COLUMNS.index("t")] = torch.arange(100, 105)
     else:
         schedule = Schedule.named(rng.choice(["linear", "cosine", "scaled_linear"])).respace(rng.randint(4, 9))

@@ -15,7 +15,7 @@ from fastcfg.kernels.step_bound import launch_step_bound
 from fastcfg.kernels.threshold import launch_threshold
 from fastcfg.reference import ReferenceBound
 from fastcfg.step import StepBuffers, StepSpec
-from fastcfg.table import COLUMNS
+from fastcfg.table import DEVICE_COLUMNS
 from fastcfg.threshold import DynamicThreshold
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
@@ -108,7 +108,7 @@ def buffers_for(spec: StepSpec, shape: tuple[int, ...], row: int) -> StepBuffers
     rows = 3
     return StepBuffers(
         x=normal(*shape),
-        table=normal(rows + 1, len(COLUMNS)),
+        table=normal(rows + 1, len(DEVICE_COLUMNS)),
         counter=torch.tensor([row, 0], dtype=torch.int32),
         weights=normal(rows, shape[0], spec.branches + spec.momentum) * 3 if spec.branches > 1 else None,
         momentum=normal(*shape) if spec.momentum else None,
