@@ -24,6 +24,8 @@ class StepSpec:
         scaled: whether the base is weighted as well: w_b m_b + sum of w_k (m_k - m_b).
         momentum: whether a tensor is added to the blend, with a weight after the branches'.
         learned_variance: whether std comes from the variance channels.
+        predict_x0: whether x0 is predicted. A step need not whose rows do not use it (`StepTable.uses_x0`), with
+            raw_output and without clip, gradient and keep_x0; its bits are the same.
         raw_output: whether a_m is used.
         gradient: whether p_g and a_g are used.
         history: the number of saved tensors, 0 to 3.
@@ -40,6 +42,7 @@ class StepSpec:
     scaled: bool = False
     momentum: bool = False
     learned_variance: bool = False
+    predict_x0: bool = True
     raw_output: bool = False
     gradient: bool = False
     history: int = 0

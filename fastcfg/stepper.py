@@ -71,6 +71,7 @@ class Stepper:
             source=example,
         )
         quiet = StepSpec(
+            predict_x0=keep_x0 or table.uses_x0 or clip is not None or not table.uses_raw_output,
             raw_output=table.uses_raw_output,
             history=table.num_history,
             clip=clip is not None,

@@ -63,6 +63,7 @@ def _guided_step_kernel(
     SCALED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     LEARNED: tl.constexpr,
+    PREDICT: tl.constexpr,
     RAW: tl.constexpr,
     GRADIENT: tl.constexpr,
     HISTORY: tl.constexpr,
@@ -86,12 +87,13 @@ def _guided_step_kernel(
     # One row of the table; rows past the last hold defaults.
     row = tl.load(counter_ptr)
     row_ptr = table_ptr + row * COLUMNS
-    p_x = tl.load(row_ptr + 2)
-    p_m = tl.load(row_ptr + 3)
-    p_x_rest = tl.load(row_ptr + 20)
-    p_m_rest = tl.load(row_ptr + 21)
     a_x = tl.load(row_ptr + 4)
-    a_0 = tl.load(row_ptr + 5)
+    if PREDICT:
+        p_x = tl.load(row_ptr + 2)
+        p_m = tl.load(row_ptr + 3)
+        p_x_rest = tl.load(row_ptr + 20)
+        p_m_rest = tl.load(row_ptr + 21)
+        a_0 = tl.load(row_ptr + 5)
     # Used late, but a load does not move up past a store or out of a branch.
     if HISTORY > 0:
         k_x = tl.load(row_ptr + 14)
@@ -133,7 +135,8 @@ def _guided_step_kernel(
     # x0.
     x = tl.load(source_ptr + sample_offset + offs, mask=mask, other=0.0).to(tl.float32)
     zeros = tl.zeros_like(x)
-    x0 = predict_x0_closely(x, m, p_x, p_m, p_x_rest, p_m_rest)
+    if PREDICT:
+        x0 = predict_x0_closely(x, m, p_x, p_m, p_x_rest, p_m_rest)
     if RESCALE:
         x0 = threshold(x0, tl.load(bound_ptr + sample))
     elif CLIP:
@@ -149,11 +152,16 @@ def _guided_step_kernel(
         for j in tl.static_range(1, HISTORY):
             h = tl.load(history_ptr + j * history_stride + sample_offset + offs, mask=mask, other=0.0)
             y = tl.fma(tl.load(row_ptr + 8 + j) + zeros, h, y)
-        y = tl.fma(a_0 + zeros, x0, y)
-    else:
+        if PREDICT:
+            y = tl.fma(a_0 + zeros, x0, y)
+        if RAW:
+            y = tl.fma(tl.load(row_ptr + 6) + zeros, m, y)
+    elif PREDICT:
         y = a_0 * x0
-    if RAW:
-        y = tl.fma(tl.load(row_ptr + 6) + zeros, m, y)
+        if RAW:
+            y = tl.fma(tl.load(row_ptr + 6) + zeros, m, y)
+    else:
+        y = tl.load(row_ptr + 6) * m
     if UNCONDITIONAL >= 0:
         y = tl.fma(tl.load(row_ptr + 7) + zeros, unconditional, y)
     y = tl.fma(a_x + zeros, x, y)
@@ -185,7 +193,9 @@ def _guided_step_kernel(
         tl.store(x0_ptr + sample_offset + offs, x0, mask=mask)
     if HISTORY > 0:
         if slot >= 0:
-            h = tl.fma(k_0 + zeros, x0, k_x * x)
+            h = k_x * x
+            if PREDICT:
+                h = tl.fma(k_0 + zeros, x0, h)
             h = tl.fma(k_m + zeros, m, h)
             tl.store(history_ptr + slot * history_stride + sample_offset + offs, h, mask=mask)
     tl.store(x_ptr + sample_offset + offs, y, mask=mask)
@@ -252,6 +262,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         SCALED=spec.scaled,
         MOMENTUM=spec.momentum,
         LEARNED=spec.learned_variance,
+        PREDICT=spec.predict_x0,
         RAW=spec.raw_output,
         GRADIENT=spec.gradient,
         HISTORY=spec.history,

@@ -192,6 +192,8 @@ def test_initial_noise_refuses(out: Tensor, seeds: Tensor, message: str) -> None
         ({"history": 4}, r"spec.history: got 4, expected 0 \.\.\. 3"),
         ({"history": -1}, "spec.history: got -1"),
         ({"rescale": True}, "spec.rescale: got True without clip"),
+        ({"predict_x0": False}, "spec.predict_x0: got False, expected True"),
+        ({"predict_x0": False, "raw_output": True, "clip": True}, "spec.predict_x0: got False"),
         ({"noise": "gaussian"}, "spec.noise: got 'gaussian', expected one of none, tensor, philox"),
         ({"learned_variance": True}, "spec.noise: got 'none' with learned_variance"),
     ],
@@ -330,6 +332,11 @@ CASES: dict[str, tuple[StepSpec, dict[str, Any], Callable[[Tensor], Tensor]]] = 
         StepSpec(branches=2, base=1, clip=True, noise="philox", keep_x0=True),
         {"model_input": channels_last(zeros(4, *SHAPE[1:], dtype=torch.float16)), "time": zeros(4)},
         lambda output: channels_last(output.half()),
+    ),
+    "no x0, one saved tensor": (
+        StepSpec(branches=2, base=1, raw_output=True, predict_x0=False, history=1, noise="philox"),
+        {},
+        torch.Tensor.contiguous,
     ),
     "weighted sum of three with history, raw output, CFG++ and given noise": (
         StepSpec(3, unconditional=2, raw_output=True, history=2, clip=True, rescale=True, noise="tensor"),

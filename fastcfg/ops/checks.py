@@ -43,6 +43,10 @@ def check_spec(spec: StepSpec) -> None:
         raise ValueError(f"spec.history: got {spec.history}, expected 0 ... {MAX_HISTORY}")
     if spec.rescale and not spec.clip:
         raise ValueError("spec.rescale: got True without clip, expected both")
+    if not spec.predict_x0 and (not spec.raw_output or spec.clip or spec.gradient or spec.keep_x0):
+        raise ValueError(
+            "spec.predict_x0: got False, expected True: clip, gradient and keep_x0, or no raw_output, take x0"
+        )
     if spec.noise not in NOISES:
         raise ValueError(f"spec.noise: got {spec.noise!r}, expected one of {', '.join(NOISES)}")
     if spec.learned_variance and spec.noise == "none":

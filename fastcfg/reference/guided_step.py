@@ -30,7 +30,7 @@ class ReferenceStep:
         self._scratch = Scratch(
             m=torch.empty_like(x),
             difference=torch.empty_like(x) if spec.base is not None and (spec.branches > 2 or spec.scaled) else None,
-            x0=buffers.x0 if spec.keep_x0 and not self._apart else torch.empty_like(x),
+            x0=buffers.x0 if spec.keep_x0 and not self._apart else torch.empty_like(x) if spec.predict_x0 else None,
             low=torch.empty(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) if spec.clip else None,
             saved=torch.empty_like(x) if spec.history else None,
             sum=torch.empty_like(x),
@@ -83,7 +83,7 @@ class ReferenceStep:
         if self._apart:
             buffers.x.copy_(x)
             if spec.keep_x0:
-                buffers.x0.copy_(x0)  # type: ignore[union-attr]
+                buffers.x0.copy_(x0)  # type: ignore[union-attr, arg-type]
         if buffers.model_input is not None:
             torch.mul(self._x_for_slots, reader.next["c_in"], out=self._slots)
             buffers.time.copy_(reader.next["t"])  # type: ignore[union-attr]

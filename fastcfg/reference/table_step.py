@@ -52,7 +52,7 @@ def table_step(
     gradient: Tensor | None = None,
     momentum: Tensor | None = None,
     scratch: Scratch = Scratch(),
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Guidance, x0, update and the tensor to save.
 
     Args:
@@ -70,15 +70,15 @@ def table_step(
         scratch: memory for the results.
 
     Returns:
-        The next x, x0, and the tensor to save (None where the solver saves nothing).
+        The next x, x0 (None where it is not predicted), and the tensor to save (None where the solver saves nothing).
     """
     added = momentum if spec.momentum else None
     m = blend(outputs, spec.base, weights, scratch.m, scratch.difference, spec.scaled, added)
 
-    x0 = predict(row, x, m, scratch.x0, scratch.sum)
+    x0 = predict(row, x, m, scratch.x0, scratch.sum) if spec.predict_x0 else None
     if spec.clip:
         limit = _per_sample(bound, x)  # type: ignore[arg-type]
-        x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)
+        x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)  # type: ignore[arg-type]
         if spec.rescale:
             x0 = torch.div(x0, limit, out=scratch.x0)
 
@@ -87,11 +87,15 @@ def table_step(
 
     saved = None
     if spec.history:
-        saved = fma(row["k_0"], x0, torch.mul(x, row["k_x"], out=scratch.saved), out=scratch.saved)
+        saved = torch.mul(x, row["k_x"], out=scratch.saved)
+        if x0 is not None:
+            saved = fma(row["k_0"], x0, saved, out=scratch.saved)
         saved = fma(row["k_m"], m, saved, out=scratch.saved)
 
     # What is smallest first, mostly, which takes a third off the rounding of methods with saved tensors; x last.
-    terms = [(row[f"a_h{j}"], h) for j, h in enumerate(history)] + [(row["a_0"], x0)]
+    terms = [(row[f"a_h{j}"], h) for j, h in enumerate(history)]
+    if x0 is not None:
+        terms.append((row["a_0"], x0))
     if spec.raw_output:
         terms.append((row["a_m"], m))
     if spec.unconditional is not None:

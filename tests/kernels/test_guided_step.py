@@ -42,6 +42,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weights": ("one", "per sample", "per row", "per sample and row"),
     # How many saved tensors, and the slots of the two rows.
     "history": ((0, -1, -1), (1, 0, -1), (1, -1, 0), (2, 1, 0), (2, 0, -1), (3, 0, 2), (3, 2, 1), (3, -1, -1)),
+    "predicted": (True, False),
     "raw output": (False, True),
     "gradient": (False, True),
     "keep x0": (False, True),
@@ -61,7 +62,10 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 def forbidden(case: dict[str, Any]) -> bool:
     """Learned variance needs noise, and the channels it is read from; dividing by the bound needs one; a weighted base
-    needs a base, momentum a blend."""
+    needs a base, momentum a blend; x0 is predicted for all that needs it."""
+    takes_x0 = [case.get(name) for name in ("rescale", "gradient", "keep x0")] + [case.get("clip", "off") != "off"]
+    if case.get("predicted") is False and (any(takes_x0) or case.get("raw output") is False):
+        return True
     if case.get("clip") == "off" and case.get("rescale"):
         return True
     branches, base = case.get("branches", (2, 0))
@@ -78,8 +82,8 @@ def test_the_cases_hold_every_pair_of_options() -> None:
     covered = set().union(*map(pairs_of, CASES))
     assert all_pairs(FACTORS, forbidden) <= covered
     assert not any(map(forbidden, CASES))
-    # As few as can be: 8 branch forms x 8 histories.
-    assert len(CASES) == 64
+    # As few as can be are 64: 8 branch forms x 8 histories.
+    assert len(CASES) == 65
 
 
 class Guarded:
@@ -124,6 +128,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         scaled=case["scaled"],
         momentum=case["momentum"],
         learned_variance=case["variance"] != "fixed",
+        predict_x0=case["predicted"],
         raw_output=case["raw output"],
         gradient=case["gradient"],
         history=history,
@@ -296,6 +301,26 @@ def test_saved_tensors_without_a_slot_stay() -> None:
 
 
 @interpreted
+@interpreted
+@pytest.mark.parametrize("history", [(0, -1, -1), (1, 0, 0), (3, 2, 1)], ids=str)
+def test_a_step_that_predicts_no_x0_has_the_bits_of_one_that_does_not_use_it(history: tuple[int, int, int]) -> None:
+    case = {**PLAIN, "prediction": "random row", "raw output": True, "history": history, "keep x0": False}
+    spec, start, (output, _) = build(case, seed=4)
+    for name in ("a_0", "k_0"):
+        start.table[:, COLUMNS.index(name)] = 0
+    results = []
+    for predicted in (True, False):
+        for launch in (launch_guided_step, lambda output, spec, buffers: ReferenceStep(spec, buffers)(output)):
+            buffers = map_tensors(Tensor.clone, start)
+            launch(output, dataclasses.replace(spec, predict_x0=predicted), buffers)
+            results.append(buffers)
+    for buffers in results[1:]:
+        assert torch.equal(bits(buffers.x), bits(results[0].x))
+        if history[0]:
+            kept = (b.history[: history[0]] for b in (buffers, results[0]))  # type: ignore[index]
+            assert torch.equal(*map(bits, kept))
+
+
 def test_philox_noise_depends_on_the_row_and_on_the_seed_of_each_sample() -> None:
     case = {**PLAIN, "noise": "philox", "prediction": "random row"}
     spec, start, (output, _) = build(case, seed=3)
