@@ -121,7 +121,7 @@ def x0_piece(dtype: str = "bfloat16") -> Launch:
     from fastcfg.kernels import x0
 
     image, scalar, output = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype=dtype)
-    call = partial(x0.launch_x0, image, output, scalar, scalar, scalar, image)
+    call = partial(x0.launch_x0, image, output, scalar, scalar, scalar, None, image)
     return Launch(call, x0, "_x0_kernel", output.itemsize + 8)
 
 

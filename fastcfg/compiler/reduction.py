@@ -57,14 +57,11 @@ def reduce(response: Response, limited: bool = True) -> Rows:
     states, outputs = response.states, np.eye(response.states.shape[1])[1 : 1 + response.calls]
     if not np.isfinite(states).all():
         raise ValueError("sampler: got samples that are not finite, expected finite ones")
-    families = [response.predictions, response.converted, outputs]
-    if response.predictions is not None:
-        families.append(states[:-1] - response.predictions)
-    families.append(states[:-1])
-    if not limited:
-        families = [states[:-1], outputs, *families[:2], *families[3:-1]]
+    x0 = [family for family in (response.predictions, response.converted) if family is not None]
+    slopes = [] if response.predictions is None else [states[:-1] - response.predictions]
+    families = [*x0, outputs, *slopes, states[:-1]] if limited else [states[:-1], outputs, *x0, *slopes]
     found: list[Rows] = []
-    for family in (family for family in families if family is not None):
+    for family in families:
         if (rows := _with(family, response, outputs)) is not None:
             found.append(rows)
             if limited or not (rows.slot >= 0).any():
