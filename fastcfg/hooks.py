@@ -53,8 +53,8 @@ class DenoisedOutput:
             momentum = buffers.momentum if spec.momentum else None
             m = self._pieces.guidance_blend(m, weights, base=spec.base, scaled=spec.scaled, momentum=momentum)
         coefficients = buffers.table.index_select(0, row).expand(len(x), -1).t().contiguous()
-        p_x, p_m, *rest = (coefficients[place] for place in _P)
-        x0 = self._function(self._pieces.predict_x0(x, m, p_x, p_m, rest=(rest[0], rest[1])))
+        p_x, p_m, p_x_rest, p_m_rest = (coefficients[place] for place in _P)
+        x0 = self._function(self._pieces.predict_x0(x, m, p_x, p_m, rest=(p_x_rest, p_m_rest)))
         _check("denoised_fn", x0, x)
         if not spec.learned_variance:
             return x0

@@ -155,7 +155,7 @@ class StepTable:
 
     @property
     def uses_x0(self) -> bool:
-        """Whether any row adds x0, or saves it; a clip limits nothing but the x0 that is shown where none does."""
+        """Whether any row adds or saves x0. Where none does, a clip limits the x0 that is shown, not the samples."""
         return bool(self["a_0"].any() or self["k_0"].any())
 
     @property

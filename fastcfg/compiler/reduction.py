@@ -64,7 +64,7 @@ def reduce(response: Response, limited: bool = True) -> Rows:
     for family in families:
         if (rows := _with(family, response, outputs)) is not None:
             found.append(rows)
-            if limited or not (rows.slot >= 0).any():
+            if limited or rows.slot.max() <= 0:  # one or none: no other family keeps fewer
                 break
     if found:
         return min(found, key=lambda rows: int(rows.slot.max()))

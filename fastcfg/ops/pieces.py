@@ -250,15 +250,7 @@ _blend_op = torch.library.custom_op("fastcfg::guidance_blend", _blend, mutates_a
 _blend_op.register_fake(_blend_result)
 
 
-def _x0_result(
-    x: Tensor,
-    output: Tensor,
-    p_x: Tensor,
-    p_m: Tensor,
-    bound: Tensor | None,
-    p_x_rest: Tensor | None,
-    p_m_rest: Tensor | None,
-) -> Tensor:
+def _x0_result(x: Tensor, *_: Tensor | None) -> Tensor:
     return _like(x)
 
 

@@ -146,7 +146,7 @@ def test_a_clip_beside_a_scheduler_without_one_is_compiled_for(name: str) -> Non
     assert plain.uses_x0 == (name == "DPMSolverMultistepScheduler")  # x0 is what it keeps
     noise, start = torch.zeros(8, 2, 3, 6, 5), torch.randn(2, 3, 6, 5, generator=torch.manual_seed(1)).double()
     first, second = (run(table, scheduler, denoise, start, noise)[-1] for table in (plain, limited))
-    torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(first, second, rtol=1e-13, atol=1e-13)  # measured: 1.4e-14 of 77
     wide: dict[str, Any] = {"dtype": torch.float64, "state_dtype": torch.float64, "backend": "reference"}
     free, held = (Sampler(denoise, limited, clip=clip, graph=False, **wide) for clip in (None, 0.1))
     assert not torch.equal(free.sample(start.shape, x_T=start), held.sample(start.shape, x_T=start))
@@ -171,7 +171,7 @@ def test_the_clip_of_a_scheduler() -> None:
 def test_a_scheduler_that_rounds_by_ways_of_its_own_is_compiled_as_far_as_that_allows(narrowed: Any) -> None:
     exact, rounding = changed(lambda s, x, m, sample: x), changed(lambda s, x, m, sample: narrowed(x))
     apart = np.abs(compile_scheduler(rounding, 12).rows - compile_scheduler(exact, 12).rows).max()
-    assert 0 < apart < 1e-5
+    assert 0 < apart < 2e-7  # measured: 6.5e-8
 
 
 def test_other_threads_draw_and_convert_as_ever_while_a_scheduler_is_run() -> None:
