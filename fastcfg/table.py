@@ -38,8 +38,10 @@ COLUMNS = (
     *("k_x", "k_0", "k_m", "slot"),
     *("p_g", "a_g"),
 )
-# On the device, after them, what rounding has taken from these two: x0 is a small difference of large terms.
-DEVICE_COLUMNS = (*COLUMNS, "p_x_rest", "p_m_rest")
+# On the device, after them, what rounding has taken from these: x0 is a small difference of large terms, and where a_x
+# is close to 1, as with many steps, its rounding is as large as that of the sum.
+_IN_TWO_PARTS = ("p_x", "p_m", "a_x")
+DEVICE_COLUMNS = (*COLUMNS, *(f"{name}_rest" for name in _IN_TWO_PARTS))
 MAX_HISTORY = 3
 # l_0 of a row of a learned-variance table that adds no noise: 2**-1000 is 0 in float32.
 NO_NOISE = -1000.0
@@ -174,11 +176,11 @@ class StepTable:
         return bool(self["a_u"].any())
 
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows, rounded once, with what that has taken from p_x and p_m,
-        and a last row of defaults that the final step looks ahead to."""
+        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows, rounded once, with what that has taken from p_x, p_m and
+        a_x, and a last row of defaults that the final step looks ahead to."""
         end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
         exact = torch.from_numpy(np.concatenate([self.rows, end]))
-        rest = (exact - exact.to(dtype).double())[:, [_INDEX["p_x"], _INDEX["p_m"]]]
+        rest = (exact - exact.to(dtype).double())[:, [_INDEX[name] for name in _IN_TWO_PARTS]]
         return torch.cat([exact, rest], dim=1).to(dtype).to(device)
 
     def explain(self) -> str:

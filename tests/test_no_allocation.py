@@ -140,9 +140,9 @@ def test_the_reference_loop_allocates_nothing_in_other_dtypes(options: dict[str,
     assert_nothing_new(*record_rows(TABLES["learned range"], noise="torch", **options))
 
 
-# Blend: difference, multiply-add. x0: product, three multiply-adds, clamp. Update: product, multiply-add. Next model
-# input: product. Noise adds a multiply-add, and the learned range another and exp2 for its standard deviation.
-DDIM = ["sub", "addcmul", "mul", *["addcmul"] * 3, "clamp", "mul", "addcmul", "mul"]
+# Blend: difference, multiply-add. x0: product, three multiply-adds, clamp. Update: product, two multiply-adds. Next
+# model input: product. Noise adds a multiply-add, and the learned range another and exp2 for its standard deviation.
+DDIM = ["sub", "addcmul", "mul", *["addcmul"] * 3, "clamp", "mul", *["addcmul"] * 2, "mul"]
 NOISE = [*DDIM[:-1], "addcmul", "mul"]
 LEARNED = [*DDIM[:-1], "addcmul", "exp2", "addcmul", "mul"]
 
@@ -150,9 +150,9 @@ LEARNED = [*DDIM[:-1], "addcmul", "exp2", "addcmul", "mul"]
 @pytest.mark.parametrize(
     ("name", "count", "expected"),
     [
-        ("ddim", 10, DDIM),
-        ("fixed variance", 11 + 1, [*NOISE, "normal_"]),
-        ("learned range", 13 + 1, [*LEARNED, "normal_"]),
+        ("ddim", 11, DDIM),
+        ("fixed variance", 12 + 1, [*NOISE, "normal_"]),
+        ("learned range", 14 + 1, [*LEARNED, "normal_"]),
     ],
 )
 def test_the_reference_loop_passes_over_the_state_so_often(name: str, count: int, expected: list[str]) -> None:

@@ -71,9 +71,9 @@ def test_on_rounds_once_and_looks_ahead_to_a_neutral_row(dtype: torch.dtype) -> 
     tensor = table.on("cpu", dtype)
     assert tensor.dtype == dtype
     assert tensor.shape == (3, len(DEVICE_COLUMNS))
-    assert torch.equal(tensor[:2, :-2], torch.tensor(table.rows.tolist(), dtype=dtype))
+    assert torch.equal(tensor[:2, : len(COLUMNS)], torch.tensor(table.rows.tolist(), dtype=dtype))
     parts = tensor[:2].double()
-    for column in ("p_x", "p_m"):
+    for column in ("p_x", "p_m", "a_x"):
         both = parts[:, COLUMNS.index(column)] + parts[:, DEVICE_COLUMNS.index(f"{column}_rest")]
         np.testing.assert_allclose(both, table[column], rtol=1e-14)
     neutral = dict(zip(DEVICE_COLUMNS, tensor[2].tolist(), strict=True))

@@ -68,7 +68,7 @@ def plain_row(
         x0 = x0 / limit if spec.rescale else x0
     if spec.gradient:
         x0 = x0 + c["p_g"] * gradient  # type: ignore[operator]
-    y = c["a_x"] * x + c["a_0"] * x0
+    y = c["a_x"] * x + (c["a_x_rest"] * x + c["a_0"] * x0)
     if spec.raw_output:
         y = y + c["a_m"] * m
     if spec.unconditional is not None:

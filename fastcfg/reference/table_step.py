@@ -93,7 +93,7 @@ def table_step(
         saved = fma(row["k_m"], m, saved, out=scratch.saved)
 
     # What is smallest first, mostly, which takes a third off the rounding of methods with saved tensors; x last.
-    terms = [(row[f"a_h{j}"], h) for j, h in enumerate(history)]
+    terms = [(row["a_x_rest"], x), *((row[f"a_h{j}"], h) for j, h in enumerate(history))]
     if x0 is not None:
         terms.append((row["a_0"], x0))
     if spec.raw_output:
