@@ -258,20 +258,16 @@ def step_spec(options: Options, active: Branches) -> StepSpec:
     def position(branch: int | None) -> int | None:
         return active.index(branch) if branch in active else None
 
-    limited, gradient = options.clip or options.threshold is not None, options.cond_fn.value is not None
-    return StepSpec(
+    return StepSpec.of(
+        table,
         branches=len(active),
         base=position(options.base) if len(active) > 1 else None,
         conditional=position(options.conditional) or 0,
         unconditional=position(options.unconditional) if table.uses_unconditional else None,
         scaled=options.looks(active),
         momentum=options.looks(active) and options.momentum is not None,
-        learned_variance=table.learned_variance,
-        predict_x0=limited or options.keep_x0 or table.uses_x0 or not table.uses_raw_output or gradient,
-        raw_output=table.uses_raw_output,
-        gradient=gradient,
-        history=table.num_history,
-        clip=limited,
+        gradient=options.cond_fn.value is not None,
+        clip=options.clip or options.threshold is not None,
         rescale=options.threshold is not None,
         noise=options.noise,
         keep_x0=options.keep_x0,

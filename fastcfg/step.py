@@ -3,9 +3,12 @@ loop."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+
+from .table import StepTable
 
 __all__ = ["StepBuffers", "StepSpec"]
 
@@ -29,6 +32,7 @@ class StepSpec:
         raw_output: whether a_m is used.
         gradient: whether p_g and a_g are used.
         history: the number of saved tensors, 0 to 3.
+        saves_states: whether they are copies of states, which are as large as x and so added after it.
         clip: whether x0 is clipped to a bound per sample.
         rescale: whether the clipped x0 is then divided by the bound (dynamic thresholding); needs clip.
         noise: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
@@ -46,10 +50,24 @@ class StepSpec:
     raw_output: bool = False
     gradient: bool = False
     history: int = 0
+    saves_states: bool = False
     clip: bool = False
     rescale: bool = False
     noise: str = "none"
     keep_x0: bool = False
+
+    @classmethod
+    def of(cls, table: StepTable, **others: Any) -> StepSpec:
+        """The spec of a table's steps: what the table tells, with others of the attributes as they are given."""
+        spec = cls(
+            learned_variance=table.learned_variance,
+            raw_output=table.uses_raw_output,
+            history=table.num_history,
+            saves_states=table.saves_states,
+            **others,
+        )
+        takes_x0 = table.uses_x0 or spec.clip or spec.gradient or spec.keep_x0 or not spec.raw_output
+        return replace(spec, predict_x0=takes_x0)
 
 
 @dataclass(eq=False)

@@ -70,15 +70,9 @@ class Stepper:
             x0=example,
             source=example,
         )
-        quiet = StepSpec(
-            predict_x0=keep_x0 or table.uses_x0 or clip is not None or not table.uses_raw_output,
-            raw_output=table.uses_raw_output,
-            history=table.num_history,
-            clip=clip is not None,
-            rescale=threshold is not None,
-            keep_x0=keep_x0,
-        )
-        noisy = replace(quiet, noise="tensor", learned_variance=table.learned_variance)
+        limits = {"clip": clip is not None, "rescale": threshold is not None}
+        noisy = StepSpec.of(table, noise="tensor", keep_x0=keep_x0, **limits)
+        quiet = replace(noisy, noise="none", learned_variance=False)
         self._quiet = GuidedStep(quiet, replace(buffers), backend)
         self._noisy = GuidedStep(noisy, replace(buffers), backend) if table.uses_noise else self._quiet
         self._predicting: QuantileBound | None = None

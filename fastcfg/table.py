@@ -151,6 +151,12 @@ class StepTable:
         return int(self["slot"].max()) + 1
 
     @property
+    def saves_states(self) -> bool:
+        """Whether all saved tensors are copies of states."""
+        saved = self.rows[self["slot"] >= 0][:, [_INDEX[name] for name in ("k_x", "k_0", "k_m")]]
+        return bool(len(saved)) and bool((saved == [1, 0, 0]).all())
+
+    @property
     def uses_noise(self) -> bool:
         """Whether any row adds noise."""
         return self.learned_variance or bool(self["s"].any())

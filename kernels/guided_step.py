@@ -32,6 +32,15 @@ def launch_config(size: int, batch: int) -> LaunchConfig:
     return LaunchConfig(512, 4)
 
 
+@triton.jit
+def add_saved(y, coefficients_ptr, history_ptr, stride, mask, HISTORY: tl.constexpr):
+    """y with the saved tensors, which are `stride` apart, multiplied by theirs of the row's coefficients."""
+    for j in tl.static_range(HISTORY):
+        h = tl.load(history_ptr + j * stride, mask=mask, other=0.0)
+        y = tl.fma(tl.load(coefficients_ptr + j) + tl.zeros_like(y), h, y)
+    return y
+
+
 # A batch of 1 stays a value: specialised, it would be a constant that `.to` does not exist on, and code of its own.
 @triton.jit(do_not_specialize=["batch", "blocks"])
 def _guided_step_kernel(
@@ -67,6 +76,7 @@ def _guided_step_kernel(
     RAW: tl.constexpr,
     GRADIENT: tl.constexpr,
     HISTORY: tl.constexpr,
+    STATES: tl.constexpr,
     CLIP: tl.constexpr,
     RESCALE: tl.constexpr,
     NOISE: tl.constexpr,
@@ -146,12 +156,12 @@ def _guided_step_kernel(
         g = tl.load(gradient_ptr + sample_offset + offs, mask=mask, other=0.0)
         x0 = tl.fma(tl.load(row_ptr + 18) + zeros, g, x0)
 
-    # The update: what is smallest first, mostly, which takes a third off the rounding of methods with saved tensors.
+    # The update: what is smallest first, mostly, which takes a third off the rounding of methods with saved tensors;
+    # states last.
     y = a_x_rest * x
     history_stride = batch.to(tl.int64) * size
-    for j in tl.static_range(HISTORY):
-        h = tl.load(history_ptr + j * history_stride + sample_offset + offs, mask=mask, other=0.0)
-        y = tl.fma(tl.load(row_ptr + 8 + j) + zeros, h, y)
+    if not STATES:
+        y = add_saved(y, row_ptr + 8, history_ptr + sample_offset + offs, history_stride, mask, HISTORY)
     if PREDICT:
         y = tl.fma(a_0 + zeros, x0, y)
     if RAW:
@@ -159,6 +169,8 @@ def _guided_step_kernel(
     if UNCONDITIONAL >= 0:
         y = tl.fma(tl.load(row_ptr + 7) + zeros, unconditional, y)
     y = tl.fma(a_x + zeros, x, y)
+    if STATES:
+        y = add_saved(y, row_ptr + 8, history_ptr + sample_offset + offs, history_stride, mask, HISTORY)
 
     if LEARNED:
         branch_ptr = output_ptr + (CONDITIONAL * batch + sample).to(tl.int64) * output_stride + variance_shift
@@ -260,6 +272,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         RAW=spec.raw_output,
         GRADIENT=spec.gradient,
         HISTORY=spec.history,
+        STATES=spec.saves_states,
         CLIP=spec.clip,
         RESCALE=spec.rescale,
         NOISE=("none", "tensor", "philox").index(spec.noise),

@@ -191,6 +191,7 @@ def test_initial_noise_refuses(out: Tensor, seeds: Tensor, message: str) -> None
         ({"branches": 1, "momentum": True}, "spec: got .* momentum without branches"),
         ({"history": 4}, r"spec.history: got 4, expected 0 \.\.\. 3"),
         ({"history": -1}, "spec.history: got -1"),
+        ({"saves_states": True}, "spec.saves_states: got True without history"),
         ({"rescale": True}, "spec.rescale: got True without clip"),
         ({"predict_x0": False}, "spec.predict_x0: got False, expected True"),
         ({"predict_x0": False, "raw_output": True, "clip": True}, "spec.predict_x0: got False"),

@@ -157,6 +157,7 @@ def _with(family: Array, response: Response, outputs: Array) -> Rows | None:
     if any(k[r] is None for r in range(calls) if slots[r] >= 0):
         return None
     k_x, k_m = np.array([fit[0] if fit and slots[r] >= 0 else (0.0, 0.0) for r, fit in enumerate(k)]).T
+    k_x[np.abs(k_x - 1) < response.rounding] = 1.0  # copies of states are known by it
     return Rows(a_x, a_m, a_h, s, k_x, k_m, slots, tuple(draws))
 
 

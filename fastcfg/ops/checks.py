@@ -41,6 +41,8 @@ def check_spec(spec: StepSpec) -> None:
         raise ValueError("spec: got scaled without a base or momentum without branches, expected both or neither")
     if not 0 <= spec.history <= MAX_HISTORY:
         raise ValueError(f"spec.history: got {spec.history}, expected 0 ... {MAX_HISTORY}")
+    if spec.saves_states and not spec.history:
+        raise ValueError("spec.saves_states: got True without history, expected saved tensors")
     if spec.rescale and not spec.clip:
         raise ValueError("spec.rescale: got True without clip, expected both")
     if not spec.predict_x0 and (not spec.raw_output or spec.clip or spec.gradient or spec.keep_x0):

@@ -298,14 +298,12 @@ def table_loop(
         def place(branch: int | None, active: tuple[int, ...] = active) -> int | None:
             return active.index(branch) if branch in active else None
 
-        spec = StepSpec(
-            len(active),
-            place(guidance.base) if len(active) > 1 else None,
-            place(guidance.conditional) or 0,
-            place(guidance.unconditional) if table.uses_unconditional else None,
-            learned_variance=table.learned_variance,
-            raw_output=table.uses_raw_output,
-            history=table.num_history,
+        spec = StepSpec.of(
+            table,
+            branches=len(active),
+            base=place(guidance.base) if len(active) > 1 else None,
+            conditional=place(guidance.conditional) or 0,
+            unconditional=place(guidance.unconditional) if table.uses_unconditional else None,
             clip=bound is not None,
             noise="tensor" if table.uses_noise else "none",
         )

@@ -92,18 +92,20 @@ def table_step(
             saved = fma(row["k_0"], x0, saved, out=scratch.saved)
         saved = fma(row["k_m"], m, saved, out=scratch.saved)
 
-    # What is smallest first, mostly, which takes a third off the rounding of methods with saved tensors; x last.
-    terms = [(row["a_x_rest"], x), *((row[f"a_h{j}"], h) for j, h in enumerate(history))]
+    # What is smallest first, mostly, which takes a third off the rounding of methods with saved tensors; states last.
+    past = [(row[f"a_h{j}"], h) for j, h in enumerate(history)]
+    terms = [(row["a_x_rest"], x), *([] if spec.saves_states else past)]
     if x0 is not None:
         terms.append((row["a_0"], x0))
     if spec.raw_output:
         terms.append((row["a_m"], m))
     if spec.unconditional is not None:
         terms.append((row["a_u"], outputs[spec.unconditional]))
+    terms += [(row["a_x"], x), *(past if spec.saves_states else [])]
     y = torch.mul(terms[0][1], terms[0][0], out=scratch.sum)
-    for coefficient, term in terms[1:]:
+    for coefficient, term in terms[1:-1]:
         y = fma(coefficient, term, y, out=scratch.sum)
-    y = fma(row["a_x"], x, y, out=scratch.y)
+    y = fma(*terms[-1], y, out=scratch.y)
 
     if spec.gradient:
         scale = row["a_g"]

@@ -42,6 +42,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "weights": ("one", "per sample", "per row", "per sample and row"),
     # How many saved tensors, and the slots of the two rows.
     "history": ((0, -1, -1), (1, 0, -1), (1, -1, 0), (2, 1, 0), (2, 0, -1), (3, 0, 2), (3, 2, 1), (3, -1, -1)),
+    "saves states": (False, True),
     "predicted": (True, False),
     "raw output": (False, True),
     "gradient": (False, True),
@@ -62,7 +63,9 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 def forbidden(case: dict[str, Any]) -> bool:
     """Learned variance needs noise, and the channels it is read from; dividing by the bound needs one; a weighted base
-    needs a base, momentum a blend; x0 is predicted for all that needs it."""
+    needs a base, momentum a blend; states are saved tensors; x0 is predicted for all that needs it."""
+    if case.get("saves states") and case.get("history", (1,))[0] == 0:
+        return True
     takes_x0 = [case.get(name) for name in ("rescale", "gradient", "keep x0")] + [case.get("clip", "off") != "off"]
     if case.get("predicted") is False and (any(takes_x0) or case.get("raw output") is False):
         return True
@@ -132,6 +135,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         raw_output=case["raw output"],
         gradient=case["gradient"],
         history=history,
+        saves_states=case["saves states"],
         clip=case["clip"] != "off",
         rescale=case["rescale"],
         noise=case["noise"],
