@@ -14,6 +14,7 @@ _TOLERANCE = 30  # of a sum, in roundings; measured: 12
 _REACH = 5  # rows that a saved tensor may lie back
 _HORIZON = 12  # samples of those that follow that tell what is needed
 _RANK = 100  # of singular values of what is needed, in roundings of the largest
+_LARGER = 2  # squares of terms that a family may have than another, for being named first
 _DISTANCE = 1000  # of a unit vector from a span that it lies in, in roundings
 
 
@@ -38,18 +39,20 @@ class Rows:
     draws: tuple[tuple[float, ...], ...]
 
 
-def reduce(response: Response, limited: bool = True) -> Rows:
+def reduce(response: Response, limited: bool = True, start: float = 1.0) -> Rows:
     """The rows of a run.
 
     Candidates for the saved tensors are families of one tensor a row: x0, what the scheduler converts outputs to, the
-    outputs, x - x0 (k-diffusion's derivative but for its factor), the states, and last what later rows need. The first
-    that does is taken.
+    outputs, x - x0 (k-diffusion's derivative but for its factor), the states, and last what later rows need.
 
     Args:
         response: what the run makes of basis vectors.
-        limited: whether x0 is, by a clip or thresholding, and so is what is saved of it. Else states and outputs come
-            first, copies without rounding, unless others are fewer: Heun's last stage multiplies the difference of two
-            x0 by 8 where that of two states does by a half.
+        limited: whether x0 is, by a clip or thresholding, and so is what is saved of it. Then the first family that
+            does is taken. Else, of those that keep the fewest, one whose terms are not much larger than what comes of
+            them, which is what is lost to rounding, and states or outputs rather than sums: copies lose nothing.
+            (Heun's last stage multiplies the difference of two x0 by 8, that of two states by a half; but states that
+            a run starts from are a hundred times as large as those where it ends.)
+        start: the deviation of the starting noise, beside outputs of about 1.
 
     Raises:
         ValueError: it needs more than three saved tensors, with the number, or tensors that no single row has.
@@ -60,14 +63,17 @@ def reduce(response: Response, limited: bool = True) -> Rows:
     x0 = [family for family in (response.predictions, response.converted) if family is not None]
     slopes = [] if response.predictions is None else [states[:-1] - response.predictions]
     families = [*x0, outputs, *slopes, states[:-1]] if limited else [states[:-1], outputs, *x0, *slopes]
-    found: list[Rows] = []
+    found: list[tuple[Rows, float]] = []
     for family in families:
         if (rows := _with(family, response, outputs)) is not None:
-            found.append(rows)
-            if limited or rows.slot.max() <= 0:  # one or none: no other family keeps fewer
+            found.append((rows, _terms(rows, family, response, start)))
+            if limited or rows.slot.max() < 0:
                 break
     if found:
-        return min(found, key=lambda rows: int(rows.slot.max()))
+        fewest = min(int(rows.slot.max()) for rows, _ in found)
+        found = [(rows, terms) for rows, terms in found if rows.slot.max() == fewest]
+        least = min(terms for _, terms in found)
+        return next(rows for rows, terms in found if terms <= _LARGER * least)
     futures = list(_futures(response))
     rank = max(map(len, futures)) - 1
     if rank > MAX_HISTORY:
@@ -77,6 +83,20 @@ def reduce(response: Response, limited: bool = True) -> Rows:
     raise ValueError(
         f"sampler: got one whose {rank} saved tensors are no sums of one row's state and output, expected such ones"
     )
+
+
+def _terms(rows: Rows, family: Array, response: Response, start: float) -> float:
+    """How large the terms of rows are beside what comes of them: squares, summed over the rows."""
+    scale = np.ones(response.states.shape[1])
+    scale[0] = start
+    states, saved = (np.linalg.norm(vectors * scale, axis=1) for vectors in (response.states, family))
+    history, total = np.zeros(MAX_HISTORY), 0.0
+    for i, slot in enumerate(rows.slot):
+        terms = abs(rows.a_x[i]) * states[i] + abs(rows.a_m[i]) + np.abs(rows.a_h[i]) @ history
+        total += float((terms / max(states[i + 1], 1e-12)) ** 2)
+        if slot >= 0:
+            history[slot] = saved[i]
+    return total
 
 
 def _general(response: Response, outputs: Array, futures: list[Array]) -> Array:

@@ -80,11 +80,12 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
         raise ValueError(f"{what}, whose model calls depend on the samples, expected one whose steps are linear")
     (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.3)
     response = of_known_rounding(response, shorter, what)
-    rows, ones = reduce(response, limited=False), np.ones(response.calls)
+    initial_scale = math.hypot(start * float(levels[0]), *start_draws)
+    rows, ones = reduce(response, limited=False, start=initial_scale), np.ones(response.calls)
     table = StepTable.from_columns(
         t=response.times,
         integer_time=False,
-        initial_scale=math.hypot(start * float(levels[0]), *start_draws),
+        initial_scale=initial_scale,
         steps=long.steps(),
         name=name,
         **columns(rows, 0 * ones, ones),

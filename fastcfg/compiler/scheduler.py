@@ -158,7 +158,8 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], limite
     response = of_known_rounding(response, shorter, what)
     clip = scheduler_clip(original)
     limited = limited or clip is not None
-    rows = reduce(response, limited)
+    start = float(getattr(original, "init_noise_sigma", 1.0))
+    rows = reduce(response, limited, start)
     p_x, p_m = _prediction(linear, response)
     found: dict[str, Any] = columns(rows, p_x, p_m, limited)
     if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
@@ -170,7 +171,7 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], limite
         c_in=_scales(response),
         t=response.times,
         integer_time=response.integer_time,
-        initial_scale=float(getattr(original, "init_noise_sigma", 1.0)),
+        initial_scale=start,
         learned_variance=learned,
         steps=np.arange(response.calls) // order,
         name=type(scheduler).__name__,

@@ -22,10 +22,19 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The `scale_model_input`"),
 ]
 
-COUNTS = (5, 12, 20)
-# Root mean squares in the original's. Measured: by step at most 1.0 but for DPM-Solver++ with thresholding (1.06) and
-# FlowMapEuler (1.01, which computes in float64), 0.84 in the median; of whole runs at most 1.19 and 0.81.
-BY_STEP, WHOLE = 1.1, 1.25
+COUNTS = (1, 2, 3, 5, 8, 12, 20, 30, 50)
+MANY = (30, 50)
+# Root mean squares in the original's, by step and of whole runs. Measured: over all counts at most 1.0 by step but for
+# what is named below and FlowMapEuler (1.01; it computes in float64), 0.76 in the median; 1.16 and 0.72 of whole runs.
+# At 30 and 50 steps 1.01 and 0.80, 1.21 and 0.82.
+BOUNDS, MANY_BOUNDS = (1.02, 1.25), (1.02, 1.25)
+THRESHOLDING = ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5})
+# One step of it multiplies the rounding of the output by 157: 1.55. Over all counts 1.08.
+THRESHOLDING_BOUNDS = (1.12, 1.25)
+# Heun's second stage has its first output from two states, of which one is rounded: it saves one tensor, originals two.
+# Measured at 30 and 50 steps: 1.15 and 1.34, 1.12 and 1.23, 0.67 and 1.37.
+HEUN = ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+HEUN_BOUNDS = (1.2, 1.45)
 
 
 def denoise(x: Tensor, t: Tensor, learned: bool) -> Tensor:
@@ -84,14 +93,20 @@ def errors(original: Any) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_errors_are_no_larger_than_the_original_s(name: str, config: dict[str, Any]) -> None:
-    sums = torch.zeros(2, 2, dtype=torch.float64)
+    sums = {}
     for count in COUNTS:
         original = getattr(diffusers, name)(**config)
         try:
             original.set_timesteps(count)
-        except (IndexError, ZeroDivisionError, ValueError) as error:
-            pytest.skip(f"the original does not run: {type(error).__name__}")
-        sums += torch.tensor(errors(original), dtype=torch.float64)
-    by_step, whole = (sums[:, 0] / sums[:, 1]).sqrt().tolist()
-    assert by_step <= BY_STEP
-    assert whole <= WHOLE
+        except (IndexError, ZeroDivisionError, ValueError):
+            continue  # it does not run with so few
+        sums[count] = torch.tensor(errors(original), dtype=torch.float64)
+    assert set(MANY) <= set(sums)
+    for counts, bounds in (
+        (COUNTS, THRESHOLDING_BOUNDS if (name, config) == THRESHOLDING else BOUNDS),
+        (MANY, HEUN_BOUNDS if name in HEUN else MANY_BOUNDS),
+    ):
+        total = torch.stack([sums[count] for count in counts if count in sums]).sum(dim=0)
+        by_step, whole = (total[:, 0] / total[:, 1]).sqrt().tolist()
+        assert by_step <= bounds[0], counts
+        assert whole <= bounds[1], counts
