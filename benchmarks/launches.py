@@ -218,7 +218,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "fp32": partial(step, dtype="float32", **_MAIN),
     "k3": partial(step, **_MAIN | {"branches": 3, "base": 2}),
     "history-3": partial(step, **_CFG, history=3),
-    "no-x0": partial(step, **_CFG, history=1, raw_output=True, predict_x0=False),
+    "no-x0": partial(step, **_CFG, history=1, saves_states=True, raw_output=True, predict_x0=False),
     "gradient": partial(step, **_MAIN, gradient=True),
     "x0": partial(step, **_MAIN, keep_x0=True),
     "rescale": partial(step, **_MAIN, rescale=True),
