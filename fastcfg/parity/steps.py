@@ -35,6 +35,7 @@ OPTIONS = {
     "gradient": replace(_GUIDED, gradient=True, noise="tensor"),
     "raw output": StepSpec(branches=2, base=0, raw_output=True, noise="tensor", keep_x0=True),
     "history": StepSpec(branches=3, noise="tensor", history=3, unconditional=2, keep_x0=True),
+    "saved states": StepSpec(branches=3, noise="tensor", history=3, saves_states=True),
     # Rows of these solvers, with the originals' own formulas for plain torch; the rest are random rows.
     "ddpm": replace(_GUIDED, learned_variance=True, noise="tensor"),
     "ddim": replace(_GUIDED, noise="none"),

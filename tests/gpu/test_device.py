@@ -33,6 +33,7 @@ SPECS = {
     "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise="philox"),
     "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise="philox"),
     "history": StepSpec(branches=3, noise="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
+    "states": StepSpec(history=3, saves_states=True, raw_output=True, predict_x0=False, noise="tensor"),
 }
 
 
