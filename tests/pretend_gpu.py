@@ -23,8 +23,10 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["TO_DEVICE", "TO_HOST", "Crossing", "PretendGpu", "PretendTensor"]
+__all__ = ["CAN_PRETEND", "TO_DEVICE", "TO_HOST", "Crossing", "PretendGpu", "PretendTensor"]
 
+# torch 2.8 has no guard for devices that are not there.
+CAN_PRETEND = not torch.cuda.is_available() and hasattr(torch._C, "_ensureCUDADeviceGuardSet")
 TO_DEVICE = "host to device"
 TO_HOST = "device to host"
 

@@ -34,7 +34,11 @@ class UNetBlock(nn.Sequential):
     @property
     def attention(self) -> AttentionBlock | None:
         """The block's attention layer, if it has one."""
-        return next((layer for layer in self if isinstance(layer, AttentionBlock)), None)
+        # No next() of a generator: torch.compile of torch 2.8 does not follow it.
+        for layer in self:
+            if isinstance(layer, AttentionBlock):
+                return layer
+        return None
 
 
 @dataclass(frozen=True)

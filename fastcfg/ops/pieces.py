@@ -139,8 +139,9 @@ def predict_x0(
     expect("p_m", p_m, batch, torch.float32, x.device)
     if bound is not None:
         expect("bound", bound, batch, torch.float32, x.device)
-    for name, values in zip(("rest[0]", "rest[1]"), rest or (), strict=False):
-        expect(name, values, batch, torch.float32, x.device)
+    if rest is not None:
+        expect("rest[0]", rest[0], batch, torch.float32, x.device)
+        expect("rest[1]", rest[1], batch, torch.float32, x.device)
     x, output = x.contiguous(), _dense(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound, rest)
