@@ -66,8 +66,12 @@ class StepSpec:
             saves_states=table.saves_states,
             **others,
         )
-        takes_x0 = table.uses_x0 or spec.clip or spec.gradient or spec.keep_x0 or not spec.raw_output
-        return replace(spec, predict_x0=takes_x0)
+        return replace(spec, predict_x0=table.uses_x0 or spec.takes_x0)
+
+    @property
+    def takes_x0(self) -> bool:
+        """Whether x0 has to be predicted, whatever the rows use."""
+        return self.clip or self.gradient or self.keep_x0 or not self.raw_output
 
 
 @dataclass(eq=False)

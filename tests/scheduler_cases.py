@@ -7,10 +7,12 @@ from typing import Any
 NO_CLIP = {"clip_sample": False}
 V = {"prediction_type": "v_prediction"}
 KARRAS = {"use_karras_sigmas": True}
+CLIPPED_AT_2 = {"clip_sample_range": 2.0, "timestep_spacing": "trailing", "set_alpha_to_one": False}
+THRESHOLDED = {"thresholding": True, "sample_max_value": 1.5}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("DDIMScheduler", NO_CLIP),
     ("DDIMScheduler", {}),
-    ("DDIMScheduler", {"clip_sample_range": 2.0, "timestep_spacing": "trailing", "set_alpha_to_one": False}),
+    ("DDIMScheduler", CLIPPED_AT_2),
     ("DDIMScheduler", {**V, **NO_CLIP, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
     ("DDIMScheduler", {"prediction_type": "sample", "timestep_spacing": "linspace"}),
     ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0, **NO_CLIP}),
@@ -45,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DPMSolverMultistepScheduler", {"solver_order": 1, **V}),
     ("DPMSolverMultistepScheduler", {"solver_order": 3, "solver_type": "heun", **KARRAS}),
     ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **KARRAS}),
-    ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.5}),
+    ("DPMSolverMultistepScheduler", THRESHOLDED),
     ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
     ("DPMSolverMultistepScheduler", {"euler_at_final": True, "use_lu_lambdas": True}),
     ("DPMSolverMultistepInverseScheduler", {}),

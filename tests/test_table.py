@@ -79,7 +79,7 @@ def test_on_rounds_once_and_looks_ahead_to_a_neutral_row(dtype: torch.dtype) -> 
     parts = tensor[:2].double()
     for column in ("p_x", "p_m", "a_x"):
         both = parts[:, COLUMNS.index(column)] + parts[:, DEVICE_COLUMNS.index(f"{column}_rest")]
-        np.testing.assert_allclose(both, table[column], rtol=1e-14)
+        np.testing.assert_allclose(both, table[column], rtol=2e-15)  # measured: 8.9e-16
     neutral = dict(zip(DEVICE_COLUMNS, tensor[2].tolist(), strict=True))
     assert neutral.pop("c_in") == 1
     assert neutral.pop("slot") == -1

@@ -14,7 +14,7 @@ _TOLERANCE = 30  # of a sum, in roundings; measured: 12
 _REACH = 5  # rows that a saved tensor may lie back
 _HORIZON = 12  # samples of those that follow that tell what is needed
 _RANK = 100  # of singular values of what is needed, in roundings of the largest
-_LARGER = 2  # squares of terms that a family may have than another, for being named first
+_LARGER = 2  # times the squares of another's terms that a family may have which is tried before it
 _DISTANCE = 1000  # of a unit vector from a span that it lies in, in roundings
 
 
@@ -65,10 +65,11 @@ def reduce(response: Response, limited: bool = True, start: float = 1.0) -> Rows
     families = [*x0, outputs, *slopes, states[:-1]] if limited else [states[:-1], outputs, *x0, *slopes]
     found: list[tuple[Rows, float]] = []
     for family in families:
-        if (rows := _with(family, response, outputs)) is not None:
-            found.append((rows, _terms(rows, family, response, start)))
-            if limited or rows.slot.max() < 0:
-                break
+        if (rows := _with(family, response, outputs)) is None:
+            continue
+        if limited or rows.slot.max() < 0:
+            return rows
+        found.append((rows, _terms(rows, family, response, start)))
     if found:
         fewest = min(int(rows.slot.max()) for rows, _ in found)
         found = [(rows, terms) for rows, terms in found if rows.slot.max() == fewest]

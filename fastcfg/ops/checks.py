@@ -45,7 +45,7 @@ def check_spec(spec: StepSpec) -> None:
         raise ValueError("spec.saves_states: got True without history, expected saved tensors")
     if spec.rescale and not spec.clip:
         raise ValueError("spec.rescale: got True without clip, expected both")
-    if not spec.predict_x0 and (not spec.raw_output or spec.clip or spec.gradient or spec.keep_x0):
+    if spec.takes_x0 and not spec.predict_x0:
         raise ValueError(
             "spec.predict_x0: got False, expected True: clip, gradient and keep_x0, or no raw_output, take x0"
         )
