@@ -149,7 +149,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     """Draw the curve of adherence over guidance scale as a PNG, whole or not at all."""
     from matplotlib.figure import Figure
 
-    from fastcfg.files import replacing
+    from fastcfg.utils.files import replacing
 
     rows = report["scales"]
     scales = [row["scale"] for row in rows]
@@ -291,7 +291,7 @@ def _environment(device: str) -> dict[str, Any]:
 
 
 def _write(path: str, report: dict[str, Any]) -> None:
-    from fastcfg.files import write_text
+    from fastcfg.utils.files import write_text
 
     write_text(path, json.dumps(report, indent=1) + "\n")
 

@@ -29,7 +29,7 @@ from benchmarks.suite.roof import TARGETS, VARIANTS, add_shares
 from benchmarks.suite.workloads import Workload, registry, select
 from fastcfg.cli.outputs import check_folder
 from fastcfg.cli.parser import Parser, UsageError, choose_device, integer, one_of
-from fastcfg.files import write_text
+from fastcfg.utils.files import write_text
 
 _EXAMPLES = """examples:
   python -m benchmarks                                  # what suits this machine; resumes what was stopped

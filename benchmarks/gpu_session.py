@@ -83,7 +83,7 @@ def run(stages: Sequence[Stage], out: Path, budget: float, environment: Any, beg
     Returns the report: of a stage its status ("ok", "failed", "skipped" or "timed out"), seconds, limit_s, reason,
     summary, json (the name of a file beside it) and tail (the output's end).
     """
-    from fastcfg.files import write_text  # imports torch, whose seconds count
+    from fastcfg.utils.files import write_text  # imports torch, whose seconds count
 
     out.mkdir(parents=True, exist_ok=True)
     report = {"schema": 1, "finished": False, "environment": environment, "budget_s": budget, "stages": {}}
@@ -168,7 +168,7 @@ def _statuses(value: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
 
 def _kept(file: Path) -> str | None:
     """The name of a report, made small; None of what is not kept."""
-    from fastcfg.files import write_text
+    from fastcfg.utils.files import write_text
 
     if file.suffix == ".json" and file.stat().st_size > LARGEST:
         full = {"object_hook": lambda found: {key: one for key, one in found.items() if one not in (None, "", [])}}

@@ -24,7 +24,7 @@ from benchmarks.captured.registry import CHECKS, NotHereError
 from benchmarks.environment import environment, load_average
 from fastcfg.cli.outputs import check_output
 from fastcfg.cli.parser import Parser, UsageError, choose_device, one_of
-from fastcfg.files import write_text
+from fastcfg.utils.files import write_text
 
 __all__ = ["CHECKS", "devices", "loops", "main", "models", "run", "times"]
 

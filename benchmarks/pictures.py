@@ -20,7 +20,6 @@ import torch
 
 from fastcfg import CFG, Sampler, Schedule, StepTable, sigmas, solvers
 from fastcfg.cli.parser import Parser
-from fastcfg.files import replacing
 from fastcfg.guidance import (
     APG,
     AdaptiveCFG,
@@ -35,6 +34,7 @@ from fastcfg.guidance import (
 )
 from fastcfg.pipeline import TextToImage
 from fastcfg.schedule import consistency_timesteps
+from fastcfg.utils.files import replacing
 
 PROMPT = "a red circle above a blue square"
 NEGATIVE = "a green triangle"

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcfg.files import write_text
 from fastcfg.frontends.diffusers import fuse
+from fastcfg.utils.files import write_text
 
 from .environment import environment, load_average
 from .suite.foreign import load_diffusers

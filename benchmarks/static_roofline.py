@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in table_lines(_kept(islice(measured, len(arguments.variant)), rows)):
             print(line, flush=True)
     if arguments.json:
-        from fastcfg.files import write_text
+        from fastcfg.utils.files import write_text
 
         write_text(arguments.json, json.dumps(as_report(rows), indent=1) + "\n")
     return 0

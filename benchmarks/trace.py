@@ -18,8 +18,8 @@ from benchmarks.environment import environment, load_average
 from benchmarks.suite.architectures import ARCHITECTURES
 from fastcfg import CFG, Sampler, solvers
 from fastcfg.cli.parser import integer
-from fastcfg.files import write_text
 from fastcfg.pipeline import TextToImage
+from fastcfg.utils.files import write_text
 
 
 def trace(device: torch.device, rows: int, graph: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
     images = Sampler(model, table, guidance=CFG(3.0), clip=1.0).sample((16, 3, 64, 64), cond=..., uncond=..., seed=0)
 """
 
-from . import solvers
+from . import _moved, solvers
 from .frontends import ClassifierFree, accelerate
 from .guidance import (
     APG,
@@ -31,6 +31,8 @@ from .sampler import Preview, Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
 from .threshold import DynamicThreshold
+
+_moved.install()
 
 __version__ = "0.1.0"
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from .files import replacing, write_text
+from .utils.files import replacing, write_text
 
 __all__ = ["COLUMNS", "DEVICE_COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
 

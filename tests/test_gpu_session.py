@@ -18,7 +18,7 @@ import torch
 from fake_nvml import FakeNvml
 from tiny_checkpoint import write_tiny_checkpoint
 
-import fastcfg.files
+import fastcfg.utils.files
 from benchmarks import gpu_session, short_kernels
 from benchmarks.__main__ import main
 from benchmarks.gpu_session import BUDGET, Stage, limits
@@ -84,14 +84,14 @@ def test_stages_fail_hang_and_are_skipped_and_the_others_run(
     out.mkdir()
     (out / "old.json").write_text("{}")
     os.utime(out / "old.json", (1e9, 1e9))
-    written, write_text = [], fastcfg.files.write_text
+    written, write_text = [], fastcfg.utils.files.write_text
 
     def watched(path: Path, text: str) -> None:
         write_text(path, text)
         if path.name == "session.json":
             written.append(json.loads(path.read_text()))
 
-    monkeypatch.setattr(fastcfg.files, "write_text", watched)
+    monkeypatch.setattr(fastcfg.utils.files, "write_text", watched)
     start = time.monotonic()
     assert main(["gpu_session", "--out", str(out), "--budget", "14s"]) == 1
     assert time.monotonic() - start < 14

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    "files",
+    "utils",
     "schedule",
     "sigmas",
     "table",
@@ -55,12 +55,12 @@ LAYERS = (
 # Layers that may import fewer of fastcfg's than those above them.
 NARROWER = {
     "kernels": set(),
-    "models": {"files"},
-    "training": {"files", "schedule", "models", "noise", "reference"},
+    "models": {"utils"},
+    "training": {"utils", "schedule", "models", "noise", "reference"},
 }
 
 # The package itself: its public names, and what `python -m` runs. It stands outside the order.
-TOP = {"fastcfg", "fastcfg.__main__", "fastcfg.parity.__main__"}
+TOP = {"fastcfg", "fastcfg.__main__", "fastcfg.parity.__main__", "fastcfg._moved"}
 
 THIRD_PARTY_UIS = {"diffusers", "k_diffusion", "transformers"}
 

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastcfg.files import replacing
+from fastcfg.utils.files import replacing
 
 from .reading import OURS, case, condition, duration, fastest, timed
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.adherence import table as adherence
 from fastcfg.cli.parser import Parser, UsageError
-from fastcfg.files import write_text
+from fastcfg.utils.files import write_text
 
 from .plots import draw
 from .reading import case, condition, duration, fastest, load, number, timed

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastcfg.files import write_text
+from fastcfg.utils.files import write_text
 
 SCHEMA = 1
 OUT_OF_TIME = "time budget used up"

@@ -105,7 +105,7 @@ def save_png(image: Image.Image, path: str, text: Mapping[str, str], settings: M
     """
     from PIL.PngImagePlugin import PngInfo
 
-    from fastcfg.files import replacing
+    from fastcfg.utils.files import replacing
 
     info = PngInfo()
     for keyword, value in text.items():

@@ -62,7 +62,7 @@ def _try_writing(option: str, path: str, folder: Path) -> None:
 
 def write_json(path: str, value: Any) -> None:
     """Write JSON to a file, or to standard output for "-"."""
-    from fastcfg.files import write_text
+    from fastcfg.utils.files import write_text
 
     text = json.dumps(value, indent=2) + "\n"
     if path == STDOUT:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..files import replacing
+from ..utils.files import replacing
 
 __all__ = ["classifier_gradient", "load_samples", "save_samples", "to_uint8"]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from fastcfg.files import replacing
 from fastcfg.models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet, SuperResText2ImUNet
 from fastcfg.models.text2im import HasVocabulary, Text2ImUNet
 from fastcfg.models.tokenizer import Tokenizer
+from fastcfg.utils.files import replacing
 
 FORMAT = "fastcfg-checkpoint"
 FORMAT_VERSION = 1

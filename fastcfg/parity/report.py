@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..files import replacing
+from ..utils.files import replacing
 from .findings import Finding
 
 _HEADS = ("check", "backend", "dtype", "options", "way", "bitwise", "max ulp", "RMS ulp", "torch", "bound", "")

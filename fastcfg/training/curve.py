@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcfg.files import replacing
+from fastcfg.utils.files import replacing
 
 _POINTS = 200
 _LINES = {

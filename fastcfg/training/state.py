@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcfg.files import replacing
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.ema import EMA
 from fastcfg.training.recipes import make_recipe
+from fastcfg.utils.files import replacing
 
 _FORMAT = "fastcfg-training-state"
 # What may change on resuming, as long as the steps already made would have been the same: the run's length, while the

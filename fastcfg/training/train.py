@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcfg.files import replacing, write_text
 from fastcfg.models.checkpoint import save_checkpoint
 from fastcfg.schedule import Schedule
 from fastcfg.training import curve
@@ -33,6 +32,7 @@ from fastcfg.training.shapes_config import ShapesConfig
 from fastcfg.training.shapes_task import ShapesTask
 from fastcfg.training.state import load_state, save_state
 from fastcfg.training.task import Task, seed_for
+from fastcfg.utils.files import replacing, write_text
 
 RECIPE, STATE, CHECKPOINT, LOG, PLOT = "recipe.json", "state.pt", "model.safetensors", "log.jsonl", "loss_curve.png"
 GLIDE = "glide.pt"

@@ -1,0 +1,47 @@
+"""Modules that have moved, importable under their old names.
+
+`import fastcfg.pipeline` gives a module that looks each name up in its new home and warns once that it has moved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "install"]
+
+# Old name below `fastcfg` -> new name below it.
+MOVED = {
+    "files": "utils.files",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the old names only; every other import passes it by."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        return ModuleSpec(name, self) if package == "fastcfg" and old in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = "fastcfg." + MOVED[module.__name__.partition(".")[2]]
+        warnings.warn(f"{module.__name__} has moved to {new}", DeprecationWarning, stacklevel=2)
+        home = importlib.import_module(new)
+
+        def look_up(name: str) -> Any:
+            return getattr(home, name)
+
+        module.__doc__ = f"Moved to `{new}`."
+        module.__dict__.update(__getattr__=look_up, __dir__=lambda: dir(home), __all__=getattr(home, "__all__", []))
+
+
+def install() -> None:
+    """Make the old names importable. Idempotent."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
