@@ -25,7 +25,7 @@ import numpy as np
 from fastcfg.cli.parser import Parser, UsageError, any_integer, choose_device, integer, one_of, several_finite
 
 if TYPE_CHECKING:
-    from fastcfg.pipeline import TextToImage
+    from fastcfg.pipelines.text_to_image import TextToImage
     from fastcfg.training.shapes import Scene
 
 SCALES = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0]
@@ -102,7 +102,7 @@ def measure(
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every scale that the JSON file lacks, writing it after each; returns the whole report."""
-    from fastcfg.pipeline import TextToImage
+    from fastcfg.pipelines.text_to_image import TextToImage
     from fastcfg.training.data import evaluation_prompts
     from fastcfg.training.shapes import render_batch
 

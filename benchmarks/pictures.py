@@ -32,7 +32,7 @@ from fastcfg.guidance import (
     PerturbedCFG,
     TangentialCFG,
 )
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.schedule import consistency_timesteps
 from fastcfg.utils.files import replacing
 

@@ -18,7 +18,7 @@ from benchmarks.environment import environment, load_average
 from benchmarks.suite.architectures import ARCHITECTURES
 from fastcfg import CFG, Sampler, solvers
 from fastcfg.cli.parser import integer
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.utils.files import write_text
 
 

@@ -1,6 +1,6 @@
 """Modules that have moved, importable under their old names.
 
-`import fastcfg.pipeline` gives a module that looks each name up in its new home and warns once that it has moved.
+`import fastcfg.pipelines.text_to_image` gives a module that looks each name up in its new home and warns once that it has moved.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ __all__ = ["MOVED", "install"]
 # Old name below `fastcfg` -> new name below it.
 MOVED = {
     "files": "utils.files",
+    "stage": "pipelines.base",
+    "pipeline": "pipelines.text_to_image",
+    "upsampler": "pipelines.upsampler",
+    "inpainting": "pipelines.inpainting",
 }
 
 

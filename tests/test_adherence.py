@@ -12,7 +12,7 @@ import torch
 from tiny_checkpoint import write_tiny_checkpoint
 
 from benchmarks import adherence
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.training.data import evaluation_prompts
 from fastcfg.training.shapes import VOCABULARY, render_batch
 

@@ -17,7 +17,7 @@ from benchmarks.suite.cases import LoopCase, StepCase
 from fastcfg import CFG, Sampler, Schedule
 from fastcfg.ops import GuidedStep
 from fastcfg.parity.loops import Analytic
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.step import StepBuffers, StepSpec
 
 SHAPE = (2, 3, 8, 8)

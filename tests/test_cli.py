@@ -22,7 +22,7 @@ from tiny_checkpoint import MODEL, SIZE, TIMESTEPS, write_tiny_checkpoint
 import fastcfg
 from fastcfg.cli import doctor, main, nvml
 from fastcfg.cli.grid import Row, Section, draw_grid
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle above"

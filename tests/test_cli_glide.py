@@ -15,8 +15,8 @@ from tiny_glide import BASE_SIZE, SIZE, words, write_network
 
 import fastcfg
 from fastcfg.cli import main
-from fastcfg.pipeline import TextToImage
-from fastcfg.upsampler import Upsampler
+from fastcfg.pipelines.text_to_image import TextToImage
+from fastcfg.pipelines.upsampler import Upsampler
 
 PROMPT, OTHER = "a red circle", "a blue star below"
 

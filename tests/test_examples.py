@@ -28,10 +28,10 @@ ELSEWHERE = {
     "fastcfg.models.loading.load_network": "GLIDE's weights",
     "fastcfg.models.text2im.Text2ImUNet.precompute": "a network",
     "fastcfg.models.weights.read_state_dict": "GLIDE's weights",
-    "fastcfg.pipeline.TextToImage": "20 s: tests/test_pipeline.py",
-    "fastcfg.pipeline.TextToImage.load": "GLIDE's weights",
+    "fastcfg.pipelines.text_to_image.TextToImage": "20 s: tests/test_pipeline.py",
+    "fastcfg.pipelines.text_to_image.TextToImage.load": "GLIDE's weights",
     "fastcfg.training.train.train": "a training run: tests/training/test_train.py",
-    "fastcfg.upsampler.Upsampler": "GLIDE's weights",
+    "fastcfg.pipelines.upsampler.Upsampler": "GLIDE's weights",
 }
 OTHERS = {"diffusers": load_diffusers, "k_diffusion": load_k_diffusion}
 

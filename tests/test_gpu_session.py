@@ -24,7 +24,7 @@ from benchmarks.__main__ import main
 from benchmarks.gpu_session import BUDGET, Stage, limits
 from benchmarks.gpu_state import GpuMonitor
 from fastcfg import ops
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastcfg import CFG, Sampler, Schedule, solvers
 from fastcfg.models import Text2ImUNet
 from fastcfg.models.checkpoint import load_checkpoint
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 
 PROMPT, OTHER = "a red circle", "a blue star below"
 STEPS = 5

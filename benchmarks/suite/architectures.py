@@ -18,7 +18,7 @@ from fastcfg.models.glide import N_VOCAB
 from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 from fastcfg.models.guided_diffusion import NUM_CLASSES, create_model
 from fastcfg.parity.loops import PROMPT
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 
 Device = torch.device | str
 Built = tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]

@@ -198,7 +198,7 @@ def _one_step(device: torch.device, backend: str, dtype: torch.dtype) -> torch.T
 def _check_checkpoint() -> dict[str, Any]:
     from importlib.util import find_spec
 
-    from fastcfg.pipeline import TextToImage
+    from fastcfg.pipelines.text_to_image import TextToImage
 
     # The engine works without them.
     if missing := [name for name in ("safetensors", "tokenizers") if find_spec(name) is None]:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from fastcfg.pipeline import TextToImage
-    from fastcfg.stage import Stage
-    from fastcfg.upsampler import Upsampler
+    from fastcfg.pipelines.base import Stage
+    from fastcfg.pipelines.text_to_image import TextToImage
+    from fastcfg.pipelines.upsampler import Upsampler
 
 # Enlarged pictures have other seeds than the small ones, or both would start from the same normals.
 _SEED_OFFSET = 2**32
@@ -197,8 +197,8 @@ def load_stages(arguments: argparse.Namespace, device: str) -> Stages:
         UsageError, ValueError: it does not, or a file is not what it should be.
         OSError: a file cannot be read.
     """
-    from fastcfg.pipeline import TextToImage
-    from fastcfg.upsampler import Upsampler
+    from fastcfg.pipelines.text_to_image import TextToImage
+    from fastcfg.pipelines.upsampler import Upsampler
 
     if arguments.model != "glide":
         return Stages(TextToImage.load(arguments.checkpoint, device))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..guidance import CFG, Guidance, NoGuidance
-from ..pipeline import TextToImage
+from ..pipelines.text_to_image import TextToImage
 from ..sampler import Sampler
 from ..schedule import Schedule
 from ..step import StepSpec

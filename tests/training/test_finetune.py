@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcfg.models import SuperResText2ImUNet, Text2ImUNet, Tokenizer
 from fastcfg.models.checkpoint import load_checkpoint
-from fastcfg.pipeline import TextToImage
+from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.training import curve
 from fastcfg.training.folder_config import FolderConfig
 from fastcfg.training.folder_task import FolderTask

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guidance import CFG
-from .models.tokenizer import Tokenizer
-from .sampler import Step
-from .stage import SOLVERS, Stage, check_count, check_finite, picture_seeds
+from ..guidance import CFG
+from ..models.tokenizer import Tokenizer
+from ..sampler import Step
+from .base import SOLVERS, Stage, check_count, check_finite, picture_seeds
 
 __all__ = ["SOLVERS", "TextToImage"]
 

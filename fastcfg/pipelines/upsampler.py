@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .guidance import NoGuidance
-from .models.tokenizer import Tokenizer
-from .sampler import Step
-from .stage import Stage, check_count, check_finite, picture_seeds
+from ..guidance import NoGuidance
+from ..models.tokenizer import Tokenizer
+from ..sampler import Step
+from .base import Stage, check_count, check_finite, picture_seeds
 
 __all__ = ["Upsampler"]
 

@@ -13,17 +13,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from . import solvers
-from .guidance import Guidance
+from .. import solvers
+from ..guidance import Guidance
+from ..models.checkpoint import CheckpointMeta
+from ..models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet
+from ..models.loading import load_network
+from ..models.text2im import Text2ImUNet
+from ..models.tokenizer import Tokenizer
+from ..sampler import Sampler, Step
+from ..schedule import Schedule
+from ..table import StepTable
 from .inpainting import KnownPixels, checked_inpainting
-from .models.checkpoint import CheckpointMeta
-from .models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet
-from .models.loading import load_network
-from .models.text2im import Text2ImUNet
-from .models.tokenizer import Tokenizer
-from .sampler import Sampler, Step
-from .schedule import Schedule
-from .table import StepTable
 
 __all__ = ["SOLVERS", "Stage"]
 
