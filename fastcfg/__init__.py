@@ -9,6 +9,7 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 """
 
 from . import _moved, solvers
+from .clip import DynamicThreshold
 from .frontends import ClassifierFree, accelerate
 from .guidance import (
     APG,
@@ -30,7 +31,6 @@ from .guidance import (
 from .sampler import Preview, Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
-from .threshold import DynamicThreshold
 
 _moved.install()
 

@@ -1,6 +1,6 @@
 """Modules that have moved, importable under their old names.
 
-`import fastcfg.pipelines.text_to_image` gives a module that looks each name up in its new home and warns once that it has moved.
+An old name gives a module that looks everything up in its new home, and warns once that it has moved.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ MOVED = {
     "pipeline": "pipelines.text_to_image",
     "upsampler": "pipelines.upsampler",
     "inpainting": "pipelines.inpainting",
+    "noise": "reference.philox",
+    "parity.plain": "reference.plain",
+    "reference.gaussian": "reference.originals",
+    "reference.bound": "reference.bits_per_dim",
+    "threshold": "clip",
+    "guidance.statistic": "guidance.output_methods",
 }
 
 

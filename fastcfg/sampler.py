@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .clip import DynamicThreshold
 from .conditioning import Alike, check_conditioning
 from .guidance import Guidance, GuidancePlan, NoGuidance
 from .keeper import Keeper, Kept
@@ -19,7 +20,6 @@ from .programs import Decision
 from .run import Preview, Previews, ProgressBar, Run, Step
 from .sources import NoiseSource, Recording, philox_source, recorded_source, torch_source
 from .table import StepTable
-from .threshold import DynamicThreshold
 from .workspace import NO_CAPTURE, Options
 
 __all__ = ["Preview", "Sampler", "Step"]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .noise import sample_seeds
 from .ops import initial_noise
+from .reference.philox import sample_seeds
 
 __all__ = ["NoiseSource", "cuda_normal_offset", "philox_source", "recorded_source", "torch_source"]
 
@@ -42,8 +42,8 @@ class NoiseSource:
 def philox_source(
     seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device, backend: str
 ) -> NoiseSource:
-    """Noise that depends on each sample's seed alone (`fastcfg.noise`); without a seed, one is taken from torch's
-    global generator."""
+    """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`); without a seed, one is taken from
+    torch's global generator."""
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
     seeds = sample_seeds(_integers(seed), shape[0]).to(device)

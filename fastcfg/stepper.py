@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .clip import DynamicThreshold
 from .ops import GuidedStep, QuantileBound
 from .ops.backend import resolve_backend
 from .step import StepBuffers, StepSpec
 from .table import StepTable
-from .threshold import DynamicThreshold
 
 __all__ = ["Stepper"]
 

@@ -1,7 +1,7 @@
 """Value functions shared by the kernels: no loads, no stores.
 
-They mirror `fastcfg.reference` and `fastcfg.noise` operation by operation. Multiply-adds are explicit `tl.fma`, and
-kernels are launched with contraction off, so that the compiler rounds where these lines round and nowhere else.
+They mirror `fastcfg.reference` operation by operation. Multiply-adds are explicit `tl.fma`, and kernels are launched
+with contraction off, so that the compiler rounds where these lines round and nowhere else.
 """
 
 import triton
@@ -53,7 +53,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def box_muller(radius_word, angle_word):
-    """Two float32 normals from two uint32 words; the constants are those of `fastcfg.noise`."""
+    """Two float32 normals from two uint32 words; the constants are those of `fastcfg.reference.philox`."""
     u = tl.fma(radius_word.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23

@@ -30,7 +30,7 @@ from benchmarks.suite.runner import OutOfTimeError, Runner, Worker
 from benchmarks.suite.worker import serve
 from benchmarks.suite.workloads import Workload, registry, select
 from fastcfg.parity.steps import check_step, make_case
-from fastcfg.reference import gaussian
+from fastcfg.reference import originals as reference_originals
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4, 4)
@@ -379,10 +379,10 @@ def test_the_originals_steps_have_the_bits_of_the_reference_formulas(style: str,
     x, t = torch.cat([case.x, case.x]), torch.full((4,), case.timestep)
     output = originals.guided(lambda x, t: case.output, case.scale, 3)(x, t)
     variance = "learned_range" if learned else "fixed_small"
-    p = gaussian.p_mean_variance(case.schedule, output, x, t, variance=variance)
-    want = gaussian.ddim_sample(case.schedule, p, x, t, case.noise)
+    p = reference_originals.p_mean_variance(case.schedule, output, x, t, variance=variance)
+    want = reference_originals.ddim_sample(case.schedule, p, x, t, case.noise)
     if solver != "ddim":
-        want = gaussian.p_sample(p, t, case.noise)
+        want = reference_originals.p_sample(p, t, case.noise)
     assert made.result is not None
     assert torch.equal(made.result(), want[:2])
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, programs, sampler, solvers
 from fastcfg.graphs import CaptureError, Comparison
 from fastcfg.graphs.modes import DispatchMode
-from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.readback import Pace, Readback
+from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 
 # Graph or eager, batched or serial
 

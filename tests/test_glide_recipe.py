@@ -14,9 +14,9 @@ from torch import Tensor
 from fastcfg import ClassifierFree
 from fastcfg.frontends.glide import create_gaussian_diffusion
 from fastcfg.models.loading import load_network
-from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.pipelines.upsampler import Upsampler
+from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 
 PROMPTS = ["a red circle", "a blue star below"]
 STEPS, UP_STEPS = 5, "2,1,1"

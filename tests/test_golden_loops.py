@@ -23,7 +23,7 @@ from golden_data import (
 from torch import Tensor
 
 from fastcfg import CFG, Sampler, StepTable, solvers
-from fastcfg.reference import gaussian
+from fastcfg.reference import originals
 
 LOOPS = [pytest.param(case, id=case["id"]) for case in cases("loops")]
 
@@ -74,7 +74,7 @@ def original_loop(case: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     x, noise = start_and_noise(case)
     for i, step in enumerate(reversed(range(schedule.num_timesteps))):
         t = torch.full((len(x),), step)
-        p = gaussian.p_mean_variance(
+        p = originals.p_mean_variance(
             schedule,
             model(x, times[t], **conditioning),
             x,
@@ -88,13 +88,13 @@ def original_loop(case: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         gradient = toy_gradient(x, times[t], **conditioning) if "cond" in case else None
         if case["fn"] == "p_sample_loop":
             if gradient is not None:
-                p["mean"] = gaussian.condition_mean(p, gradient)
-            x = gaussian.p_sample(p, t, z)
+                p["mean"] = originals.condition_mean(p, gradient)
+            x = originals.p_sample(p, t, z)
         else:
             if gradient is not None:
-                p = gaussian.condition_score(schedule, p, x, t, gradient)
+                p = originals.condition_score(schedule, p, x, t, gradient)
             pred_xstart = p["pred_xstart"]
-            x = gaussian.ddim_sample(schedule, p, x, t, z, eta=case["eta"])
+            x = originals.ddim_sample(schedule, p, x, t, z, eta=case["eta"])
         yield x, pred_xstart
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from fastcfg import CFG, Sampler, Schedule, ops
+from fastcfg.clip import DynamicThreshold
 from fastcfg.ops import GuidedStep, backend, inductor_problem, resolve_backend
 from fastcfg.ops.inductor import InductorStep
 from fastcfg.solvers import ddpm
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
-from fastcfg.threshold import DynamicThreshold
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 5, 7)

@@ -17,13 +17,12 @@ LAYERS = (
     "schedule",
     "sigmas",
     "table",
-    "guidance",
-    "threshold",
-    "solvers",
-    "compiler",
-    "noise",
     "step",
+    "clip",
+    "solvers",
+    "guidance",
     "reference",
+    "compiler",
     "kernels",
     "ops",
     "stepper",
@@ -53,7 +52,7 @@ LAYERS = (
 NARROWER = {
     "kernels": set(),
     "models": {"utils"},
-    "training": {"utils", "schedule", "models", "noise", "reference"},
+    "training": {"utils", "schedule", "models", "reference"},
 }
 
 # The package itself: its public names, and what `python -m` runs. It stands outside the order.
@@ -243,7 +242,7 @@ def test_a_module_out_of_order_is_reported(module: str, source: str) -> None:
         ("fastcfg.kernels.guided_step", "import dataclasses\nimport triton\nfrom . import _math\nfrom ._math import f"),
         ("fastcfg.frontends.diffusers", "def f():\n    import diffusers"),
         ("fastcfg.models.unet", "import torch\nfrom .nn import timestep_embedding\nfrom . import nn"),
-        ("fastcfg.training.loop", "from ..models import Text2ImUNet\nfrom .. import noise, reference, schedule"),
+        ("fastcfg.training.loop", "from ..models import Text2ImUNet\nfrom .. import reference, schedule"),
         (
             "fastcfg.cli",
             "import argparse\nfrom fastcfg import __version__\ndef f():\n    import torch\n    from . import ops",

@@ -10,7 +10,7 @@ from golden_data import error
 from mixture import NULL, Mixture
 
 from fastcfg import Schedule
-from fastcfg.reference import gaussian
+from fastcfg.reference import originals
 
 MIXTURE = Mixture(weights=(0.5, 0.3, 0.2), means=(-1.5, 0.5, 1.6), stds=(0.3, 0.4, 0.2), classes=(0, 1, 1))
 Y = torch.tensor([NULL, 0, 1])
@@ -48,7 +48,7 @@ def test_the_model_predicts_what_it_should(prediction: str, rescale: bool) -> No
         "epsilon": eps,
         "x0": x0,
         "v": ᾱ**0.5 * eps - (1 - ᾱ) ** 0.5 * x0,
-        "previous_x": gaussian.q_posterior_mean_variance(schedule, x0, x, level)[0],
+        "previous_x": originals.q_posterior_mean_variance(schedule, x0, x, level)[0],
     }
     # The posterior's coefficients are rounded to float32.
     assert error(output, want[prediction]) < (1e-6 if prediction == "previous_x" else 1e-12)

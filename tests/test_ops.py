@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastcfg import ops
-from fastcfg.noise import philox_normal, sample_seeds
 from fastcfg.ops import GuidedStep, backend, initial_noise, is_channels_last, resolve_backend, triton_problem
+from fastcfg.reference.philox import philox_normal, sample_seeds
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 

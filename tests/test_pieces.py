@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastcfg import Schedule, ops
 from fastcfg.ops.backend import triton_problem
-from fastcfg.reference import gaussian, pieces
+from fastcfg.reference import originals, pieces
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
@@ -256,7 +256,7 @@ def test_reference_computes_in_float64_where_given_float64() -> None:
 def test_pieces_agree_with_guided_diffusion() -> None:
     schedule, t = Schedule.named("linear", 1000).respace(50), torch.tensor([0, 1, 20, 49])
     x, output = normal(4, 3, 8, 8).cpu(), normal(4, 6, 8, 8, seed=1).cpu()
-    theirs = gaussian.p_mean_variance(schedule, output, x, t, variance="learned_range")
+    theirs = originals.p_mean_variance(schedule, output, x, t, variance="learned_range")
 
     def at_t(values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32)[t]

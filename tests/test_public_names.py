@@ -20,7 +20,7 @@ NAMES = {
         "scheduler_clip trace_sampler"
     ),
     "fastcfg.conditioning": "Alike Conditioning Same Shared check_conditioning",
-    "fastcfg.utils.files": "replacing write_text",
+    "fastcfg.files": "replacing write_text",
     "fastcfg.fingerprint": "Fingerprint torch_settings",
     "fastcfg.frontends": "ClassifierFree accelerate",
     "fastcfg.frontends.accelerate": "accelerate",
@@ -45,7 +45,7 @@ NAMES = {
         "APG APGMix AdaptiveCFG AutoGuidance CFG CFGZeroStar Compose GramGuidance Guidance GuidancePlan "
         "InstructPix2Pix MagnitudeAwareCFG NoGuidance PerpNeg PerturbedCFG TangentialCFG"
     ),
-    "fastcfg.pipelines.inpainting": "KnownPixels checked_inpainting",
+    "fastcfg.inpainting": "KnownPixels checked_inpainting",
     "fastcfg.models": (
         "EncoderUNetModel InpaintText2ImUNet SuperResInpaintText2ImUnet SuperResModel SuperResText2ImUNet "
         "Text2ImUNet Tokenizer UNetModel"
@@ -75,7 +75,7 @@ NAMES = {
         "Error Finding PipelineProblem Problem as_json check_loops check_model check_pipeline check_steps "
         "load_problem plot runnable table"
     ),
-    "fastcfg.pipelines.text_to_image": "SOLVERS TextToImage",
+    "fastcfg.pipeline": "SOLVERS TextToImage",
     "fastcfg.programs": "Decision",
     "fastcfg.reference": (
         "ReferenceBound ReferenceStep Scratch blend bound gaussian gram pieces quantile_bound rescale_factor table_step"
@@ -103,7 +103,7 @@ NAMES = {
         "euler_cfg_pp heun langevin lcm lms plms predictor_corrector prk sa_solver sgld tcd unipc"
     ),
     "fastcfg.sources": "NoiseSource cuda_normal_offset philox_source recorded_source torch_source",
-    "fastcfg.pipelines.base": "SOLVERS Stage",
+    "fastcfg.stage": "SOLVERS Stage",
     "fastcfg.step": "StepBuffers StepSpec",
     "fastcfg.stepper": "Stepper",
     "fastcfg.table": "COLUMNS DEVICE_COLUMNS MAX_HISTORY NO_NOISE StepTable",
@@ -126,7 +126,7 @@ NAMES = {
     "fastcfg.training.shapes_task": "ShapesTask build_model",
     "fastcfg.training.task": "Task seed_for",
     "fastcfg.training.train": "TrainResult draw_noise main make_task train",
-    "fastcfg.pipelines.upsampler": "Upsampler",
+    "fastcfg.upsampler": "Upsampler",
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastcfg import CFG, Compose, Guidance, NoGuidance, Sampler, Schedule, StepTable, solvers
 from fastcfg.keeper import MAX_WORKSPACES
-from fastcfg.noise import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
+from fastcfg.reference.philox import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
 
 B, SHAPE = 3, (3, 2, 8, 8)
 

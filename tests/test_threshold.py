@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, ops, solvers
+from fastcfg.clip import MAX_SIZE
 from fastcfg.ops import GuidedStep, QuantileBound, triton_problem
 from fastcfg.reference import quantile_bound
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
-from fastcfg.threshold import MAX_SIZE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = (1, 2, 3, 63, 64, 1000, 12288)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcfg import Schedule, StepTable, solvers
-from fastcfg.noise import philox_normal, sample_seeds
+from fastcfg.reference.philox import philox_normal, sample_seeds
 
 # A tenth of the timesteps: 0, 10, ..., 990, which is also diffusers' "leading" spacing.
 SPACING = "ddim100"

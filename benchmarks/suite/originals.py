@@ -1,6 +1,6 @@
 """One step and the loop of guided-diffusion's and GLIDE's samplers as those do it, everything but the network.
 
-`fastcfg.reference.gaussian` has the originals' arithmetic but leaner look-ups. Here they are the originals' own: a
+`fastcfg.reference.originals` has the originals' arithmetic but leaner look-ups. Here they are the originals' own: a
 whole float64 table is taken from numpy to the device, indexed, and rounded, at every use; guided-diffusion expands the
 result, GLIDE adds it to a full tensor of zeros. Look-ups whose results are thrown away are made, as theirs are.
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite.cases import Provider, StepCase
-from fastcfg.parity.plain import plain_row
 from fastcfg.parity.steps import Case as OptionCase
+from fastcfg.reference.plain import plain_row
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 

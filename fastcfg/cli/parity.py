@@ -25,7 +25,7 @@ steps    one fused step on seeded random inputs, by every backend that runs here
            be 2 ulp off;
          - against the same step in float64: the error must be at most twice what plain torch loses (the same formulas
            in eager torch, each operation rounded on its own; for ddpm and ddim those of guided-diffusion and GLIDE),
-           or 1 ulp. The noise drawn in the kernel is compared with fastcfg.noise, bit for bit.
+           or 1 ulp. The noise drawn in the kernel is compared with fastcfg.reference.philox, bit for bit.
 loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick: an analytic one), from the same
          recorded noise, against the loop in float64, with the same bound along the trajectory.
 --model  your own model or sampler, instead of both: its first rows, once with the model's outputs recorded in the

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clip import DynamicThreshold
 from ..table import StepTable
-from ..threshold import DynamicThreshold
 from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Response
 from .reduction import Rows
 

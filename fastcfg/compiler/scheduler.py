@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..clip import DynamicThreshold
 from ..table import NO_NOISE, StepTable
-from ..threshold import DynamicThreshold
 from .assembly import TOLERANCE, columns, distance, of_known_rounding, verify
 from .cache import kept_for
 from .probe import Array, Response, drawing, in_float64, position_in, respond, returned_second

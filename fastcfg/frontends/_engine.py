@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..clip import DynamicThreshold
 from ..conditioning import Alike, Shared
 from ..guidance import CFG, NoGuidance
 from ..sampler import Sampler
 from ..sources import NoiseSource, philox_source, torch_source
 from ..table import StepTable
-from ..threshold import DynamicThreshold
 from .classifier_free import ClassifierFree
 
 __all__ = ["Engine", "Request", "split_by_branch"]

@@ -1,6 +1,6 @@
 """What guided-diffusion's and GLIDE's `GaussianDiffusion` have in common.
 
-Single steps are the originals' own operations (`fastcfg.reference.gaussian`); loops run on the engine, or step by step
+Single steps are the originals' own operations (`fastcfg.reference.originals`); loops run on the engine, or step by step
 in the originals' order where `backend="reference"` asks for it.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import solvers
 from ..ops import dynamic_threshold
-from ..reference import gaussian
+from ..reference import originals
 from ..schedule import Schedule
 from ..sources import NoiseSource, recorded_source, torch_source
 from ..table import StepTable
@@ -78,24 +78,24 @@ class Process:
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_t | x0), each of x_start's shape."""
-        return gaussian.q_mean_variance(self._schedule, x_start, t)
+        return originals.q_mean_variance(self._schedule, x_start, t)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t from x0, with noise drawn like x_start unless it is given."""
         noise = torch.randn_like(x_start) if noise is None else noise
         _same_shape("noise", noise, x_start)
-        return gaussian.q_sample(self._schedule, x_start, t, noise)
+        return originals.q_sample(self._schedule, x_start, t, noise)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0)."""
         _same_shape("x_t", x_t, x_start)
-        return gaussian.q_posterior_mean_variance(self._schedule, x_start, x_t, t)
+        return originals.q_posterior_mean_variance(self._schedule, x_start, x_t, t)
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return gaussian.predict_xstart_from_eps(self._schedule, x_t, t, eps)
+        return originals.predict_xstart_from_eps(self._schedule, x_t, t, eps)
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        return gaussian.predict_eps_from_xstart(self._schedule, x_t, t, pred_xstart)
+        return originals.predict_eps_from_xstart(self._schedule, x_t, t, pred_xstart)
 
     # p: one step from noise to images, operation for operation the originals'.
 
@@ -127,14 +127,14 @@ class Process:
         self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Keywords = None
     ) -> Tensor:
         """The mean moved by the variance times ∇ log p(y | x_t), which cond_fn(x, times, **model_kwargs) computes."""
-        return gaussian.condition_mean(p_mean_var, cond_fn(x, self._model_times(t), **_given(model_kwargs)))
+        return originals.condition_mean(p_mean_var, cond_fn(x, self._model_times(t), **_given(model_kwargs)))
 
     def condition_score(
         self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Keywords = None
     ) -> dict[str, Tensor]:
         """p_mean_var with mean and pred_xstart from the score moved by ∇ log p(y | x_t)."""
         gradient = cond_fn(x, self._model_times(t), **_given(model_kwargs))
-        return gaussian.condition_score(self._schedule, p_mean_var, x, t, gradient)
+        return originals.condition_score(self._schedule, p_mean_var, x, t, gradient)
 
     def p_sample(
         self,
@@ -156,7 +156,7 @@ class Process:
         drawn = _drawn(noise, x)
         if cond_fn is not None:
             p["mean"] = self.condition_mean(cond_fn, p, x, t, model_kwargs)
-        return {"sample": gaussian.p_sample(p, t, drawn), "pred_xstart": p["pred_xstart"]}
+        return {"sample": originals.p_sample(p, t, drawn), "pred_xstart": p["pred_xstart"]}
 
     def ddim_sample(
         self,
@@ -175,7 +175,7 @@ class Process:
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         if cond_fn is not None:
             p = self.condition_score(cond_fn, p, x, t, model_kwargs)
-        sample = gaussian.ddim_sample(self._schedule, p, x, t, _drawn(noise, x), eta=eta)
+        sample = originals.ddim_sample(self._schedule, p, x, t, _drawn(noise, x), eta=eta)
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
     # Loops.
@@ -299,7 +299,7 @@ class Process:
     def _p_mean_variance(
         self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool, denoised_fn: Function | None
     ) -> dict[str, Any]:
-        return gaussian.p_mean_variance(
+        return originals.p_mean_variance(
             self._schedule,
             output,
             x,
@@ -380,7 +380,7 @@ class Process:
         return self.ddim_reverse_sample(model, x, t, **options)
 
     def _reversed(self, p: dict[str, Tensor], x: Tensor, t: Tensor) -> dict[str, Tensor]:
-        sample = gaussian.ddim_reverse_sample(self._schedule, p, x, t)
+        sample = originals.ddim_reverse_sample(self._schedule, p, x, t)
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
 

@@ -30,7 +30,7 @@ from ..models.guided_diffusion import (
 )
 from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
-from ..reference import bound, gaussian
+from ..reference import bits_per_dim, originals
 from ..schedule import Schedule
 from . import _schedules
 from ._process import Function, Keywords, Model, Process, deterministic
@@ -171,7 +171,7 @@ class GaussianDiffusion(Process):
         return _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
-        return gaussian.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
+        return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
 
     def ddim_reverse_sample(
         self,
@@ -212,7 +212,7 @@ class GaussianDiffusion(Process):
         output = self._call(model, x_t, t, model_kwargs)
         prediction, variance = self._names()
         loss = self.loss_type.name.lower()
-        return bound.training_losses(
+        return bits_per_dim.training_losses(
             self._schedule, output, x_start, x_t, t, noise, prediction=prediction, variance=variance, loss=loss
         )
 
@@ -226,10 +226,10 @@ class GaussianDiffusion(Process):
         model_kwargs: Keywords = None,
     ) -> dict[str, Tensor]:
         p = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        return bound.vb_terms(self._schedule, p, x_start, x_t, t)
+        return bits_per_dim.vb_terms(self._schedule, p, x_start, x_t, t)
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
-        return bound.prior_bpd(self._schedule, x_start)
+        return bits_per_dim.prior_bpd(self._schedule, x_start)
 
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Keywords = None
@@ -243,7 +243,7 @@ class GaussianDiffusion(Process):
         def predict(x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
             return self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
 
-        return bound.bits_per_dimension(self._schedule, predict, x_start)
+        return bits_per_dim.bits_per_dimension(self._schedule, predict, x_start)
 
 
 class SpacedDiffusion(GaussianDiffusion):

@@ -12,11 +12,12 @@ the base and a momentum as well: m = w_b m_b + sum of w_k (m_k - m_b) + w_h h.
 A branch whose weight is zero for every sample of a row is not evaluated there. `fastcfg methods` lists what each costs.
 """
 
-from .base import Guidance, GuidancePlan, NoGuidance
+from .base import Guidance, NoGuidance
 from .cfg import CFG, AdaptiveCFG
 from .compose import AutoGuidance, Compose, InstructPix2Pix, PerturbedCFG
 from .gram import GramGuidance
-from .statistic import APG, APGMix, CFGZeroStar, MagnitudeAwareCFG, PerpNeg, TangentialCFG
+from .output_methods import APG, APGMix, CFGZeroStar, MagnitudeAwareCFG, PerpNeg, TangentialCFG
+from .plan import GuidancePlan
 
 __all__ = [
     "APG",

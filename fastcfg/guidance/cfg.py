@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..table import StepTable
-from .base import Guidance, GuidancePlan
+from .base import Guidance
+from .plan import GuidancePlan
 from .scales import Cosine, Interval, Scale, Share, scale_by_row
 
 FORMULATIONS = ("standard", "original", "sum")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import STEP_STREAM, philox_normal
 from ..reference import ReferenceStep
 from ..reference._fma import addcmul_rounds_once
+from ..reference.philox import STEP_STREAM, philox_normal
 from ..step import StepBuffers, StepSpec
 
 # Graphs are the engine's to capture. Loops are shared among threads from the size that torch's own are: Inductor would

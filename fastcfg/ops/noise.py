@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import INITIAL_STREAM, philox_normal
+from ..reference.philox import INITIAL_STREAM, philox_normal
 from .backend import resolve_backend
 from .checks import expect
 

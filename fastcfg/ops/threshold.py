@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..clip import DynamicThreshold, Place
 from ..reference import ReferenceBound
 from ..reference import pieces as reference
 from ..step import StepBuffers, StepSpec
-from ..threshold import DynamicThreshold, Place
 from .backend import PIECE_BACKENDS, interpreting, resolve_backend, through_dispatcher
 from .checks import check_buffers, check_image, check_output, check_spec
 from .step import readable

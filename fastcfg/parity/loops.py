@@ -14,12 +14,12 @@ from torch import Tensor
 from .. import solvers
 from ..guidance import CFG, Guidance, NoGuidance
 from ..pipelines.text_to_image import TextToImage
+from ..reference.plain import original_row, plain_row
 from ..sampler import Sampler
 from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import StepTable
 from .findings import Error, Finding, distance_in_ulps, measure
-from .plain import original_row, plain_row
 
 STEPS, SCALE, PROMPT = 50, 3.0, "a red circle above a blue square"
 

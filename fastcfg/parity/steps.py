@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import solvers
-from ..noise import INITIAL_STREAM, philox_normal, sample_seeds
 from ..ops import GuidedStep, initial_noise
 from ..ops.backend import interpreting
 from ..reference import ReferenceStep
+from ..reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
+from ..reference.plain import original_row, plain_row
 from ..schedule import Schedule
 from ..step import StepBuffers, StepSpec
 from ..table import COLUMNS, DEVICE_COLUMNS
 from .findings import Finding, distance_in_ulps, measure
-from .plain import original_row, plain_row
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((4, 3, 64, 64), (3, 5, 13, 29), (2, 4, 1000), (1, 3, 32, 32))
@@ -193,7 +193,7 @@ def check_step(case: Case, backend: str, device: torch.device) -> Iterator[Findi
 
 
 def check_noise(backend: str, shape: tuple[int, ...], device: torch.device, seed: int) -> Iterator[Finding]:
-    """What a backend draws, at the start and in a step, against `fastcfg.noise` on the CPU: bit for bit."""
+    """What a backend draws, at the start and in a step, against `fastcfg.reference.philox` on the CPU: bit for bit."""
     seeds = sample_seeds(seed + 2**63 - 2, shape[0])
     start = initial_noise(torch.empty(shape, device=device), seeds.to(device), backend)
     table = torch.zeros(4, len(DEVICE_COLUMNS), device=device)

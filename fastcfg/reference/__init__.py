@@ -1,7 +1,7 @@
 """The step in plain torch: what the kernels equal (`table_step` and `pieces`), and the originals' own formulas
-(`gaussian`)."""
+(`originals`)."""
 
-from . import bound, gaussian, pieces
+from . import bits_per_dim, originals, pieces
 from .gram import gram, rescale_factor
 from .guided_step import ReferenceStep
 from .quantile import ReferenceBound, quantile_bound
@@ -11,10 +11,10 @@ __all__ = [
     "ReferenceBound",
     "ReferenceStep",
     "Scratch",
+    "bits_per_dim",
     "blend",
-    "bound",
-    "gaussian",
     "gram",
+    "originals",
     "pieces",
     "quantile_bound",
     "rescale_factor",

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..noise import STEP_STREAM, philox_normal
 from ..step import StepBuffers, StepSpec
 from ._row import RowReader
+from .philox import STEP_STREAM, philox_normal
 from .table_step import Scratch, table_step
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..threshold import Place
+from ..clip import Place
 from . import quantile
 from ._fma import fma
 from .table_step import blend, predict

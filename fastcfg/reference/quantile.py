@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..clip import DynamicThreshold, Place
 from ..step import StepBuffers, StepSpec
-from ..threshold import DynamicThreshold, Place
 from ._fma import fma
 from ._row import RowReader
 from .table_step import blend, predict

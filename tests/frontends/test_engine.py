@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastcfg import ClassifierFree, Sampler, keeper
 from fastcfg.frontends import accelerate, glide, guided_diffusion
-from fastcfg.noise import INITIAL_STREAM, philox_normal, sample_seeds
+from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.sources import _fill_and_skip, cuda_normal_offset, torch_source
 
 SHAPE = (4, 3, 4, 4)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastcfg import solvers
 from fastcfg.kernels.guided_step import LaunchConfig, launch_guided_step
-from fastcfg.noise import sample_seeds
 from fastcfg.reference import ReferenceStep
+from fastcfg.reference.philox import sample_seeds
 from fastcfg.schedule import Schedule
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS, NO_NOISE

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcfg import noise
 from fastcfg.kernels import normal
-from fastcfg.noise import INITIAL_STREAM, STEP_STREAM, philox4x32, philox_normal, sample_seeds
+from fastcfg.reference import philox
+from fastcfg.reference.philox import INITIAL_STREAM, STEP_STREAM, philox4x32, philox_normal, sample_seeds
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
 
@@ -113,11 +113,11 @@ def test_constants_of_the_kernels_are_those_of_torch() -> None:
 
     assert literals("box_muller", float) == [
         *(2.0**-32, 2.0**-33, 1.0),
-        *reversed(noise.LOG_COEFFICIENTS),
-        noise._F32_MINUS_2_LN_2,
-        noise._F32_QUARTER_PI_OVER_2_31,
-        *reversed(noise.SIN_COEFFICIENTS),
-        *reversed(noise.COS_COEFFICIENTS),
+        *reversed(philox.LOG_COEFFICIENTS),
+        philox._F32_MINUS_2_LN_2,
+        philox._F32_QUARTER_PI_OVER_2_31,
+        *reversed(philox.SIN_COEFFICIENTS),
+        *reversed(philox.COS_COEFFICIENTS),
     ]
     # All of them are float32 numbers, so that no compiler rounds them.
     assert all(value == float(np.float32(value)) for value in literals("box_muller", float))
@@ -177,7 +177,7 @@ def test_the_tails(draws: Tensor) -> None:
 def test_the_smallest_and_largest_words_give_finite_normals() -> None:
     words = torch.tensor([0, 1, 2, 2**31 - 1, 2**31, 2**32 - 1])
     radius, angle = torch.meshgrid(words, words, indexing="ij")
-    a, b = noise._box_muller(radius.flatten(), angle.flatten())
+    a, b = philox._box_muller(radius.flatten(), angle.flatten())
     squares = (a.double() ** 2 + b.double() ** 2).view(6, 6)
     # -2 ln of u, which lies in [2**-33, 1]; the radius does not depend on the angle. Measured: 2.3e-7.
     u = (words.double() + 0.5) / 2**32

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastcfg.clip import DynamicThreshold
 from fastcfg.kernels.guided_step import LaunchConfig
 from fastcfg.kernels.quantile import SELECTION, launch_quantile
 from fastcfg.kernels.step_bound import launch_step_bound
@@ -16,7 +17,6 @@ from fastcfg.kernels.threshold import launch_threshold
 from fastcfg.reference import ReferenceBound
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
-from fastcfg.threshold import DynamicThreshold
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
 

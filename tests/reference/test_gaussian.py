@@ -9,7 +9,7 @@ import torch
 from golden_data import PREDICTIONS, assert_recorded, cases, fill_known, schedule_of, tensor
 from torch import Tensor
 
-from fastcfg.reference import gaussian
+from fastcfg.reference import originals
 from fastcfg.schedule import Schedule
 
 
@@ -18,7 +18,7 @@ def recorded(*stems: str) -> list[Any]:
 
 
 def p_mean_variance(case: dict[str, Any], model_output: Tensor, x: Tensor, t: Tensor, **options: Any) -> Any:
-    return gaussian.p_mean_variance(
+    return originals.p_mean_variance(
         schedule_of(case),
         model_output,
         x,
@@ -74,36 +74,36 @@ def single_step(
     """The call that a case recorded, composed of our functions."""
     schedule, function = schedule_of(case), case["fn"]
     if function == "q_mean_variance":
-        return named("mean variance log_variance", *gaussian.q_mean_variance(schedule, x_start, t))
+        return named("mean variance log_variance", *originals.q_mean_variance(schedule, x_start, t))
     if function == "q_sample":
-        return {"sample": gaussian.q_sample(schedule, x_start, t, noise)}
+        return {"sample": originals.q_sample(schedule, x_start, t, noise)}
     if function == "q_posterior_mean_variance":
-        moments = gaussian.q_posterior_mean_variance(schedule, x_start, x, t)
+        moments = originals.q_posterior_mean_variance(schedule, x_start, x, t)
         return named("mean variance log_variance_clipped", *moments)
     if function == "_predict_xstart_from_eps":
-        return {"pred_xstart": gaussian.predict_xstart_from_eps(schedule, x, t, noise)}
+        return {"pred_xstart": originals.predict_xstart_from_eps(schedule, x, t, noise)}
     if function == "_predict_eps_from_xstart":
-        return {"eps": gaussian.predict_eps_from_xstart(schedule, x, t, x_start)}
+        return {"eps": originals.predict_eps_from_xstart(schedule, x, t, x_start)}
     if function == "_predict_xstart_from_xprev":
-        return {"pred_xstart": gaussian.predict_xstart_from_xprev(schedule, x, t, x_start)}
+        return {"pred_xstart": originals.predict_xstart_from_xprev(schedule, x, t, x_start)}
 
     clip = True if case["clip_denoised"] is None else case["clip_denoised"]
     p = p_mean_variance(case, model_output, x, t, clip_denoised=clip)
     if function == "condition_mean":
-        return {"mean": gaussian.condition_mean(p, grad)}
+        return {"mean": originals.condition_mean(p, grad)}
     if function == "condition_score":
-        return gaussian.condition_score(schedule, p, x, t, grad)
+        return originals.condition_score(schedule, p, x, t, grad)
     if function == "p_sample":
         if case["cond_fn"]:
-            p["mean"] = gaussian.condition_mean(p, grad)
-        return {"sample": gaussian.p_sample(p, t, noise), "pred_xstart": p["pred_xstart"]}
+            p["mean"] = originals.condition_mean(p, grad)
+        return {"sample": originals.p_sample(p, t, noise), "pred_xstart": p["pred_xstart"]}
     if case["cond_fn"]:
-        p = gaussian.condition_score(schedule, p, x, t, grad)
+        p = originals.condition_score(schedule, p, x, t, grad)
     if function == "ddim_sample":
-        sample = gaussian.ddim_sample(schedule, p, x, t, noise, eta=case["eta"])
+        sample = originals.ddim_sample(schedule, p, x, t, noise, eta=case["eta"])
     else:
         assert function == "ddim_reverse_sample"
-        sample = gaussian.ddim_reverse_sample(schedule, p, x, t)
+        sample = originals.ddim_reverse_sample(schedule, p, x, t)
     return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
 
@@ -124,4 +124,4 @@ def named(names: str, *values: Tensor) -> dict[str, Tensor]:
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     arguments = {"model_output": torch.zeros(2, 6, 4, 4), "x": torch.zeros(2, 3, 4, 4), "t": torch.tensor([9, 0])}
     with pytest.raises(ValueError, match=message):
-        gaussian.p_mean_variance(Schedule.named("cosine", 10), **{**arguments, **options})
+        originals.p_mean_variance(Schedule.named("cosine", 10), **{**arguments, **options})

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import Schedule
-from .gaussian import p_mean_variance, predict_eps_from_xstart, q_mean_variance, q_posterior_mean_variance, q_sample
+from .originals import p_mean_variance, predict_eps_from_xstart, q_mean_variance, q_posterior_mean_variance, q_sample
 
 __all__ = ["bits_per_dimension", "prior_bpd", "training_losses", "vb_terms"]
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..table import StepTable
-from .base import Guidance, GuidancePlan
+from .base import Guidance
 from .gram import GramGuidance
+from .plan import GuidancePlan
 from .scales import Count, Interval, Number, Positive, Scale, Scales, Share, scale_by_row
 
 _TINY = 1e-30

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..reference import gaussian
 from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import DEVICE_COLUMNS
+from . import originals
 
 
 def blended(output: Tensor, channels: int, spec: StepSpec, weights: Tensor | None) -> Tensor:
@@ -107,5 +107,5 @@ def original_row(
     # Variance channels have no guidance: they are the conditional half's.
     guided = torch.cat([blended(output, channels, spec, weights), output[:batch, channels:]], dim=1)
     t = torch.full((batch,), schedule.num_timesteps - 1 - row, device=x.device)
-    p = gaussian.p_mean_variance(schedule, guided, x, t)
-    return gaussian.p_sample(p, t, noise) if solver == "ddpm" else gaussian.ddim_sample(schedule, p, x, t, noise)
+    p = originals.p_mean_variance(schedule, guided, x, t)
+    return originals.p_sample(p, t, noise) if solver == "ddpm" else originals.ddim_sample(schedule, p, x, t, noise)
