@@ -10,6 +10,7 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 
 from . import _moved, solvers
 from .clip import DynamicThreshold
+from .engine.sampler import Preview, Sampler, Step
 from .frontends import ClassifierFree, accelerate
 from .guidance import (
     APG,
@@ -28,7 +29,6 @@ from .guidance import (
     PerturbedCFG,
     TangentialCFG,
 )
-from .sampler import Preview, Sampler, Step
 from .schedule import Schedule
 from .table import StepTable
 

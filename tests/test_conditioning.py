@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg import CFG, Sampler, Schedule, solvers
-from fastcfg.conditioning import Alike
+from fastcfg.engine.conditioning import Alike
 
 NET = nn.Linear(2, 2)
 

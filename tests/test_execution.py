@@ -15,10 +15,11 @@ import torch
 from test_captured import GUIDANCES, SHAPE, TABLES, Model, build, conditioning, draw
 from torch import Tensor
 
-from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, programs, sampler, solvers
-from fastcfg.graphs import CaptureError, Comparison
-from fastcfg.graphs.modes import DispatchMode
-from fastcfg.readback import Pace, Readback
+from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, solvers
+from fastcfg.engine import programs, sampler
+from fastcfg.engine.graphs import CaptureError, Comparison
+from fastcfg.engine.graphs.modes import DispatchMode
+from fastcfg.engine.readback import Pace, Readback
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 
 # Graph or eager, batched or serial

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastcfg.fingerprint import Fingerprint, torch_settings
+from fastcfg.engine.staleness import Fingerprint, torch_settings
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,12 @@ import torch
 from benchmarks import graphs
 from benchmarks.captured import devices, models
 from benchmarks.captured.registry import Check, NotHereError, require_same
-from fastcfg import Sampler, programs
-from fastcfg.fingerprint import Fingerprint
-from fastcfg.graphs import Comparison, Pool
-from fastcfg.readback import Readback
-from fastcfg.run import Previews
+from fastcfg import Sampler
+from fastcfg.engine import programs
+from fastcfg.engine.graphs import Comparison, Pool
+from fastcfg.engine.loop import Previews
+from fastcfg.engine.readback import Readback
+from fastcfg.engine.staleness import Fingerprint
 
 CPU = torch.device("cpu")
 

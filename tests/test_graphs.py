@@ -13,11 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcfg import streams
-from fastcfg.graphs import CaptureError, CudaGraph, Examined, Opaque, Pool, StandIn, compare, examine, is_compiled
-from fastcfg.graphs import cuda as cuda_module
-from fastcfg.graphs.modes import DispatchMode, copied_operands
-from fastcfg.graphs.opaque import _THREAD
+from fastcfg.engine.graphs import (
+    CaptureError,
+    CudaGraph,
+    Examined,
+    Opaque,
+    Pool,
+    StandIn,
+    compare,
+    examine,
+    is_compiled,
+    streams,
+)
+from fastcfg.engine.graphs import cuda as cuda_module
+from fastcfg.engine.graphs.modes import DispatchMode, copied_operands
+from fastcfg.engine.graphs.opaque import _THREAD
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -31,10 +31,10 @@ from fastcfg import (
     StepTable,
     TangentialCFG,
 )
-from fastcfg.blender import Blender
 from fastcfg.cli import main
 from fastcfg.cli.methods import methods
 from fastcfg.ops import triton_problem
+from fastcfg.ops.blender import Blender
 
 R, B, SHAPE = 8, 4, (4, 3, 6, 5)
 

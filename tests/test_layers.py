@@ -25,21 +25,7 @@ LAYERS = (
     "compiler",
     "kernels",
     "ops",
-    "stepper",
-    "streams",
-    "graphs",
-    "fingerprint",
-    "readback",
-    "conditioning",
-    "sources",
-    "hooks",
-    "statistics",
-    "blender",
-    "workspace",
-    "programs",
-    "run",
-    "keeper",
-    "sampler",
+    "engine",
     "models",
     "training",
     "pipelines",
@@ -47,6 +33,24 @@ LAYERS = (
     "parity",
     "cli",
 )
+
+# The order inside a layer that has one.
+INSIDE = {
+    "engine": (
+        "graphs",
+        "staleness",
+        "readback",
+        "conditioning",
+        "noise",
+        "user_functions",
+        "branch_weights",
+        "buffers",
+        "programs",
+        "loop",
+        "program_cache",
+        "sampler",
+    )
+}
 
 # Layers that may import fewer of fastcfg's than those above them.
 NARROWER = {
@@ -113,21 +117,26 @@ def layer_of(name: str) -> str:
 
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     """What `module` imports and may not, one line each."""
+    inner = module.split(".")[2:3]
+    if inner and inner[0] not in INSIDE.get(layer_of(module), inner):
+        return [
+            f"{module} belongs to no place in {layer_of(module)}: expected one of {', '.join(INSIDE[layer_of(module)])}"
+        ]
     if module not in TOP and layer_of(module) == "fastcfg":
         return [f"{module} belongs to no layer: expected one of {', '.join(LAYERS)}"]
     package = module if is_package else module.rpartition(".")[0]
     found = []
     for item in find_imports(ast.parse(source), package):
-        if reason := forbidden(layer_of(module), item):
+        if reason := forbidden(layer_of(module), module, item):
             found.append(f"{module}:{item.line} imports {item.target}: {reason}")
     return found
 
 
-def forbidden(layer: str, item: Import) -> str | None:
-    """Why a module of `layer` may not import `item`."""
+def forbidden(layer: str, module: str, item: Import) -> str | None:
+    """Why `module`, which is of `layer`, may not import `item`."""
     distribution = item.target.split(".")[0]
     if distribution == "fastcfg":
-        return forbidden_inside(layer, item)
+        return forbidden_inside(layer, module, item)
     if distribution == "kernels":
         return "kernels is another project's package"
     if distribution == "triton" and layer != "kernels":
@@ -142,11 +151,24 @@ def forbidden(layer: str, item: Import) -> str | None:
     return None
 
 
-def forbidden_inside(layer: str, item: Import) -> str | None:
+def out_of_order(layer: str, module: str, target: str) -> str | None:
+    """Why `module` may not import `target` of the same layer."""
+    order = INSIDE.get(layer)
+    importer, imported = (name.split(".")[2:3] for name in (module, target))
+    if order is None or not importer or importer == imported:
+        return None  # the package itself, and what is in one of its own packages, may import all of it
+    if imported and imported[0] in order and order.index(imported[0]) < order.index(importer[0]):
+        return None
+    return f"{importer[0]} may import {', '.join(order[: order.index(importer[0])])} of {layer}"
+
+
+def forbidden_inside(layer: str, module: str, item: Import) -> str | None:
     """Why a module of `layer` may not import `item`, which is fastcfg's own."""
     target = layer_of(item.target)
     if target == layer:
-        return "kernels import each other relatively" if layer == "kernels" and not item.relative else None
+        if layer == "kernels" and not item.relative:
+            return "kernels import each other relatively"
+        return out_of_order(layer, module, item.target)
     if target == "kernels" and layer != "ops":
         return "only ops imports kernels"
     if layer == "fastcfg":
@@ -190,20 +212,20 @@ def test_every_package_of_the_checkout_was_read() -> None:
         ("fastcfg.schedule", "from fastcfg import table"),
         ("fastcfg.schedule", "from . import table"),
         ("fastcfg.schedule", "from .table import StepTable"),
-        ("fastcfg.table", "def f():\n    import fastcfg.sampler"),
+        ("fastcfg.table", "def f():\n    import fastcfg.engine.sampler"),
         ("fastcfg.table", "class C:\n    from fastcfg.ops import guided_step"),
         ("fastcfg.table", "try:\n    import fastcfg.ops\nexcept ImportError:\n    ops = None"),
-        ("fastcfg.table", "if TYPE_CHECKING:\n    from fastcfg.sampler import Sampler"),
+        ("fastcfg.table", "if TYPE_CHECKING:\n    from fastcfg.engine.sampler import Sampler"),
         ("fastcfg.table", "import importlib\nops = importlib.import_module('fastcfg.ops')"),
         ("fastcfg.table", "ops = import_module('.ops', 'fastcfg')"),
         ("fastcfg.table", "ops = __import__('fastcfg.ops')"),
         ("fastcfg.table", "from fastcfg import Sampler"),
         ("fastcfg.solvers.ddim", "from ..sampler import Sampler"),
         ("fastcfg.solvers.ddim", "from .. import compiler"),
-        ("fastcfg.sampler", "def f():\n    from fastcfg.kernels import guided_step"),
+        ("fastcfg.engine.sampler", "def f():\n    from fastcfg.kernels import guided_step"),
         ("fastcfg.cli", "def f():\n    import fastcfg.kernels.guided_step"),
         ("fastcfg", "def f():\n    from fastcfg.kernels import guided_step"),
-        ("fastcfg.sampler", "from fastcfg import models"),
+        ("fastcfg.engine.sampler", "from fastcfg import models"),
         ("fastcfg.ops", "def f():\n    import triton.language as tl"),
         ("fastcfg", "from triton import jit"),
         ("fastcfg.cli", "def f():\n    import triton"),
@@ -219,11 +241,11 @@ def test_every_package_of_the_checkout_was_read() -> None:
         ("fastcfg.compiler", "def f():\n    import k_diffusion"),
         ("fastcfg.models.unet", "from fastcfg.schedule import Schedule"),
         ("fastcfg.models.unet", "def f():\n    from ..ops import guided_step"),
-        ("fastcfg.training.loop", "from fastcfg.sampler import Sampler"),
+        ("fastcfg.training.loop", "from fastcfg.engine.sampler import Sampler"),
         ("fastcfg.training.loop", "def f():\n    from fastcfg import graphs"),
         ("fastcfg.training.loop", "from ..kernels import guided_step"),
         ("fastcfg.training.loop", "from fastcfg import table"),
-        ("fastcfg.cli", "from fastcfg.sampler import Sampler"),
+        ("fastcfg.cli", "from fastcfg.engine.sampler import Sampler"),
         ("fastcfg.cli", "import torch"),
         ("fastcfg.helpers", "import math"),
     ],

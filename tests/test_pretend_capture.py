@@ -14,8 +14,9 @@ from pretend_gpu import CAN_PRETEND, TO_DEVICE, PretendGpu
 from test_pretend_gpu import TOKENS, embed_as_the_originals, text_unet, unet
 from torch import Tensor, nn
 
-from fastcfg import CFG, AdaptiveCFG, Sampler, Schedule, programs, sampler, solvers
-from fastcfg.graphs import CaptureError, Comparison, StandIn, compare, examine
+from fastcfg import CFG, AdaptiveCFG, Sampler, Schedule, solvers
+from fastcfg.engine import programs, sampler
+from fastcfg.engine.graphs import CaptureError, Comparison, StandIn, compare, examine
 
 pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="there is a real GPU, or torch is too old to pretend one")
 
@@ -75,7 +76,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGpu]:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *device: stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr("fastcfg.graphs.comparison._timed", lambda run, device: run() or 1.0)
+        monkeypatch.setattr("fastcfg.engine.graphs.comparison._timed", lambda run, device: run() or 1.0)
         monkeypatch.setattr(programs, "CudaGraph", capture)
         monkeypatch.setattr(programs, "compare", replay_only)
         monkeypatch.setattr(torch.cuda, "memory_snapshot", list)

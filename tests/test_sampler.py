@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg import CFG, Compose, Guidance, NoGuidance, Sampler, Schedule, StepTable, solvers
-from fastcfg.keeper import MAX_WORKSPACES
+from fastcfg.engine.program_cache import MAX_WORKSPACES
 from fastcfg.reference.philox import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
 
 B, SHAPE = 3, (3, 2, 8, 8)

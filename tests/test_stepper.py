@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcfg import DynamicThreshold, Sampler, Schedule, StepTable, solvers
 from fastcfg.ops import triton_problem
 from fastcfg.ops.backend import interpreting
-from fastcfg.stepper import Stepper
+from fastcfg.ops.stepper import Stepper
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPE = (2, 3, 4, 5)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastcfg import streams
+from fastcfg.engine.graphs import streams
 
 
 def test_a_thread_has_one_stream_for_a_purpose(monkeypatch: pytest.MonkeyPatch) -> None:

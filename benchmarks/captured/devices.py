@@ -24,7 +24,7 @@ from benchmarks.captured.rig import (
     require_captured,
     shape_on,
 )
-from fastcfg.run import Previews
+from fastcfg.engine.loop import Previews
 
 # Syncs
 

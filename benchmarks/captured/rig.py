@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.captured.registry import require
 from fastcfg import APG, CFG, AdaptiveCFG, CFGZeroStar, Compose, Guidance, Sampler, Schedule, StepTable, solvers
-from fastcfg.run import Run
+from fastcfg.engine.loop import Run
 
 SCHEDULE = Schedule.named("squaredcos_cap_v2", 100).respace(5)
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
-from ..conditioning import Alike, Shared
+from ..engine.conditioning import Alike, Shared
+from ..engine.noise import NoiseSource, philox_source, torch_source
+from ..engine.sampler import Sampler
 from ..guidance import CFG, NoGuidance
-from ..sampler import Sampler
-from ..sources import NoiseSource, philox_source, torch_source
 from ..table import StepTable
 from .classifier_free import ClassifierFree
 

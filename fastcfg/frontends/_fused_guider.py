@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blender import Blender
 from ..guidance import (
     APG,
     CFG,
@@ -22,6 +21,7 @@ from ..guidance import (
     PerturbedCFG,
     TangentialCFG,
 )
+from ..ops.blender import Blender
 from ._fall_through import FallThroughError, log_once
 from ._subclass import STATE, subclass
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..compiler import Compiled, trace_sampler
 from ..compiler.probe import drawing
-from ..conditioning import Alike
-from ..sampler import Sampler, Step
-from ..sources import NoiseSource
+from ..engine.conditioning import Alike
+from ..engine.noise import NoiseSource
+from ..engine.sampler import Sampler, Step
 from ._engine import split_by_branch
 from ._fall_through import FallThroughError, log_once
 

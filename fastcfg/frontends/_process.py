@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import solvers
+from ..engine.noise import NoiseSource, recorded_source, torch_source
 from ..ops import dynamic_threshold
 from ..reference import originals
 from ..schedule import Schedule
-from ..sources import NoiseSource, recorded_source, torch_source
 from ..table import StepTable
 from ._engine import Engine, Request
 from ._schedules import AssertionValueError, make_schedule

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..compiler import CompiledScheduler, NextTimestep, compile_timesteps, scheduler_clip
 from ..compiler.probe import drawing, position_in
 from ..compiler.scheduler import StepWith
-from ..stepper import Stepper
+from ..ops.stepper import Stepper
 from ._fall_through import FallThroughError
 
 __all__ = ["SchedulerRun"]

@@ -32,7 +32,7 @@ def fuse(component: _Component) -> _Component:
     returns. All else is the original's: the constructor, `config`, `save_pretrained`, `add_noise`, `order`,
     `begin_index`.
 
-    A guider's `forward` blends in float32 what the model has predicted and rounds once: `fastcfg.blender.Blender`.
+    A guider's `forward` blends in float32 what the model has predicted and rounds once: `fastcfg.ops.blender.Blender`.
 
     Args:
         component: a scheduler or guider of diffusers, or of its protocol. It is not changed.

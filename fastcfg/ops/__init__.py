@@ -6,17 +6,21 @@ than a small kernel runs. No operation carries gradients.
 """
 
 from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem
+from .blender import Blender
 from .checks import is_channels_last
 from .gram import gram
 from .noise import initial_noise
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
 from .step import GuidedStep, guided_step
+from .stepper import Stepper
 from .threshold import QuantileBound, dynamic_threshold, quantile_bound
 
 __all__ = [
     "BACKENDS",
+    "Blender",
     "GuidedStep",
     "QuantileBound",
+    "Stepper",
     "dynamic_threshold",
     "gram",
     "guidance_blend",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..reference import gram as reference
+from ..reference import rescale_factor
 from .backend import resolve_backend, through_dispatcher
 from .checks import expect
 from .step import readable
@@ -110,3 +113,22 @@ def _gram_result(
 
 _gram_op = torch.library.custom_op("fastcfg::gram", _gram, mutates_args=("momentum",))
 _gram_op.register_fake(_gram_result)
+
+
+def mixed_weights(
+    products: Tensor,
+    sums: Tensor,
+    count: int,
+    planned: Tensor,
+    base: int,
+    conditional: int,
+    mix: Callable[[Tensor, Tensor], Tensor] | None,
+    rescale: float,
+) -> Tensor:
+    """float64 [B, V]: a row's weights, from the Gram matrix and sums of vectors of `count` elements and the row of
+    `GuidancePlan.planned`; base and conditional as `gram`, mix and
+    rescale as `GuidancePlan`."""
+    weights = planned if mix is None else mix(products, planned)
+    if rescale:
+        weights = weights * rescale_factor(products, sums, count, weights, base, conditional, rescale)
+    return weights

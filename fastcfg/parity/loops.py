@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import solvers
+from ..engine.sampler import Sampler
 from ..guidance import CFG, Guidance, NoGuidance
 from ..pipelines.text_to_image import TextToImage
 from ..reference.plain import original_row, plain_row
-from ..sampler import Sampler
 from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import StepTable

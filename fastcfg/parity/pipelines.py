@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compiler import compile_scheduler, scheduler_clip
-from ..sampler import Sampler
+from ..engine.sampler import Sampler
 from .findings import Finding, distance_in_ulps
 from .loops import compare_trajectories
 

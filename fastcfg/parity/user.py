@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..sampler import Sampler
+from ..engine.sampler import Sampler
 from .loops import Problem
 from .pipelines import PipelineProblem
 

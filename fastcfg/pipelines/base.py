@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import solvers
+from ..engine.sampler import Sampler, Step
 from ..guidance import Guidance
 from ..models.checkpoint import CheckpointMeta
 from ..models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet
 from ..models.loading import load_network
 from ..models.text2im import Text2ImUNet
 from ..models.tokenizer import Tokenizer
-from ..sampler import Sampler, Step
 from ..schedule import Schedule
 from ..table import StepTable
 from .inpainting import KnownPixels, checked_inpainting

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.sampler import Step
 from ..guidance import CFG
 from ..models.tokenizer import Tokenizer
-from ..sampler import Step
 from .base import SOLVERS, Stage, check_count, check_finite, picture_seeds
 
 __all__ = ["SOLVERS", "TextToImage"]

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.sampler import Step
 from ..guidance import NoGuidance
 from ..models.tokenizer import Tokenizer
-from ..sampler import Step
 from .base import Stage, check_count, check_finite, picture_seeds
 
 __all__ = ["Upsampler"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg.compiler import compile_timesteps, scheduler_clip
 from fastcfg.compiler.probe import drawing, in_float64
-from fastcfg.stepper import Stepper
+from fastcfg.ops.stepper import Stepper
 
 diffusers: Any = load_diffusers()
 pytestmark = [

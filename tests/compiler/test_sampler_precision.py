@@ -17,7 +17,7 @@ from benchmarks.suite.foreign import load_k_diffusion
 from fastcfg.compiler import trace_sampler
 from fastcfg.compiler.assembly import distance
 from fastcfg.compiler.probe import drawing
-from fastcfg.stepper import Stepper
+from fastcfg.ops.stepper import Stepper
 
 loaded: Any = load_k_diffusion()
 sampling: Any = loaded and loaded[0]

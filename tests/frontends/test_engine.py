@@ -9,10 +9,11 @@ import torch
 from golden_data import guided, toy
 from torch import Tensor, nn
 
-from fastcfg import ClassifierFree, Sampler, keeper
+from fastcfg import ClassifierFree, Sampler
+from fastcfg.engine import program_cache as keeper
+from fastcfg.engine.noise import _fill_and_skip, cuda_normal_offset, torch_source
 from fastcfg.frontends import accelerate, glide, guided_diffusion
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
-from fastcfg.sources import _fill_and_skip, cuda_normal_offset, torch_source
 
 SHAPE = (4, 3, 4, 4)
 Y = torch.tensor([1.0, 2.5, 0.0, 0.0])

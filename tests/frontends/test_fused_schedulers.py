@@ -20,7 +20,7 @@ from fastcfg.compiler import scheduler_clip
 from fastcfg.frontends import _fall_through
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends.diffusers import fuse
-from fastcfg.stepper import Stepper
+from fastcfg.ops.stepper import Stepper
 
 diffusers: Any = load_diffusers()
 pytestmark = [

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, solvers
+from fastcfg.engine.noise import torch_source
 from fastcfg.ops import GuidedStep, QuantileBound, gram, initial_noise, quantile_bound
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
-from fastcfg.sources import torch_source
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers, load_k_diffusion
 from fastcfg import APG, CFG, InstructPix2Pix, PerpNeg, Schedule, solvers
-from fastcfg.blender import Blender
 from fastcfg.frontends import k_diffusion as fused_functions
 from fastcfg.frontends.diffusers import fuse
-from fastcfg.stepper import Stepper
+from fastcfg.ops.blender import Blender
+from fastcfg.ops.stepper import Stepper
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 

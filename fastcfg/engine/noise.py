@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops import initial_noise
-from .reference.philox import sample_seeds
+from ..ops import initial_noise
+from ..reference.philox import sample_seeds
 
 __all__ = ["NoiseSource", "cuda_normal_offset", "philox_source", "recorded_source", "torch_source"]
 

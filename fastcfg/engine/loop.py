@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guidance import GuidancePlan
+from ..guidance import GuidancePlan
+from ..table import StepTable
+from .buffers import Workspace
+from .noise import NoiseSource
 from .programs import Program, Programs
 from .readback import Pace, Readback
-from .sources import NoiseSource
-from .table import StepTable
-from .workspace import Workspace
 
 __all__ = ["Preview", "Previews", "ProgressBar", "Run", "Step"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, GuidancePlan
-from .ops import gram, guidance_blend
-from .statistics import mixed_weights
-from .table import StepTable
+from ..guidance import Guidance, GuidancePlan
+from ..table import StepTable
+from .gram import gram, mixed_weights
+from .pieces import guidance_blend
 
 __all__ = ["Blender"]
 

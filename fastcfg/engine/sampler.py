@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .clip import DynamicThreshold
+from ..clip import DynamicThreshold
+from ..guidance import Guidance, GuidancePlan, NoGuidance
+from ..ops import resolve_backend
+from ..ops.backend import inductor_problem
+from ..table import StepTable
+from .buffers import NO_CAPTURE, Options
 from .conditioning import Alike, check_conditioning
-from .guidance import Guidance, GuidancePlan, NoGuidance
-from .keeper import Keeper, Kept
-from .ops import resolve_backend
-from .ops.backend import inductor_problem
+from .loop import Preview, Previews, ProgressBar, Run, Step
+from .noise import NoiseSource, Recording, philox_source, recorded_source, torch_source
+from .program_cache import Keeper, Kept
 from .programs import Decision
-from .run import Preview, Previews, ProgressBar, Run, Step
-from .sources import NoiseSource, Recording, philox_source, recorded_source, torch_source
-from .table import StepTable
-from .workspace import NO_CAPTURE, Options
 
 __all__ = ["Preview", "Sampler", "Step"]
 

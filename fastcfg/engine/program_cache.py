@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
+from ..guidance import GuidancePlan
+from .buffers import Options, Workspace
 from .conditioning import Conditioning, Same
-from .fingerprint import Fingerprint, torch_settings
 from .graphs import Pool
-from .guidance import GuidancePlan
 from .programs import Programs
-from .workspace import Options, Workspace
+from .staleness import Fingerprint, torch_settings
 
 __all__ = ["Keeper", "Kept"]
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import GuidedStep, QuantileBound
+from ..step import StepSpec
+from ..table import COLUMNS, StepTable
+from .buffers import NO_CAPTURE, Options, Workspace
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
-from .hooks import ClassifierGradient, DenoisedOutput
-from .ops import GuidedStep, QuantileBound
-from .step import StepSpec
-from .table import COLUMNS, StepTable
-from .workspace import NO_CAPTURE, Options, Workspace
+from .user_functions import ClassifierGradient, DenoisedOutput
 
 __all__ = ["Decision", "Programs"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import gram
-from .reference import rescale_factor
-from .step import StepBuffers
+from ..ops import gram
+from ..ops.gram import mixed_weights
+from ..step import StepBuffers
 
-__all__ = ["DELAY", "Agreement", "Mixing", "Statistics", "mixed_weights"]
+__all__ = ["DELAY", "Agreement", "Mixing", "Statistics"]
 
 # An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
 DELAY = 2
@@ -34,24 +34,6 @@ class Statistics:
         found = gram(output, **self._options)
         for read in self._readers:
             read(*found)
-
-
-def mixed_weights(
-    products: Tensor,
-    sums: Tensor,
-    count: int,
-    planned: Tensor,
-    base: int,
-    conditional: int,
-    mix: Callable[[Tensor, Tensor], Tensor] | None,
-    rescale: float,
-) -> Tensor:
-    """float64 [B, V]: a row's weights, from the Gram matrix and sums of vectors of `count` elements and the row of
-    `GuidancePlan.planned`; the others as `Mixing`."""
-    weights = planned if mix is None else mix(products, planned)
-    if rescale:
-        weights = weights * rescale_factor(products, sums, count, weights, base, conditional, rescale)
-    return weights
 
 
 class Mixing:

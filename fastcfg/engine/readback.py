@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .streams import own_stream
+from .graphs.streams import own_stream
 
 __all__ = ["Pace", "Readback"]
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..streams import own_stream
 from .errors import CaptureError, describe, failing_place
+from .streams import own_stream
 
 if TYPE_CHECKING:
     from .examine import Examined

@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .clip import DynamicThreshold
-from .ops import GuidedStep, QuantileBound
-from .ops.backend import resolve_backend
-from .step import StepBuffers, StepSpec
-from .table import StepTable
+from ..clip import DynamicThreshold
+from ..step import StepBuffers, StepSpec
+from ..table import StepTable
+from .backend import resolve_backend
+from .step import GuidedStep
+from .threshold import QuantileBound
 
 __all__ = ["Stepper"]
 

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .clip import DynamicThreshold
+from ..clip import DynamicThreshold
+from ..guidance import GuidancePlan
+from ..step import StepBuffers
+from ..table import StepTable
+from .branch_weights import DELAY, Agreement, Mixing, Statistics
 from .conditioning import Conditioning, Same
-from .guidance import GuidancePlan
-from .statistics import DELAY, Agreement, Mixing, Statistics
-from .step import StepBuffers
-from .table import StepTable
 
 __all__ = ["NO_CAPTURE", "BranchSet", "Options", "Workspace"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .ops.checks import check_output
-from .reference import pieces
-from .step import StepBuffers, StepSpec
-from .table import DEVICE_COLUMNS
+from .. import ops
+from ..ops.checks import check_output
+from ..reference import pieces
+from ..step import StepBuffers, StepSpec
+from ..table import DEVICE_COLUMNS
 
 __all__ = ["ClassifierGradient", "DenoisedOutput"]
 

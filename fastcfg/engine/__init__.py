@@ -1,0 +1,1 @@
+"""The engine: `Sampler`, its memory and programs, and the one sampling loop."""
