@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import glide, guided_diffusion
-from ._schedules import make_schedule
+from ._gaussian.schedules import make_schedule
 
 __all__ = ["accelerate"]
 

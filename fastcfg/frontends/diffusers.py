@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ._fused_guider import fused_guider, is_guider
-from ._fused_scheduler import fused_class
-from ._subclass import as_subclass, is_fused
+from ._fused.guider import fused_guider, is_guider
+from ._fused.scheduler import fused_class
+from ._fused.subclass import as_subclass, is_fused
 
 __all__ = ["fuse"]
 

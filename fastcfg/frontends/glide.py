@@ -22,8 +22,8 @@ from ..models.text2im import HasVocabulary, Text2ImUNet
 from ..models.vocabulary import glide_tokenizer
 from ..models.weights import read_state_dict
 from ..schedule import Schedule, legacy_betas
-from ._process import Function, Keywords, Model, Process, deterministic
-from ._schedules import UnknownScheduleError, betas_for_alpha_bar, make_schedule, named_betas, space_timesteps
+from ._gaussian.process import Function, Keywords, Model, Process, deterministic
+from ._gaussian.schedules import UnknownScheduleError, betas_for_alpha_bar, make_schedule, named_betas, space_timesteps
 
 # What `load_checkpoint` of the original downloads.
 CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "upsample", "upsample-inpaint")

@@ -32,9 +32,9 @@ from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
 from ..reference import bits_per_dim, originals
 from ..schedule import Schedule
-from . import _schedules
-from ._process import Function, Keywords, Model, Process, deterministic
-from ._schedules import betas_for_alpha_bar, make_schedule, named_betas
+from ._gaussian import schedules as _schedules
+from ._gaussian.process import Function, Keywords, Model, Process, deterministic
+from ._gaussian.schedules import betas_for_alpha_bar, make_schedule, named_betas
 
 __all__ = [
     "NUM_CLASSES",

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._fused_sampler import fused
+from ._fused.sampler import fused
 
 __all__ = ["fuse"]
 

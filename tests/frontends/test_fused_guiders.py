@@ -74,7 +74,7 @@ def errors(got: Tensor, want: Tensor) -> Tensor:
 @pytest.fixture
 def told(caplog: Any, monkeypatch: Any) -> Any:
     """What the log says of guiders that are not fused."""
-    monkeypatch.setattr("fastcfg.frontends._fall_through._logged", set())
+    monkeypatch.setattr("fastcfg.frontends._fused.fall_through._logged", set())
     caplog.set_level(logging.WARNING, logger="fastcfg")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "fastcfg"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_k_diffusion
-from fastcfg.frontends import _fall_through
 from fastcfg.frontends import k_diffusion as fused
+from fastcfg.frontends._fused import fall_through as _fall_through
 from fastcfg.frontends.k_diffusion import fuse
 
 modules = load_k_diffusion()

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import schedulers
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg.compiler import scheduler_clip
-from fastcfg.frontends import _fall_through
 from fastcfg.frontends import diffusers as fused
+from fastcfg.frontends._fused import fall_through as _fall_through
 from fastcfg.frontends.diffusers import fuse
 from fastcfg.ops.stepper import Stepper
 

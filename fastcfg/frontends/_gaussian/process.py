@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import solvers
-from ..engine.noise import NoiseSource, recorded_source, torch_source
-from ..ops import dynamic_threshold
-from ..reference import originals
-from ..schedule import Schedule
-from ..table import StepTable
-from ._engine import Engine, Request
-from ._schedules import AssertionValueError, make_schedule
-from .classifier_free import ClassifierFree
+from ... import solvers
+from ...engine.noise import NoiseSource, recorded_source, torch_source
+from ...ops import dynamic_threshold
+from ...reference import originals
+from ...schedule import Schedule
+from ...table import StepTable
+from ..classifier_free import ClassifierFree
+from .loops import Engine, Request
+from .schedules import AssertionValueError, make_schedule
 
 __all__ = ["Function", "Keywords", "Model", "Process", "deterministic"]
 

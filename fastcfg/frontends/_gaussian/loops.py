@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..clip import DynamicThreshold
-from ..engine.conditioning import Alike, Shared
-from ..engine.noise import NoiseSource, philox_source, torch_source
-from ..engine.sampler import Sampler
-from ..guidance import CFG, NoGuidance
-from ..table import StepTable
-from .classifier_free import ClassifierFree
+from ...clip import DynamicThreshold
+from ...engine.conditioning import Alike, Shared
+from ...engine.noise import NoiseSource, philox_source, torch_source
+from ...engine.sampler import Sampler
+from ...guidance import CFG, NoGuidance
+from ...table import StepTable
+from ..classifier_free import ClassifierFree
 
 __all__ = ["Engine", "Request", "split_by_branch"]
 

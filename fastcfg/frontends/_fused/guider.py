@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import (
+from ...guidance import (
     APG,
     CFG,
     APGMix,
@@ -21,9 +21,9 @@ from ..guidance import (
     PerturbedCFG,
     TangentialCFG,
 )
-from ..ops.blender import Blender
-from ._fall_through import FallThroughError, log_once
-from ._subclass import STATE, subclass
+from ...ops.blender import Blender
+from .fall_through import FallThroughError, log_once
+from .subclass import STATE, subclass
 
 __all__ = ["fused_guider", "is_guider"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import schedule as schedules
-from ..schedule import Schedule
+from ... import schedule as schedules
+from ...schedule import Schedule
 
 __all__ = [
     "AssertionValueError",

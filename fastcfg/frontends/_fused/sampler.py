@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler import Compiled, trace_sampler
-from ..compiler.probe import drawing
-from ..engine.conditioning import Alike
-from ..engine.noise import NoiseSource
-from ..engine.sampler import Sampler, Step
-from ._engine import split_by_branch
-from ._fall_through import FallThroughError, log_once
+from ...compiler import Compiled, trace_sampler
+from ...compiler.probe import drawing
+from ...engine.conditioning import Alike
+from ...engine.noise import NoiseSource
+from ...engine.sampler import Sampler, Step
+from .._gaussian.loops import split_by_branch
+from .fall_through import FallThroughError, log_once
 
 __all__ = ["fused"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ._fall_through import FallThroughError, log_once
-from ._scheduler_run import SchedulerRun
-from ._subclass import STATE, subclass
+from .fall_through import FallThroughError, log_once
+from .run import SchedulerRun
+from .subclass import STATE, subclass
 
 __all__ = ["fused_class"]
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compiler import CompiledScheduler, NextTimestep, compile_timesteps, scheduler_clip
-from ..compiler.probe import drawing, position_in
-from ..compiler.scheduler import StepWith
-from ..ops.stepper import Stepper
-from ._fall_through import FallThroughError
+from ...compiler import CompiledScheduler, NextTimestep, compile_timesteps, scheduler_clip
+from ...compiler.probe import drawing, position_in
+from ...compiler.scheduler import StepWith
+from ...ops.stepper import Stepper
+from .fall_through import FallThroughError
 
 __all__ = ["SchedulerRun"]
 
