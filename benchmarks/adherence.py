@@ -1,7 +1,7 @@
-"""How well the pictures follow their prompts, by guidance scale: `python -m benchmarks.adherence`.
+"""How well the pictures follow their prompts, by guidance scale: `python -m benchmarks adherence`.
 
 Scenes are drawn from a seed that training does not use, put into words, and the model draws one picture of each at
-every scale, from the same noise. `fastcfg.training.judge`, which is classical vision and knows nothing of the model,
+every scale, from the same noise. `fastcfg.training.shapes.judge`, classical vision that knows nothing of the model,
 then says of each picture whether colours, shapes and relation are those asked for. Beside it stand the judge's score of
 pictures that the renderer drew of the same scenes (what a perfect model would get), and at every scale the score of the
 pictures against each other's prompts (chance).
@@ -26,7 +26,7 @@ from fastcfg.cli.parser import Parser, UsageError, any_integer, choose_device, i
 
 if TYPE_CHECKING:
     from fastcfg.pipelines.text_to_image import TextToImage
-    from fastcfg.training.shapes import Scene
+    from fastcfg.training.shapes.scenes import Scene
 
 SCALES = [0.0, 1.0, 2.0, 3.0, 4.0, 6.0]
 HELD_OUT_SEED = 1
@@ -36,9 +36,9 @@ PICTURE_SCALES, PICTURE_SAMPLES = "0,1,3,6", 8
 _PARTS = ("correct", "colours", "shapes", "relation")
 _NAMES = {"correct": "fully correct", "colours": "colours", "shapes": "shapes", "relation": "relation"}
 _EXAMPLES = """examples:
-  python -m benchmarks.adherence --json adherence.json --plot adherence.png
-  python -m benchmarks.adherence --checkpoint run/model.safetensors --num-prompts 128 --scales 1,3 --solver ddim
-  python -m benchmarks.adherence --picture guidance.png
+  python -m benchmarks adherence --json adherence.json --plot adherence.png
+  python -m benchmarks adherence --checkpoint run/model.safetensors --num-prompts 128 --scales 1,3 --solver ddim
+  python -m benchmarks adherence --picture guidance.png
 
 A run that was interrupted goes on where it was: scales that the JSON file holds already are not sampled again."""
 
@@ -54,7 +54,7 @@ def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, dict[str, fl
         By part ("correct" for everything at once, "colours", "shapes", and "relation", which counts only scenes that
         have one) its fraction and the fraction's binomial standard error.
     """
-    from fastcfg.training.judge import judge
+    from fastcfg.training.shapes.judge import judge
 
     verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
     related = [verdict for verdict, scene in zip(verdicts, scenes, strict=True) if scene.relation is not None]
@@ -103,8 +103,8 @@ def measure(
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure every scale that the JSON file lacks, writing it after each; returns the whole report."""
     from fastcfg.pipelines.text_to_image import TextToImage
-    from fastcfg.training.data import evaluation_prompts
-    from fastcfg.training.shapes import render_batch
+    from fastcfg.training.shapes.data import evaluation_prompts
+    from fastcfg.training.shapes.scenes import render_batch
 
     device = choose_device(arguments.device)
     pipeline = TextToImage.load(arguments.checkpoint, device)
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m benchmarks.adherence",
+        prog="python -m benchmarks adherence",
         description=__doc__,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -52,6 +52,15 @@ MOVED = {
     "graphs.opaque": "engine.graphs.opaque",
     "stepper": "ops.stepper",
     "blender": "ops.blender",
+    "training.judge": "training.shapes.judge",
+    "training.folder_data": "training.folder.data",
+    "training.folder_config": "training.folder.config",
+    "training.folder_task": "training.folder.task",
+    "training.shapes_task": "training.shapes.task",
+    "training.shapes_config": "training.shapes.config",
+    "training.data": "training.shapes.data",
+    "training.reading": "training.shapes.reading",
+    "training.layout": "training.shapes.layout",
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fastcfg.models import Tokenizer
-from fastcfg.training.folder_config import FolderConfig
+from fastcfg.training.folder.config import FolderConfig
 
 COLOURS = ("red", "green", "blue")
 # GLIDE's options of a network that learns in seconds.

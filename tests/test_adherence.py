@@ -13,8 +13,8 @@ from tiny_checkpoint import write_tiny_checkpoint
 
 from benchmarks import adherence
 from fastcfg.pipelines.text_to_image import TextToImage
-from fastcfg.training.data import evaluation_prompts
-from fastcfg.training.shapes import VOCABULARY, render_batch
+from fastcfg.training.shapes.data import evaluation_prompts
+from fastcfg.training.shapes.scenes import VOCABULARY, render_batch
 
 PROMPTS = 24
 

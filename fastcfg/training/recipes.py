@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcfg.training.config import TrainConfig
-from fastcfg.training.folder_config import FolderConfig
-from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.folder.config import FolderConfig
+from fastcfg.training.shapes.config import ShapesConfig
 
 
 def make_recipe(values: dict[str, Any]) -> TrainConfig:

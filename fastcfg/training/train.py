@@ -24,12 +24,12 @@ from fastcfg.schedule import Schedule
 from fastcfg.training import curve
 from fastcfg.training.config import TrainConfig
 from fastcfg.training.ema import EMA
-from fastcfg.training.folder_config import FolderConfig
-from fastcfg.training.folder_task import FolderTask
+from fastcfg.training.folder.config import FolderConfig
+from fastcfg.training.folder.task import FolderTask
 from fastcfg.training.losses import HybridLoss
 from fastcfg.training.recipes import read_recipe
-from fastcfg.training.shapes_config import ShapesConfig
-from fastcfg.training.shapes_task import ShapesTask
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.task import ShapesTask
 from fastcfg.training.state import load_state, save_state
 from fastcfg.training.task import Task, seed_for
 from fastcfg.utils.files import replacing, write_text

@@ -20,10 +20,10 @@ from fastcfg.models import SuperResText2ImUNet, Text2ImUNet, Tokenizer
 from fastcfg.models.checkpoint import load_checkpoint
 from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.training import curve
-from fastcfg.training.folder_config import FolderConfig
-from fastcfg.training.folder_task import FolderTask
+from fastcfg.training.folder.config import FolderConfig
+from fastcfg.training.folder.task import FolderTask
 from fastcfg.training.recipes import make_recipe, read_recipe
-from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes.config import ShapesConfig
 from fastcfg.training.train import CHECKPOINT, GLIDE, LOG, PLOT, RECIPE, STATE, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -10,7 +10,7 @@ import pytest
 from picture_folder import draw_folder
 from PIL import Image
 
-from fastcfg.training.folder import PictureFolder, PictureReader, to_array
+from fastcfg.training.folder.pictures import PictureFolder, PictureReader, to_array
 
 
 def rng(seed: int = 0) -> np.random.Generator:

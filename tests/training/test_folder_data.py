@@ -16,9 +16,9 @@ from picture_folder import draw_folder, tiny_config
 from PIL import Image
 
 from fastcfg.models import Tokenizer
-from fastcfg.training.folder import PictureFolder, to_array
-from fastcfg.training.folder_config import FolderConfig
-from fastcfg.training.folder_data import FolderData
+from fastcfg.training.folder.config import FolderConfig
+from fastcfg.training.folder.data import FolderData
+from fastcfg.training.folder.pictures import PictureFolder, to_array
 
 CONTEXT = 6
 

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fastcfg.training.judge import connected_components, find_objects, judge
-from fastcfg.training.shapes import (
+from fastcfg.training.shapes.judge import connected_components, find_objects, judge
+from fastcfg.training.shapes.scenes import (
     BACKGROUND,
     COLOURS,
     RELATIONS,

@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastcfg.training.layout import LayoutHead
-from fastcfg.training.shapes import COLOURS, SHAPES, Scene, SceneObject, render_batch, render_named, sample_scene
-from fastcfg.training.shapes_config import ShapesConfig
-from fastcfg.training.shapes_task import build_model
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.layout import LayoutHead
+from fastcfg.training.shapes.scenes import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    render_batch,
+    render_named,
+    sample_scene,
+)
+from fastcfg.training.shapes.task import build_model
 
 TINY = ShapesConfig.from_dict(
     {

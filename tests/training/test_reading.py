@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from fastcfg.training.reading import (
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.reading import (
     IGNORED,
     ReadingHeads,
     batch_targets,
@@ -15,9 +16,8 @@ from fastcfg.training.reading import (
     reading_targets,
     train_reading,
 )
-from fastcfg.training.shapes import COLOURS, SHAPES, Scene, SceneObject, caption, sample_scene
-from fastcfg.training.shapes_config import ShapesConfig
-from fastcfg.training.shapes_task import build_model
+from fastcfg.training.shapes.scenes import COLOURS, SHAPES, Scene, SceneObject, caption, sample_scene
+from fastcfg.training.shapes.task import build_model
 
 TINY = ShapesConfig.from_dict(
     {

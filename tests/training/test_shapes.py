@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastcfg.training.data import evaluation_prompts
-from fastcfg.training.shapes import (
+from fastcfg.training.shapes.data import evaluation_prompts
+from fastcfg.training.shapes.scenes import (
     BACKGROUND,
     COLOURS,
     IMAGE_SIZE,

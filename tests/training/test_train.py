@@ -14,14 +14,14 @@ from torch import nn
 from fastcfg.models.checkpoint import load_checkpoint
 from fastcfg.schedule import Schedule
 from fastcfg.training import curve
-from fastcfg.training.data import ShapesData
 from fastcfg.training.ema import EMA
-from fastcfg.training.layout import LayoutHead
 from fastcfg.training.losses import HybridLoss
-from fastcfg.training.reading import ReadingHeads, train_reading
 from fastcfg.training.recipes import make_recipe, read_recipe
-from fastcfg.training.shapes_config import ShapesConfig
-from fastcfg.training.shapes_task import build_model
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.data import ShapesData
+from fastcfg.training.shapes.layout import LayoutHead
+from fastcfg.training.shapes.reading import ReadingHeads, train_reading
+from fastcfg.training.shapes.task import build_model
 from fastcfg.training.task import seed_for
 from fastcfg.training.train import LOG, PLOT, RECIPE, STATE, draw_noise, main, train
 

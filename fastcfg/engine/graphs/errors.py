@@ -14,7 +14,7 @@ __all__ = ["CaptureError", "Place", "calling_place", "failing_place"]
 # File name, line number and name of a function.
 Place = tuple[str, int, str]
 
-_FASTCFG = Path(__file__).resolve().parents[1]
+_FASTCFG = Path(__file__).resolve().parents[2]
 _LIBRARIES = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, _FASTCFG))
 _MODELS = f"{_FASTCFG / 'models'}/"
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.folder import PictureFolder, PictureReader, to_array
-from fastcfg.training.folder_config import FolderConfig
+from fastcfg.training.folder.config import FolderConfig
+from fastcfg.training.folder.pictures import PictureFolder, PictureReader, to_array
 
 # Steps decoded ahead of the one that is computed.
 _AHEAD = 2

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastcfg.models.text2im import Text2ImUNet
 from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.shapes import COLOURS, SHAPES, SIZE_WORDS, SIZES, Scene, caption, sample_scene
-from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.scenes import COLOURS, SHAPES, SIZE_WORDS, SIZES, Scene, caption, sample_scene
 
 IGNORED = -100
 # Answers asked for at each word of an object: its colour, shape, size (or not said) and place (or anywhere).

@@ -17,9 +17,9 @@ from fastcfg.models.tokenizer import Tokenizer
 from fastcfg.models.vocabulary import read_tokenizer
 from fastcfg.models.weights import load_weights, read_state_dict
 from fastcfg.training.config import TrainConfig
-from fastcfg.training.folder import PictureFolder
-from fastcfg.training.folder_config import FolderConfig
-from fastcfg.training.folder_data import FolderData
+from fastcfg.training.folder.config import FolderConfig
+from fastcfg.training.folder.data import FolderData
+from fastcfg.training.folder.pictures import PictureFolder
 from fastcfg.training.task import seed_for
 
 _TRANSFORMER = (

@@ -7,7 +7,7 @@ import math
 from typing import Any, ClassVar
 
 from fastcfg.training.config import TrainConfig, require
-from fastcfg.training.shapes import MAX_CAPTION_WORDS
+from fastcfg.training.shapes.scenes import MAX_CAPTION_WORDS
 
 # Constructor arguments of Text2ImUNet; attention_resolutions are downsampling factors, as there.
 _DEFAULT_MODEL: dict[str, Any] = {

@@ -11,7 +11,7 @@ import itertools
 
 import numpy as np
 
-from fastcfg.training.shapes import (
+from fastcfg.training.shapes.scenes import (
     BACKGROUND,
     COLOURS,
     IMAGE_SIZE,
@@ -87,7 +87,7 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
         ValueError: ``image`` has another shape.
 
     Example:
-        >>> from fastcfg.training.shapes import Scene, SceneObject, render
+        >>> from fastcfg.training.shapes.scenes import Scene, SceneObject, render
         >>> scene = Scene((SceneObject("star", "red", "large"),))
         >>> judge(render(scene, np.random.default_rng(0)), scene).correct
         True

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastcfg.models.attention import AttentionBlock
 from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.training.shapes import COLOURS, SHAPES
+from fastcfg.training.shapes.scenes import COLOURS, SHAPES
 
 # Below this part of its area a cell counts as background.
 _OCCUPIED = 0.25

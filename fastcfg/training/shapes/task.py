@@ -12,11 +12,11 @@ from fastcfg.models.checkpoint import CheckpointMeta
 from fastcfg.models.text2im import Text2ImUNet
 from fastcfg.models.tokenizer import Tokenizer
 from fastcfg.training.config import TrainConfig
-from fastcfg.training.data import ShapesData
-from fastcfg.training.layout import LayoutHead
-from fastcfg.training.reading import ReadingHeads, reading_parameters, train_reading
-from fastcfg.training.shapes import IMAGE_SIZE, VOCABULARY
-from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.data import ShapesData
+from fastcfg.training.shapes.layout import LayoutHead
+from fastcfg.training.shapes.reading import ReadingHeads, reading_parameters, train_reading
+from fastcfg.training.shapes.scenes import IMAGE_SIZE, VOCABULARY
 from fastcfg.training.task import seed_for
 
 # Captions are short and their meaning hangs on word order, so places start as loud as words; the constructor leaves

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.reading import batch_targets
-from fastcfg.training.shapes import Scene, caption, render_named, sample_scene
-from fastcfg.training.shapes_config import ShapesConfig
+from fastcfg.training.shapes.config import ShapesConfig
+from fastcfg.training.shapes.reading import batch_targets
+from fastcfg.training.shapes.scenes import Scene, caption, render_named, sample_scene
 
 
 @dataclasses.dataclass(frozen=True)
