@@ -1,6 +1,6 @@
 """Modules that have moved, importable under their old names.
 
-An old name gives a module that looks everything up in its new home, and warns once that it has moved.
+An old name gives the module itself, and a `DeprecationWarning`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 __all__ = ["MOVED", "install"]
 
@@ -52,6 +51,7 @@ MOVED = {
     "graphs.opaque": "engine.graphs.opaque",
     "stepper": "ops.stepper",
     "blender": "ops.blender",
+    "frontends._scheduler_run": "frontends._fused.run",
     "training.judge": "training.shapes.judge",
     "training.folder_data": "training.folder.data",
     "training.folder_config": "training.folder.config",
@@ -74,13 +74,8 @@ class _Finder(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = "fastcfg." + MOVED[module.__name__.partition(".")[2]]
         warnings.warn(f"{module.__name__} has moved to {new}", DeprecationWarning, stacklevel=2)
-        home = importlib.import_module(new)
-
-        def look_up(name: str) -> Any:
-            return getattr(home, name)
-
-        module.__doc__ = f"Moved to `{new}`."
-        module.__dict__.update(__getattr__=look_up, __dir__=lambda: dir(home), __all__=getattr(home, "__all__", []))
+        # The import system takes what it finds here: both names are one module.
+        sys.modules[module.__name__] = importlib.import_module(new)
 
 
 def install() -> None:
