@@ -9,13 +9,16 @@ BENCH ?= bench
 # 560 to 604 s on two cores; one process took 916 s, with some tests longer. A file's tests share costly fixtures.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test quick lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/fastcfg sample "$(PROMPT)" --out samples.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest -m quick $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 def pytest_configure() -> None:
     """Make the Triton interpreter round ``tl.fma`` once."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from interpreter_fma import round_once
+        from support.interpreter_fma import round_once
 
         round_once()
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 
 from benchmarks.suite.foreign import load_diffusers, load_k_diffusion
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted((ROOT / "fastcfg").rglob("*.py"))
@@ -28,7 +28,7 @@ ELSEWHERE = {
     "fastcfg.models.loading.load_network": "GLIDE's weights",
     "fastcfg.models.text2im.Text2ImUNet.precompute": "a network",
     "fastcfg.models.weights.read_state_dict": "GLIDE's weights",
-    "fastcfg.pipelines.text_to_image.TextToImage": "20 s: tests/test_pipeline.py",
+    "fastcfg.pipelines.text_to_image.TextToImage": "20 s: tests/pipelines/test_text_to_image.py",
     "fastcfg.pipelines.text_to_image.TextToImage.load": "GLIDE's weights",
     "fastcfg.training.train.train": "a training run: tests/training/test_train.py",
     "fastcfg.pipelines.upsampler.Upsampler": "GLIDE's weights",

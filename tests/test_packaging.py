@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 CHECKPOINT_FILES = sorted(path.name for path in (ROOT / "fastcfg" / "checkpoints").glob("*") if path.is_file())
 SHIPPED = (

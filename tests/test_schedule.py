@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from golden_data import arrays, cases, schedule_of
+from support.golden_data import arrays, cases, schedule_of
 
 from fastcfg.schedule import Schedule, betas_for_alpha_bar, legacy_betas, named_betas, space_timesteps
+
+pytestmark = pytest.mark.quick
 
 ALPHA_BARS: dict[str, Callable[[float], float]] = {
     "exp(-5*t)": lambda t: math.exp(-5 * t),

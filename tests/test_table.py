@@ -13,6 +13,8 @@ import torch
 from fastcfg import Schedule, StepTable, solvers
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
+pytestmark = pytest.mark.quick
+
 
 def test_columns_left_out_are_neutral() -> None:
     table = StepTable.from_columns(t=[9, 4, 0], p_m=[1.0, 2.0, 3.0], a_0=0.5)

@@ -58,7 +58,8 @@ def require_captured_equals_eager(device: torch.device, model: Any, table: Any, 
 def captured_equals_eager(device: torch.device) -> Details:
     """Captured equals eager bit for bit for every solver, guidance, clip, noise source and number of rows in a graph.
 
-    On a CPU each solver is run once, and the options take turns (tests/test_captured.py has every pair of them).
+    On a CPU each solver is run once, and the options take turns (tests/engine/graphs/test_captured.py has
+    every pair of them).
     """
     missing = set(solvers.__all__) - REPRESENTED - set(TABLES)
     require(not missing, f"tables {sorted(TABLES)}, none of {sorted(missing)}")

@@ -31,7 +31,7 @@ TABLES: dict[str, StepTable] = {
 }
 
 # Rows like those above, one family a module: heun and dpmpp_3m_sde, with two stages and with two saved tensors, stand
-# for all of noise-level space, ddim for distilled models. (a_u of CFG++ is in tests/test_captured.py's own table.)
+# for all of noise-level space, ddim for distilled models. (tests/support/captured_cases.py has a_u of CFG++.)
 _FAMILIES = ("cfg_pp", "consistency", "deis", "sa", "sigma", "sigma_multistep", "unipc")
 REPRESENTED = {
     name for name in solvers.__all__ if getattr(solvers, name).__module__.removeprefix("fastcfg.solvers.") in _FAMILIES

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sampler_cases import CASES, denoise
+from support.sampler_cases import CASES, denoise
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_k_diffusion
 from fastcfg import Sampler
 from fastcfg.compiler import Compiled, compile_sampler, trace_sampler
 from fastcfg.compiler.probe import drawing
+
+pytestmark = pytest.mark.quick
 
 loaded: Any = load_k_diffusion()
 sampling: Any = loaded and loaded[0]

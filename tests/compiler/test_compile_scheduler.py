@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import re
-from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scheduler_cases import CASES, NO_CLIP
+from support import ROOT
+from support.scheduler_cases import CASES, NO_CLIP
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers
@@ -305,7 +305,7 @@ def test_a_table_from_a_later_timestep_has_no_past() -> None:
 
 
 def test_the_docs_say_of_every_class_whether_it_compiles() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs/compiler.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/compiler.md").read_text(encoding="utf-8")
     compiles, falls = text.split("| class | saved tensors |")[1].split("| falls through | why |")
     falls = falls.split("## k-diffusion")[0]
     for name in (name for name in dir(diffusers) if name.endswith("Scheduler")):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from precision import Bounds, assert_no_larger, mean_square
-from scheduler_cases import CASES, CLIPPED_AT_2, KARRAS, THRESHOLDED, V
+from support.precision import Bounds, assert_no_larger, mean_square
+from support.scheduler_cases import CASES, CLIPPED_AT_2, KARRAS, THRESHOLDED, V
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from precision import Bounds, assert_no_larger, mean_square
-from sampler_cases import CASES, denoise
+from support.precision import Bounds, assert_no_larger, mean_square
+from support.sampler_cases import CASES, denoise
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_k_diffusion

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pairwise import pairwise
+from support.pairwise import pairwise
 from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers
@@ -17,6 +17,7 @@ from fastcfg.ops.stepper import Stepper
 
 diffusers: Any = load_diffusers()
 pytestmark = [
+    pytest.mark.quick,
     pytest.mark.skipif(diffusers is None, reason="diffusers is not installed"),
     pytest.mark.filterwarnings("ignore"),
 ]

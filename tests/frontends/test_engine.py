@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import guided, toy
+from support.golden_data import guided, toy
 from torch import Tensor, nn
 
 from fastcfg import ClassifierFree, Sampler
@@ -14,6 +14,8 @@ from fastcfg.engine import program_cache as keeper
 from fastcfg.engine.noise import _fill_and_skip, cuda_normal_offset, torch_source
 from fastcfg.frontends import accelerate, glide, guided_diffusion
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
+
+pytestmark = pytest.mark.quick
 
 SHAPE = (4, 3, 4, 4)
 Y = torch.tensor([1.0, 2.5, 0.0, 0.0])

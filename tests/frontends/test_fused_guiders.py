@@ -17,7 +17,7 @@ from fastcfg.frontends.diffusers import fuse
 
 diffusers: Any = load_diffusers()
 guiders: Any = pytest.importorskip("diffusers.guiders")
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
 
 STEPS, SHAPE = 8, (3, 4, 30)
 PREDICTIONS = ("pred_cond", "pred_uncond", "pred_cond_skip", "pred_cond_seg")

@@ -19,6 +19,7 @@ from fastcfg.frontends.k_diffusion import fuse
 modules = load_k_diffusion()
 sampling: Any = modules and modules[0]
 pytestmark = [
+    pytest.mark.quick,
     pytest.mark.skipif(modules is None, reason="k-diffusion is not installed"),
     pytest.mark.filterwarnings("ignore:Should have tb<=t1", "ignore:Should have ta>=t0"),
 ]

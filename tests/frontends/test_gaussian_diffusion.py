@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_data import FOLDER, TOYS, arrays, assert_recorded, cases, error, fill_known, guided, tensor, toy_gradient
+from support.golden_data import (
+    FOLDER,
+    TOYS,
+    arrays,
+    assert_recorded,
+    cases,
+    error,
+    fill_known,
+    guided,
+    tensor,
+    toy_gradient,
+)
 from torch import Tensor
 
 from fastcfg.frontends import ClassifierFree, glide, guided_diffusion

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
-import recipes
 import torch
+from support import recipes
 from torch import Tensor
 
 from fastcfg import ClassifierFree

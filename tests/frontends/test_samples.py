@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_data import guided, toy, toy_gradient
+from support.golden_data import guided, toy, toy_gradient
 from torch import Tensor
 
 from fastcfg import ClassifierFree, DynamicThreshold
 from fastcfg.frontends import glide
 from fastcfg.frontends.recipes import classifier_gradient, load_samples, save_samples, to_uint8
+
+pytestmark = pytest.mark.quick
 
 Y = torch.tensor([1.0, 2.5, 0.0, 0.0])
 SHAPE = (4, 3, 4, 4)

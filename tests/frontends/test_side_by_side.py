@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import guided, toy, toy_eps, toy_gradient, toy_x0
+from support.golden_data import guided, toy, toy_eps, toy_gradient, toy_x0
 from torch import Tensor
 
 from fastcfg import ClassifierFree, accelerate
 from fastcfg.frontends import glide, guided_diffusion
+
+pytestmark = pytest.mark.quick
 
 SHAPE = (4, 3, 8, 8)
 Y = torch.tensor([1.0, 2.5, 0.0, 0.0])

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import FOLDER, TOYS, assert_recorded, tensor
+from support.golden_data import FOLDER, TOYS, assert_recorded, tensor
 
 from fastcfg.frontends import guided_diffusion as gd
+
+pytestmark = pytest.mark.quick
 
 STEM = "training_losses"
 CASES = [pytest.param(case, id=case["id"]) for case in json.loads((FOLDER / f"{STEM}.json").read_text())["cases"]]

@@ -5,6 +5,6 @@ from __future__ import annotations
 import os
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from interpreter_bfloat16 import round_to_nearest
+    from support.interpreter_bfloat16 import round_to_nearest
 
     round_to_nearest()

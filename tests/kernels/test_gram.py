@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastcfg import ops
 
+pytestmark = pytest.mark.quick
+
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter")
 BACKENDS = [pytest.param("triton", marks=interpreted), "reference"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairwise import all_pairs, pairs_of, pairwise
+from support.pairwise import all_pairs, pairs_of, pairwise
 from torch import Tensor
 
 from fastcfg import solvers

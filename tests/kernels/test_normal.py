@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor
 
 from fastcfg.kernels import normal
@@ -28,7 +28,7 @@ KNOWN_ANSWERS = (
         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
     ),
 )
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+KERNELS = ROOT / "kernels"
 
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
@@ -41,7 +41,7 @@ def test_torch_philox_gives_the_published_words(
 
 @interpreted
 def test_kernel_philox_gives_the_published_words() -> None:
-    from philox_kernel import philox_kernel
+    from support.philox_kernel import philox_kernel
 
     # Four lanes, as a block is a power of two.
     columns = zip(*KNOWN_ANSWERS, KNOWN_ANSWERS[0], strict=True)

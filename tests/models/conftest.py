@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from recorded_networks import CLASSIFIERS, GLIDE, GUIDED_DIFFUSION, Recorded, load_recorded
+from support.recorded_networks import CLASSIFIERS, GLIDE, GUIDED_DIFFUSION, Recorded, load_recorded
 
 
 @pytest.fixture(params=GLIDE)

@@ -8,6 +8,8 @@ import torch
 from fastcfg.models import EncoderUNetModel
 from fastcfg.models.classifier import AttentionPool2d
 
+pytestmark = pytest.mark.quick
+
 SMALL = {
     "image_size": 16,
     "in_channels": 3,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from recorded_networks import Recorded, load_recorded
+from support import GOLDEN
+from support.recorded_networks import Recorded, load_recorded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastcfg.models.clip import CLIPModel, ImageEncoder, TextEncoder, create_clip_model
 
-KEYS = Path(__file__).parents[1] / "golden" / "state_dict_keys"
+pytestmark = pytest.mark.quick
+
+KEYS = GOLDEN / "state_dict_keys"
 
 
 class Codes:

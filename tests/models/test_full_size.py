@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from recorded_networks import CLASSIFIERS, GLIDE, GUIDED_DIFFUSION
+from support import GOLDEN
+from support.recorded_networks import CLASSIFIERS, GLIDE, GUIDED_DIFFUSION
 from torch import nn
 
 import fastcfg.models
 from fastcfg.models import glide, guided_diffusion
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+pytestmark = pytest.mark.quick
+
 DEFAULTS = json.loads((GOLDEN / "defaults.json").read_text())
 NAMES = [path.stem for path in sorted((GOLDEN / "state_dict_keys").glob("*.json")) if "clip" not in path.stem]
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.quick
+
 # Measured: at most 3.6e-6 (outputs have a standard deviation of 0.6).
 TOLERANCE = 1e-5
 # Measured: 7.8e-3 between two sets of half kernels, where half itself is 5.3e-3 from single precision.

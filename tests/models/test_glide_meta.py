@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import GOLDEN
 
 from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+pytestmark = pytest.mark.quick
 
 
 def test_options_are_the_originals() -> None:

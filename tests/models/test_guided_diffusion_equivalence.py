@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.quick
+
 # Measured: at most 4.8e-6, channels-last (outputs have a standard deviation of 0.6).
 TOLERANCE = 1e-5
 # Measured: at most 7.2e-7 (logits have standard deviations of 0.17 to 0.58).

@@ -9,13 +9,16 @@ import json
 from pathlib import Path
 
 import pytest
+from support import GOLDEN
 
 pytest.importorskip("tokenizers")
 
 from fastcfg.models import Tokenizer
 from fastcfg.models.vocabulary import glide_tokenizer
 
-RECORDED = json.loads((Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
+pytestmark = pytest.mark.quick
+
+RECORDED = json.loads((GOLDEN / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

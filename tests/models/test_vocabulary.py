@@ -14,6 +14,8 @@ import pytest
 from fastcfg.models.tokenizer import Tokenizer
 from fastcfg.models.vocabulary import glide_tokenizer, vocabulary_files
 
+pytestmark = pytest.mark.quick
+
 # A byte-level vocabulary of the words' letters, as GPT-2's files are made.
 ENCODER = {"r": 0, "e": 1, "d": 2, "re": 3, "red": 4, "<|endoftext|>": 5}
 MERGES = "#version: 0.2\nr e\nre d\n"

@@ -10,6 +10,8 @@ from torch import nn
 
 from fastcfg.models.weights import load_weights, read_state_dict
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_weights_are_copies_in_float32(device: str) -> None:

@@ -17,6 +17,8 @@ from fastcfg.models.text2im import Text2ImUNet
 from fastcfg.models.tokenizer import Tokenizer
 from fastcfg.models.vocabulary import glide_tokenizer
 
+pytestmark = pytest.mark.quick
+
 ARGUMENTS = {
     "text_ctx": 6,
     "xf_width": 32,

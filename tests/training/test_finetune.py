@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_folder import OPTIONS, draw_folder, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import GOLDEN, ROOT
+from support.picture_folder import OPTIONS, draw_folder, tiny_config
 from torch import Tensor
 
 from fastcfg.models import SuperResText2ImUNet, Text2ImUNet, Tokenizer
@@ -25,8 +26,6 @@ from fastcfg.training.folder.task import FolderTask
 from fastcfg.training.recipes import make_recipe, read_recipe
 from fastcfg.training.shapes.config import ShapesConfig
 from fastcfg.training.train import CHECKPOINT, GLIDE, LOG, PLOT, RECIPE, STATE, train
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -351,7 +350,7 @@ def test_recipes_that_do_not_fit_are_refused_before_anything_is_written(
 
 
 def test_a_shapes_checkpoint_can_be_tuned_on_pictures(tmp_path: Path, folder: Path) -> None:
-    embedded = Path(__file__).parents[2] / "fastcfg" / "checkpoints" / "shapes.safetensors"
+    embedded = ROOT / "fastcfg" / "checkpoints" / "shapes.safetensors"
     task = FolderTask(tiny_config(folder, init=str(embedded), tokenizer="", model={}))
     task.close()
     assert type(task.model) is Text2ImUNet

@@ -12,6 +12,8 @@ from torch.distributions import Normal, kl_divergence
 from fastcfg.schedule import Schedule
 from fastcfg.training.losses import HybridLoss
 
+pytestmark = pytest.mark.quick
+
 T = 100
 SCHEDULE = Schedule.named("squaredcos_cap_v2", T)
 
