@@ -13,12 +13,14 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..guidance import Guidance, GuidancePlan
 from ..table import StepTable
-from .conditioning import Alike, Conditioning
+from ..utils import checks
+from ..utils.identity import Alike
+from .conditioning import Conditioning
 from .config import NO_CAPTURE, SamplerConfig
 from .noise import NoiseSource
 from .staleness import torch_settings
 
-__all__ = ["Call", "ProgramOptions", "check_functions", "check_shape", "clip_bounds"]
+__all__ = ["Call", "ProgramOptions", "check_clip", "check_functions", "check_shape", "clip_bounds"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Call:
         classifier_conditioning: what cond_fn is given.
         bounds: of x0, float64 [1] or [B]; None for none.
         source: of the noise.
-        x_T: the start, or None to draw it.
+        start: x_T, or None to draw it.
     """
 
     options: ProgramOptions
@@ -132,7 +134,7 @@ class Call:
     classifier_conditioning: Conditioning
     bounds: Tensor | None
     source: NoiseSource
-    x_T: Tensor | None
+    start: Tensor | None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -145,11 +147,10 @@ class Call:
 
 def check_shape(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
     """(B, C, ...) as a tuple, or ValueError."""
-    if not isinstance(shape, Sequence) or len(shape) < 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"shape: got {shape}, expected (B, C, ...) of positive integers")
-    if memory_format == torch.channels_last and len(shape) != 4:
-        raise ValueError(f"memory_format: got torch.channels_last with shape {tuple(shape)}, expected (B, C, H, W)")
-    return tuple(shape)
+    sizes = checks.check_shape("shape", shape)
+    if memory_format == torch.channels_last and len(sizes) != 4:
+        raise ValueError(f"memory_format: got torch.channels_last with shape {sizes}, expected (B, C, H, W)")
+    return sizes
 
 
 def check_functions(

@@ -138,7 +138,9 @@ class Programs:
             reason = failure
             if capture not in NO_CAPTURE:
                 self.problem = self.problem or failure
-        ways = {f"{'graph' if choice.record else 'eager'} {choice.batching}": choice.seconds * 1e3 for choice in choices}
+        ways = {
+            f"{'graph' if choice.record else 'eager'} {choice.batching}": choice.seconds * 1e3 for choice in choices
+        }
         self.decisions[active] = Decision(
             branches=tuple(options.branches[k] for k in active),
             graph="none" if best.record is None else "cuda" if options.device.type == "cuda" else "stand-in",

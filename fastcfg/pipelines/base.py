@@ -163,7 +163,7 @@ class Stage:
                 self.model,
                 self._table(steps, solver, eta, temperature),
                 clip=1.0,
-                noise=noise,
+                noise_source=noise,
                 backend=backend,
                 graph=graph,
                 memory_format=torch.channels_last,
@@ -208,7 +208,7 @@ class Stage:
         uncond = None if unconditional is None else self._encode(unconditional)
         sampler.guidance, sampler.cond_fn = guidance, cond_fn
         sampler.denoised_fn = self._denoised_fn(min(batch_size, len(seeds)), pictures)
-        size, noise = self.meta.image_size, sampler.noise
+        size, noise = self.meta.image_size, sampler.noise_source
         starts = range(0, len(seeds), batch_size)
         images = []
         with progress_bar(progress, total=len(starts) * sampler.table.num_rows) as bar:

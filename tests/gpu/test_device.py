@@ -178,7 +178,7 @@ def test_captured_equals_eager(
 def test_loop_never_syncs(name: str, clip: float | DynamicThreshold, model: Model) -> None:
     sampler = Sampler(model, TABLES[name], guidance=CFG(3.0), clip=clip)
     sampler.sample(SHAPE, seed=0, **conditioning())
-    run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
+    run = sampler._prepare(SHAPE, **conditioning(), seed=0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in run.rows():
@@ -191,7 +191,7 @@ def test_one_launch_beside_the_model(model: Model) -> None:
     table: StepTable = TABLES["ddpm"]
     sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, graph=False)
     sampler.sample(SHAPE, seed=0, **conditioning())
-    run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
+    run = sampler._prepare(SHAPE, **conditioning(), seed=0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in run.rows():
             pass

@@ -120,7 +120,7 @@ def test_samplers_with_and_without_the_stand_in_share_one_compilation() -> None:
     conditioning = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.zeros(2)}}
     before, images = compilations(), []
     for options in ({"backend": "reference"}, {"backend": "inductor"}, {"backend": "inductor", "graph": True}):
-        sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, noise="torch", **options)
+        sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, noise_source="torch", **options)
         for scale in (3.0, 1.5):
             sampler.guidance = CFG(scale)
             images.append(sampler.sample((2, 3, 4, 4), **conditioning, seed=int(scale)))

@@ -170,9 +170,9 @@ def test_pictures_to_inpaint_may_change_without_another_program(stages: dict[str
     stage = stages["base_inpaint"]
     image, mask = known(BASE_SIZE)
     first = stage.sample(PROMPTS[0], steps=STEPS, inpaint=(image, mask), graph=True)
-    workspaces = list(stage._sampler._keeper._kept.values())
+    workspaces = list(stage._sampler._cache._kept.values())
     other = stage.sample(PROMPTS[0], steps=STEPS, inpaint=(-image, 1 - mask), graph=True)
-    assert list(stage._sampler._keeper._kept.values()) == workspaces
+    assert list(stage._sampler._cache._kept.values()) == workspaces
     assert torch.equal(other * (1 - mask), (-image * (1 - mask))[None])
     assert torch.equal(stage.sample(PROMPTS[0], steps=STEPS, inpaint=(image, mask), graph=True), first)
 
