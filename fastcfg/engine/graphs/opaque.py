@@ -1,4 +1,4 @@
-"""Compiled models, whose operations a recording cannot see."""
+"""Compiled models, recorded whole because their operations cannot be seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _THREAD = threading.local()
 
 
 class Opaque:
-    """A function that a stand-in records whole, instead of the operations it dispatches."""
+    """A function that a stand-in records as one call instead of by its operations."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -25,7 +25,7 @@ class Opaque:
 
 
 class recording:  # noqa: N801
-    """Context in which `Opaque` functions are handed to `record(function, args, kwargs)`, which returns the result."""
+    """Context in which `Opaque` functions are run by `record(function, args, kwargs)`."""
 
     def __init__(self, record: Callable[..., Any]) -> None:
         self._record = record

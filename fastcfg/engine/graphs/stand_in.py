@@ -1,4 +1,4 @@
-"""What a graph does, on a CPU."""
+"""The CPU's stand-in for CUDA graphs, with which graph logic is tested."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["StandIn"]
 
 
 class StandIn:
-    """A program's operations, recorded once with the very tensors they touched, and replayed.
+    """A program's operations, recorded once with the tensors they touched, and replayed.
 
-    Python does not run again at replay, results land in the tensors of the recording, and whatever the program reads
-    through anything but its tensors is stale: the mistakes that break a captured program break this one too.
+    As with a CUDA graph, Python does not run at replay, results land in the recorded tensors, and everything the
+    program reads other than tensors is stale: mistakes that break a captured program break this one too.
 
     Args:
         programs: what to record, one after the other (running each).
@@ -44,7 +44,7 @@ class StandIn:
 
 
 class _Recorder(DispatchMode):
-    """Keeps every call with its arguments and results."""
+    """Records every call with its arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Recorder(DispatchMode):
         return self._keep(function, args, kwargs or {}, function(*args, **(kwargs or {})))
 
     def record(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Call a function whose own operations are not to be recorded."""
+        """Call a function and record it whole, instead of its operations."""
         with _disable_current_modes():
             result = function(*args, **kwargs)
         return self._keep(function, args, kwargs, result)
