@@ -211,7 +211,7 @@ def test_the_package_brings_a_model() -> None:
         ({"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of"),
         ({"graph": "always"}, ValueError, "graph: got 'always'"),
-        ({"noise": "white"}, ValueError, "noise: got 'white'"),
+        ({"noise": "white"}, ValueError, "noise_source: got 'white'"),
     ],
 )
 def test_sample_refuses_before_the_model_runs(
