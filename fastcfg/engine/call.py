@@ -20,7 +20,7 @@ from .config import NO_CAPTURE, SamplerConfig
 from .noise import NoiseSource
 from .staleness import torch_settings
 
-__all__ = ["Call", "ProgramOptions", "check_clip", "check_functions", "check_shape", "clip_bounds"]
+__all__ = ["Call", "ProgramOptions", "check_functions", "check_shape", "clip_bounds"]
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,15 @@ class Call:
         return self.options, layout, branches, torch_settings(self.options.device)
 
 
-def check_shape(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
-    """(B, C, ...) as a tuple, or ValueError."""
+def check_shape(
+    shape: Sequence[int], memory_format: torch.memory_format, clip: Tensor | DynamicThreshold | None
+) -> tuple[int, ...]:
+    """(B, C, ...) as a tuple; ValueError if it is no shape, or if layout or clip do not fit it."""
     sizes = checks.check_shape("shape", shape)
+    if isinstance(clip, DynamicThreshold):
+        clip.place(math.prod(sizes[1:]))
+    elif clip is not None and len(clip) not in (1, sizes[0]):
+        raise ValueError(f"clip: got {len(clip)} bounds, expected 1 or one per sample ({sizes[0]})")
     if memory_format == torch.channels_last and len(sizes) != 4:
         raise ValueError(f"memory_format: got torch.channels_last with shape {sizes}, expected (B, C, H, W)")
     return sizes
@@ -198,11 +204,3 @@ def clip_bounds(clip: float | Sequence[float] | Tensor | DynamicThreshold | None
     if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():
         raise ValueError(f"clip: got {clip!r}, expected None or positive finite bounds")
     return bounds
-
-
-def check_clip(clip: Tensor | DynamicThreshold | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a clip fits the samples."""
-    if isinstance(clip, Tensor) and len(clip) not in (1, shape[0]):
-        raise ValueError(f"clip: got {len(clip)} bounds, expected 1 or one per sample ({shape[0]})")
-    if isinstance(clip, DynamicThreshold):
-        clip.place(math.prod(shape[1:]))

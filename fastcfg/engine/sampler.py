@@ -14,7 +14,7 @@ from ..guidance import Guidance, NoGuidance
 from ..table import StepTable
 from ..utils.checks import check_count
 from ..utils.identity import Alike
-from .call import Call, ProgramOptions, check_clip, check_functions, check_shape, clip_bounds
+from .call import Call, ProgramOptions, check_functions, check_shape, clip_bounds
 from .conditioning import Conditioning, check_conditioning
 from .config import COMPILE_MODES, SamplerConfig
 from .loop import Preview, Previews, ProgressBar, Run, Step
@@ -318,16 +318,15 @@ class Sampler:
     ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
         config, table = self.config, self.table
-        shape = check_shape(shape, config.memory_format)
         guidance = self.guidance if guidance is OWN else _checked_guidance(guidance)
         clip = self._clip if clip is OWN else clip_bounds(clip)
+        shape = check_shape(shape, config.memory_format, clip)
         denoised_fn = self.denoised_fn if denoised_fn is OWN else denoised_fn
         cond_fn = self.cond_fn if cond_fn is OWN else cond_fn
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
         given = {"cond": cond, "uncond": uncond, **(branches or {})}
         classifier, conditioning = self._conditionings(given, guidance.branches, shape[0])
         plan = guidance.plan(table, shape[0])
-        check_clip(clip, shape)
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:
