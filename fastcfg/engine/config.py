@@ -97,7 +97,7 @@ class SamplerConfig:
         )
 
     def __reduce__(self) -> Any:
-        # torch.save cannot write a memory format, but it can write its name.
+        # With its default protocol torch.save cannot write a memory format: its name is written instead.
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return _config, (values | {"memory_format": str(self.memory_format)},)
 
