@@ -62,7 +62,7 @@ _LEVELS: dict[str, Callable[[int, float, float], Any]] = {
 }
 LEVELS = tuple(_LEVELS)
 
-# The range of levels: the process's own, within this one. Processes that end in nearly pure noise have levels of 20,000.
+# Levels are the process's own, within this range: those of processes that end in nearly pure noise reach 20,000.
 _LOWEST, _HIGHEST = 0.02, 80.0
 # plms and prk take the model's ε unclipped, and its errors count σ times: they start at a level up to this one.
 _HIGHEST_UNCLIPPED = 15.0
@@ -83,9 +83,9 @@ def solver_table(
         schedule: the whole process.
         steps: their number, 1 to T ("lcm" and "tcd": to 50), or, for solvers on timesteps, a respacing such as
             "10,15,20", "ddim50" or "fast27" (`fastcfg.schedule.space_timesteps`).
-        spacing: for solvers in noise-level space one of `LEVELS` (functions of `fastcfg.sigmas`; None is "karras"), over
-            the process's levels from 0.02 to 80; for all of them one of `TIMESTEPS` (spacings of
-            `fastcfg.sigmas.from_schedule`). None keeps the timesteps of guided-diffusion's respacing.
+        spacing: one of `TIMESTEPS` (spacings of `fastcfg.sigmas.from_schedule`) or, for solvers in noise-level space,
+            of `LEVELS` (functions of `fastcfg.sigmas`, over the process's levels from 0.02 to 80). None is "karras"
+            there, and guided-diffusion's respacing for solvers on timesteps.
         eta: of solvers that have one (γ of "tcd"); None is the solver's default.
 
     Raises:
@@ -137,11 +137,10 @@ def _levels(schedule: Schedule, n: int, spacing: str) -> Any:
 
 def _distilled(schedule: Schedule, n: Any) -> list[int]:
     T = schedule.num_timesteps
-    if n > min(50, T):
-        raise ValueError(
-            f"steps: got {n}, expected 1 to {min(50, T)}, the timesteps that such models are distilled for"
-        )
-    return consistency_timesteps(n, T, min(50, T))
+    known = min(50, T)
+    if n > known:
+        raise ValueError(f"steps: got {n}, expected 1 to {known}, the timesteps that such models are distilled for")
+    return consistency_timesteps(n, T, known)
 
 
 def _respaced(schedule: Schedule, steps: Any, spacing: str | None, build: _Build) -> Schedule:
