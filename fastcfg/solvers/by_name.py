@@ -29,7 +29,7 @@ from .sigma import dpm2, dpm2_ancestral, dpmpp_2s_ancestral, euler, euler_ancest
 from .sigma_multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms
 from .unipc import unipc
 
-__all__ = ["LEVELS", "SOLVERS", "TIMESTEPS", "solver_table"]
+__all__ = ["LEVELS", "SOLVERS", "SPACINGS", "solver_table"]
 
 _Build = Callable[..., StepTable]
 
@@ -52,7 +52,7 @@ _ON_LEVELS: dict[str, _Build] = {
 SOLVERS = (*_ON_TIMESTEPS, *_ON_LEVELS)
 
 # What `schedule` may be with solvers on timesteps, and with those in noise-level space besides.
-TIMESTEPS = tuple(spacing for spacing in sigmas.SPACINGS if spacing != "beta")
+SPACINGS = tuple(spacing for spacing in sigmas.SPACINGS if spacing != "beta")
 _LEVELS: dict[str, Callable[[int, float, float], Any]] = {
     "karras": sigmas.karras,
     "exponential": sigmas.exponential,
@@ -83,7 +83,7 @@ def solver_table(
         schedule: the whole process.
         steps: their number, 1 to T ("lcm" and "tcd": to 50), or, for solvers on timesteps, a respacing such as
             "10,15,20", "ddim50" or "fast27" (`fastcfg.schedule.space_timesteps`).
-        spacing: one of `TIMESTEPS` (spacings of `fastcfg.sigmas.from_schedule`) or, for solvers in noise-level space,
+        spacing: one of `SPACINGS` (spacings of `fastcfg.sigmas.from_schedule`) or, for solvers in noise-level space,
             of `LEVELS` (functions of `fastcfg.sigmas`, over the process's levels from 0.02 to 80). None is "karras"
             there, and guided-diffusion's respacing for solvers on timesteps.
         eta: of solvers that have one (γ of "tcd"); None is the solver's default.
@@ -109,13 +109,13 @@ def solver_table(
     count = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
     if not isinstance(count, str) and (not isinstance(count, int) or not 1 <= count <= schedule.num_timesteps):
         raise ValueError(f"steps: got {steps!r}, expected 1 to {schedule.num_timesteps}")
-    expected = TIMESTEPS if solver in _ON_TIMESTEPS else (*LEVELS, *TIMESTEPS)
+    expected = SPACINGS if solver in _ON_TIMESTEPS else (*LEVELS, *SPACINGS)
     if build in (lcm, tcd):
         expected = ()  # their models are distilled for certain timesteps
     if spacing is not None and spacing not in expected:
         names = ", ".join(expected) or "None"
         raise ValueError(f"schedule: got {spacing!r} with solver {solver!r}, expected one of {names}")
-    if isinstance(count, str) and (spacing is not None or expected != TIMESTEPS):
+    if isinstance(count, str) and (spacing is not None or expected != SPACINGS):
         what = f"solver {solver!r}" if spacing is None else f"schedule {spacing!r}"
         raise ValueError(f"steps: got the respacing {count!r} with {what}, expected a number of steps")
     if solver in _ON_LEVELS:
@@ -129,7 +129,7 @@ def solver_table(
 
 
 def _levels(schedule: Schedule, n: int, spacing: str) -> Any:
-    if spacing in TIMESTEPS:
+    if spacing in SPACINGS:
         return sigmas.from_schedule(schedule, n, spacing)[0]
     levels = sigmas.discrete_sigmas(schedule)
     return _LEVELS[spacing](n, max(float(levels[0]), _LOWEST), min(float(levels[-1]), _HIGHEST))
