@@ -181,9 +181,8 @@ class TextToImage(Pipeline):
                 raise ValueError(f"guidance_scale: got {scale!r} with a {type(guidance).__name__}, expected None")
             spec = guidance
         else:
-            if scale is None:
-                scale = 0.6 if str(solver).endswith("cfg_pp") else 3.0
-            spec = guidance_by_name(guidance, check_finite("guidance_scale", scale))
+            scale = default_scale(solver) if scale is None else check_finite("guidance_scale", scale)
+            spec = guidance_by_name(guidance, scale)
         others = [branch for branch in spec.branches if branch != "cond"]
         if unknown := set(others) - {"uncond", "negative"}:
             got = ", ".join(sorted(unknown))
@@ -195,3 +194,8 @@ class TextToImage(Pipeline):
         # Where the negative prompt has a branch of its own, the unconditional one reads nothing.
         own = "negative" if "negative" in others else "uncond"
         return texts, {branch: away if branch == own else [] for branch in others}, spec
+
+
+def default_scale(solver: str) -> float:
+    """The guidance scale of a named solver unless one is given: that of CFG++ runs from 0 to 1."""
+    return 0.6 if str(solver).endswith("cfg_pp") else 3.0
