@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..reference import ReferenceStep
 from ..step import StepBuffers, StepSpec
+from ..utils._torch_private import current_dispatch_mode
 from .backend import interpreting, resolve_backend
 from .checks import check_buffers, check_output, check_spec, is_channels_last
 from .inductor import InductorStep
@@ -92,7 +92,7 @@ class GuidedStep:
         """Whether somebody must see the launch: torch.compile that of a kernel, a dispatch mode (the stand-in for
         graphs) that of compiled code."""
         if self.backend == "inductor":
-            return not compiling and _get_current_dispatch_mode() is not None
+            return not compiling and current_dispatch_mode() is not None
         return compiling and self.backend == "triton"
 
     def _launched(self, output: Tensor) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ...utils._torch_private import TorchDispatchMode, lift_only_cpu_tensors, tree_leaves, tree_map
 from .errors import CaptureError, calling_place, describe
 
 __all__ = ["Constant", "DispatchMode", "ReuseConstants", "copied_operands", "digest", "tensors_in", "visible_copies"]
@@ -36,12 +35,11 @@ class DispatchMode(TorchDispatchMode):
 @contextmanager
 def visible_copies() -> Iterator[None]:
     """Have `torch.tensor(numbers, device=...)` dispatch its copy to the device, which torch else makes unseen."""
-    before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)
+    before = lift_only_cpu_tensors(True)
     try:
         yield
     finally:
-        torch._C._set_only_lift_cpu_tensors(before)
+        lift_only_cpu_tensors(before)
 
 
 @dataclass(frozen=True, eq=False)

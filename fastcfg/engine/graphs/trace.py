@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from ...utils._torch_private import tree_leaves
 from .errors import Place, calling_place, describe
 from .modes import Constant, DispatchMode, copied_operands, digest, operation_name, tensors_in
 
