@@ -290,7 +290,7 @@ class Sampler:
         if bounds is not None and len(bounds) not in (1, batch):
             raise ValueError(f"clip: got {len(bounds)} bounds, expected 1 or one per sample ({batch})")
         if isinstance(self.clip, DynamicThreshold):
-            self.clip.place(math.prod(shape[1:]))
+            self.clip.rank(math.prod(shape[1:]))
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:

@@ -43,10 +43,10 @@ class InductorStep:
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
         self._drawn: Tensor | None = None
-        if spec.noise == "philox":
+        if spec.noise_source == "philox":
             # Drawn beforehand: Inductor needs ten times as long to compile the generator as the rest of the step.
             self._drawn = torch.empty_like(buffers.x)
-            spec, buffers = replace(spec, noise="tensor"), replace(buffers, noise=self._drawn)
+            spec, buffers = replace(spec, noise_source="tensor"), replace(buffers, noise=self._drawn)
         self._spec, self._buffers = spec, buffers
         given = {name: tensor for name, tensor in vars(buffers).items() if tensor is not None}
         self._tensors = tuple(given.values())

@@ -294,19 +294,8 @@ def table_loop(
     bound = base.clip.to(x).expand(batch) if isinstance(base.clip, Tensor) else None
     for row, coefficients in enumerate(table.on("cpu", state)[:rows].tolist()):
         active = plan.active[row]
-
-        def place(branch: int | None, active: tuple[int, ...] = active) -> int | None:
-            return active.index(branch) if branch in active else None
-
-        spec = StepSpec.of(
-            table,
-            branches=len(active),
-            base=place(guidance.base) if len(active) > 1 else None,
-            conditional=place(guidance.conditional) or 0,
-            unconditional=place(guidance.unconditional) if table.uses_unconditional else None,
-            clip=bound is not None,
-            noise="tensor" if table.uses_noise else "none",
-        )
+        source = "tensor" if table.uses_noise else "none"
+        spec = StepSpec.of(table, guidance, active, clip=bound is not None, noise_source=source)
         weights = torch.from_numpy(plan.weights[row][:, list(active)]).to(x)
         time = torch.full((len(active) * batch,), table["t"][row], device=device)
         time = time.long() if table.integer_time else time.float()

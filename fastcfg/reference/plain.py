@@ -82,7 +82,7 @@ def plain_row(
     if spec.gradient:
         scale = c["a_g"] * torch.exp2(2 * c["l_v"] * v) if spec.learned_variance else c["a_g"]
         y = y + scale * gradient  # type: ignore[operator]
-    if spec.noise != "none":
+    if spec.noise_source != "none":
         y = y + std * noise  # type: ignore[operator]
     return {"x": y, "x0": x0, "saved": c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m}
 

@@ -53,7 +53,7 @@ def diffusers_threshold_sample(sample: Tensor, ratio: float, sample_max_value: f
 def test_the_place_is_torchs(p: float, dtype: torch.dtype) -> None:
     for size in (1, 2, 3, 101, 12288, 3 * 1024**2, MAX_SIZE - 1, MAX_SIZE):
         rank = float(torch.tensor(p, dtype=dtype) * (size - 1))
-        place = DynamicThreshold(p).place(size, dtype)
+        place = DynamicThreshold(p).rank(size, dtype)
         assert (place.rank, place.weight) == (int(rank), rank - int(rank))
 
 
@@ -117,7 +117,7 @@ def test_the_reference_gives_the_bits_of_torch_quantile(size: int, p: float, dty
     x[5] *= 1e38
     x[6, size // 2] = -math.inf
     x[7, size // 3] = math.nan
-    place = DynamicThreshold(p).place(size, dtype)._replace(floor=0.0)
+    place = DynamicThreshold(p).rank(size, dtype)._replace(floor=0.0)
     expected = torch.quantile(x.abs(), p, dim=1)
     assert same_bits(quantile_bound(x, place), expected)
     # In any batch.
