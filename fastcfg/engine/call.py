@@ -151,7 +151,7 @@ def check_shape(
     """(B, C, ...) as a tuple; ValueError if it is no shape, or if layout or clip do not fit it."""
     sizes = checks.check_shape("shape", shape)
     if isinstance(clip, DynamicThreshold):
-        clip.place(math.prod(sizes[1:]))
+        clip.rank(math.prod(sizes[1:]))
     elif clip is not None and len(clip) not in (1, sizes[0]):
         raise ValueError(f"clip: got {len(clip)} bounds, expected 1 or one per sample ({sizes[0]})")
     if memory_format == torch.channels_last and len(sizes) != 4:

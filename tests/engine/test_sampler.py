@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastcfg import CFG, Compose, Guidance, NoGuidance, Sampler, Schedule, StepTable, solvers
 from fastcfg.engine.program_cache import MAX_ENTRIES
 from fastcfg.reference.philox import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
+from fastcfg.reference.plain import PlainTable
+from fastcfg.step import StepSpec
 
 B, SHAPE = 3, (3, 2, 8, 8)
 
@@ -124,35 +126,19 @@ def model_for(table: StepTable) -> Callable[..., Tensor]:
 
 
 def by_hand(table: StepTable, guidance: Guidance | None, x: Tensor, noise: Tensor, clip: float | None) -> Tensor:
-    """The run in float64, every branch evaluated by itself: the equations of `fastcfg.table`, line by line."""
+    """The run in float64 by the plain equations, every branch evaluated in every row."""
     guidance = guidance or NoGuidance()
-    model, channels = model_for(table), x.shape[1]
-    weights = guidance.plan(table, len(x)).weights
-    saved: dict[int, Tensor] = {}
+    model, weights = model_for(table), guidance.plan(table, len(x)).weights
+    branches = range(len(guidance.branches))
+    spec = StepSpec.of(table, guidance, branches, clip=clip is not None, noise_source="tensor")
+    bound = None if clip is None else x.new_full((len(x),), clip)
+    plain = PlainTable(table, x)
     for row in range(table.num_rows):
-        c = {name: float(table[name][row]) for name in ("c_in", "t", "p_x", "p_m", "a_x", "a_0", "a_m", "s")}
-        c |= {name: float(table[name][row]) for name in ("l_0", "l_v", "k_x", "k_0", "k_m", "slot")}
-        t = torch.full((len(x),), c["t"], dtype=torch.float64)
-        outputs = [model(c["c_in"] * x, t, CONDITIONS[name].double()) for name in guidance.branches]
-        w = torch.from_numpy(weights[row]).view(len(x), -1, 1, 1, 1)
-        if guidance.base is None:
-            m = sum(w[:, k] * output[:, :channels] for k, output in enumerate(outputs))
-        else:
-            base = outputs[guidance.base][:, :channels]
-            m = base + sum(
-                w[:, k] * (output[:, :channels] - base) for k, output in enumerate(outputs) if k != guidance.base
-            )
-        x0 = c["p_x"] * x + c["p_m"] * m
-        if clip is not None:
-            x0 = x0.clamp(-clip, clip)
-        std: Any = c["s"]
-        if table.learned_variance:
-            std = torch.exp2(c["l_0"] + c["l_v"] * outputs[guidance.conditional][:, channels:])
-        y = c["a_x"] * x + c["a_0"] * x0 + c["a_m"] * m + std * noise[row]
-        y = y + sum(float(table[f"a_h{j}"][row]) * h for j, h in saved.items())
-        if c["slot"] >= 0:
-            saved[int(c["slot"])] = c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m
-        x = y
+        t = torch.full((len(x),), table["t"][row], dtype=torch.float64)
+        entered = float(table["c_in"][row]) * x
+        output = torch.cat([model(entered, t, CONDITIONS[name].double()) for name in guidance.branches])
+        w = torch.from_numpy(weights[row])
+        x = plain(row, x, output, spec, weights=w, bound=bound, noise=noise[row])["x"]
     return x
 
 

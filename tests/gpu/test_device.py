@@ -28,12 +28,12 @@ TABLES = {
 CLIPS = (1.0, DynamicThreshold(0.9))
 SPECS = {
     "plain": StepSpec(),
-    "cfg": StepSpec(branches=2, base=1, clip=True, noise="philox"),
-    "learned": StepSpec(branches=2, base=1, clip=True, noise="philox", learned_variance=True),
-    "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise="philox"),
-    "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise="philox"),
-    "history": StepSpec(branches=3, noise="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
-    "states": StepSpec(history=3, saves_states=True, raw_output=True, predict_x0=False, noise="tensor"),
+    "cfg": StepSpec(branches=2, base=1, clip=True, noise_source="philox"),
+    "learned": StepSpec(branches=2, base=1, clip=True, noise_source="philox", learned_variance=True),
+    "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise_source="philox"),
+    "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise_source="philox"),
+    "history": StepSpec(branches=3, noise_source="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
+    "states": StepSpec(history=3, saves_states=True, raw_output=True, predict_x0=False, noise_source="tensor"),
 }
 
 

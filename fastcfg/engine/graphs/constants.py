@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from ...utils._torch_private import tree_map
 from .errors import CaptureError, calling_line, describe
 from .modes import DispatchMode, operation_name, tensors_in
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...utils._torch_private import release_capture_pool
 from .errors import CaptureError, describe, failing_line
 from .streams import SIDE, own_stream
 
@@ -157,8 +158,7 @@ def _mend(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> 
     """
     _BROKEN.append(graph)
     with suppress(RuntimeError):
-        torch.cuda.memory._cuda_endAllocateToPool(stream.device.index, pool)
-        torch.cuda.memory._cuda_releasePool(stream.device.index, pool)
+        release_capture_pool(stream.device.index, pool)
     with suppress(RuntimeError):
         something = torch.zeros(1, device=stream.device)
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from ...utils._torch_private import TorchDispatchMode, lift_only_cpu_tensors, tree_leaves
 
 __all__ = ["DispatchMode", "operation_name", "tensors_in", "visible_copies"]
 
@@ -32,12 +31,11 @@ class DispatchMode(TorchDispatchMode):
 @contextmanager
 def visible_copies() -> Iterator[None]:
     """Context in which `torch.tensor(numbers, device=...)` dispatches its copy to the device, hidden by default."""
-    before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)
+    before = lift_only_cpu_tensors(True)
     try:
         yield
     finally:
-        torch._C._set_only_lift_cpu_tensors(before)
+        lift_only_cpu_tensors(before)
 
 
 def operation_name(function: Any) -> str:

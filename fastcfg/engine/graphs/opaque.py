@@ -8,6 +8,8 @@ from typing import Any
 
 from torch.nn import Module
 
+from ...utils._torch_private import made_by_compile
+
 __all__ = ["Opaque", "is_compiled", "recording"]
 
 _THREAD = threading.local()
@@ -39,7 +41,5 @@ class recording:  # noqa: N801
 
 def is_compiled(function: Any) -> bool:
     """Whether torch.compile made a function, a module or one of its parts."""
-    if hasattr(function, "_torchdynamo_orig_callable") or hasattr(function, "_orig_mod"):
-        return True
     modules = function.modules() if isinstance(function, Module) else ()
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules)
+    return any(made_by_compile(item) for item in (function, *modules))

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ...utils._torch_private import tree_leaves, tree_map, without_dispatch_modes
 from .modes import DispatchMode
 from .opaque import recording
 
@@ -55,7 +54,7 @@ class _Recorder(DispatchMode):
 
     def record(self, function: Any, args: Any, kwargs: Any) -> Any:
         """Call a function and record it whole, instead of its operations."""
-        with _disable_current_modes():
+        with without_dispatch_modes():
             result = function(*args, **kwargs)
         return self._keep(function, args, kwargs, result)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from ...utils._torch_private import tree_leaves
 from .constants import Constant, copied_operands, digest
 from .errors import SourceLine, calling_line, describe
 from .modes import DispatchMode, operation_name, tensors_in
