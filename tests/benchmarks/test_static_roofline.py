@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 from support import ROOT
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Triton 3.4 links AMD's code with ROCm's own linker, which only such a machine has.
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")[: 3 if version("triton").startswith("3.4.") else 4]
 
 # Of every contiguous step: float32 tensors read and written per element, each to be moved 16 bytes at a time.
 STEPS = {
@@ -164,7 +166,8 @@ def test_the_main_step_costs_at_most_80_instructions_per_element(
 
 def test_the_main_step_is_bound_by_bytes_everywhere(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     bounds = {name: gpu["bound"] for target in TARGETS for name, gpu in rows[target, "main"]["gpus"].items()}
-    assert bounds == dict.fromkeys(["A100 SXM 80GB", "H100 SXM", "H200 SXM", "B200", "MI300X"], "bytes")
+    names = ["A100 SXM 80GB", "H100 SXM", "H200 SXM", "B200", *(["MI300X"] if "gfx942" in TARGETS else [])]
+    assert bounds == dict.fromkeys(names, "bytes")
 
 
 def test_the_passes_over_x0_cost_few_instructions(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
