@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,8 @@ loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick:
          float64 run and given to everybody (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
 
 An ulp is the spacing of a tensor's dtype at its largest value. A line of the table is the worst shape and tensor of a
-backend, dtype and option set: whether all have the reference's bits, the largest and the RMS error, plain torch's
+backend, dtype and option set: whether all have the reference's bits ("same code" where the reference on a CPU is
+compared with itself), the largest and the RMS error, plain torch's
 largest, the bound, and ok or FAILED.
 
 Exit status: 0 if everything is within bounds, 1 if something is not, 2 if it cannot be checked as asked."""
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     if abs(arguments.seed) >= 2**40:
         raise UsageError(f"argument --seed: got {arguments.seed}, expected an integer below 2**40")
 
-    from fastcfg.parity import as_json, plot, table
+    from fastcfg.parity import as_json, as_text, plot
 
     findings, skipped, settings, device = _check(arguments)
     failed = [finding for finding in findings if finding.problem]
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
         }
         write_json(arguments.json, report)
     if arguments.json != STDOUT:
-        print("\n".join(table(findings)))
+        print("\n".join(as_text(findings)))
         for note in dict.fromkeys(f"{f.backend} {f.options}: {f.note}" for f in findings if f.note):
             print(f"note     {note}")
         for backend, reason in skipped.items():
@@ -141,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str], dict[str, Any], torch.device]:
     import torch
+    from tqdm import tqdm
 
     from fastcfg.parity import (
         PipelineProblem,
@@ -153,7 +154,7 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
     )
 
     device = torch.device(choose_device(arguments.device))
-    progress = _progress()
+    progress = partial(tqdm, leave=False, unit="case")
     if arguments.model:
         problem, rows = load_problem(arguments.model, device), arguments.steps or 5
         if isinstance(problem, PipelineProblem):
@@ -177,15 +178,6 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
         "steps": (arguments.steps or 5) if arguments.model else None,
     }
     return findings, skipped, settings, device
-
-
-def _progress() -> Callable[..., Any]:
-    """A bar around a list of cases, where there is one to be had."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return lambda cases, desc: cases
-    return partial(tqdm, leave=False, unit="case")
 
 
 def _check_plot(path: str) -> None:
