@@ -41,7 +41,8 @@ loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick:
          float64 run and given to every backend (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
 
 An ulp is the spacing of a tensor's dtype at its largest value. A line of the table shows the worst shape and tensor of
-a backend, dtype and option set: whether all have the reference's bits, the largest and the RMS error, plain torch's
+a backend, dtype and option set: whether all have the reference's bits ("same code" where the reference on a CPU is
+compared with itself), the largest and the RMS error, plain torch's
 largest, the bound, and ok or FAILED.
 
 Exit status: 0 if everything is within bounds, 1 if something is not, 2 if the arguments cannot be used."""
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if abs(arguments.seed) >= 2**40:
         raise UsageError(f"argument --seed: got {arguments.seed}, expected an integer below 2**40")
 
-    from fastcfg.parity import as_json, plot, table
+    from fastcfg.parity import as_json, as_text, plot
 
     device, backends, seed = choose_device(arguments.device), arguments.backend or (), arguments.seed
     if arguments.model:
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     write_json(arguments.json, report)
     if arguments.json != STDOUT:
-        print("\n".join(table(findings)))
+        print("\n".join(as_text(findings)))
         for note in dict.fromkeys(f"{f.backend} {f.options}: {f.note}" for f in findings if f.note):
             print(f"note     {note}")
         for backend, reason in skipped.items():
