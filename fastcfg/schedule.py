@@ -15,14 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Schedule",
-    "betas_for_alpha_bar",
-    "consistency_timesteps",
-    "legacy_betas",
-    "named_betas",
-    "space_timesteps",
-]
+__all__ = ["Schedule", "betas_for_alpha_bar", "consistency_timesteps", "legacy_betas", "named_betas", "space_timesteps"]
 
 Array = NDArray[np.float64]
 

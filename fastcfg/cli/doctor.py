@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import STDOUT, add_command, add_json
 from .outputs import check_json, write_json
-from .parser import STDOUT, add_command, add_json
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def examine() -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = resolve_backend("auto", device)
-    checks = {
-        "fused_step": _checked(lambda: _check_step(device, backend)),
-        "checkpoint": _checked(_check_checkpoint),
-    }
+    checks = {"fused_step": _checked(lambda: _check_step(device, backend)), "checkpoint": _checked(_check_checkpoint)}
     driver, gpus = _gpus()  # after the step: NVML lists this process only once it uses the GPU
     return {
         "usable": all(check["ok"] for check in checks.values()),

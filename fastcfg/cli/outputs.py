@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .parser import STDOUT, UsageError
+from .options import STDOUT
+from .parser import UsageError
 
 
 def check_output(option: str, path: str, suffix: str) -> None:

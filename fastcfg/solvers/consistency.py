@@ -14,11 +14,7 @@ _SIGMA_DATA = 0.5
 
 
 def lcm(
-    schedule: Schedule,
-    *,
-    timestep_scaling: float = 10.0,
-    prediction: str = "epsilon",
-    rescale_timesteps: bool = False,
+    schedule: Schedule, *, timestep_scaling: float = 10.0, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
     """Multistep sampling of latent consistency models (Luo et al. 2023, https://arxiv.org/abs/2310.04378, algorithm 3).
 

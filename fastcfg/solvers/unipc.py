@@ -14,12 +14,7 @@ VARIANTS = ("bh1", "bh2")
 
 
 def unipc(
-    sigmas: ArrayLike,
-    *,
-    order: int = 2,
-    variant: str = "bh2",
-    lower_order_final: bool = True,
-    denoiser: Denoiser = RAW,
+    sigmas: ArrayLike, *, order: int = 2, variant: str = "bh2", lower_order_final: bool = True, denoiser: Denoiser = RAW
 ) -> StepTable:
     """UniP-p and UniC-p: every step is predicted from the last p x0, and taken again with the x0 seen at its end.
 
