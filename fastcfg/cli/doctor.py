@@ -170,7 +170,7 @@ def _one_step(device: torch.device, backend: str, dtype: torch.dtype) -> torch.T
         bound=torch.ones(2, device=device, dtype=dtype),
         seeds=torch.arange(2, device=device),
     )
-    GuidedStep(StepSpec(branches=2, base=1, clip=True, noise="philox"), buffers, backend)(output)
+    GuidedStep(StepSpec(branches=2, base=1, clip=True, noise_source="philox"), buffers, backend)(output)
     return buffers.x.cpu()
 
 

@@ -1,4 +1,4 @@
-"""Blend weights computed from a row's outputs, between the model and the fused step, and the end of adaptive guidance."""
+"""Blend weights computed from a row's outputs, between model and fused step; and where adaptive guidance ends."""
 
 from __future__ import annotations
 

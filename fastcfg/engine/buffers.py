@@ -89,7 +89,9 @@ class Buffers:
             ),
             time=torch.zeros(slots * batch, dtype=time_dtype, device=options.device),
         )
-        sets = dict.fromkeys(plan.active) | dict.fromkeys([plan.fallback_branches] if plan.agreement is not None else [])
+        sets = dict.fromkeys(plan.active) | dict.fromkeys(
+            [plan.fallback_branches] if plan.agreement is not None else []
+        )
         self.branch_sets = {active: self._branch_set(active, plan, call.conditioning) for active in sets}
         self.shared = call.conditioning.shared
         self._classifier = call.classifier_conditioning.allocate(1) if options.cond_fn.value is not None else {}
@@ -103,7 +105,8 @@ class Buffers:
             self.step.bound.copy_(call.bounds)  # type: ignore[union-attr]
         if call.source.seeds is not None:
             self.step.seeds.copy_(call.source.seeds)  # type: ignore[union-attr]
-        self.step.x.copy_(call.source.start() * self.options.table.initial_scale if call.x_T is None else call.x_T)
+        start = call.source.start() * self.options.table.initial_scale if call.start is None else call.start
+        self.step.x.copy_(start)
         self.begin()
 
     def begin(self, row: int = 0) -> None:

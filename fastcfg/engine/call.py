@@ -13,7 +13,9 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..guidance import Guidance, GuidancePlan
 from ..table import StepTable
-from .conditioning import Alike, Conditioning
+from ..utils import checks
+from ..utils.identity import Alike
+from .conditioning import Conditioning
 from .config import NO_CAPTURE, SamplerConfig
 from .noise import NoiseSource
 from .staleness import torch_settings
@@ -121,7 +123,7 @@ class Call:
         classifier_conditioning: what cond_fn is given.
         bounds: of x0, float64 [1] or [B]; None for none.
         source: of the noise.
-        x_T: the start, or None to draw it.
+        start: x_T, or None to draw it.
     """
 
     options: ProgramOptions
@@ -132,7 +134,7 @@ class Call:
     classifier_conditioning: Conditioning
     bounds: Tensor | None
     source: NoiseSource
-    x_T: Tensor | None
+    start: Tensor | None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -143,13 +145,18 @@ class Call:
         return self.options, layout, branches, torch_settings(self.options.device)
 
 
-def check_shape(shape: Sequence[int], memory_format: torch.memory_format) -> tuple[int, ...]:
-    """(B, C, ...) as a tuple, or ValueError."""
-    if not isinstance(shape, Sequence) or len(shape) < 3 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise ValueError(f"shape: got {shape}, expected (B, C, ...) of positive integers")
-    if memory_format == torch.channels_last and len(shape) != 4:
-        raise ValueError(f"memory_format: got torch.channels_last with shape {tuple(shape)}, expected (B, C, H, W)")
-    return tuple(shape)
+def check_shape(
+    shape: Sequence[int], memory_format: torch.memory_format, clip: Tensor | DynamicThreshold | None
+) -> tuple[int, ...]:
+    """(B, C, ...) as a tuple; ValueError if it is no shape, or if layout or clip do not fit it."""
+    sizes = checks.check_shape("shape", shape)
+    if isinstance(clip, DynamicThreshold):
+        clip.rank(math.prod(sizes[1:]))
+    elif clip is not None and len(clip) not in (1, sizes[0]):
+        raise ValueError(f"clip: got {len(clip)} bounds, expected 1 or one per sample ({sizes[0]})")
+    if memory_format == torch.channels_last and len(sizes) != 4:
+        raise ValueError(f"memory_format: got torch.channels_last with shape {sizes}, expected (B, C, H, W)")
+    return sizes
 
 
 def check_functions(
@@ -197,11 +204,3 @@ def clip_bounds(clip: float | Sequence[float] | Tensor | DynamicThreshold | None
     if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():
         raise ValueError(f"clip: got {clip!r}, expected None or positive finite bounds")
     return bounds
-
-
-def check_clip(clip: Tensor | DynamicThreshold | None, shape: tuple[int, ...]) -> None:
-    """Raise ValueError unless a clip fits the samples."""
-    if isinstance(clip, Tensor) and len(clip) not in (1, shape[0]):
-        raise ValueError(f"clip: got {len(clip)} bounds, expected 1 or one per sample ({shape[0]})")
-    if isinstance(clip, DynamicThreshold):
-        clip.place(math.prod(shape[1:]))

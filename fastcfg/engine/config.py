@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops import resolve_backend
 from ..ops.backend import inductor_problem
+from ..utils.checks import check_count
 
 __all__ = ["COMPILE_MODES", "NO_CAPTURE", "SamplerConfig"]
 
@@ -73,8 +74,7 @@ class SamplerConfig:
             value = getattr(self, name)
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-        if not isinstance(self.rows_per_graph, int) or self.rows_per_graph < 1:
-            raise ValueError(f"rows_per_graph: got {self.rows_per_graph!r}, expected an integer of at least 1")
+        check_count("rows_per_graph", self.rows_per_graph)
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise ValueError(f"dtype: got {self.dtype}, expected a floating dtype")
 
@@ -96,12 +96,22 @@ class SamplerConfig:
             backend=resolve_backend(self.backend, device, self.state_dtype),
         )
 
+    def __reduce__(self) -> Any:
+        # With its default protocol torch.save cannot write a memory format: its name is written instead.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _config, (values | {"memory_format": str(self.memory_format)},)
+
     @property
     def capture(self) -> str:
         """What to do about graphs, of a resolved config: "always", "timed", or one of `NO_CAPTURE`."""
         if self.graph == "auto":
             return "timed" if times_graphs(self.device) else "never"  # type: ignore[arg-type]
         return "always" if self.graph else "off"
+
+
+def _config(values: dict[str, Any]) -> SamplerConfig:
+    memory_format = getattr(torch, values["memory_format"].removeprefix("torch."))
+    return SamplerConfig(**values | {"memory_format": memory_format})
 
 
 def times_graphs(device: torch.device) -> bool:

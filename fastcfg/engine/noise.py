@@ -79,8 +79,8 @@ def philox_source(
     backend: str,
     generator: torch.Generator | None = None,
 ) -> NoiseSource:
-    """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`). Without a seed, one is drawn from the
-    generator, or from torch's global one."""
+    """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`). Without a seed, one is drawn from
+    the generator, or from torch's global one."""
     if seed is None:
         where = "cpu" if generator is None else generator.device
         seed = int(torch.randint(2**62, (), generator=generator, device=where).item())
@@ -146,7 +146,7 @@ def _fill_from(scratch: Tensor, generator: torch.Generator | None, row: int, buf
 
 
 def _fill_and_skip(row: int, buffer: Tensor | None, *, skip: int, generator: torch.Generator) -> None:
-    """Draw the buffer, the beginning of a larger draw, and set the generator to where the larger draw would leave it."""
+    """Draw the buffer, the beginning of a larger draw, and leave the generator where the larger draw would."""
     offset = generator.get_offset()
     if buffer is not None:
         buffer.normal_(generator=generator)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..utils.caller import warn_caller
+from ..utils.identity import Same
+from ..utils.lru import LRU
 from .buffers import Buffers
 from .call import Call
-from .conditioning import Same
 from .graphs import Pool
 from .programs import Programs
 from .staleness import Fingerprint
@@ -65,7 +65,7 @@ class ProgramCache:
 
     def __init__(self, device: torch.device) -> None:
         self.captures, self.recaptured = 0, ""
-        self._kept: OrderedDict[Any, CachedPrograms] = OrderedDict()
+        self._kept: LRU[CachedPrograms] = LRU(MAX_ENTRIES)
         self._pool = Pool(device)
         self._generation = 0
         self._warned: set[Same] = set()
@@ -74,8 +74,7 @@ class ProgramCache:
     def take(self, call: Call) -> CachedPrograms:
         """Buffers loaded for a call, and programs, which no other call has until they are given back."""
         key = call.key
-        with self._lock:
-            kept = self._kept.pop(key, None)
+        kept = self._kept.pop(key)
         buffers = None
         if kept is not None:
             stale = self._stale(kept)
@@ -102,9 +101,7 @@ class ProgramCache:
 
     def nbytes(self) -> int:
         """Bytes of the memory that is kept and of the graphs' pool."""
-        with self._lock:
-            kept = list(self._kept.values())
-        return sum(entry.buffers.nbytes() for entry in kept) + self._pool.nbytes()
+        return sum(entry.buffers.nbytes() for entry in self._kept.values()) + self._pool.nbytes()
 
     def release(self) -> None:
         """Drop everything; what is in use now is not kept when it is given back."""
@@ -118,11 +115,8 @@ class ProgramCache:
 
     def _give_back(self, entry: CachedPrograms) -> None:
         with self._lock:
-            if entry.pool is not self._pool:
-                return  # released meanwhile
-            self._kept[entry.key] = entry
-            while len(self._kept) > MAX_ENTRIES:
-                self._kept.popitem(last=False)
+            if entry.pool is self._pool:  # else released meanwhile
+                self._kept.put(entry.key, entry)
 
     def _stale(self, entry: CachedPrograms) -> str:
         """Why programs are not valid any more; empty if they are."""

@@ -138,7 +138,9 @@ class Programs:
             reason = failure
             if capture not in NO_CAPTURE:
                 self.problem = self.problem or failure
-        ways = {f"{'graph' if choice.record else 'eager'} {choice.batching}": choice.seconds * 1e3 for choice in choices}
+        ways = {
+            f"{'graph' if choice.record else 'eager'} {choice.batching}": choice.seconds * 1e3 for choice in choices
+        }
         self.decisions[active] = Decision(
             branches=tuple(options.branches[k] for k in active),
             graph="none" if best.record is None else "cuda" if options.device.type == "cuda" else "stand-in",
@@ -251,23 +253,16 @@ class Programs:
 
 def step_spec(options: ProgramOptions, active: Branches) -> StepSpec:
     """The step of a set of branches."""
-    table = options.table
-
-    def position(branch: int | None) -> int | None:
-        return active.index(branch) if branch in active else None
-
     return StepSpec.of(
-        table,
-        branches=len(active),
-        base=position(options.base) if len(active) > 1 else None,
-        conditional=position(options.conditional) or 0,
-        unconditional=position(options.unconditional) if table.uses_unconditional else None,
+        options.table,
+        options,
+        active,
         scaled=options.uses_outputs(active),
         momentum=options.uses_outputs(active) and options.momentum is not None,
         gradient=options.cond_fn.value is not None,
         clip=options.clip or options.threshold is not None,
         rescale=options.threshold is not None,
-        noise=options.noise_source,
+        noise_source=options.noise_source,
         keep_x0=options.keep_x0,
     )
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..guidance import Guidance, NoGuidance
 from ..table import StepTable
-from .call import Call, ProgramOptions, check_clip, check_functions, check_shape, clip_bounds
-from .conditioning import Alike, Conditioning, check_conditioning
+from ..utils.checks import check_count
+from ..utils.identity import Alike
+from .call import Call, ProgramOptions, check_functions, check_shape, clip_bounds
+from .conditioning import Conditioning, check_conditioning
 from .config import COMPILE_MODES, SamplerConfig
 from .loop import Preview, Previews, ProgressBar, Run, Step
 from .noise import NoiseSource, Recording, make_source
@@ -124,9 +126,10 @@ class Sampler:
         self._start_empty()
 
     def __repr__(self) -> str:
-        config = self.config
-        where = f"{config.backend} on {config.device}"
-        return f"Sampler({self.table!r}, {self.guidance!r}, clip={self._clip!r}, {where}, graph={config.graph!r})"
+        config, clip = self.config, self._clip
+        shown = clip.tolist() if isinstance(clip, Tensor) else clip
+        where = f"{config.backend} on {config.device}, graph={config.graph!r}"
+        return f"Sampler({self.table.name}, {self.table.num_rows} rows, {self.guidance!r}, clip={shown}, {where})"
 
     def __getattr__(self, name: str) -> Any:
         if name in _OPTIONS:
@@ -200,12 +203,23 @@ class Sampler:
         Raises:
             TypeError, ValueError: arguments that do not fit, before any work.
         """
-        if not isinstance(preview_every, int) or preview_every < 1:
-            raise ValueError(f"preview_every: got {preview_every!r}, expected an integer of at least 1")
+        preview_every = check_count("preview_every", preview_every)
         progress = progress if hasattr(progress, "update") else bool(progress)
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(
-            shape, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T, keep_x0
+            shape,
+            keep_x0,
+            cond=cond,
+            uncond=uncond,
+            branches=branches,
+            guidance=guidance,
+            clip=clip,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            seed=seed,
+            generator=generator,
+            noise=noise,
+            x_T=x_T,
         )
         previews = None if preview is None else Previews(run, preview, preview_every)
         with ProgressBar(run, progress) as bar:
@@ -220,27 +234,14 @@ class Sampler:
             previews.deliver()
         return run.result
 
-    def iterate(
-        self,
-        shape: Sequence[int],
-        *,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        branches: Mapping[str, Mapping[str, Any]] | None = None,
-        guidance: Guidance | None = OWN,
-        clip: float | Sequence[float] | Tensor | DynamicThreshold | None = OWN,
-        denoised_fn: Callable[[Tensor], Tensor] | None = OWN,
-        cond_fn: Callable[..., Tensor] | None = OWN,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        noise: Recording | NoiseSource | None = None,
-        x_T: Tensor | None = None,
-    ) -> Iterator[Step]:
-        """`sample` as a generator, with its arguments: yields a `Step` after every row; the last one's x are the
-        samples. Arguments are checked at once."""
-        run = self._prepare(
-            shape, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T, True
-        )
+    def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
+        """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples.
+
+        Args:
+            shape: as `sample`.
+            **arguments: the keyword arguments of `sample` up to `x_T`. They are checked at once.
+        """
+        run = self._prepare(shape, True, **arguments)
         return (run.step(row) for row in run.rows())
 
     def report(self) -> dict[str, Any]:
@@ -287,20 +288,20 @@ class Sampler:
 
     @torch.no_grad()
     def _prepare(  # type: ignore[no-untyped-def]
-        self, shape, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T, keep_x0
-    ) -> Run:
+        self, shape, keep_x0=False, *, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
+        cond_fn=OWN, seed=None, generator=None, noise=None, x_T=None,
+    ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
         config, table = self.config, self.table
-        shape = check_shape(shape, config.memory_format)
         guidance = self.guidance if guidance is OWN else _checked_guidance(guidance)
         clip = self._clip if clip is OWN else clip_bounds(clip)
+        shape = check_shape(shape, config.memory_format, clip)
         denoised_fn = self.denoised_fn if denoised_fn is OWN else denoised_fn
         cond_fn = self.cond_fn if cond_fn is OWN else cond_fn
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
         given = {"cond": cond, "uncond": uncond, **(branches or {})}
         classifier, conditioning = self._conditionings(given, guidance.branches, shape[0])
         plan = guidance.plan(table, shape[0])
-        check_clip(clip, shape)
         if x_T is not None and not isinstance(x_T, Tensor):
             raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
         if x_T is not None and tuple(x_T.shape) != shape:
