@@ -35,13 +35,7 @@ class Section:
 
 
 def draw_grid(sections: Sequence[Section], footer: str, columns: int) -> Image.Image:
-    """Lay pictures out under their captions.
-
-    Args:
-        sections: from top to bottom.
-        footer: text at the bottom of the page.
-        columns: pictures side by side; further ones of a row go to the next line.
-    """
+    """Lay sections out from top to bottom, with a footer and up to `columns` pictures side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
     fonts = [ImageFont.load_default(size) for size in (_TITLE_SIZE, _LABEL_SIZE, _FOOTER_SIZE)]
@@ -79,17 +73,8 @@ def draw_grid(sections: Sequence[Section], footer: str, columns: int) -> Image.I
 
 
 def save_png(image: Image.Image, path: str, text: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-    """Write a PNG, whole or not at all, with texts and settings in its tEXt chunks.
-
-    Args:
-        image: the picture.
-        path: the file.
-        text: texts by keyword.
-        settings: written as JSON under the keyword "fastcfg".
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a PNG, whole or not at all, with texts by keyword in its tEXt chunks, and the settings as JSON under
+    "fastcfg"."""
     from PIL.PngImagePlugin import PngInfo
 
     from fastcfg.utils.files import replacing

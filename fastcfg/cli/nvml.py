@@ -8,14 +8,10 @@ from typing import Any
 
 
 def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """Driver, and per GPU its power, clocks, temperature, reasons for low clocks, and other users.
+    """The driver's version, and per GPU a dict of power, clocks, temperature, reasons for low clocks and users (None for
+    a value that NVML does not report); or the reason why there are none, and no dicts.
 
-    Args:
-        uuids: torch's names of the GPUs; CUDA and NVML number GPUs differently.
-
-    Returns:
-        The driver's version and a dict per GPU (None for a value that NVML does not report); or the reason why there
-        are none, and no dicts.
+    GPUs are named by torch's UUIDs: CUDA and NVML number them differently.
     """
     try:
         import pynvml

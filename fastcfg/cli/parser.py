@@ -23,10 +23,8 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def usage_errors(label: str = "") -> Iterator[None]:
-    """Turn the ValueErrors and TypeErrors of the library's own checks of arguments into `UsageError`s.
-
-    Only around loading and checking: an error of the work itself is not the user's.
-    """
+    """Turn ValueErrors and TypeErrors of the library's checks into `UsageError`s. Only for loading and checking: an
+    error of the work itself is not the user's."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -95,11 +93,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def choose_device(name: str) -> str:
-    """The device that --device names.
-
-    Raises:
-        UsageError: "cuda" where torch sees no GPU.
-    """
+    """The device that --device names; UsageError for "cuda" where torch sees no GPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

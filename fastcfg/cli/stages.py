@@ -77,12 +77,8 @@ class Models:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw with the models: arguments of `TextToImage.sample`.
-
-    Attributes:
-        scales: guidance scales, each of which draws all pictures.
-        seed: of the first picture of every prompt.
-    """
+    """What to draw with the models: arguments of `TextToImage.sample`, and several guidance scales, each for all
+    pictures."""
 
     prompts: list[str]
     negative_prompt: str | None
@@ -110,15 +106,8 @@ class Request:
 
 @dataclass(eq=False)
 class Stages:
-    """Loaded models.
-
-    Attributes:
-        base: draws pictures.
-        upsampler: enlarges them, or None.
-        known: image and mask to inpaint, by size.
-        upsample_steps, temperature: of the upsampler.
-        seconds: time spent in the upsampler.
-    """
+    """Loaded models: the base, perhaps an upsampler with its settings and the seconds it took; and image and mask to
+    inpaint, by size."""
 
     base: TextToImage
     upsampler: Upsampler | None = None
@@ -196,12 +185,7 @@ class Stages:
 
 
 def load_stages(models: Models, device: str) -> Stages:
-    """Load the models and the picture to inpaint.
-
-    Raises:
-        UsageError: a file that is not what it should be.
-        OSError: a file cannot be read.
-    """
+    """Load the models and the picture to inpaint; UsageError for a file of another kind."""
     from fastcfg.pipelines.text_to_image import TextToImage
     from fastcfg.pipelines.upsampler import Upsampler
 

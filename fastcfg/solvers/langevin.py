@@ -43,14 +43,12 @@ def langevin(
         step_size: δ/(1-ᾱ), in (0, 4). Larger steps mix faster and leave more noise.
         denoise: end with a row that returns x0, without the last level's noise (Jolicoeur-Martineau et al. 2020,
             https://arxiv.org/abs/2009.05475).
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+        prediction, rescale_timesteps: as `ddim`.
 
     Returns:
         A table of `steps_per_level` rows for each level, which share a step; the row of `denoise` is in the last one.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, steps_per_level below 1, or step_size out of range.
 
     Example:
@@ -93,7 +91,6 @@ def sgld(
         A table of `num_steps` rows, and the row of `denoise` in the last one's step.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, a timestep outside the schedule, num_steps below 1, or step sizes out of range
             or of another number.
     """

@@ -34,14 +34,12 @@ def plms(
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
         order: 1 (DDIM) to 4.
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+        prediction, rescale_timesteps: as `ddim`.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown order or prediction.
 
     Example:
@@ -90,7 +88,6 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
         A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first; the four of a step share its index.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, or fewer than 3 timesteps.
 
     Example:
