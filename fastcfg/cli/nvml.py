@@ -8,7 +8,7 @@ from typing import Any
 
 
 def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The driver's version, and per GPU a dict of power, clocks, temperature, reasons for low clocks and users (None for
+    """The driver's version, and per GPU a dict of power, clocks, temperature, reasons for low clocks, users (None for
     a value that NVML does not report); or the reason why there are none, and no dicts.
 
     GPUs are named by torch's UUIDs: CUDA and NVML number them differently.
