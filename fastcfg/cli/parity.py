@@ -7,18 +7,9 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .options import STDOUT, add_command, add_device, add_json, add_option
 from .outputs import check_json, check_plot, write_json
-from .parser import (
-    STDOUT,
-    UsageError,
-    add_command,
-    add_device,
-    add_json,
-    any_integer,
-    choose_device,
-    integer,
-    usage_errors,
-)
+from .parser import UsageError, any_integer, choose_device, integer, usage_errors
 from .versions import commit, versions
 
 if TYPE_CHECKING:
@@ -75,18 +66,14 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "parity", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("--quick", action="store_true", help="small shapes, an analytic model")
     add_device(parser, "; a --model with weights runs where they are")
-    parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        choices=("triton", "inductor", "reference"),
-        action="append",
-        help="what to check: triton, inductor or reference; may be repeated (default: all that run here)",
-    )
-    parser.add_argument("--model", metavar="WHERE", help="PATH.py:function or module:function, see below")
-    parser.add_argument("--steps", metavar="N", type=integer(1), help="rows of --model to run (default: 5)")
-    parser.add_argument("--seed", metavar="N", type=any_integer, default=0, help="of inputs and noise (default: 0)")
+    backends = ("triton", "inductor", "reference")
+    text = f"what to check: {', '.join(backends)}; may be repeated (default: all that run here)"
+    add_option(parser, "--backend", "NAME", text, choices=backends, action="append")
+    add_option(parser, "--model", "WHERE", "PATH.py:function or module:function, see below")
+    add_option(parser, "--steps", "N", "rows of --model to run (default: 5)", type=integer(1))
+    add_option(parser, "--seed", "N", "of inputs and noise", type=any_integer, default=0)
     add_json(parser, "the findings")
-    parser.add_argument("--plot", metavar="FILE", help="PNG of the error along the trajectories; needs matplotlib")
+    add_option(parser, "--plot", "FILE", "PNG of the error along the trajectories; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
