@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.suite.foreign import load_k_diffusion
 from fastcfg import Sampler
 from fastcfg.compiler import Compiled, compile_sampler, trace_sampler
-from fastcfg.compiler.probe import drawing
+from fastcfg.compiler.patching import drawing
 
 pytestmark = pytest.mark.quick
 
@@ -191,11 +191,11 @@ def test_what_is_added_before_the_first_model_call_is_the_start() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (squared, "step 11 gives other coefficients"),
+        (squared, "step 11 has coefficients"),
         (halving, "whose model calls depend on the samples"),
         (branching, "its table differs by .* in row 11"),
-        (anchored, "uses what it draws before its first model call again"),
-        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input is without x"),
+        (anchored, "reuses the noise drawn before its first model call"),
+        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input lacks x"),
         (forgetless, "needs 5 saved tensors, expected at most 3"),
         (lambda model, x: x, "does not run on basis vectors"),
     ],
