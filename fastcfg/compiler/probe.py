@@ -126,7 +126,9 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, 
         timesteps.double().cpu().numpy(),
         not timesteps.is_floating_point(),
         tuple(draws),
-        *(coefficients(found) if len(found) == calls else None for found in (predictions, converted, further)),
+        coefficients(predictions) if len(predictions) == calls else None,
+        coefficients(converted) if len(converted) == calls else None,
+        coefficients(further) if len(further) == calls else None,
     )
 
 

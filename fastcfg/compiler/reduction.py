@@ -192,7 +192,9 @@ def _rows_saving(family: Array, response: Response, outputs: Array) -> Rows | No
         for r, coefficient in past.items():
             a_h[i, slots[r]] = coefficient
     k_x, k_m = np.zeros(calls), np.zeros(calls)
-    for r in np.flatnonzero(slots >= 0):
+    for r in range(calls):
+        if slots[r] < 0:
+            continue
         fit = _fit(family[r], [states[r], outputs[r]], family[:0], np.abs(family[r]).max(), response.rounding)
         if fit is None:
             return None

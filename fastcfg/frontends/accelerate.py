@@ -39,38 +39,43 @@ def accelerate(obj: Object, **options: Any) -> Object:
     """
     from . import diffusers, k_diffusion
 
-    given: Any = obj
-    known: set[str] = set()
-    if isinstance(given, glide.GaussianDiffusion | guided_diffusion.GaussianDiffusion):
-        result = given
-    elif all(hasattr(given, name) for name in _GAUSSIAN):
-        result = _gaussian(given)
-    elif diffusers.is_component(given):
-        result = diffusers.fuse(given)
-    elif callable(given) and _has_arguments(given, _SAMPLER_ARGUMENTS):
-        known = {"backend", "graph"}
-        result = None
+    door: Any
+    known: tuple[str, ...] = ()
+    if isinstance(obj, glide.GaussianDiffusion | guided_diffusion.GaussianDiffusion):
+        door = _unchanged
+    elif all(hasattr(obj, name) for name in _GAUSSIAN):
+        door = _gaussian
+    elif diffusers.is_component(obj):
+        door = diffusers.fuse
+    elif callable(obj) and _has_arguments(obj, _SAMPLER_ARGUMENTS):
+        door, known = k_diffusion.fuse, ("backend", "graph")
     else:
         raise TypeError(
-            f"obj: got {type(given).__name__}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or "
+            f"obj: got {type(obj).__name__}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or "
             "GLIDE, a scheduler or guider of diffusers' protocol, or a sampling function (model, x, sigmas, ...)"
         )
-    if unknown := sorted(set(options) - known):
-        expected = "backend or graph" if known else "no options"
-        raise TypeError(f"options: got {', '.join(unknown)} for a {type(given).__name__}, expected {expected}")
-    accelerated: Object = k_diffusion.fuse(given, **options) if known else result
+    if unknown := sorted(set(options) - set(known)):
+        expected = " or ".join(known) or "none"
+        raise TypeError(f"options: got {', '.join(unknown)} for a {type(obj).__name__}, expected {expected}")
+    accelerated: Object = door(obj, **options)
     return accelerated
 
 
+def _unchanged(obj: Any) -> Any:
+    return obj
+
+
 def _gaussian(obj: Any) -> Any:
-    spaced = all(hasattr(obj, name) for name in _SPACED)
-    schedule = make_schedule(obj.betas, obj.timestep_map if spaced else None, obj.original_num_steps if spaced else 0)
-    module: Any = guided_diffusion if all(hasattr(obj, name) for name in _TYPES) else glide
+    spaced, typed = (all(hasattr(obj, name) for name in names) for names in (_SPACED, _TYPES))
+    module: Any = guided_diffusion if typed else glide
     kind = module.SpacedDiffusion if spaced else module.GaussianDiffusion
+    types = {name: getattr(obj, name) for name in (*_TYPES, "rescale_timesteps")} if typed else {}
     result = kind.__new__(kind)
-    result._adopt(obj, schedule)
-    for name in _SPACED if spaced else ():
-        setattr(result, name, getattr(obj, name))
+    module.GaussianDiffusion.__init__(result, betas=obj.betas, **types)
+    if spaced:
+        result._set_schedule(make_schedule(obj.betas, obj.timestep_map, obj.original_num_steps))
+        for name in _SPACED:
+            setattr(result, name, getattr(obj, name))
     return result
 
 

@@ -21,7 +21,7 @@ from ..models.glide import create_model, model_and_diffusion_defaults, model_and
 from ..models.text2im import HasVocabulary, Text2ImUNet
 from ..models.vocabulary import glide_tokenizer
 from ..models.weights import read_state_dict
-from ..schedule import Schedule, legacy_betas
+from ..schedule import legacy_betas
 from ._gaussian.process import Function, Keywords, Model, Process
 from ._gaussian.schedules import (
     UnknownScheduleError,
@@ -99,11 +99,7 @@ class GaussianDiffusion(Process):
     """
 
     def __init__(self, *, betas: ArrayLike) -> None:
-        self._adopt(None, make_schedule(betas))
-
-    def _adopt(self, other: Any, schedule: Schedule) -> None:
-        """Become the process of another project's object."""
-        self._set_up(schedule, "epsilon", "learned_range")
+        self._set_up(make_schedule(betas), "epsilon", "learned_range")
 
     def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
         output, extra = output if isinstance(output, tuple) else (output, None)

@@ -31,7 +31,6 @@ from ..models.guided_diffusion import (
 from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
 from ..reference import bits_per_dim, originals
-from ..schedule import Schedule
 from ._gaussian import schedules as _schedules
 from ._gaussian.process import Function, Keywords, Model, Process
 from ._gaussian.schedules import betas_for_alpha_bar, check_options, make_schedule, named_betas
@@ -158,13 +157,7 @@ class GaussianDiffusion(Process):
         self.loss_type = LossType[loss_type.name]
         self.rescale_timesteps = rescale_timesteps
         prediction, variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
-        schedule = betas if isinstance(betas, Schedule) else make_schedule(betas)
-        self._set_up(schedule, prediction, variance, rescale_timesteps)
-
-    def _adopt(self, other: Any, schedule: Schedule) -> None:
-        """Become the process of another project's object."""
-        types = {name: getattr(other, name) for name in ("model_mean_type", "model_var_type", "loss_type")}
-        GaussianDiffusion.__init__(self, betas=schedule, rescale_timesteps=other.rescale_timesteps, **types)
+        self._set_up(make_schedule(betas), prediction, variance, rescale_timesteps)
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)

@@ -108,6 +108,16 @@ def test_dpm_fast_is_taken_through_a_function_of_sigmas() -> None:
     assert (len(table), table.num_history) == (9, 2)
 
 
+@needs_k_diffusion
+def test_the_worked_example_of_the_reduction() -> None:
+    table = compile_sampler(sampling.sample_dpmpp_2m, [4.0, 2.0, 1.0])
+    assert table.num_history == 1
+    first, second = ({name: float(table[name][row]) for name in ("a_x", "a_0", "a_h0")} for row in (0, 1))
+    assert first == pytest.approx({"a_x": 0.5, "a_0": 0.5, "a_h0": 0.0})
+    ways = {"outputs": {"a_x": 0.5, "a_0": 0.75, "a_h0": -0.25}, "states": {"a_x": 0.0, "a_0": 0.75, "a_h0": 0.25}}
+    assert second == pytest.approx(ways["states" if table["k_x"][0] else "outputs"])
+
+
 # What is no table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -154,8 +155,8 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         selection, rehearsal = run._tables.selection, run._memory.rehearsals.get((output.dtype, x.dtype))
         compiled, row = selection.compiled, first + position - selection.first
         truth = truth or Stepper(compiled.table, x.double(), scheduler_clip(original))
-        drawn = {"generator": redrawn, "dtype": rehearsal.noise_dtype}
-        noise = compiled.noise(lambda shape=x.shape, drawn=drawn: rehearsal.draw(shape, device=None, **drawn), row)
+        draw = functools.partial(rehearsal.draw, x.shape, generator=redrawn, dtype=rehearsal.noise_dtype)
+        noise = compiled.noise(draw, row)
         exact = truth(row, output.double(), x.double(), None if noise is None else noise.double())
         for i, (a, b, c) in enumerate(zip(got.values(), want.values(), exact, strict=False)):
             a, b = a.double(), b.double()

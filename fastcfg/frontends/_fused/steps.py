@@ -104,7 +104,7 @@ class _Tables:
         self._scheduler = scheduler
         self.twin: Any = object.__new__(original)
         state = {name: value for name, value in vars(scheduler).items() if not name.startswith("_fastcfg")}
-        vars(self.twin).update({n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in state.items()})
+        self.twin.__dict__.update({n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in state.items()})
         self.selection: _Selection | None = None
 
     def compiled(self, first: int, options: Mapping[str, Any]) -> Compiled:
@@ -217,7 +217,7 @@ class FusedSteps:
 
         def draw() -> Tensor:
             if noise is not None:
-                return noise.to(device=sample.device, dtype=rehearsal.noise_dtype)  # type: ignore[no-any-return]
+                return noise.to(device=sample.device, dtype=rehearsal.noise_dtype)
             shape = tuple(sample.shape)
             return rehearsal.draw(shape, generator=generator, device=sample.device, dtype=rehearsal.noise_dtype)
 

@@ -52,7 +52,7 @@ def as_subclass(instance: Any, fused: type) -> Any:
 def _metaclass(kind: Any) -> Any:
     """A metaclass for subclasses that pickle: by their name, pickle would find the original."""
     made = type(f"Fused{kind.__name__}", (kind,), {})
-    copyreg.pickle(made, _reduce_class)  # type: ignore[arg-type]
+    copyreg.pickle(made, _reduce_class)
     return made
 
 

@@ -177,7 +177,7 @@ def step_by_step(
     indices, shape = list(times), tuple(call.shape)
     source = _originals_noise(call)
     x = source.start() if call.noise is None else call.noise
-    options = {"clip_denoised": call.clip_denoised, "denoised_fn": _thresholded(call)}
+    options: dict[str, Any] = {"clip_denoised": call.clip_denoised, "denoised_fn": _thresholded(call)}
     options |= {"cond_fn": call.cond_fn, "model_kwargs": call.model_kwargs}
     for i, index in enumerate(_with_bar(indices, len(indices), call.progress)):
         t = torch.full((shape[0],), index, device=call.device)

@@ -82,9 +82,11 @@ class Process:
 
     def _set_up(self, schedule: Schedule, prediction: str, variance: str, rescale_timesteps: bool = False) -> None:
         """Become a process; prediction and variance as in `fastcfg.solvers`."""
-        self._schedule, self._prediction, self._variance = schedule, prediction, variance
-        self._rescale = rescale_timesteps
-        self.num_timesteps = schedule.num_timesteps
+        self._prediction, self._variance, self._rescale = prediction, variance, rescale_timesteps
+        self._set_schedule(schedule)
+
+    def _set_schedule(self, schedule: Schedule) -> None:
+        self._schedule, self.num_timesteps = schedule, schedule.num_timesteps
         with np.errstate(divide="ignore", invalid="ignore"):
             for name in _ARRAYS:
                 setattr(self, name, getattr(schedule, name))
@@ -97,8 +99,7 @@ class Process:
         self.use_timesteps, self.original_num_steps = set(use_timesteps), self.num_timesteps
         kept = self._schedule.respace(self.use_timesteps)
         self.timestep_map = kept.timestep_map.tolist()
-        schedule = make_schedule(kept.betas, kept.timestep_map, self.original_num_steps)
-        self._set_up(schedule, self._prediction, self._variance, self._rescale)
+        self._set_schedule(make_schedule(kept.betas, kept.timestep_map, self.original_num_steps))
 
     # q: from images to noise.
 
