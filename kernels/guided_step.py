@@ -9,6 +9,30 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ._columns import (
+    A_0,
+    A_G,
+    A_H0,
+    A_M,
+    A_U,
+    A_X,
+    A_X_REST,
+    C_IN,
+    K_0,
+    K_M,
+    K_X,
+    L_0,
+    L_V,
+    P_G,
+    P_M,
+    P_M_REST,
+    P_X,
+    P_X_REST,
+    SLOT,
+    WIDTH,
+    S,
+    T,
+)
 from ._guidance import blend
 from ._math import clip, normal4, predict_x0_closely, threshold
 
@@ -64,7 +88,6 @@ def _guided_step_kernel(
     spatial,
     output_stride,
     blocks,
-    COLUMNS: tl.constexpr,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
     CONDITIONAL: tl.constexpr,
@@ -96,23 +119,23 @@ def _guided_step_kernel(
 
     # One row of the table; rows past the last hold defaults.
     row = tl.load(counter_ptr)
-    row_ptr = table_ptr + row * COLUMNS
-    a_x = tl.load(row_ptr + 4)
-    a_x_rest = tl.load(row_ptr + 22)
+    row_ptr = table_ptr + row * WIDTH
+    a_x = tl.load(row_ptr + A_X)
+    a_x_rest = tl.load(row_ptr + A_X_REST)
     if PREDICT:
-        p_x = tl.load(row_ptr + 2)
-        p_m = tl.load(row_ptr + 3)
-        p_x_rest = tl.load(row_ptr + 20)
-        p_m_rest = tl.load(row_ptr + 21)
-        a_0 = tl.load(row_ptr + 5)
+        p_x = tl.load(row_ptr + P_X)
+        p_m = tl.load(row_ptr + P_M)
+        p_x_rest = tl.load(row_ptr + P_X_REST)
+        p_m_rest = tl.load(row_ptr + P_M_REST)
+        a_0 = tl.load(row_ptr + A_0)
     # Used late, but a load does not move up past a store or out of a branch.
     if HISTORY > 0:
-        k_x = tl.load(row_ptr + 14)
-        k_0 = tl.load(row_ptr + 15)
-        k_m = tl.load(row_ptr + 16)
-        slot = tl.load(row_ptr + 17).to(tl.int32)
+        k_x = tl.load(row_ptr + K_X)
+        k_0 = tl.load(row_ptr + K_0)
+        k_m = tl.load(row_ptr + K_M)
+        slot = tl.load(row_ptr + SLOT).to(tl.int32)
     if SLOTS > 0:
-        c_in = tl.load(row_ptr + COLUMNS)
+        c_in = tl.load(row_ptr + WIDTH + C_IN)
 
     channels = size // spatial
     if CHANNELS_LAST or INPUT_CHANNELS_LAST:
@@ -154,38 +177,38 @@ def _guided_step_kernel(
         x0 = clip(x0, tl.load(bound_ptr + sample))
     if GRADIENT:
         g = tl.load(gradient_ptr + sample_offset + offs, mask=mask, other=0.0)
-        x0 = tl.fma(tl.load(row_ptr + 18) + zeros, g, x0)
+        x0 = tl.fma(tl.load(row_ptr + P_G) + zeros, g, x0)
 
     # The update: what is smallest first, mostly, which takes a third off the rounding of methods with saved tensors;
     # states last.
     y = a_x_rest * x
     history_stride = batch.to(tl.int64) * size
     if not STATES:
-        y = add_saved(y, row_ptr + 8, history_ptr + sample_offset + offs, history_stride, mask, HISTORY)
+        y = add_saved(y, row_ptr + A_H0, history_ptr + sample_offset + offs, history_stride, mask, HISTORY)
     if PREDICT:
         y = tl.fma(a_0 + zeros, x0, y)
     if RAW:
-        y = tl.fma(tl.load(row_ptr + 6) + zeros, m, y)
+        y = tl.fma(tl.load(row_ptr + A_M) + zeros, m, y)
     if UNCONDITIONAL >= 0:
-        y = tl.fma(tl.load(row_ptr + 7) + zeros, unconditional, y)
+        y = tl.fma(tl.load(row_ptr + A_U) + zeros, unconditional, y)
     y = tl.fma(a_x + zeros, x, y)
     if STATES:
-        y = add_saved(y, row_ptr + 8, history_ptr + sample_offset + offs, history_stride, mask, HISTORY)
+        y = add_saved(y, row_ptr + A_H0, history_ptr + sample_offset + offs, history_stride, mask, HISTORY)
 
     if LEARNED:
         branch_ptr = output_ptr + (CONDITIONAL * batch + sample).to(tl.int64) * output_stride + variance_shift
         v = tl.load(branch_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
     if GRADIENT:
-        scale = tl.load(row_ptr + 19) + zeros
+        scale = tl.load(row_ptr + A_G) + zeros
         if LEARNED:
-            l_v = tl.load(row_ptr + 13)
+            l_v = tl.load(row_ptr + L_V)
             scale = tl.exp2(v * (l_v + l_v)) * scale
         y = tl.fma(scale, g, y)
     if NOISE > 0:
         if LEARNED:
-            std = tl.exp2(tl.fma(tl.load(row_ptr + 13) + zeros, v, tl.load(row_ptr + 12) + zeros))
+            std = tl.exp2(tl.fma(tl.load(row_ptr + L_V) + zeros, v, tl.load(row_ptr + L_0) + zeros))
         else:
-            std = tl.load(row_ptr + 11) + zeros
+            std = tl.load(row_ptr + S) + zeros
         if NOISE == 1:
             z = tl.load(noise_ptr + sample_offset + offs, mask=mask, other=0.0).to(tl.float32)
         else:
@@ -194,7 +217,7 @@ def _guided_step_kernel(
 
     if SLOTS > 0:
         # In L1 with c_in. Loaded above, it costs the registers that make sm_80 spill without learned variance.
-        time = tl.load(row_ptr + COLUMNS + 1)
+        time = tl.load(row_ptr + WIDTH + T)
     if KEEP_X0:
         tl.store(x0_ptr + sample_offset + offs, x0, mask=mask)
     if HISTORY > 0:
@@ -260,7 +283,6 @@ def launch_guided_step(output, spec, buffers, config=None):
         spatial,
         output[0].numel(),
         blocks,
-        COLUMNS=buffers.table.shape[1],
         BRANCHES=spec.branches,
         BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
         CONDITIONAL=spec.conditional,
@@ -275,7 +297,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         STATES=spec.saves_states,
         CLIP=spec.clip,
         RESCALE=spec.rescale,
-        NOISE=("none", "tensor", "philox").index(spec.noise),
+        NOISE=("none", "tensor", "philox").index(spec.noise_source),
         KEEP_X0=spec.keep_x0,
         SLOTS=0 if model_input is None else model_input.shape[0] // batch,
         CHANNELS_LAST=not output.is_contiguous(),

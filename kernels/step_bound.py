@@ -10,6 +10,7 @@ model.
 import triton
 import triton.language as tl
 
+from ._columns import P_M, P_M_REST, P_X, P_X_REST, WIDTH
 from ._guidance import blend
 from ._layout import locate, model_offsets
 from ._math import predict_x0_closely
@@ -33,7 +34,6 @@ def _step_bound_kernel(
     output_stride,
     blocks,
     rank,
-    COLUMNS: tl.constexpr,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
     SCALED: tl.constexpr,
@@ -46,7 +46,7 @@ def _step_bound_kernel(
 ):
     sample, offs, mask = locate(size, blocks, BLOCK)
     row = tl.load(counter_ptr)
-    row_ptr = table_ptr + row * COLUMNS
+    row_ptr = table_ptr + row * WIDTH
     output_offs = model_offsets(offs, output_stride // spatial, spatial, CHANNELS_LAST)
     m, _ = blend(
         output_ptr,
@@ -64,9 +64,9 @@ def _step_bound_kernel(
         MOMENTUM,
     )
     x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
-    p_x = tl.load(row_ptr + 2)
-    p_m = tl.load(row_ptr + 3)
-    x0 = predict_x0_closely(x, m, p_x, p_m, tl.load(row_ptr + 20), tl.load(row_ptr + 21))
+    p_x = tl.load(row_ptr + P_X)
+    p_m = tl.load(row_ptr + P_M)
+    x0 = predict_x0_closely(x, m, p_x, p_m, tl.load(row_ptr + P_X_REST), tl.load(row_ptr + P_M_REST))
     tl.store(x0_ptr + sample * size + offs, x0, mask=mask)
     # No bound yet: that is the last pass's.
     narrow(
@@ -96,7 +96,6 @@ def launch_first_pass(output, spec, buffers, selection, rank, config=None):
         output[0].numel(),
         blocks,
         rank,
-        COLUMNS=buffers.table.shape[1],
         BRANCHES=spec.branches,
         BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
         SCALED=spec.scaled,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
-from ..table import COLUMNS, StepTable
+from ..reference.plain import PlainTable
+from ..step import StepSpec
+from ..table import StepTable
 from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Response
 from .reduction import Rows
 
@@ -131,15 +132,17 @@ def verify(
     Raises:
         ValueError: the table does not reproduce the run.
     """
-    history, predicted = [torch.zeros_like(states[0]) for _ in range(3)], []
+    predicted, plain = [], PlainTable(table, states[0])
+    bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip
+    spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
     for row, (x, output, noise, state) in enumerate(zip(states, outputs, drawn, states[1:], strict=False)):
-        c = dict(zip(COLUMNS, table.rows[row].tolist(), strict=True))
-        y, x0 = _float64_step(c, x, output, history, clip)
+        c = {name: float(table[name][row]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m")}
+        noisy = replace(spec, noise_source="tensor" if table.learned_variance and noise else "none")
+        made = plain(row, x, output, noisy, bound=bound, noise=noise[0] if noise else None)
+        predicted.append(made["x0"])
+        y = made["x"]
         if not table.learned_variance:
             y += sum(coefficient * z for coefficient, z in zip(draws[row], noise, strict=True))
-        elif noise:
-            y += torch.exp2(c["l_0"] + c["l_v"] * output[:, x.shape[1] :]) * noise[0]
-        predicted.append(x0)
         # Large terms that cancel, and a state that shrinks a lot, leave the rounding of an original in float32.
         of_x, of_m = float(x.abs().max()), float(output[:, : x.shape[1]].abs().max())
         through_x0 = abs(c["a_0"]) * (abs(c["p_x"]) * of_x + abs(c["p_m"]) * of_m)
@@ -150,25 +153,6 @@ def verify(
                 f"{_MAX_ROUNDINGS * rounding:.0e}: its steps are not linear"
             )
     return predicted
-
-
-def _float64_step(
-    c: Mapping[str, float], x: Tensor, output: Tensor, history: list[Tensor], clip: float | DynamicThreshold | None
-) -> tuple[Tensor, Tensor]:
-    """One row of coefficients without its noise: the next state and x0. Updates the saved tensors."""
-    m = output[:, : x.shape[1]]
-    x0 = c["p_x"] * x + c["p_m"] * m
-    if isinstance(clip, DynamicThreshold):
-        bound: Any = torch.quantile(x0.flatten(1).abs(), clip.quantile, dim=1).clamp(clip.floor, clip.ceiling)
-        bound = bound.view(-1, *[1] * (x0.ndim - 1))
-        x0 = torch.clamp(x0, -bound, bound) / bound
-    elif clip is not None:
-        x0 = x0.clamp(-clip, clip)
-    y = c["a_x"] * x + c["a_0"] * x0 + c["a_m"] * m
-    y += sum(c[f"a_h{j}"] * h for j, h in enumerate(history))
-    if (slot := int(c["slot"])) >= 0:
-        history[slot] = c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m
-    return y, x0
 
 
 def distance(got: Tensor, want: Tensor, size: float = 1.0) -> float:

@@ -16,7 +16,7 @@ __all__ = ["Alike", "Conditioning", "Same", "Shared", "check_conditioning"]
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Marks a value, tensor or not, that the model is given as it is, whatever the branch and the batch."""
+    """Marks a value, tensor or not, that is passed to the model unchanged for every branch and batch."""
 
     value: Any
 
@@ -26,7 +26,7 @@ class Conditioning:
     """The keyword arguments of the model, branch by branch.
 
     Attributes:
-        tensors: by keyword, one tensor [B, ...] for each branch, of equal shape and dtype.
+        tensors: by keyword, one tensor [B, ...] per branch, of equal shape and dtype.
         shared: by keyword, the values that are not tensors, the same for all branches.
     """
 
@@ -34,8 +34,7 @@ class Conditioning:
     shared: Mapping[str, Any]
 
     def signature(self) -> tuple[Any, ...]:
-        """What a captured program depends on: names, shapes, dtypes and shared values, but not the tensors'
-        contents."""
+        """What a captured program depends on: names, shapes, dtypes and shared values, but not tensor contents."""
         shapes = tuple((name, values[0].shape, values[0].dtype) for name, values in sorted(self.tensors.items()))
         return shapes, tuple((name, identity_key(value)) for name, value in sorted(self.shared.items()))
 
@@ -65,7 +64,7 @@ def check_conditioning(
         device: where the model is.
 
     Returns:
-        The conditioning of all branches in order; [1, ...] tensors stand repeated.
+        The conditioning of all branches in order, with [1, ...] tensors repeated.
 
     Raises:
         TypeError: a conditioning that is not a mapping.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,12 @@ from torch import Tensor
 from ...clip import DynamicThreshold
 from ...engine.noise import NoiseSource, philox_source, recorded_source, torch_source
 from ...engine.sampler import Sampler
-from ...guidance import CFG, NoGuidance
+from ...guidance import CFG
 from ...ops import dynamic_threshold
 from ...table import StepTable
 from ...utils.identity import Alike
 from ...utils.lru import LRU
+from ...utils.progress import progress_bar
 from ..classifier_free import ClassifierFree, split_by_branch
 
 __all__ = ["Function", "Keywords", "LoopCall", "LoopRunner", "Model", "loop_call", "step_by_step"]
@@ -25,7 +26,6 @@ __all__ = ["Function", "Keywords", "LoopCall", "LoopRunner", "Model", "loop_call
 Model = Callable[..., Any]
 Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
-Item = TypeVar("Item")
 
 _ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold")
 
@@ -124,7 +124,7 @@ class LoopRunner:
     def steps(self, call: LoopCall, table: StepTable) -> Iterator[dict[str, Tensor]]:
         """Yield sample and pred_xstart of every step, each of the call's shape."""
         sampler, arguments = self._prepare(call, table)
-        for step in _with_bar(sampler.iterate(**arguments), table.num_rows, call.progress):
+        for step in progress_bar(call.progress, sampler.iterate(**arguments), total=table.num_rows):
             yield {"sample": _whole_batch(step.x, call), "pred_xstart": _whole_batch(step.x0, call)}
 
     def final(self, call: LoopCall, table: StepTable) -> Tensor:
@@ -135,14 +135,15 @@ class LoopRunner:
     def _prepare(self, call: LoopCall, table: StepTable) -> tuple[Sampler, dict[str, Any]]:
         shape = tuple(call.shape)
         batch = shape[0] // (1 if call.guidance is None else 2)
-        sampler = self._sampler(call, table)
-        sampler.guidance = call.guidance or NoGuidance()
-        sampler.denoised_fn = call.denoised_fn
-        if call.guidance is not None and call.denoised_fn is not None:
-            sampler.denoised_fn = partial(_on_pairs, call.denoised_fn)
-        sampler.cond_fn = call.cond_fn
+        sampler, denoised_fn = self._sampler(call, table), call.denoised_fn
+        if call.guidance is not None and denoised_fn is not None:
+            denoised_fn = partial(_on_pairs, denoised_fn)
         return sampler, {
             "shape": (batch, *shape[1:]),
+            "guidance": call.guidance,
+            "clip": call.threshold or (1.0 if call.clip_denoised else None),
+            "denoised_fn": denoised_fn,
+            "cond_fn": call.cond_fn,
             "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=call.guidance is not None),
             "noise": _engine_noise(call, sampler, batch),
             "x_T": None if call.noise is None else call.noise[:batch],
@@ -152,14 +153,8 @@ class LoopRunner:
         model = call.model if call.guidance is None else call.model.model  # type: ignore[attr-defined]
         # float64 noise makes the originals compute in float64; everything else becomes float32.
         dtype = torch.float64 if call.noise is not None and call.noise.dtype == torch.float64 else torch.float32
-        options = {
-            "clip": call.threshold or (1.0 if call.clip_denoised else None),
-            "backend": call.backend,
-            "graph": call.graph,
-            "device": call.device,
-            "dtype": dtype,
-            "state_dtype": dtype,
-        }
+        options = {"backend": call.backend, "graph": call.graph, "device": call.device}
+        options |= {"dtype": dtype, "state_dtype": dtype}
         key = (Alike(model), table, *options.values())
         return self._samplers.get_or_make(key, lambda: Sampler(model, table, **options))
 
@@ -179,7 +174,7 @@ def step_by_step(
     x = source.start() if call.noise is None else call.noise
     options: dict[str, Any] = {"clip_denoised": call.clip_denoised, "denoised_fn": _thresholded(call)}
     options |= {"cond_fn": call.cond_fn, "model_kwargs": call.model_kwargs}
-    for i, index in enumerate(_with_bar(indices, len(indices), call.progress)):
+    for i, index in enumerate(progress_bar(call.progress, indices)):
         t = torch.full((shape[0],), index, device=call.device)
         with torch.no_grad():
             out = step(call.model, x, t, **options, noise=partial(_draw, source, i))
@@ -237,12 +232,3 @@ def _on_pairs(function: Function, x0: Tensor) -> Tensor:
 
 def _whole_batch(x: Tensor, call: LoopCall) -> Tensor:
     return x if call.guidance is None else torch.cat([x, x])
-
-
-def _with_bar(items: Iterable[Item], total: int, shown: bool) -> Iterable[Item]:
-    if not shown:
-        return items
-    from tqdm.auto import tqdm
-
-    bar: Iterable[Item] = tqdm(items, total=total)
-    return bar
