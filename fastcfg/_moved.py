@@ -52,7 +52,7 @@ MOVED = {
     "graphs.opaque": "engine.graphs.opaque",
     "stepper": "ops.stepper",
     "blender": "ops.blender",
-    "frontends._scheduler_run": "frontends._fused.run",
+    "frontends._scheduler_run": "frontends._fused.steps",
     "training.judge": "training.shapes.judge",
     "training.folder_data": "training.folder.data",
     "training.folder_config": "training.folder.config",
