@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .outputs import STDOUT, check_output, write_json
@@ -151,9 +150,13 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
         load_problem,
         runnable,
     )
+    from fastcfg.utils.progress import progress_bar
 
     device = torch.device(choose_device(arguments.device))
-    progress = _progress()
+
+    def progress(cases: Iterable[Any], desc: str) -> Any:
+        return progress_bar(desc, cases, unit="case", leave=False)
+
     if arguments.model:
         problem, rows = load_problem(arguments.model, device), arguments.steps or 5
         if isinstance(problem, PipelineProblem):
@@ -177,15 +180,6 @@ def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str]
         "steps": (arguments.steps or 5) if arguments.model else None,
     }
     return findings, skipped, settings, device
-
-
-def _progress() -> Callable[..., Any]:
-    """A bar around a list of cases, where there is one to be had."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return lambda cases, desc: cases
-    return partial(tqdm, leave=False, unit="case")
 
 
 def _check_plot(path: str) -> None:

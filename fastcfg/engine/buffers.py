@@ -152,7 +152,9 @@ class Workspace:
                 slots * batch, dtype=torch.int64 if table.integer_time else torch.float32, device=options.device
             ),
         )
-        sets = dict.fromkeys(plan.active) | dict.fromkeys([plan.alone] if plan.threshold is not None else [])
+        sets = dict.fromkeys(plan.active) | dict.fromkeys(
+            [plan.fallback_branches] if plan.agreement is not None else []
+        )
         self.branch_sets = {active: self._branch_set(active, plan, conditioning) for active in sets}
         self.shared = conditioning.shared
         self._given = given.allocate(1) if options.cond_fn.value is not None else {}
@@ -230,7 +232,7 @@ class Workspace:
         vectors = len(active) + (options.momentum is not None)
         weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if looks else None
         branch_set = BranchSet(active, conditioning, planned, weights)
-        if looks or (len(active) > 1 and plan.threshold is not None):
+        if looks or (len(active) > 1 and plan.agreement is not None):
             branch_set.statistics = self._statistics(branch_set, plan)
         return branch_set
 
@@ -239,10 +241,10 @@ class Workspace:
         base = len(active) - 1 if options.base is None else active.index(options.base)
         conditional = active.index(options.conditional)
         readers: list[Agreement | Mixing] = []
-        if plan.threshold is not None:
+        if plan.agreement is not None:
             pair = (conditional, active.index(options.unconditional))
-            unguided = torch.from_numpy(plan.unguided).to(branch_set.all_planned)
-            self.agreement = Agreement(buffers, branch_set.all_planned, base, pair, unguided, plan.threshold)
+            unguided = torch.from_numpy(plan.fallback_weights).to(branch_set.all_planned)
+            self.agreement = Agreement(buffers, branch_set.all_planned, base, pair, unguided, plan.agreement)
             readers.append(self.agreement)
         if options.looks(active):
             mix, rescale = options.mix.value, options.rescale

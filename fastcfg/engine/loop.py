@@ -117,7 +117,7 @@ class Run:
 
     def _schedule(self) -> Iterator[tuple[int, int, Program]]:
         """What to run, as (first row, number of rows, program)."""
-        if self._plan.threshold is not None:
+        if self._plan.agreement is not None:
             return self._adaptive_schedule()
         self.branches = [len(active) for active in self._plan.active]
         return iter(self._programs.schedule(self._plan.active))
@@ -128,7 +128,7 @@ class Run:
         done = Readback(agreement.done)  # type: ignore[union-attr]
         sent = all_agree = False
         for row, planned in enumerate(self._plan.active):
-            active = self._plan.alone if all_agree else planned
+            active = self._plan.fallback_branches if all_agree else planned
             self.branches.append(len(active))
             yield row, 1, self._programs.single(active)
             # This row is enqueued: the decision on the one before may be waited for, and acts on the next.

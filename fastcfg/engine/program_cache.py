@@ -81,7 +81,7 @@ class Keeper:
             plan, shape, conditioning, given: as `Workspace`.
         """
         layout = (shape, conditioning.signature(), given.signature())
-        key = (options, layout, plan.active, plan.threshold, plan.alone, torch_settings(options.device))
+        key = (options, layout, plan.active, plan.agreement, plan.fallback_branches, torch_settings(options.device))
         with self._lock:
             kept = self._kept.pop(key, None)
         workspace = None

@@ -319,7 +319,7 @@ class Sampler:
         return getattr(self.branch_models.get(branch), "precompute", model.precompute)
 
     def _options(self, source: NoiseSource, plan: GuidancePlan, keep_x0: bool) -> Options:
-        guidance, by_row = self.guidance, keep_x0 or plan.threshold is not None
+        guidance, by_row = self.guidance, keep_x0 or plan.agreement is not None
         capture = "timed" if times_graphs(self.device) else "never"
         if self.graph != "auto":
             capture = "always" if self.graph else "off"

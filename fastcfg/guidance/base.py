@@ -52,7 +52,7 @@ class Guidance:
         return self.branches.index("uncond") if "uncond" in self.branches else None
 
     @property
-    def unguided(self) -> NDArray[np.float64]:
+    def fallback_weights(self) -> NDArray[np.float64]:
         """float64 [K]: the weights of a sample that is the conditional branch's alone."""
         weights = np.zeros(len(self.branches))
         weights[self.conditional] = self.base != self.conditional
@@ -77,7 +77,7 @@ class Guidance:
         return planned
 
     @property
-    def looks(self) -> bool:
+    def uses_outputs(self) -> bool:
         """Whether the weights depend on the outputs."""
         return self.rescale > 0 or self.mixer() is not None
 
@@ -98,23 +98,23 @@ class Guidance:
                 f"the table {table.name} adds its output"
             )
         weights = self.weights(table, batch)
-        weights[~self.inside(table)] = self.unguided
+        weights[~self.inside(table)] = self.fallback_weights
         if self.mixer() is not None:
             # As math.isclose, by which diffusers' guiders tell that a scale guides nothing.
-            unguided = np.asarray(np.isclose(weights, self.unguided, rtol=1e-9, atol=0).all(axis=-1))
-            weights[unguided] = self.unguided
+            unguided = np.asarray(np.isclose(weights, self.fallback_weights, rtol=1e-9, atol=0).all(axis=-1))
+            weights[unguided] = self.fallback_weights
         active = [self._active(weights[i], table, i) for i in range(table.num_rows)]
-        if not self.looks:
+        if not self.uses_outputs:
             return GuidancePlan(weights, tuple(active))
         planned, mix = self.planned(table, weights), self.mixer()
         if mix is not None:
-            planned[unguided] = self.planned_unguided(planned.shape[-1])
+            planned[unguided] = self.planned_fallback(planned.shape[-1])
             # A method that looks at the branches looks at all of them.
             for i in np.flatnonzero(~unguided.all(axis=1)):
                 active[i] = tuple(range(len(self.branches)))
         return GuidancePlan(weights, tuple(active), planned, mix, self.rescale, getattr(self, "momentum", None))
 
-    def planned_unguided(self, columns: int) -> NDArray[np.float64]:
+    def planned_fallback(self, columns: int) -> NDArray[np.float64]:
         """float64 [P]: what is planned for a sample that is the conditional branch's alone."""
         planned = np.zeros(columns)
         planned[self.base], planned[self.conditional] = 1, 1

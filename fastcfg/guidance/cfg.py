@@ -74,7 +74,7 @@ class CFG(Guidance):
 
     @property
     def base(self) -> int | None:
-        if self.looks:
+        if self.uses_outputs:
             return self.other
         return {"standard": self.other, "original": self.conditional, "sum": None}[self.formulation]
 
@@ -119,5 +119,6 @@ class AdaptiveCFG(CFG):
         plan = super().plan(table, batch)
         if not any(len(active) > 1 for active in plan.active):
             return plan
-        unguided = self.unguided if plan.planned is None else self.planned_unguided(plan.planned.shape[-1])
-        return replace(plan, threshold=float(self.threshold), alone=(self.conditional,), unguided=unguided)
+        weights = self.fallback_weights if plan.planned is None else self.planned_fallback(plan.planned.shape[-1])
+        alone = (self.conditional,)
+        return replace(plan, agreement=float(self.threshold), fallback_branches=alone, fallback_weights=weights)

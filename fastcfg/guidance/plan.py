@@ -1,4 +1,4 @@
-"""What a guidance spec comes to for a table and a batch: the plan that a sampler runs by."""
+"""What a guidance spec comes to for one table and batch: the plan that a sampler runs by."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ class GuidancePlan:
 
     Attributes:
         weights: float64 [R, B, K].
-        active: for every row the branches that are evaluated, ascending.
-        planned: of guidance that looks at the outputs: float64 [R, B, P], the weights of the K branches, the base's
-            included, and what the method adds. None for guidance that does not look.
+        active: the branches evaluated at every row, ascending.
+        planned: float64 [R, B, P], for guidance that uses the outputs: the weights of the K branches, the base's
+            included, and what the method adds. None for other guidance.
         mix: (Gram matrix [B, V, V], planned [B, P]) -> a row's weights [B, V] of the vectors of `ops.gram`; None takes
-            those planned.
+            the planned ones.
         rescale: as `CFG.rescale`.
         momentum: the decay of the momentum; None for none.
-        threshold: of adaptive guidance: the cosine between the conditional and the unconditional branch from which on a
-            sample is not guided any more; None for guidance that does not end by itself.
-        alone: the branch evaluated when no sample is.
-        unguided: float64 [K] or [P], the (planned) weights of such a sample while others are.
+        agreement: of adaptive guidance: the cosine between the conditional and the unconditional branch at which a
+            sample's guidance ends; None for guidance that does not end by itself.
+        fallback_branches: the branches evaluated once guidance has ended for every sample.
+        fallback_weights: float64 [K] or [P], the (planned) weights of a sample whose guidance has ended while that of
+            others has not.
     """
 
     weights: NDArray[np.float64]
@@ -35,6 +36,6 @@ class GuidancePlan:
     mix: Callable[..., Any] | None = None
     rescale: float = 0.0
     momentum: float | None = None
-    threshold: float | None = None
-    alone: tuple[int, ...] = ()
-    unguided: NDArray[np.float64] | None = None
+    agreement: float | None = None
+    fallback_branches: tuple[int, ...] = ()
+    fallback_weights: NDArray[np.float64] | None = None

@@ -65,7 +65,7 @@ class Blender:
     @torch.no_grad()
     def __init__(self, guidance: Guidance, num_steps: int, like: Tensor, backend: str = "auto") -> None:
         plan = guidance.plan(StepTable.from_columns(t=range(num_steps), a_m=1.0), len(like))
-        if plan.threshold is not None:
+        if plan.agreement is not None:
             raise ValueError(f"guidance: got {type(guidance).__name__}, expected guidance that does not end by itself")
         if like.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"like: got {like.dtype}, expected float32, float16 or bfloat16")

@@ -192,7 +192,7 @@ def check_model(
     """
     base = problem.sampler(graph=False)
     plan = problem.guidance.plan(problem.table, problem.shape[0])
-    if plan.threshold is not None or plan.planned is not None:
+    if plan.agreement is not None or plan.planned is not None:
         kind = type(problem.guidance).__name__
         raise ValueError(f"guidance: got {kind}, expected one that does not look at the outputs, such as CFG")
     settings = {"dtype": base.dtype, "device": base.device, "batching": "batched", "graph": False}

@@ -23,6 +23,7 @@ from ..models.text2im import Text2ImUNet
 from ..models.tokenizer import Tokenizer
 from ..schedule import Schedule
 from ..table import StepTable
+from ..utils.progress import progress_bar
 from .inpainting import KnownPixels, checked_inpainting
 
 __all__ = ["SOLVERS", "Stage"]
@@ -210,7 +211,7 @@ class Stage:
         size, noise = self.meta.image_size, sampler.noise
         starts = range(0, len(seeds), batch_size)
         images = []
-        with _progress_bar(len(starts) * sampler.table.num_rows, progress) as bar:
+        with progress_bar(progress, total=len(starts) * sampler.table.num_rows) as bar:
             for start in starts:
                 part = slice(start, start + batch_size)
                 rows = torch.tensor(owners[part], device=self.device)
@@ -285,10 +286,3 @@ def _unknown_words(unknown: list[str], vocabulary: list[str]) -> str:
         close = difflib.get_close_matches(word, vocabulary)
         described.append(f"{word!r}" + (f" (did you mean {' or '.join(close)}?)" if close else ""))
     return f"words the model does not know: {', '.join(described)}; expected some of {', '.join(vocabulary)}"
-
-
-def _progress_bar(total: int, progress: bool | str) -> Any:
-    from tqdm import tqdm
-
-    label = progress if isinstance(progress, str) else None
-    return tqdm(total=total, desc=label, unit="step", disable=progress is False)
