@@ -1,13 +1,13 @@
-"""guided-diffusion's networks from its options: the model side of `guided_diffusion.script_util`."""
+"""guided-diffusion's networks from its options: the networks of `guided_diffusion.script_util`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastcfg.models.classifier import EncoderUNetModel
-from fastcfg.models.image_conditioned import SuperResModel
-from fastcfg.models.options import downsampling_factors, level_multiples
-from fastcfg.models.unet import UNetModel
+from .classifier import EncoderUNetModel
+from .image_conditioned import SuperResModel
+from .options import downsampling_factors, level_multiples
+from .unet import UNetModel
 
 NUM_CLASSES = 1000
 
@@ -49,10 +49,7 @@ def classifier_defaults() -> dict[str, Any]:
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Default options of an image model and its diffusion process.
-
-    They are the scripts' defaults, of which some differ from those in the signature of `create_model`.
-    """
+    """Default options of an image model and its diffusion process, some unlike those of `create_model`."""
     return {
         "image_size": 64,
         "num_channels": 128,
@@ -104,29 +101,20 @@ def create_model(
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
 ) -> UNetModel:
-    """An image model of guided-diffusion's options (`script_util.create_model`).
+    """Make an image model from guided-diffusion's options (`script_util.create_model`).
+
+    Arguments are those of `UNetModel`, except:
 
     Args:
-        image_size: height and width; 64, 128, 256 or 512 unless `channel_mult` is given.
+        image_size: height and width: 64, 128, 256 or 512 unless `channel_mult` is given.
         num_channels: base width.
-        num_res_blocks: residual blocks per level.
-        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,3,4"; empty for that of the size.
-        learn_sigma: the model learns its variance: six channels come out, not three.
-        class_cond: the model takes one of `NUM_CLASSES` classes.
-        use_checkpoint: as `UNetModel`, like the rest unless said otherwise.
+        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,3,4"; empty for the size's default.
+        learn_sigma: the model learns its variance: it has six output channels, not three.
+        class_cond: the model is conditioned on `NUM_CLASSES` classes.
         attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
-        num_heads: as there.
-        num_head_channels: as there.
-        num_heads_upsample: as there.
-        use_scale_shift_norm: as there.
-        dropout: as there.
-        resblock_updown: as there.
-        use_fp16: as there: convert after loading weights.
-        use_new_attention_order: as there.
 
     Raises:
-        ValueError: an image size without default widths, lists that are not of positive integers, or what `UNetModel`
-            refuses.
+        ValueError: an image size without default, lists not of positive integers; errors of `UNetModel`.
     """
     return UNetModel(
         image_size,
@@ -159,21 +147,18 @@ def create_classifier(
     classifier_resblock_updown: bool,
     classifier_pool: str,
 ) -> EncoderUNetModel:
-    """A classifier of guided-diffusion's options (`script_util.create_classifier`).
+    """Make a classifier from guided-diffusion's options (`script_util.create_classifier`).
 
     Args:
         image_size: height and width: 64, 128, 256 or 512.
-        classifier_use_fp16: as `use_fp16` of `create_model`.
         classifier_width: base width.
         classifier_depth: residual blocks per level.
-        classifier_attention_resolutions: as `attention_resolutions` of `create_model`.
-        classifier_use_scale_shift_norm: as `UNetModel`.
-        classifier_resblock_updown: as `UNetModel`.
-        classifier_pool: as `EncoderUNetModel`.
+        classifier_attention_resolutions, classifier_use_fp16, classifier_use_scale_shift_norm,
+            classifier_resblock_updown: the options of `create_model` without "classifier_".
+        classifier_pool: `pool` of `EncoderUNetModel`.
 
     Raises:
-        ValueError: an image size without default widths, resolutions that are not positive integers, or what
-            `EncoderUNetModel` refuses.
+        ValueError: an image size without default, resolutions not positive integers; errors of `EncoderUNetModel`.
     """
     return EncoderUNetModel(
         image_size,
@@ -210,28 +195,16 @@ def sr_create_model(
     resblock_updown: bool,
     use_fp16: bool,
 ) -> SuperResModel:
-    """An upsampler of guided-diffusion's options (`script_util.sr_create_model`).
+    """Make an upsampler from guided-diffusion's options (`script_util.sr_create_model`).
+
+    Arguments are those of `create_model`, except:
 
     Args:
-        large_size: height and width of its output: 64, 256 or 512.
-        small_size: without effect: `low_res` may have any size.
-        num_channels: as `create_model`, like the rest.
-        num_res_blocks: as there.
-        learn_sigma: as there.
-        class_cond: as there.
-        use_checkpoint: as there.
-        attention_resolutions: as there.
-        num_heads: as there.
-        num_head_channels: as there.
-        num_heads_upsample: as there.
-        use_scale_shift_norm: as there.
-        dropout: as there.
-        resblock_updown: as there.
-        use_fp16: as there.
+        large_size: height and width of the output: 64, 256 or 512.
+        small_size: has no effect: `low_res` may have any size.
 
     Raises:
-        ValueError: a size without default widths, resolutions that are not positive integers, or what `UNetModel`
-            refuses.
+        ValueError: a size without default, resolutions not positive integers; errors of `UNetModel`.
     """
     return SuperResModel(
         large_size,
