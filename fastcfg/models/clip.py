@@ -319,7 +319,7 @@ class CLIPModel:
             grad_scale: factor of the gradient.
 
         Returns:
-            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the scaled similarity of `x` and its texts,
+            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the scaled similarity of `x` and its text,
             like `x`, [B, 3, H, W]; other keyword arguments are ignored. ValueError for a batch of the wrong size.
 
         Errors of this method are those of `encode_prompts`.

@@ -15,7 +15,7 @@ class ResBlock(nn.Module):
         emb_channels: width of the timestep embedding.
         dropout: dropout rate before the second convolution.
         out_channels: output channels; `channels` if None.
-        use_scale_shift_norm: the embedding scales and shifts the second norm's output instead of being added to its input.
+        use_scale_shift_norm: the embedding scales and shifts the second norm's output, instead of added to its input.
         dims: spatial dimensions, 1 to 3.
         up: upsample by two inside the block.
         down: downsample by two inside the block.

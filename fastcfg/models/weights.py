@@ -43,11 +43,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # torch.load passes on any exception of its unpickler
         raise ValueError(f"weights {os.fspath(path)}: got a file that cannot be loaded, {expected}") from error
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        kind = (
-            f"an object with {listed(weights, _SHOWN)}"
-            if isinstance(weights, Mapping)
-            else f"a {type(weights).__name__}"
-        )
+        is_mapping = isinstance(weights, Mapping)
+        kind = f"an object with {listed(weights, _SHOWN)}" if is_mapping else f"a {type(weights).__name__}"
         raise ValueError(f"weights {os.fspath(path)}: got {kind}, {expected}")
     return {name.removeprefix(_COMPILED): value for name, value in weights.items()}
 

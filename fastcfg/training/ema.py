@@ -47,12 +47,6 @@ class EMA:
         for name, parameter in parameters:
             self.shadow[name].copy_(parameter)
 
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the parameters of a model of the same architecture with the average."""
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.shadow[name])
-
     def state_dict(self) -> dict[str, int | dict[str, Tensor]]:
         """The average and the number of updates."""
         return {"updates": self.updates, "shadow": self.shadow}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,49 +12,49 @@ from ..models.text2im import Text2ImUNet
 from .config import TrainConfig
 
 
-class Task(Protocol):
+class Task:
     """A network, its data, and its losses besides that of the noise. Steps are counted from 0.
 
     Attributes:
         model: the network in train mode, with its `tokenizer`; frozen parameters have `requires_grad` False.
-        heads: layers trained beside it and dropped afterwards; none in most tasks.
         meta: the checkpoint's description of the network, without the recipe.
+        heads: layers trained beside the network and dropped afterwards.
         fingerprint: identifies the data: a run resumes only on equal data. Empty if the recipe determines them.
         summary: one line about the data found, or "".
         glide: also write the averaged weights as a plain state dict, for GLIDE's own code.
     """
 
     model: Text2ImUNet
-    heads: nn.Module
     meta: CheckpointMeta
-    fingerprint: str
-    summary: str
-    glide: bool
+    heads: nn.ModuleList
+    fingerprint: str = ""
+    summary: str = ""
+    glide: bool = False
 
     def empty_model(self) -> Text2ImUNet:
         """A network like `model` without weights, on torch's meta device."""
-        ...
+        return self.meta.build(self.model.tokenizer)
 
-    def batch(self, step: int) -> Mapping[str, Tensor]:
+    def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step; depends only on recipe, data and step.
 
         Returns:
             `images`, float32 [B, C, H, W] in [-1, 1]; `tokens`, int64 [B, text_ctx]; `mask`, bool [B, text_ctx], all
             False without a caption; and whatever else the other methods need, all with B rows.
         """
-        ...
+        raise NotImplementedError
 
     def before(self, step: int) -> list[nn.Parameter]:
         """Prepare for a step; returns the parameters set to new values, whose average and optimizer state restart."""
-        ...
+        return []
 
     def conditioning(self, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Keyword arguments of the network besides the text, for rows of a batch on the network's device."""
-        ...
+        return {}
 
     def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
         """The parameters of `heads` trained under the settings `config` of a step."""
-        ...
+        return []
 
     def losses(
         self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
@@ -70,11 +69,10 @@ class Task(Protocol):
         Returns:
             By name the weight and the sum over the rows; the same names at every step.
         """
-        ...
+        return {}
 
     def close(self) -> None:
         """Stop background threads."""
-        ...
 
 
 def seed_for(seed: int, *path: str | int) -> int:

@@ -16,8 +16,7 @@ from ...models.text2im import Text2ImUNet
 from ...models.tokenizer import Tokenizer
 from ...models.vocabulary import read_tokenizer
 from ...models.weights import load_weights, read_state_dict
-from ..config import TrainConfig
-from ..task import seed_for
+from ..task import Task, seed_for
 from .config import FolderConfig
 from .data import FolderData
 from .pictures import PictureFolder
@@ -30,7 +29,7 @@ _TRANSFORMER = (
 _TEXT_ATTENTION = ".encoder_kv."
 
 
-class FolderTask:
+class FolderTask(Task):
     """The `Task` of a folder: no heads, and the averaged weights also for GLIDE's own code.
 
     Args:
@@ -60,36 +59,18 @@ class FolderTask:
         self.model.cache_text_emb = False
         self.model.train()
         _freeze(self.model, config)
-        self.heads: nn.Module = nn.ModuleList()
+        self.heads = nn.ModuleList()
         self._data = FolderData(config, folder, tokenizer, self.model.text_ctx, size)
         self.fingerprint = f"{len(folder.pictures)} pictures, SHA-256 {folder.fingerprint}"
         self.summary = f"{config.data}: {folder.summary()}"
 
-    def empty_model(self) -> Text2ImUNet:
-        """See `Task`."""
-        return self.meta.build(self.model.tokenizer)
-
-    def batch(self, step: int) -> Mapping[str, Tensor]:
+    def batch(self, step: int) -> dict[str, Tensor]:
         """See `FolderData.batch`."""
         return self._data.batch(step)
-
-    def before(self, step: int) -> list[nn.Parameter]:
-        """See `Task`."""
-        return []
 
     def conditioning(self, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `Task`."""
         return {"low_res": shard["low_res"]} if "low_res" in shard else {}
-
-    def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
-        """See `Task`."""
-        return []
-
-    def losses(
-        self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
-    ) -> dict[str, tuple[float, Tensor]]:
-        """See `Task`."""
-        return {}
 
     def close(self) -> None:
         """End the decoding threads."""

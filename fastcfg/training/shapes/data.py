@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import numpy as np
@@ -15,27 +14,6 @@ from .reading import batch_targets
 from .scenes import Scene, caption, render_named, sample_scene
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Pictures, the tokens of their captions, and what to read from them.
-
-    Attributes:
-        images: float32 [B, 3, 32, 32] in [-1, 1].
-        tokens: int64 [B, text_ctx].
-        mask: bool [B, text_ctx], True on the caption's tokens; all False for a dropped caption.
-        colours, shapes: int64 [B, 32, 32], colour and shape of each pixel, see `render_named`.
-        at_words, about: int64 [B, text_ctx, 4] and [B, 5], see `reading_targets`.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    mask: Tensor
-    colours: Tensor
-    shapes: Tensor
-    at_words: Tensor
-    about: Tensor
-
-
 class ShapesData:
     """Random access to the batches of a run."""
 
@@ -44,8 +22,16 @@ class ShapesData:
         self._tokenizer = tokenizer
         self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
 
-    def batch(self, step: int) -> Batch:
-        """Make the batch of a step, counted from 0."""
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Make the batch of a step, counted from 0.
+
+        Returns:
+            images: float32 [B, 3, 32, 32] in [-1, 1].
+            tokens: int64 [B, text_ctx].
+            mask: bool [B, text_ctx], True on the caption's tokens; all False for a dropped caption.
+            colours, shapes: int64 [B, 32, 32], see `render_named`.
+            at_words, about: int64 [B, text_ctx, 4] and [B, 5], see `reading_targets`.
+        """
         config = self._config
         rng = np.random.default_rng([config.seed, step])
         scenes = [sample_scene(rng, two_objects=config.two_objects) for _ in range(config.batch_size)]
@@ -55,15 +41,15 @@ class ShapesData:
         encoded = [self._encode(text) for text in captions]
         at_words, about = batch_targets(captions, scenes, config.model["text_ctx"])
         images, colours, shapes = (torch.from_numpy(array) for array in render_named(scenes, rng))
-        return Batch(
-            images=images,
-            tokens=torch.tensor([tokens for tokens, _ in encoded]),
-            mask=torch.tensor([mask for _, mask in encoded]),
-            colours=colours,
-            shapes=shapes,
-            at_words=at_words,
-            about=about,
-        )
+        return {
+            "images": images,
+            "tokens": torch.tensor([tokens for tokens, _ in encoded]),
+            "mask": torch.tensor([mask for _, mask in encoded]),
+            "colours": colours,
+            "shapes": shapes,
+            "at_words": at_words,
+            "about": about,
+        }
 
     def _encode_uncached(self, text: str) -> tuple[list[int], list[bool]]:
         tokenizer = self._tokenizer

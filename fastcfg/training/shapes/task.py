@@ -12,7 +12,7 @@ from ...models.checkpoint import CheckpointMeta
 from ...models.text2im import Text2ImUNet
 from ...models.tokenizer import Tokenizer
 from ..config import TrainConfig
-from ..task import seed_for
+from ..task import Task, seed_for
 from .config import ShapesConfig
 from .data import ShapesData
 from .layout import LayoutHead
@@ -41,12 +41,8 @@ def build_model(config: ShapesConfig) -> Text2ImUNet:
     return model.train()
 
 
-class ShapesTask:
+class ShapesTask(Task):
     """The `Task` of shapes, with a `LayoutHead` and `ReadingHeads`; ValueError as `build_model`."""
-
-    fingerprint = ""
-    summary = ""
-    glide = False
 
     def __init__(self, config: ShapesConfig) -> None:
         self._config = config
@@ -55,19 +51,14 @@ class ShapesTask:
             torch.manual_seed(seed_for(config.seed, "layout"))
             self._layout = LayoutHead(self.model)
             self._reading = ReadingHeads(self.model.xf_width)
-        self.heads: nn.Module = nn.ModuleList([self._layout, self._reading])
+        self.heads = nn.ModuleList([self._layout, self._reading])
         self.meta = CheckpointMeta(config.model, config.schedule, config.num_timesteps, IMAGE_SIZE)
         assert isinstance(self.model.tokenizer, Tokenizer)
         self._data = ShapesData(config, self.model.tokenizer)
 
-    def empty_model(self) -> Text2ImUNet:
-        """See `Task`."""
-        with torch.device("meta"):
-            return build_model(self._config)
-
-    def batch(self, step: int) -> Mapping[str, Tensor]:
-        """See `Task`."""
-        return vars(self._data.batch(step))
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """See `ShapesData.batch`."""
+        return self._data.batch(step)
 
     def before(self, step: int) -> list[nn.Parameter]:
         """Give reading lessons at the steps the recipe asks for them."""
@@ -77,10 +68,6 @@ class ShapesTask:
         heads, _ = train_reading(self.model, dataclasses.replace(self._config, reading_steps=steps))
         self._reading.load_state_dict(heads.state_dict())
         return [*(parameter for _, parameter in reading_parameters(self.model)), *self._reading.parameters()]
-
-    def conditioning(self, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `Task`."""
-        return {}
 
     def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
         """The heads with a nonzero weight."""
@@ -100,6 +87,3 @@ class ShapesTask:
             rows = len(shard["tokens"])
             reading = self._reading(text["xf_out"], shard["at_words"], shard["about"])[0] * rows
         return {"layout": (config.layout_weight, layout), "reading": (config.reading_weight, reading)}
-
-    def close(self) -> None:
-        """See `Task`."""
