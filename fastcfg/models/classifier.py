@@ -118,17 +118,9 @@ class EncoderUNetModel(UNetEncoder):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
         )
-        super().__init__(
-            options,
-            in_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            None,
-            num_heads,
-            use_checkpoint,
-            use_fp16,
-        )
+        super().__init__(options, in_channels, num_res_blocks, attention_resolutions, channel_mult, None, num_heads)
+        self.use_checkpoint = use_checkpoint
+        self.use_fp16 = use_fp16
         self.image_size = image_size
         self.out_channels = out_channels
         self.pool = pool

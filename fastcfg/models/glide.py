@@ -109,28 +109,8 @@ def create_model(
         ValueError: an image size without default or other than that of `channel_mult`, lists not of positive integers;
             errors of `Text2ImUNet`.
     """
-    network, arguments = describe_model(
-        image_size=image_size,
-        num_channels=num_channels,
-        num_res_blocks=num_res_blocks,
-        channel_mult=channel_mult,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-        text_ctx=text_ctx,
-        xf_width=xf_width,
-        xf_layers=xf_layers,
-        xf_heads=xf_heads,
-        xf_final_ln=xf_final_ln,
-        xf_padding=xf_padding,
-        resblock_updown=resblock_updown,
-        cache_text_emb=cache_text_emb,
-        inpaint=inpaint,
-        super_res=super_res,
-    )
+    options = {name: value for name, value in locals().items() if name not in ("use_fp16", "tokenizer")}
+    network, arguments = describe_model(**options)
     levels = len(arguments["channel_mult"])
     if channel_mult and image_size != 2 ** (levels + 2):
         raise ValueError(

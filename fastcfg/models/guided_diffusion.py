@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from .classifier import EncoderUNetModel
 from .image_conditioned import SuperResModel
-from .options import downsampling_factors, level_multiples
+from .options import Multiples, downsampling_factors, level_multiples
 from .unet import UNetModel
 
 NUM_CLASSES = 1000
+
+_UNet = TypeVar("_UNet", bound=UNetModel)
 
 _CHANNEL_MULT = {
     64: (1, 2, 3, 4),
@@ -116,25 +119,7 @@ def create_model(
     Raises:
         ValueError: an image size without default, lists not of positive integers; errors of `UNetModel`.
     """
-    return UNetModel(
-        image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=downsampling_factors("attention_resolutions", image_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult),
-        num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-    )
+    return _make_unet(UNetModel, "image_size", _CHANNEL_MULT, **locals())  # the arguments by name
 
 
 def create_classifier(
@@ -206,21 +191,31 @@ def sr_create_model(
     Raises:
         ValueError: a size without default, resolutions not positive integers; errors of `UNetModel`.
     """
-    return SuperResModel(
-        large_size,
+    options = {name: value for name, value in locals().items() if name != "small_size"}
+    return _make_unet(SuperResModel, "large_size", _SUPER_RES_CHANNEL_MULT, **options)
+
+
+def _make_unet(
+    network: type[_UNet],
+    size_name: str,
+    multiples: Mapping[int, Multiples],
+    *,
+    num_channels: int,
+    attention_resolutions: str,
+    learn_sigma: bool,
+    class_cond: bool,
+    channel_mult: str = "",
+    **options: Any,
+) -> _UNet:
+    """Make a network from options of `create_model`; its size is the option `size_name`."""
+    size = options.pop(size_name)
+    return network(
+        size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=downsampling_factors("attention_resolutions", large_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=level_multiples("large_size", large_size, _SUPER_RES_CHANNEL_MULT),
+        attention_resolutions=downsampling_factors("attention_resolutions", size, attention_resolutions),
+        channel_mult=level_multiples(size_name, size, multiples, channel_mult),
         num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_fp16=use_fp16,
+        **options,
     )

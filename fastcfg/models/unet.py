@@ -77,16 +77,10 @@ class UNetModel(UNetEncoder):
             encoder_channels=encoder_channels,
         )
         super().__init__(
-            options,
-            in_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            num_classes,
-            num_heads,
-            use_checkpoint,
-            use_fp16,
+            options, in_channels, num_res_blocks, attention_resolutions, channel_mult, num_classes, num_heads
         )
+        self.use_checkpoint = use_checkpoint
+        self.use_fp16 = use_fp16
         self.image_size = image_size
         self.out_channels = out_channels
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample

@@ -91,6 +91,9 @@ class UNetEncoder(nn.Module):
         block_channels: output channels of each input block.
     """
 
+    use_checkpoint = False
+    use_fp16 = False
+
     def __init__(
         self,
         options: LayerOptions,
@@ -100,8 +103,6 @@ class UNetEncoder(nn.Module):
         channel_mult: Sequence[float],
         num_classes: int | None,
         num_heads: int,
-        use_checkpoint: bool,
-        use_fp16: bool,
     ) -> None:
         super().__init__()
         self.widths = [int(multiple * options.model_channels) for multiple in channel_mult]
@@ -111,8 +112,6 @@ class UNetEncoder(nn.Module):
         self.model_channels = options.model_channels
         self.num_classes = num_classes
         self.dims = options.dims
-        self.use_checkpoint = use_checkpoint
-        self.use_fp16 = use_fp16
         self.size_divisor = 2 ** (len(self.widths) - 1)
 
         emb_channels = options.emb_channels
