@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.trees import assert_equal_trees
 from torch import nn
 
 from fastcfg.models.checkpoint import load_checkpoint
@@ -56,23 +57,6 @@ SMALL = dataclasses.replace(TINY, batch_size=2)
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path)[0].state_dict()
-
-
-def assert_equal_trees(a: object, b: object) -> None:
-    """Nested containers hold bitwise equal tensors and equal numbers."""
-    if isinstance(a, dict):
-        assert isinstance(b, dict)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal_trees(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert isinstance(b, (list, tuple))
-        for left, right in zip(a, b, strict=True):
-            assert_equal_trees(left, right)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -210,31 +194,6 @@ def test_average_follows_its_formula() -> None:
     torch.testing.assert_close(ema.shadow["weight"], expected)
     with pytest.raises(ValueError, match=r"decay: got 1.0, expected 0 <= decay < 1"):
         EMA(model, 1.0)
-
-
-def test_dropped_captions_are_empty_and_as_many_as_asked() -> None:
-    config = dataclasses.replace(TINY, batch_size=250, cond_drop=0.15)
-    tokenizer = build_model(config).tokenizer
-    batches = [ShapesData(config, tokenizer).batch(step) for step in range(6)]
-    dropped = torch.cat([~batch["mask"].any(dim=1) for batch in batches])
-    # Binomial: the standard deviation is 0.009.
-    assert abs(dropped.float().mean().item() - 0.15) < 0.02
-    empty = tokenizer.padded_tokens_and_mask([], config.model["text_ctx"])[0]
-    assert (torch.cat([batch["tokens"] for batch in batches])[dropped] == torch.tensor(empty)).all()
-    never = ShapesData(dataclasses.replace(config, cond_drop=0.0), tokenizer).batch(0)
-    assert never["mask"].any(dim=1).all()
-
-
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    tokenizer = build_model(TINY).tokenizer
-    first, second = ShapesData(TINY, tokenizer), ShapesData(TINY, tokenizer)
-    second.batch(0)
-    assert torch.equal(first.batch(5)["images"], second.batch(5)["images"])
-    assert torch.equal(first.batch(5)["tokens"], second.batch(5)["tokens"])
-    assert not torch.equal(first.batch(5)["images"], first.batch(6)["images"])
-    reseeded = ShapesData(dataclasses.replace(TINY, seed=4), tokenizer)
-    assert not torch.equal(first.batch(5)["images"], reseeded.batch(5)["images"])
-    assert first.batch(5)["images"].shape == (4, 3, 32, 32)
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
