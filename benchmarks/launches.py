@@ -82,8 +82,8 @@ def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
     """Bytes per element of a guided step, in a row that saves a tensor if any row does."""
     model = buffers.model_input.dtype.itemsize  # type: ignore[union-attr]
     state = buffers.x.dtype.itemsize
-    variance = spec.learned_variance and spec.noise != "none"
-    tensors = spec.history + (spec.noise == "tensor") + spec.gradient + spec.momentum
+    variance = spec.learned_variance and spec.noise_source != "none"
+    tensors = spec.history + (spec.noise_source == "tensor") + spec.gradient + spec.momentum
     read = state + (spec.branches + variance) * model + state * tensors
     slots = len(buffers.model_input) // len(buffers.x)  # type: ignore[arg-type]
     return read + state + slots * model + state * (spec.history > 0) + state * spec.keep_x0
@@ -197,7 +197,7 @@ def threshold_piece() -> Launch:
 
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
-_MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise": "philox"}
+_MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise_source": "philox"}
 _ALL: dict[str, Any] = {
     **_MAIN,
     "unconditional": 1,
@@ -211,7 +211,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "main": partial(step, **_MAIN),
     "block-1024": partial(step, (32, 3, 64, 64), **_MAIN),
     "block-512": partial(step, (1, 3, 64, 64), **_MAIN),
-    "noise-tensor": partial(step, **_MAIN | {"noise": "tensor"}),
+    "noise-tensor": partial(step, **_MAIN | {"noise_source": "tensor"}),
     "fixed-variance": partial(step, **_MAIN | {"learned_variance": False}),
     "ddim": partial(step, **_CFG, clip=True),
     "fp16": partial(step, dtype="float16", **_MAIN),
@@ -248,7 +248,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
 
 # The same in the dtypes that those leave out: for the table, not for the tests.
 _OTHERS: dict[str, Callable[..., Launch]] = {
-    "noise-tensor": partial(step, **_MAIN | {"noise": "tensor"}),
+    "noise-tensor": partial(step, **_MAIN | {"noise_source": "tensor"}),
     "fixed-variance": partial(step, **_MAIN | {"learned_variance": False}),
     "ddim": partial(step, **_CFG, clip=True),
     "history-3": partial(step, **_CFG, history=3),

@@ -13,8 +13,8 @@ from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
 CASES = {(1, 1, 1): torch.float32, (3, 3, 5, 7): torch.bfloat16, (2, 4, 1021): torch.float16}
-_CFG = StepSpec(branches=2, base=1, noise="philox", clip=True)
-_ALL = StepSpec(3, None, 0, 2, learned_variance=True, raw_output=True, gradient=True, history=3, noise="tensor")
+_CFG = StepSpec(branches=2, base=1, noise_source="philox", clip=True)
+_ALL = StepSpec(3, None, 0, 2, learned_variance=True, raw_output=True, gradient=True, history=3, noise_source="tensor")
 _LOOKING = replace(_CFG, rescale=True, scaled=True, momentum=True)
 SPECS = (StepSpec(), replace(_CFG, learned_variance=True), _LOOKING, replace(_ALL, keep_x0=True))
 

@@ -34,9 +34,9 @@ def trace(device: torch.device, rows: int, graph: bool) -> dict[str, Any]:
     options = {"guidance": CFG(3.0), "clip": 1.0, "graph": graph, "memory_format": torch.channels_last}
     sampler, size = Sampler(stage.model, table, **options), stage.meta.image_size
     texts = [stage._encode(stage._tokens("prompt", "a red circle above a blue square")), stage._encode([])]
-    given = ((4, 3, size, size), *texts, None, 0, None, None, False)
-    list(sampler._prepare(*given).rows())  # compiles and captures
-    host, events = profiled(sampler._prepare(*given), rows)
+    shape, given = (4, 3, size, size), {"cond": texts[0], "uncond": texts[1], "seed": 0}
+    list(sampler._prepare(shape, **given).rows())  # compiles and captures
+    host, events = profiled(sampler._prepare(shape, **given), rows)
     cuda, count, us = device.type == "cuda", Counter[str](), Counter[str]()
     events = sorted(events if cuda else host, key=lambda event: event.time_range.start)
     for event in events:

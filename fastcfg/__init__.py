@@ -6,10 +6,16 @@ The main names are `Sampler`, `CFG`, `Schedule` and the solvers:
 
     table = solvers.ddim(Schedule.named("squaredcos_cap_v2").respace(50))
     images = Sampler(model, table, guidance=CFG(3.0), clip=1.0).sample((16, 3, 64, 64), cond=..., uncond=..., seed=0)
+
+`accelerate` takes another project's sampler, scheduler or guider and returns a fused one.
 """
 
-from . import _moved, solvers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _moved, guidance, sigmas, solvers
 from .clip import DynamicThreshold
+from .engine.config import SamplerConfig
 from .engine.sampler import Preview, Sampler, Step
 from .frontends import ClassifierFree, accelerate
 from .guidance import (
@@ -32,7 +38,11 @@ from .guidance import (
 from .schedule import Schedule
 from .table import StepTable
 
-_moved.install()
+if TYPE_CHECKING:
+    from . import compiler
+    from .pipelines.pictures import to_pil
+    from .pipelines.text_to_image import TextToImage
+    from .pipelines.upsampler import Upsampler
 
 __version__ = "0.1.0"
 
@@ -55,10 +65,42 @@ __all__ = [
     "PerturbedCFG",
     "Preview",
     "Sampler",
+    "SamplerConfig",
     "Schedule",
     "Step",
     "StepTable",
     "TangentialCFG",
+    "TextToImage",
+    "Upsampler",
     "accelerate",
+    "compiler",
+    "guidance",
+    "sigmas",
     "solvers",
+    "to_pil",
 ]
+
+# Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
+_LAZY = {
+    "TextToImage": "pipelines.text_to_image",
+    "Upsampler": "pipelines.upsampler",
+    "to_pil": "pipelines.pictures",
+}
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        if name in _LAZY:
+            return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        if not name.startswith("_"):
+            return import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

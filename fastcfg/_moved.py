@@ -81,4 +81,5 @@ class _Finder(MetaPathFinder, Loader):
 def install() -> None:
     """Make the old names importable. Idempotent."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.append(_Finder())
+        # First: a folder of bytecode that an old checkout left behind would be found as a package.
+        sys.meta_path.insert(0, _Finder())

@@ -1,23 +1,24 @@
-"""Dynamic thresholding: a bound of x0 taken from x0 itself."""
+"""Dynamic thresholding: a clip bound of x0 taken from x0 itself."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["MAX_SIZE", "DynamicThreshold", "Place"]
+from .utils.checks import as_number
 
-# Elements of a sample: beyond, float32 cannot number them. torch.quantile stops there too.
+__all__ = ["MAX_SIZE", "DynamicThreshold", "Place", "QuantileRank"]
+
+# Elements of a sample: float32 cannot number more of them, and torch.quantile takes no more either.
 MAX_SIZE = 2**24
 
 
-class Place(NamedTuple):
-    """Where the bound lies among a sample's magnitudes in ascending order: at `rank`, counted from 0, and `weight` of
-    the way to the next one; at least `floor` and at most `ceiling`."""
+class QuantileRank(NamedTuple):
+    """Where the bound lies among a sample's magnitudes in ascending order: at `rank`, counted from 0, plus `weight`
+    times the distance to the next one; at least `floor` and at most `ceiling`."""
 
     rank: int
     weight: float
@@ -25,22 +26,25 @@ class Place(NamedTuple):
     ceiling: float
 
 
+Place = QuantileRank  # the old name
+
+
 @dataclass(frozen=True)
 class DynamicThreshold:
     """Limit x0 to a quantile of its magnitudes, sample by sample, and divide by that bound (Saharia et al. 2022,
     https://arxiv.org/abs/2205.11487, section 2.3; diffusers' `thresholding`).
 
-    With s the quantile of |x0| over a sample, at least `floor` and at most `ceiling`: x0 = clip(x0, -s, s) / s. The
-    quantile is that of `torch.quantile`: NaN where any x0 is NaN, and as a rule where it falls on an infinity.
+    x0 becomes clip(x0, -s, s) / s, where s is the quantile of |x0| over a sample, at least `floor` and at most
+    `ceiling`. The quantile is `torch.quantile`'s: NaN where any x0 is NaN, and as a rule where it meets an infinity.
 
     Attributes:
         quantile: p in [0, 1] (diffusers: dynamic_thresholding_ratio).
-        floor: positive; 1 leaves an x0 that lies in [-1, 1] as it is.
+        floor: positive; 1 leaves an x0 inside [-1, 1] unchanged.
         ceiling: at least floor, or None for none (diffusers: sample_max_value, whose default 1 makes the bound 1).
 
     Raises:
         TypeError: an attribute that is not a number.
-        ValueError: an attribute out of its range.
+        ValueError: an attribute out of range.
 
     Example:
         >>> from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, solvers
@@ -59,10 +63,11 @@ class DynamicThreshold:
             value = getattr(self, name)
             if name == "ceiling" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real):
+            number = as_number(value)
+            if number is None:
                 optional = " or None" if name == "ceiling" else ""
                 raise TypeError(f"{name}: got {value!r}, expected a number{optional}")
-            object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, number)
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"quantile: got {self.quantile!r}, expected 0 to 1")
         if not 0 < self.floor < math.inf:
@@ -70,8 +75,8 @@ class DynamicThreshold:
         if self.ceiling is not None and not self.floor <= self.ceiling:
             raise ValueError(f"ceiling: got {self.ceiling!r}, expected None or at least the floor, {self.floor!r}")
 
-    def place(self, size: int, dtype: torch.dtype = torch.float32) -> Place:
-        """The place among `size` magnitudes of a dtype, float32 or float64, with `torch.quantile`'s rounding.
+    def rank(self, size: int, dtype: torch.dtype = torch.float32) -> QuantileRank:
+        """The quantile's rank among `size` magnitudes of a dtype, float32 or float64, with `torch.quantile`'s rounding.
 
         Raises:
             ValueError: more magnitudes than `MAX_SIZE`.
@@ -81,7 +86,7 @@ class DynamicThreshold:
         # The product of two float32 numbers is exact in float64.
         rank = _rounded(_rounded(self.quantile, dtype) * (size - 1), dtype)
         ceiling = math.inf if self.ceiling is None else self.ceiling
-        return Place(int(rank), rank - int(rank), self.floor, ceiling)
+        return QuantileRank(int(rank), rank - int(rank), self.floor, ceiling)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

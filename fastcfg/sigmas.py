@@ -177,7 +177,7 @@ def from_schedule(schedule: Schedule, n: int, spacing: str = "linspace") -> tupl
     T = schedule.num_timesteps
     if not 1 <= n <= T:
         raise ValueError(f"n: got {n}, expected 1 to {T}, the timesteps of the schedule")
-    steps = _timesteps(T, n, spacing)
+    steps = spaced_timesteps(T, n, spacing)
     indices = np.arange(T)
     sigmas = np.exp(np.interp(steps, indices, np.log(discrete_sigmas(schedule))))
     return np.append(sigmas, 0.0), np.interp(steps, indices, schedule.model_timesteps())
@@ -194,8 +194,8 @@ def discrete_sigmas(schedule: Schedule) -> Array:
     return schedule.sqrt_recipm1_alphas_cumprod
 
 
-def _timesteps(T: int, n: int, spacing: str) -> Array:
-    """n of T timesteps, the noisiest first."""
+def spaced_timesteps(T: int, n: int, spacing: str) -> Array:
+    """n of T timesteps, the noisiest first, in one of the spacings of `from_schedule`; "linspace" gives fractions."""
     if spacing == "linspace":
         return np.linspace(T - 1, 0, n)
     if spacing == "leading":

@@ -1,10 +1,10 @@
-"""What one guided step does and what it reads and writes: the vocabulary shared by the reference, the kernels and the
-loop."""
+"""What one guided step does, and the tensors it works on: the vocabulary of the reference, kernels and engine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -12,7 +12,18 @@ from .table import StepTable
 
 __all__ = ["StepBuffers", "StepSpec"]
 
-NOISES = ("none", "tensor", "philox")
+NOISE_SOURCES = ("none", "tensor", "philox")
+
+
+class BranchRoles(Protocol):
+    """The branches of a guidance that a step treats apart, by index; `Guidance` is one."""
+
+    @property
+    def base(self) -> int | None: ...
+    @property
+    def conditional(self) -> int: ...
+    @property
+    def unconditional(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -21,21 +32,21 @@ class StepSpec:
 
     Attributes:
         branches: K, the number of branches evaluated.
-        base: the branch the delta form of the blend starts from; None for the weighted sum (see `fastcfg.guidance`).
+        base: the branch that differences are measured from; None for the weighted sum (see `fastcfg.guidance`).
         conditional: the branch whose variance channels are used.
         unconditional: the branch that a_u multiplies; None if no row uses it.
-        scaled: whether the base is weighted as well: w_b m_b + sum of w_k (m_k - m_b).
+        scaled: whether the base is weighted too: w_b m_b + sum of w_k (m_k - m_b).
         momentum: whether a tensor is added to the blend, with a weight after the branches'.
         learned_variance: whether std comes from the variance channels.
-        predict_x0: whether x0 is predicted. A step need not whose rows do not use it (`StepTable.uses_x0`), with
-            raw_output and without clip, gradient and keep_x0; its bits are the same.
+        predict_x0: whether x0 is predicted. A step without clip, gradient and keep_x0 need not predict it if its rows
+            use raw_output and not x0 (`StepTable.uses_x0`); its bits are the same.
         raw_output: whether a_m is used.
         gradient: whether p_g and a_g are used.
         history: the number of saved tensors, 0 to 3.
-        saves_states: whether they are copies of states, which are as large as x and so added after it.
+        saves_states: whether these are copies of states, which are as large as x and so added after it.
         clip: whether x0 is clipped to a bound per sample.
         rescale: whether the clipped x0 is then divided by the bound (dynamic thresholding); needs clip.
-        noise: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
+        noise_source: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
         keep_x0: whether x0 is written out.
     """
 
@@ -53,12 +64,30 @@ class StepSpec:
     saves_states: bool = False
     clip: bool = False
     rescale: bool = False
-    noise: str = "none"
+    noise_source: str = "none"
     keep_x0: bool = False
 
     @classmethod
-    def of(cls, table: StepTable, **others: Any) -> StepSpec:
-        """The spec of a table's steps: what the table tells, with others of the attributes as they are given."""
+    def of(
+        cls, table: StepTable, roles: BranchRoles | None = None, active: Sequence[int] = (0,), **others: Any
+    ) -> StepSpec:
+        """The spec of a table's rows.
+
+        Args:
+            table: its columns decide what the update needs.
+            roles: the guidance that names base, conditional and unconditional branch; None for one branch.
+            active: the branches these rows evaluate, ascending.
+            **others: the other attributes.
+        """
+        if roles is not None:
+
+            def position(branch: int | None) -> int | None:
+                return active.index(branch) if branch in active else None
+
+            others["branches"] = len(active)
+            others["base"] = position(roles.base) if len(active) > 1 else None
+            others["conditional"] = position(roles.conditional) or 0
+            others["unconditional"] = position(roles.unconditional) if table.uses_unconditional else None
         spec = cls(
             learned_variance=table.learned_variance,
             raw_output=table.uses_raw_output,
@@ -78,23 +107,25 @@ class StepSpec:
 class StepBuffers:
     """The tensors of a run, all on one device and all written in place.
 
+    The state's dtype is that of the table: float32, or float64 on the reference path.
+
     Attributes:
-        x: float32 [B, C, ...], contiguous: the state. (float64 on the reference path.)
-        source: [B, C, ...] in float32, float16 or bfloat16 (or x's dtype), contiguous: where the state is read from, if
-            not from x. Then x, x0 and noise may have its dtype: what is between is in float32.
-        table: [R + 1, columns] in the state's dtype, from `StepTable.on`.
+        x: [B, C, ...] in the state's dtype, contiguous: the state.
+        table: [R + 1, columns], from `StepTable.on`.
         counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
         weights: [R, B, K] in the state's dtype, or [R, B, K + 1] with momentum.
         bound: [B] in the state's dtype: the clip bound of each sample.
-        noise: [B, C, ...] in the state's dtype, standard normal.
+        noise: [B, C, ...] in the state's dtype, standard normals.
         seeds: int64 [B].
         history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write
             to.
-        gradient: [B, C, ...] in the state's dtype: that of the classifier.
+        gradient: [B, C, ...] in the state's dtype: the classifier's.
         momentum: [B, C, ...] in the state's dtype: what is added to the blend.
         x0: [B, C, ...] in the state's dtype; with dynamic thresholding also where x0 waits for its bound.
         model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
         time: [S*B], int64 or floating: the model's time.
+        source: [B, C, ...], contiguous: where the state is read from, if not from x. Source, x, x0 and noise may then
+            be float16 or bfloat16; the step computes in the state's dtype.
     """
 
     x: torch.Tensor

@@ -10,8 +10,8 @@ saved tensors h_j:
 
 where u is the output of the unconditional branch (CFG++), g the gradient of a classifier (without one its terms are
 absent) and std = s, or 2**(l_0 + l_v*v) where the variance is learned, v being the variance channels of the conditional
-branch; a_g then counts a_g*2**(2*l_v*v). The model sees c_in*x at time t. The order of the columns is shared with the
-kernels.
+branch; a_g then counts a_g*2**(2*l_v*v). The model sees c_in*x at time t. The kernels know the order of the columns
+(`kernels/_columns.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from .utils.checks import check_finite
 from .utils.files import replacing, write_text
 
 __all__ = ["COLUMNS", "DEVICE_COLUMNS", "MAX_HISTORY", "NO_NOISE", "StepTable"]
@@ -38,8 +39,8 @@ COLUMNS = (
     *("k_x", "k_0", "k_m", "slot"),
     *("p_g", "a_g"),
 )
-# On the device, after them, what rounding has taken from these: x0 is a small difference of large terms, and where a_x
-# is close to 1, as with many steps, its rounding is as large as that of the sum.
+# On the device they are followed by what rounding to float32 takes from these: x0 is a small difference of large terms,
+# and where a_x is close to 1, as with many steps, its rounding error is as large as the sum's.
 _IN_TWO_PARTS = ("p_x", "p_m", "a_x")
 DEVICE_COLUMNS = (*COLUMNS, *(f"{name}_rest" for name in _IN_TWO_PARTS))
 MAX_HISTORY = 3
@@ -65,8 +66,7 @@ class StepTable:
         initial_scale: the standard deviation of the starting noise, x_T = initial_scale * z (sigma_max for solvers in
             sigma space).
         integer_time: whether the model takes t as int64 (else float32).
-        steps: int64 [R], the step of the run each row belongs to, for progress and guidance intervals; rows of the
-            stages of one step share it.
+        steps: int64 [R], the step of the run each row belongs to, for progress and guidance intervals.
         name: what built the table, for messages.
 
     Raises:
@@ -98,11 +98,11 @@ class StepTable:
 
         Args:
             steps: as the attribute.
-            **columns: one value or R values for each column named in `COLUMNS`, at least one of them of length R; and
-                the attributes learned_variance, initial_scale, integer_time, name.
+            **columns: one value or R values for columns named in `COLUMNS`, at least one of length R; and the
+                attributes learned_variance, initial_scale, integer_time, name.
 
         Raises:
-            ValueError: unknown column, lengths that differ, or what the class itself refuses.
+            ValueError: unknown column, lengths that differ, or what the class itself raises.
 
         Example:
             >>> table = StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0)     # the model predicts x0, and x' = x0
@@ -131,6 +131,9 @@ class StepTable:
         if column not in _INDEX:
             raise ValueError(f"column: unknown {column!r}, expected one of {', '.join(COLUMNS)}")
         return self.rows[:, _INDEX[column]]
+
+    def __repr__(self) -> str:
+        return f"StepTable({self.name!r}, {self.num_rows} rows, {self.num_steps} steps)"
 
     def __len__(self) -> int:
         return self.num_rows
@@ -163,7 +166,7 @@ class StepTable:
 
     @property
     def uses_x0(self) -> bool:
-        """Whether any row adds or saves x0. Where none does, a clip limits the x0 that is shown, not the samples."""
+        """Whether any row adds or saves x0. If none does, a clip changes previews of x0 but no sample."""
         return bool(self["a_0"].any() or self["k_0"].any())
 
     @property
@@ -173,7 +176,7 @@ class StepTable:
 
     @property
     def uses_gradient(self) -> bool:
-        """Whether any row has a place for the gradient of a classifier (p_g, a_g)."""
+        """Whether any row adds the gradient of a classifier (p_g, a_g)."""
         return bool(self["p_g"].any() or self["a_g"].any())
 
     @property
@@ -182,16 +185,15 @@ class StepTable:
         return bool(self["a_u"].any())
 
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows, rounded once, with what that has taken from p_x, p_m and
-        a_x, and a last row of defaults that the final step looks ahead to."""
+        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows rounded once, what that takes from p_x, p_m and a_x, and a
+        last row of defaults for the final step's look ahead."""
         end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
         exact = torch.from_numpy(np.concatenate([self.rows, end]))
         rest = (exact - exact.to(dtype).double())[:, [_INDEX[name] for name in _IN_TWO_PARTS]]
         return torch.cat([exact, rest], dim=1).to(dtype).to(device)
 
     def explain(self) -> str:
-        """What the table is and does, as text: its rows, saved tensors and terms, and a line for every row, in which
-        terms that are 0 are left out."""
+        """The table as text: its size, saved tensors and noise, and a line for every row, without terms that are 0."""
         kept = f"{self.num_history} saved tensor{'s' * (self.num_history != 1)}"
         noise = "learned variance" if self.learned_variance else "noise" if self.uses_noise else "no noise"
         lines = [f"{self.name}: {self.num_rows} rows in {self.num_steps} steps, {kept}, {noise}"]
@@ -210,8 +212,8 @@ class StepTable:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the coefficients of x', of what is saved and of x0 over the rows, as a PNG, whole or not at all. Columns
-        that are 0 throughout are left out.
+        """Draw the coefficients of x', of the saved tensors and of x0 over the rows, without columns that are 0, as a
+        PNG, whole or not at all.
 
         Raises:
             ImportError: matplotlib is not installed (the extra "bench" has it).
@@ -251,7 +253,7 @@ class StepTable:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it holds something else.
+            ValueError: it is no table of this version.
 
         Example:
             >>> import os, tempfile
@@ -273,12 +275,9 @@ class StepTable:
     def _check(self) -> None:
         bad = [name for name in COLUMNS if not np.isfinite(self[name]).all()]
         if bad:
-            hint = (
-                "; alphas_cumprod reaches 0, which ε-prediction cannot invert: use v-prediction" if "p_m" in bad else ""
-            )
-            raise ValueError(f"rows of {self.name}: non-finite values in {', '.join(bad)}{hint}")
-        if not np.isfinite(self.initial_scale) or self.initial_scale < 0:
-            raise ValueError(f"initial_scale: got {self.initial_scale}, expected a finite value of at least 0")
+            hint = "; alphas_cumprod reaches 0, which ε-prediction cannot invert: use v-prediction"
+            raise ValueError(f"rows of {self.name}: non-finite values in {', '.join(bad)}{hint * ('p_m' in bad)}")
+        check_finite("initial_scale", self.initial_scale, least=0)
         if (self["s"] < 0).any():
             raise ValueError(f"s of {self.name}: got {self['s'].min():g}, expected at least 0")
         slots = self["slot"]
@@ -293,6 +292,6 @@ class StepTable:
 
 
 def _sum(terms: dict[str, float]) -> str:
-    """Terms that are not 0, with four digits."""
+    """The terms that are not 0, with four digits."""
     parts = [f"{value:+.4g} {name}" for name, value in terms.items() if value]
     return " ".join(parts).removeprefix("+") or "0"

@@ -41,14 +41,16 @@ INSIDE = {
         "graphs",
         "staleness",
         "readback",
+        "config",
         "conditioning",
         "noise",
+        "call",
         "user_functions",
         "branch_weights",
         "buffers",
         "programs",
-        "loop",
         "program_cache",
+        "loop",
         "sampler",
     )
 }

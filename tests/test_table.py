@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,11 @@ def test_a_plot_shows_every_column_that_is_used(tmp_path: Path, monkeypatch: pyt
     assert Image.open(tmp_path / "table.png").size[0] > 500
     with pytest.raises(OSError, match="absent"):
         table.plot(tmp_path / "absent" / "table.png")
+
+
+def test_a_table_is_short_in_print_and_whole_in_a_pickle() -> None:
+    table = StepTable.from_columns(t=[2, 1, 0], p_m=1.0, a_0=1.0, steps=[0, 0, 1], name="heun", initial_scale=2.0)
+    assert repr(table) == "StepTable('heun', 3 rows, 2 steps)"
+    copy = pickle.loads(pickle.dumps(table))
+    assert (copy.name, copy.initial_scale, copy.steps.tolist()) == ("heun", 2.0, [0, 0, 1])
+    assert (copy.rows == table.rows).all()

@@ -115,7 +115,7 @@ def draw(sampler: Sampler, seed: int = 0, shape: tuple[int, ...] | None = None, 
 def prepare(sampler: Sampler, seed: int = 0, keep_x0: bool = False) -> Run:
     """A run whose rows have not begun."""
     shape = shape_on(sampler.device)
-    return sampler._prepare(shape, None, None, conditions(sampler, shape[0]), seed, None, None, keep_x0)
+    return sampler._prepare(shape, keep_x0, branches=conditions(sampler, shape[0]), seed=seed)
 
 
 def require_captured(sampler: Sampler) -> None:

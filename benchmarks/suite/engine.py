@@ -18,13 +18,8 @@ from fastcfg.step import StepBuffers, StepSpec
 
 def step_spec(case: StepCase) -> StepSpec:
     """The terms of a case's step, with its noise in a tensor."""
-    return StepSpec(
-        branches=2,
-        base=1,
-        clip=True,
-        noise="tensor" if case.table.uses_noise else "none",
-        learned_variance=case.table.learned_variance,
-    )
+    source = "tensor" if case.table.uses_noise else "none"
+    return StepSpec.of(case.table, CFG(case.scale), (0, 1), clip=True, noise_source=source)
 
 
 def step_buffers(case: StepCase, dtype: torch.dtype = torch.float32) -> StepBuffers:
@@ -52,8 +47,8 @@ def step(case: StepCase, backend: str, dtype: torch.dtype = torch.float32) -> Pr
     output = case.output.double() if dtype == torch.float64 else case.output
     noise, seeded = case.noise[: len(case.x)], backend == "triton"
     given = GuidedStep(spec, buffers, backend)
-    drawing = spec.noise == "tensor"
-    drawn = GuidedStep(replace(spec, noise="philox"), buffers, backend) if drawing and seeded else given
+    drawing = spec.noise_source == "tensor"
+    drawn = GuidedStep(replace(spec, noise_source="philox"), buffers, backend) if drawing and seeded else given
     start = torch.tensor([case.row, 0], dtype=torch.int32, device=case.x.device)
 
     def prepare() -> None:

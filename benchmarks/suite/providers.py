@@ -99,10 +99,10 @@ def _step(workload: Workload, device: torch.device) -> Job:
     entries |= _plain(plain.step, device) | _own(engine.step, device)
     # In float64, where the reference need not try how the device rounds.
     entries["reference"] = replace(entries["reference"], on_meta=lambda: engine.step(meta, "reference", torch.float64))
-    spec = replace(engine.step_spec(first), noise="none") if workload.what == "ddim" else engine.step_spec(first)
+    spec = replace(engine.step_spec(first), noise_source="none") if workload.what == "ddim" else engine.step_spec(first)
     buffers = engine.step_buffers(first)
     moved = _bytes(spec, buffers)
-    drawing = _bytes(spec if spec.noise == "none" else replace(spec, noise="philox"), buffers)
+    drawing = _bytes(spec if spec.noise_source == "none" else replace(spec, noise_source="philox"), buffers)
     entries |= _floors(moved, device)
     return Job(
         shape,

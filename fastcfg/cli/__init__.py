@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fastcfg import __version__
 
 from . import bench, doctor, methods, parity, sample, train
-from .parser import Parser, UsageError
+from .parser import Parser, UsageError, add_debug
 
 __all__ = ["main"]
 
@@ -21,6 +22,7 @@ A small text-to-image model of coloured shapes comes with the package, so `sampl
 _EXAMPLES = """\
 examples:
   fastcfg sample "a red circle above a blue square"
+  fastcfg sample "a green star" --solver dpmpp_2m --schedule karras --steps 20 --seed -1
   fastcfg train --out run --steps 2000
   fastcfg doctor
   fastcfg methods
@@ -39,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
+    add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (sample, train, doctor, methods, parity, bench):
         command.add_parser(commands)
@@ -53,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if `doctor` finds fastcfg unusable, `parity` something out of bounds, or `bench` a
-        provider that is wrong or fails; 2 for what cannot be done as asked, said in one line on stderr; 130 if
-        interrupted.
+        provider that is wrong or fails, and for any unexpected error; 2 for arguments that cannot be used and files
+        that cannot be read or written; 130 if interrupted. Errors are one line on stderr; --debug adds the traceback.
     """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:
         parser = build_parser()
         arguments, others = parser.parse_known_args(argv)
@@ -64,11 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif others:
             parser.error(f"unrecognized arguments: {' '.join(others)}")
         return int(arguments.run(arguments))
-    except (UsageError, ValueError, OSError) as error:
-        print(f"fastcfg: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as interruption:
         print("\nfastcfg: " + ": ".join(["interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
+    except Exception as error:
+        expected = isinstance(error, UsageError | OSError)
+        if debug:
+            traceback.print_exc()
+        text = str(error) if expected else f"{type(error).__name__}: {error}"
+        hint = "" if expected or debug else " (--debug shows the traceback)"
+        print(f"fastcfg: error: {' '.join(text.split())}{hint}", file=sys.stderr)
+        return 2 if expected else 1

@@ -1,15 +1,16 @@
-"""`fastcfg bench`: the benchmark suite, `python -m benchmarks`. It comes with the source and is not installed: the
-command works in a checkout and from an editable install."""
+"""`fastcfg bench`: the benchmark suite, `python -m benchmarks`.
+
+It comes with the source and is not installed: the command works in a checkout and from an editable install.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-import fastcfg
 
 from .parser import UsageError
 
@@ -23,15 +24,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suite.
+    """Run the suite, in a process of its own.
 
     Raises:
         UsageError: there is no checkout around the package.
     """
-    root = Path(fastcfg.__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "__main__.py").exists():
-        raise UsageError("bench: got an installed fastcfg, expected a checkout of its source: the benchmarks lie there")
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    status: int = importlib.import_module("benchmarks.__main__").main(arguments.others)
-    return status
+        raise UsageError("bench: got an installed fastcfg, expected a checkout of its source, which has the benchmarks")
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks", *arguments.others]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .outputs import STDOUT, check_output, write_json
+from .outputs import check_json, write_json
+from .parser import STDOUT, add_command, add_json
 from .versions import versions
 
 if TYPE_CHECKING:
     import torch
 
 _DESCRIPTION = """\
-Tell what is installed, which backend runs here and why, whether CUDA graphs can be used, and in what state the GPU is;
+Show what is installed, which backend runs here and why, whether CUDA graphs can be used, and the state of the GPU;
 then check that one fused step gives the right numbers and that the package's model can be read.
 
 Exit status: 0 if fastcfg can be used, else 1."""
@@ -32,37 +33,24 @@ _STEP_TOLERANCE = 1e-5
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor",
-        help="tell what runs here and whether it works",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        nargs="?",
-        const=STDOUT,
-        help="write the findings as JSON to FILE, or alone to standard output where no FILE is given",
+    text = "show what runs here and whether it works"
+    add_json(
+        add_command(commands, "doctor", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES), "the findings"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Examine and tell."""
-    if arguments.json not in (None, STDOUT):
-        check_output("--json", arguments.json, ".json")
+    """Examine, and print or write the findings."""
+    check_json(arguments.json)
     findings = examine()
-    if arguments.json is not None:
-        write_json(arguments.json, findings)
+    write_json(arguments.json, findings)
     if arguments.json != STDOUT:
-        _tell(findings)
+        _print(findings)
     return 0 if findings["usable"] else 1
 
 
 def examine() -> dict[str, Any]:
-    """Everything the command tells."""
+    """All findings, as the command writes them."""
     import torch
 
     from fastcfg.ops import resolve_backend
@@ -73,7 +61,7 @@ def examine() -> dict[str, Any]:
         "fused_step": _checked(lambda: _check_step(device, backend)),
         "checkpoint": _checked(_check_checkpoint),
     }
-    driver, gpus = _gpus()  # after the step: only a GPU in use lists this process among its users
+    driver, gpus = _gpus()  # after the step: NVML lists this process only once it uses the GPU
     return {
         "usable": all(check["ok"] for check in checks.values()),
         "versions": versions(optional=True),
@@ -98,13 +86,13 @@ def _cpu() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        # Without it the reference goes through float64, right but slower.
+        # Without it the reference goes through float64: correct but slower.
         "addcmul_rounds_once": addcmul_rounds_once(torch.device("cpu")),
     }
 
 
 def cpu_name() -> str:
-    """The CPU's name, as far as the system tells."""
+    """The CPU's name in /proc/cpuinfo, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -113,7 +101,7 @@ def cpu_name() -> str:
 
 
 def _gpus() -> tuple[str, list[dict[str, Any]]]:
-    """NVML's driver version, or why there is none; and what is known of every GPU that torch sees."""
+    """NVML's driver version, or why it is unknown; and properties and state of every GPU that torch sees."""
     import torch
 
     from .nvml import nvml_states
@@ -130,12 +118,12 @@ def _gpus() -> tuple[str, list[dict[str, Any]]]:
 
 
 def _others(chosen: str, device: torch.device) -> dict[str, str]:
-    """Why the backends that "auto" did not choose were not chosen."""
+    """By backend, why "auto" did not choose it."""
     from fastcfg.ops import inductor_problem, triton_problem
 
     reasons = {
         "triton": triton_problem(device) or "the interpreter runs kernels for tests only",
-        "inductor": inductor_problem(device) or "works if asked for; it compiles for seconds",
+        "inductor": inductor_problem(device) or "works on request; it compiles for seconds",
         "reference": "slower than the fused kernel",
     }
     return {name: reason for name, reason in reasons.items() if name != chosen}
@@ -148,7 +136,7 @@ def _graphs(device: torch.device) -> dict[str, Any]:
 
 
 def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A check's findings; what it raises is a finding too."""
+    """A check's findings; an exception is a finding too."""
     try:
         return check()
     except Exception as error:
@@ -191,7 +179,7 @@ def _one_step(device: torch.device, backend: str, dtype: torch.dtype) -> torch.T
         bound=torch.ones(2, device=device, dtype=dtype),
         seeds=torch.arange(2, device=device),
     )
-    GuidedStep(StepSpec(branches=2, base=1, clip=True, noise="philox"), buffers, backend)(output)
+    GuidedStep(StepSpec(branches=2, base=1, clip=True, noise_source="philox"), buffers, backend)(output)
     return buffers.x.cpu()
 
 
@@ -200,7 +188,7 @@ def _check_checkpoint() -> dict[str, Any]:
 
     from fastcfg.pipelines.text_to_image import TextToImage
 
-    # The engine works without them.
+    # Sampling with a model of your own works without them.
     if missing := [name for name in ("safetensors", "tokenizers") if find_spec(name) is None]:
         return {"ok": True, "detail": f"not read: {' and '.join(missing)} not installed"}
     pipeline = TextToImage.load()
@@ -209,7 +197,7 @@ def _check_checkpoint() -> dict[str, Any]:
     return {"ok": True, "detail": f"{size}, {weights / 1e6:.1f} M weights, T = {meta.num_timesteps}, {meta.schedule}"}
 
 
-def _tell(findings: dict[str, Any]) -> None:
+def _print(findings: dict[str, Any]) -> None:
     cpu, backend, graphs = findings["cpu"], findings["backend"], findings["graphs"]
     known = [f"{name} {version}" for name, version in findings["versions"].items() if version]
     missing = [name for name, version in findings["versions"].items() if not version]

@@ -1,28 +1,25 @@
-"""`fastcfg methods`: every guidance method with what it costs, read off a run of it."""
+"""`fastcfg methods`: every guidance method with its cost, read off a run of it."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from .parser import add_command
+
 if TYPE_CHECKING:
     from fastcfg.guidance import Guidance
 
 _DESCRIPTION = """\
-List the guidance methods with their branches and what a guided row of each costs: forward passes of a model for one
-sample, and passes over the state beside the model (one, the fused step's; a second where the weights depend on the
-outputs). Both are read off a short run of a small model."""
+List the guidance methods with their branches and the cost of a guided row: forward passes of a model for one sample,
+and passes over the state beside the model (one, the fused step's; a second where the weights depend on the outputs).
+Both are read off a short run of a small model."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "methods",
-        help="list the guidance methods and what they cost",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    text = "list the guidance methods and what they cost"
+    add_command(commands, "methods", run, help=text, description=_DESCRIPTION)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,15 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def methods() -> dict[str, Guidance]:
-    """An example of every method by its name."""
+    """An example of every method, by name."""
     from fastcfg import guidance as g
 
     specs: list[Guidance] = [g.NoGuidance(), g.CFG(), g.AdaptiveCFG(), g.Compose({"cond": 3.0, "other": 1.5})]
     specs += [g.InstructPix2Pix(), g.AutoGuidance(), g.PerturbedCFG(), g.CFGZeroStar(), g.APG(), g.APGMix()]
     specs += [g.TangentialCFG(), g.MagnitudeAwareCFG(), g.PerpNeg()]
-    named = {type(spec).__name__: spec for spec in specs}
-    # Of any method that has it.
-    return named | {"rescale=0.7": g.CFG(rescale=0.7)}
+    # Several methods have a rescale; it costs each of them the same.
+    return {type(spec).__name__: spec for spec in specs} | {"rescale=0.7": g.CFG(rescale=0.7)}
 
 
 def cost(guidance: Guidance) -> tuple[int, int]:
@@ -55,13 +51,8 @@ def cost(guidance: Guidance) -> tuple[int, int]:
 
     from fastcfg import Sampler, Schedule, solvers
 
-    sampler = Sampler(
-        lambda x, t: torch.tanh(x),
-        solvers.ddim(Schedule.named("linear").respace(20)),
-        guidance=guidance,
-        backend="reference",
-        graph=False,
-    )
+    table = solvers.ddim(Schedule.named("linear").respace(20))
+    sampler = Sampler(lambda x, t: torch.tanh(x), table, guidance=guidance, backend="reference", graph=False)
     sampler.sample((1, 1, 8), branches={name: {} for name in guidance.branches}, seed=0)
     report = sampler.report()
     return max(report["branches"]), max(program["passes"] for program in report["programs"])

@@ -8,9 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .parser import UsageError
-
-STDOUT = "-"
+from .parser import STDOUT, UsageError
 
 
 def check_output(option: str, path: str, suffix: str) -> None:
@@ -19,7 +17,7 @@ def check_output(option: str, path: str, suffix: str) -> None:
     Args:
         option: the argument that names it.
         path: the file.
-        suffix: how its name must end.
+        suffix: the required end of its name.
 
     Raises:
         UsageError: another suffix, or no writable folder.
@@ -35,7 +33,7 @@ def check_output(option: str, path: str, suffix: str) -> None:
 
 
 def check_folder(option: str, path: str) -> None:
-    """Make sure that a folder can be made, or written to if it is there.
+    """Make sure that a folder can be made, or written to if it exists.
 
     Args:
         option: the argument that names it.
@@ -60,12 +58,29 @@ def _try_writing(option: str, path: str, folder: Path) -> None:
         ) from error
 
 
-def write_json(path: str, value: Any) -> None:
-    """Write JSON to a file, or to standard output for "-"."""
+def check_plot(path: str | None) -> None:
+    """`check_output` of --plot, if it was given, and of matplotlib."""
+    from importlib.util import find_spec
+
+    if path is None:
+        return
+    check_output("--plot", path, ".png")
+    if find_spec("matplotlib") is None:
+        raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
+
+
+def check_json(path: str | None) -> None:
+    """`check_output` of --json, if it names a file."""
+    if path not in (None, STDOUT):
+        check_output("--json", path, ".json")
+
+
+def write_json(path: str | None, value: Any) -> None:
+    """Write JSON to a file, to standard output for "-", or nowhere for None."""
     from fastcfg.utils.files import write_text
 
     text = json.dumps(value, indent=2) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)
-    else:
+    elif path is not None:
         write_text(path, text)

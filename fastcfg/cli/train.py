@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .outputs import check_folder
-from .parser import UsageError, any_integer, choose_device, finite, integer, one_of
+from .parser import UsageError, add_command, add_device, any_integer, choose_device, finite, integer, usage_errors
 
 if TYPE_CHECKING:
     from fastcfg.training.config import TrainConfig
@@ -44,7 +44,7 @@ examples:
 GLIDE's tokenizer needs GPT-2's vocabulary: pip install 'fastcfg[glide]', or --tokenizer with the folder that has it.
 From scratch (no --init) GLIDE's own learning rate is 1e-4; the default suits weights that are trained already."""
 
-# Options that are settings of the recipe by another spelling, and those of them that only a folder's recipe has.
+# Flags that map 1:1 to recipe fields, and those that only a folder's recipe has.
 _SETTINGS = ("steps", "batch_size", "learning_rate", "seed", "accumulate", "bf16")
 _FOLDER_SETTINGS = (
     *("data", "init", "tokenizer", "uncond_p", "upsample", "side_x", "side_y", "crop", "resize_ratio"),
@@ -54,14 +54,7 @@ _FOLDER_SETTINGS = (
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "train",
-        help="train a model",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    parser = add_command(commands, "train", run, help="train a model", description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to write to, made if missing")
     parser.add_argument("--recipe", metavar="FILE", help="JSON file of settings (default: the built-in recipe)")
     parser.add_argument("--resume", action="store_true", help="go on from DIR, with its recipe unless one is given")
@@ -73,7 +66,7 @@ def add_parser(commands: Any) -> None:
         "--accumulate",
         metavar="N",
         type=integer(1),
-        help="compute a step's pictures in N parts, one after the other, in less memory (default: 1)",
+        help="compute a step's pictures in N parts, in less memory (default: 1)",
     )
     parser.add_argument(
         "--learning-rate",
@@ -92,13 +85,7 @@ def add_parser(commands: Any) -> None:
     )
     _add_folder_arguments(parser)
     parser.add_argument("--threads", metavar="N", type=integer(1), help="CPU threads (default: torch's choice)")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        type=one_of("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto (a GPU if there is one), cpu or cuda (default: %(default)s)",
-    )
+    add_device(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
@@ -126,17 +113,17 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--crop",
         metavar="NAME",
-        type=one_of("random", "centre"),
+        choices=("random", "centre"),
         help="random, or centre for the largest crop in the middle (default: random)",
     )
     group.add_argument(
         "--resize-ratio",
         metavar="R",
         type=finite,
-        help="smallest share of the largest crop's area that a random crop has (default: 0.8)",
+        help="smallest area of a random crop, as a share of the largest crop's (default: 0.8)",
     )
     _add_flag(group, "--random-hflip", "mirror half of the pictures")
-    _add_flag(group, "--skip-uncaptioned", "leave pictures without a caption out (default: train unconditionally)")
+    _add_flag(group, "--skip-uncaptioned", "leave out pictures without a caption (default: train unconditionally)")
     _add_flag(group, "--freeze-transformer", "leave the text transformer as it is")
     _add_flag(group, "--freeze-diffusion", "leave the UNet as it is, but for the layers that attend to the text")
     _add_flag(group, "--use-checkpoint", "compute activations twice instead of keeping them: less memory, more time")
@@ -144,12 +131,12 @@ def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, text: str) -> None:
-    """A switch that leaves the recipe's setting alone unless it is given; `--no-...` turns it off."""
+    """Add a switch, None unless given; `--no-...` turns it off."""
     parser.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, tell what came of it."""
+    """Train, and print the result."""
     from importlib.util import find_spec
 
     import torch
@@ -161,12 +148,15 @@ def run(arguments: argparse.Namespace) -> int:
             "train draws its loss curve with matplotlib, which is not installed: pip install fastcfg[train]"
         )
     check_folder("--out", arguments.out)
-    config = _config(arguments)
+    settings = {name: getattr(arguments, name) for name in (*_SETTINGS, *_FOLDER_SETTINGS)}
+    with usage_errors():
+        config = _config(arguments.recipe, arguments.out if arguments.resume else None, settings, arguments.set)
     device = choose_device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     try:
-        with warnings.catch_warnings():
+        # `train` checks recipe, data and state before its first step.
+        with usage_errors(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             result = train(
                 config,
@@ -186,31 +176,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Warnings as lines of their own, above the progress bar."""
+    """Print a warning above the progress bar, on its own line."""
     from tqdm import tqdm
 
     tqdm.write(f"fastcfg: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
-def _config(arguments: argparse.Namespace) -> TrainConfig:
-    """The recipe asked for."""
+def _config(recipe: str | Path | None, resumed: str | None, given: dict[str, Any], others: list[str]) -> TrainConfig:
+    """The recipe of a file, or else of a resumed run's folder, with given settings and `others`, NAME=VALUE each."""
     from fastcfg.training.recipes import make_recipe
     from fastcfg.training.train import RECIPE
 
-    recipe = arguments.recipe
-    if recipe is None and arguments.resume:
-        recipe = Path(arguments.out) / RECIPE
+    if recipe is None and resumed is not None:
+        recipe = Path(resumed) / RECIPE
         if not recipe.is_file():
-            raise UsageError(
-                f"argument --resume: got {arguments.out!r}, which has no {RECIPE}, expected a run's folder"
-            )
+            raise UsageError(f"argument --resume: got {resumed!r}, which has no {RECIPE}, expected a run's folder")
     values = {} if recipe is None else _read(recipe)
-    given = {name: getattr(arguments, name) for name in (*_SETTINGS, *_FOLDER_SETTINGS)}
     values |= {name: value for name, value in given.items() if value is not None}
     if "data" not in values and (alone := [name for name in _FOLDER_SETTINGS if name in values]):
         option = f"--{alone[0].replace('_', '-')}"
         raise UsageError(f"argument {option}: got {values[alone[0]]!r} without --data, expected a folder to train on")
-    for setting in arguments.set:
+    for setting in others:
         name, equals, text = setting.partition("=")
         if not equals:
             raise UsageError(f"argument --set: got {setting!r}, expected NAME=VALUE")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
+from ..reference.plain import PlainTable
+from ..step import StepSpec
 from ..table import StepTable
 from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Response
 from .reduction import Rows
@@ -83,21 +83,18 @@ def verify(
     Returns:
         x0 of every row.
     """
-    x, history, predicted = states[0], [torch.zeros_like(states[0]) for _ in range(3)], []
-    names = ("p_x", "p_m", "a_x", "a_0", "a_m", "k_x", "k_0", "k_m", "l_0", "l_v")
+    x, predicted, plain = states[0], [], PlainTable(table, states[0])
+    bound = x.new_full((len(x),), clip) if isinstance(clip, float) else clip
+    spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
     for row, (output, noise, state) in enumerate(zip(outputs, drawn, states[1:], strict=True)):
-        c = {name: float(table[name][row]) for name in names}
+        c = {name: float(table[name][row]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m")}
         m = output[:, : x.shape[1]]
-        x0 = _limited(c["p_x"] * x + c["p_m"] * m, clip)
-        predicted.append(x0)
-        y = c["a_x"] * x + c["a_0"] * x0 + c["a_m"] * m
-        y += sum(float(table[f"a_h{j}"][row]) * h for j, h in enumerate(history))
+        noisy = replace(spec, noise_source="tensor" if table.learned_variance and noise else "none")
+        made = plain(row, x, output, noisy, bound=bound, noise=noise[0] if noise else None)
+        predicted.append(made["x0"])
+        y = made["x"]
         if not table.learned_variance:
             y += sum(coefficient * z for coefficient, z in zip(draws[row], noise, strict=True))
-        elif noise:
-            y += torch.exp2(c["l_0"] + c["l_v"] * output[:, x.shape[1] :]) * noise[0]
-        if (slot := int(table["slot"][row])) >= 0:
-            history[slot] = c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m
         # Large terms that cancel, and a state that falls far, leave the rounding of an original in float32.
         of_x, of_m = float(x.abs().max()), float(m.abs().max())
         through_x0 = abs(c["a_0"]) * (abs(c["p_x"]) * of_x + abs(c["p_m"]) * of_m)
@@ -114,11 +111,3 @@ def verify(
 def distance(got: Tensor, want: Tensor, size: float = 1.0) -> float:
     """The largest difference, in shares of the largest value or of `size`, whichever is larger (and of 1)."""
     return float((got - want).abs().max()) / max(1.0, size, float(want.abs().max()))
-
-
-def _limited(x0: Tensor, clip: float | DynamicThreshold | None) -> Tensor:
-    if isinstance(clip, DynamicThreshold):
-        bound: Any = torch.quantile(x0.flatten(1).abs(), clip.quantile, dim=1).clamp(clip.floor, clip.ceiling)
-        bound = bound.view(-1, *[1] * (x0.ndim - 1))
-        return torch.clamp(x0, -bound, bound) / bound
-    return x0 if clip is None else x0.clamp(-clip, clip)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..table import NO_NOISE, StepTable
 from .assembly import TOLERANCE, columns, distance, of_known_rounding, verify
-from .cache import kept_for
+from .cache import cached_for
 from .probe import Array, Response, drawing, in_float64, position_in, respond, returned_second
 from .reduction import reduce
 
@@ -100,7 +100,7 @@ def compile_timesteps(
     _check_protocol(scheduler)
     if not 0 <= first < len(scheduler.timesteps):
         raise ValueError(f"first: got {first}, expected 0 to {len(scheduler.timesteps) - 1}, an index of its timesteps")
-    return kept_for(
+    return cached_for(
         scheduler,
         (first, dict(step_options or {}), limited),
         lambda: _compile(scheduler, first, step_options or {}, limited),

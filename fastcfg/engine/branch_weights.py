@@ -1,4 +1,4 @@
-"""What looks at the branches between the model and the fused step: weights from their Gram matrix, and agreement."""
+"""Blend weights computed from a row's outputs, between model and fused step; and where adaptive guidance ends."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..ops import gram
 from ..ops.gram import mixed_weights
 from ..step import StepBuffers
 
-__all__ = ["DELAY", "Agreement", "Mixing", "Statistics"]
+__all__ = ["DELAY", "Agreement", "BranchWeights", "Mixing"]
 
 # An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
 DELAY = 2
 
 
-class Statistics:
-    """Computes the Gram matrix of a row's branches in one pass, and gives it to those who want it.
+class BranchWeights:
+    """Computes the Gram matrix of a row's branches in one pass and hands it to the readers.
 
     Args:
         readers: called with the Gram matrix and the sums.
-        **options: of `ops.gram`; the momentum, where there is one, is moved on.
+        **options: of `ops.gram`, which also updates the momentum if there is one.
     """
 
     def __init__(self, readers: Sequence[Callable[[Tensor, Tensor], None]], **options: Any) -> None:
@@ -40,10 +40,10 @@ class Mixing:
     """Computes a row's blend weights.
 
     Args:
-        buffers: of the run.
-        planned: float64 [R + 2, B, P], as `GuidancePlan.planned`; the last two rows are nobody's.
-        weights: [R, B, V] in the state's dtype: what the step reads. The row's are written.
-        base, conditional: indices of the branch that differences are measured from and of the conditional one.
+        buffers: the step's.
+        planned: float64 [R + 2, B, P], as `GuidancePlan.planned`; the last two rows are padding.
+        weights: [R, B, V] in the state's dtype, what the step reads; the current row's are written.
+        base, conditional: indices of the base and of the conditional branch.
         mix, rescale: as `GuidancePlan`.
     """
 
@@ -69,18 +69,19 @@ class Mixing:
 
 
 class Agreement:
-    """Ends the guidance of samples whose branches agree.
+    """Ends the guidance of each sample once its branches agree.
 
-    A sample whose branches have had a cosine of at least the threshold once is unguided from two rows later on,
-    whatever the batch. When all have, the host, which reads `done` one row late, can stop evaluating the other branch.
+    Once the cosine between a sample's branches has reached the bound, the sample is unguided from two rows later on,
+    independently of the rest of the batch. When all samples are, the host, which reads `done` one row late, can stop
+    evaluating the other branch.
 
     Args:
-        buffers: of the run.
-        planned: [R + 2, B, P], the (planned) weights, of which the last two rows may be written to.
+        buffers: the step's.
+        planned: [R + 2, B, P], the (planned) weights; the last two rows are padding.
         base: as `Mixing`.
         pair: indices of the branches that are compared.
-        unguided: [P], the (planned) weights of an unguided sample.
-        threshold: the least cosine of agreement.
+        fallback: [P], the (planned) weights of an unguided sample.
+        cosine: the bound.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class Agreement:
         planned: Tensor,
         base: int,
         pair: tuple[int, int],
-        unguided: Tensor,
-        threshold: float,
+        fallback: Tensor,
+        cosine: float,
     ) -> None:
-        self._counter, self._planned, self._unguided = buffers.counter, planned, unguided
-        self._base, self._pair, self._threshold = base, pair, threshold
+        self._counter, self._planned, self._fallback = buffers.counter, planned, fallback
+        self._base, self._pair, self._cosine = base, pair, cosine
         self._agreed = torch.zeros(len(buffers.x), dtype=torch.bool, device=buffers.x.device)
         self.done = torch.zeros((), dtype=torch.bool, device=buffers.x.device)
 
@@ -106,11 +107,11 @@ class Agreement:
         i, j = self._pair
         dot = self._product(products, i, j)
         norms = self._product(products, i, i) * self._product(products, j, j)
-        # Without a division: branches of norm 0 have no cosine and do not agree.
-        self._agreed |= (dot >= self._threshold * norms.sqrt()) & (norms > 0)
+        # Written without a division: branches of norm 0 have no cosine and do not agree.
+        self._agreed |= (dot >= self._cosine * norms.sqrt()) & (norms > 0)
         row = self._counter[:1].long() + DELAY
         planned = self._planned.index_select(0, row)
-        self._planned.index_copy_(0, row, torch.where(self._agreed[:, None], self._unguided, planned))
+        self._planned.index_copy_(0, row, torch.where(self._agreed[:, None], self._fallback, planned))
         self.done.copy_(self._agreed.all())
 
     def _product(self, products: Tensor, i: int, j: int) -> Tensor:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..utils.identity import Alike, Same, identity_key
 
 __all__ = ["Alike", "Conditioning", "Same", "Shared", "check_conditioning"]
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Marks a value, tensor or not, that the model is given as it is, whatever the branch and the batch."""
+    """Marks a value, tensor or not, that is passed to the model unchanged for every branch and batch."""
 
     value: Any
 
@@ -26,7 +26,7 @@ class Conditioning:
     """The keyword arguments of the model, branch by branch.
 
     Attributes:
-        tensors: by keyword, one tensor [B, ...] for each branch, of equal shape and dtype.
+        tensors: by keyword, one tensor [B, ...] per branch, of equal shape and dtype.
         shared: by keyword, the values that are not tensors, the same for all branches.
     """
 
@@ -34,10 +34,9 @@ class Conditioning:
     shared: Mapping[str, Any]
 
     def signature(self) -> tuple[Any, ...]:
-        """What a captured program depends on: names, shapes, dtypes and shared values, but not the tensors'
-        contents."""
+        """What a captured program depends on: names, shapes, dtypes and shared values, but not tensor contents."""
         shapes = tuple((name, values[0].shape, values[0].dtype) for name, values in sorted(self.tensors.items()))
-        return shapes, tuple((name, _identity(value)) for name, value in sorted(self.shared.items()))
+        return shapes, tuple((name, identity_key(value)) for name, value in sorted(self.shared.items()))
 
     def allocate(self, branches: int) -> dict[str, Tensor]:
         """Uninitialised [n*B, ...] tensors for n branches."""
@@ -65,7 +64,7 @@ def check_conditioning(
         device: where the model is.
 
     Returns:
-        The conditioning of all branches in order; [1, ...] tensors stand repeated.
+        The conditioning of all branches in order, with [1, ...] tensors repeated.
 
     Raises:
         TypeError: a conditioning that is not a mapping.
@@ -99,7 +98,7 @@ def check_conditioning(
             shared[key] = values[0].value
         else:
             for name, value in zip(names, values, strict=True):
-                if _identity(value) != _identity(values[0]):
+                if identity_key(value) != identity_key(values[0]):
                     raise ValueError(
                         f"{name}[{key!r}]: got {value!r}, expected {values[0]!r} as in {first} "
                         "(values that are not tensors are shared)"
@@ -122,76 +121,6 @@ def _checked(key: str, branch: str, value: Any, like: Tensor, batch: int, device
     if value.device != device:
         raise ValueError(f"{label}: got device {value.device}, expected the model's, {device}")
     return value.detach().expand(batch, *value.shape[1:])
-
-
-def _identity(value: Any) -> Any:
-    """Equal for equal numbers, strings and containers of them; of anything else, equal only for the same object."""
-    if isinstance(value, tuple | list):
-        return (type(value), *map(_identity, value))
-    if isinstance(value, dict):
-        return (dict, *((key, _identity(item)) for key, item in value.items()))
-    if isinstance(value, int | float | str | bytes | torch.dtype | None):
-        return type(value), value
-    return Same(value)
-
-
-class Same:
-    """Equal for the same object (`value`), which it keeps: an identity alone may be given to another object later."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-class Alike(Same):
-    """Equal also for functions that are made anew in every call of the code around them, and do the same: of one code,
-    with the same objects (or equal numbers) in closure and defaults. Methods and partials are compared by their parts.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        try:
-            return isinstance(other, Alike) and _alike(self.value, other.value)
-        except RecursionError:  # functions that lead to themselves
-            return False
-
-    def __hash__(self) -> int:
-        value = self.value
-        while isinstance(value, partial | MethodType):
-            value = value.func if isinstance(value, partial) else value.__func__
-        return id(value.__code__ if isinstance(value, FunctionType) else value)
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, FunctionType):
-        return a.__code__ is b.__code__ and a.__globals__ is b.__globals__ and _alike(_held_by(a), _held_by(b))
-    if isinstance(a, MethodType):
-        return a.__func__ is b.__func__ and a.__self__ is b.__self__
-    if isinstance(a, partial):
-        return _alike((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    if type(a) is dict:
-        return list(a) == list(b) and all(map(_alike, a.values(), b.values()))
-    return isinstance(a, bool | int | float | str) and a == b
-
-
-def _held_by(function: FunctionType) -> tuple[Any, ...]:
-    """What a function has beside its code. A cell without contents equals no other."""
-    cells = function.__closure__ or ()
-    try:
-        contents = tuple(cell.cell_contents for cell in cells)
-    except ValueError:
-        contents = cells
-    return contents, function.__defaults__ or (), function.__kwdefaults__ or {}
 
 
 def _listed(names: Any) -> str:

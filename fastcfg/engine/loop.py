@@ -1,4 +1,4 @@
-"""One run: the loop over the rows, and what looks on."""
+"""The sampling loop and its observers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import GuidancePlan
-from ..table import StepTable
-from .buffers import Workspace
-from .noise import NoiseSource
-from .programs import Program, Programs
+from .call import Call
+from .program_cache import CachedPrograms
+from .programs import Program
 from .readback import Pace, Readback
 
 __all__ = ["Preview", "Previews", "ProgressBar", "Run", "Step"]
@@ -28,8 +26,8 @@ class Step:
         rows: their number.
         step: the step of the run it belongs to.
         t: the time the model was called with.
-        x: the state after it, [B, C, ...] (a copy, the caller's own).
-        x0: the predicted x0, likewise.
+        x: the state after it, [B, C, ...], a copy.
+        x0: the predicted x0, [B, C, ...], a copy.
     """
 
     row: int
@@ -60,40 +58,30 @@ class Run:
     """A prepared run.
 
     Args:
-        workspace: its memory, at the start of the run.
-        programs: of the workspace.
-        plan: of the guidance.
-        table: the solver's.
-        source: of the noise.
-        finished: called at the end, however it comes about.
+        entry: its buffers, at the start of the run, and programs; given back to their cache at the end.
+        call: the call.
 
     Attributes:
+        buffers: the memory.
+        table: the solver's.
         branches: how many branches each row so far has evaluated.
-        result: after the last row, the samples: the caller's own.
+        result: after the last row, the samples, which are the caller's own.
     """
 
     result: Tensor
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        programs: Programs,
-        plan: GuidancePlan,
-        table: StepTable,
-        source: NoiseSource,
-        finished: Callable[[Run], None],
-    ) -> None:
-        self.workspace, self.table = workspace, table
+    def __init__(self, entry: CachedPrograms, call: Call) -> None:
+        self.buffers, self.table = entry.buffers, call.options.table
         self.branches: list[int] = []
-        self._programs, self._plan, self._source, self._finished = programs, plan, source, finished
+        self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
 
     def rows(self) -> Iterator[int]:
         """Execute, yielding the index of the last row of each program when it is enqueued."""
-        fill, noises = self._source.fill, self.workspace.noises
+        fill, noises = self._source.fill, self.buffers.noises
         if noises is None and not self._source.always:
             fill = None
-        slots = [None] * self.workspace.options.repeat if noises is None else noises.unbind()
-        try:
+        slots = [None] * self.buffers.options.rows_per_graph if noises is None else noises.unbind()
+        with self._entry:
             for first, count, program in self._schedule():
                 if fill is not None:
                     with torch.no_grad():
@@ -102,16 +90,14 @@ class Run:
                 program()
                 yield first + count - 1
             # Before the memory is given back: another thread may take it at once.
-            self.result = self.workspace.buffers.x.clone()
-        finally:
-            self._finished(self)
+            self.result = self.buffers.step.x.clone()
 
     def step(self, row: int) -> Step:
         """The state now, after a row."""
-        buffers = self.workspace.buffers
-        return Step(*self.place(row), x=buffers.x.clone(), x0=buffers.x0.clone())  # type: ignore[union-attr]
+        step = self.buffers.step
+        return Step(*self.position(row), x=step.x.clone(), x0=step.x0.clone())  # type: ignore[union-attr]
 
-    def place(self, row: int) -> tuple[int, int, int, float]:
+    def position(self, row: int) -> tuple[int, int, int, float]:
         """A row's index, the number of rows, its step and its time."""
         return row, self.table.num_rows, int(self.table.steps[row]), float(self.table["t"][row])
 
@@ -119,12 +105,12 @@ class Run:
         """What to run, as (first row, number of rows, program)."""
         if self._plan.agreement is not None:
             return self._adaptive_schedule()
-        self.branches = [len(active) for active in self._plan.active]
+        self.branches += [len(active) for active in self._plan.active]
         return iter(self._programs.schedule(self._plan.active))
 
     def _adaptive_schedule(self) -> Iterator[tuple[int, int, Program]]:
-        """Row by row, with the branches that are left."""
-        agreement = self.workspace.agreement
+        """Row by row, with the branches that are still needed."""
+        agreement = self.buffers.agreement
         done = Readback(agreement.done)  # type: ignore[union-attr]
         sent = all_agree = False
         for row, planned in enumerate(self._plan.active):
@@ -138,7 +124,7 @@ class Run:
 
 
 class Previews:
-    """Hands every n-th row's x0, and the last one's, to a function when the next row is enqueued.
+    """Hands x0 of every n-th row, and of the last, to a function when the next row is enqueued.
 
     Args:
         run: the run.
@@ -148,21 +134,21 @@ class Previews:
 
     def __init__(self, run: Run, function: Callable[[Preview], object], every: int) -> None:
         self._run, self._function, self._every = run, function, every
-        self._readback = Readback(run.workspace.buffers.x0)  # type: ignore[arg-type]
+        self._readback = Readback(run.buffers.step.x0)  # type: ignore[arg-type]
         self._sent: int | None = None
 
     def after_row(self, row: int) -> None:
-        """Deliver what the row before has left, and send this one's on its way."""
+        """Deliver what is on its way, and send this row's x0."""
         self.deliver()
         if row % self._every == 0 or row == self._run.table.num_rows - 1:
-            self._readback.push(self._run.workspace.buffers.x0)  # type: ignore[arg-type]
+            self._readback.push(self._run.buffers.step.x0)  # type: ignore[arg-type]
             self._sent = row
 
     def deliver(self) -> None:
         """Hand over what is on its way."""
         if self._sent is not None:
             row, self._sent = self._sent, None
-            self._function(Preview(*self._run.place(row), x0=self._readback.take()))
+            self._function(Preview(*self._run.position(row), x0=self._readback.take()))
 
 
 class ProgressBar:
@@ -170,7 +156,7 @@ class ProgressBar:
 
     Args:
         run: the run.
-        bar: True makes one, False none; or tqdm's of the caller's, for a run that is a part of something.
+        bar: True makes one, False none; or the caller's own tqdm bar, for a run that is part of something larger.
     """
 
     def __init__(self, run: Run, bar: Any) -> None:
@@ -181,7 +167,7 @@ class ProgressBar:
             bar = tqdm(total=run.table.num_rows, unit="step")
         self._bar, self._row = bar, -1
         if bar is not False:
-            self._pace = Pace(run.workspace.options.device)
+            self._pace = Pace(run.buffers.options.device)
 
     def __enter__(self) -> ProgressBar:
         return self

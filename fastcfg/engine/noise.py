@@ -15,22 +15,24 @@ from torch import Tensor
 
 from ..ops import initial_noise
 from ..reference.philox import sample_seeds
+from ..table import StepTable
+from .config import SamplerConfig
 
-__all__ = ["NoiseSource", "cuda_normal_offset", "philox_source", "recorded_source", "torch_source"]
+__all__ = ["NoiseSource", "cuda_normal_offset", "make_source", "philox_source", "recorded_source", "torch_source"]
 
 Recording = Tensor | Callable[[int, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSource:
-    """How to start and what to draw before each row.
+    """How to start a run and what to draw before each row.
 
     Attributes:
-        start: the starting noise, standard normal [B, C, ...].
+        start: () -> the starting noise, standard normal [B, C, ...].
         fill: writes a row's noise to a buffer, fill(row, buffer); None where the step draws it itself.
         seeds: int64 [B], the samples' seeds where the step draws; else None.
-        always: whether fill is called (with None for the buffer) where the solver adds no noise: a generator may have
-            to move all the same.
+        always: whether fill is called (with None for the buffer) even where the solver adds no noise, so that a
+            generator moves as the original moves it.
     """
 
     start: Callable[[], Tensor]
@@ -39,13 +41,49 @@ class NoiseSource:
     always: bool = False
 
 
-def philox_source(
-    seed: int | Sequence[int] | None, shape: tuple[int, ...], device: torch.device, backend: str
+def make_source(
+    config: SamplerConfig,
+    table: StepTable,
+    shape: tuple[int, ...],
+    noise: Recording | NoiseSource | None,
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | None,
+    x_T: Tensor | None,
 ) -> NoiseSource:
-    """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`); without a seed, one is taken from
-    torch's global generator."""
+    """The source of a call's noise; arguments as `Sampler.sample`.
+
+    Raises:
+        TypeError, ValueError: a seed, generator or recording that does not fit.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
+    if generator is not None and seed is not None:
+        raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")
+    if isinstance(noise, NoiseSource):
+        return noise
+    device: Any = config.device
+    if x_T is not None and (noise is not None or not table.uses_noise):
+        # Nothing is random: torch's generator must not move for a seed that is not used.
+        source = NoiseSource(lambda: x_T)
+    elif config.noise_source == "torch":
+        source = torch_source(seed, shape, device, generator=generator)
+    else:
+        source = philox_source(seed, shape, device, config.backend, generator)
+    return source if noise is None else recorded_source(noise, table.num_rows, shape, source.start)
+
+
+def philox_source(
+    seed: int | Sequence[int] | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    backend: str,
+    generator: torch.Generator | None = None,
+) -> NoiseSource:
+    """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`). Without a seed, one is drawn from
+    the generator, or from torch's global one."""
     if seed is None:
-        seed = int(torch.randint(2**62, ()).item())
+        where = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=where).item())
     seeds = sample_seeds(_integers(seed), shape[0]).to(device)
     return NoiseSource(lambda: initial_noise(torch.empty(shape, device=device), seeds, backend), seeds=seeds)
 
@@ -55,6 +93,7 @@ def torch_source(
     shape: tuple[int, ...],
     device: torch.device,
     *,
+    generator: torch.Generator | None = None,
     drawn: int | None = None,
     dtype: torch.dtype = torch.float32,
     every_row: bool = False,
@@ -62,21 +101,24 @@ def torch_source(
     """`torch.randn` on the device: the start, then one draw per row.
 
     Args:
-        seed: one integer for the whole batch; None draws from torch's global generator.
+        seed: one integer for the whole batch; None draws from `generator`.
         shape: (B, C, ...).
         device: where to draw.
+        generator: on that device; None for torch's global one.
         drawn: samples drawn each time, of which the first B are used: guided-diffusion's and GLIDE's loops draw for a
             doubled batch. The generator is left as if all had been drawn.
         dtype: of the steps' draws. The start is float32, as in the originals.
         every_row: draw also where the solver adds no noise, as the originals do.
 
     Raises:
-        ValueError: several seeds.
+        ValueError: several seeds, or a generator on another device.
     """
     seed = None if seed is None else _integers(seed)
     if isinstance(seed, list):
-        raise ValueError(f"seed: got {seed!r}, expected one integer for the whole batch with noise='torch'")
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        raise ValueError(f"seed: got {seed!r}, expected one integer for the whole batch with noise_source='torch'")
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: got one on {generator.device}, expected one on {device}")
+    generator = generator if seed is None else torch.Generator(device).manual_seed(seed)
     whole = (drawn or shape[0], *shape[1:])
     if whole == shape and not every_row:
         fill: Callable[[int, Any], object] = partial(_draw, generator)
@@ -104,7 +146,7 @@ def _fill_from(scratch: Tensor, generator: torch.Generator | None, row: int, buf
 
 
 def _fill_and_skip(row: int, buffer: Tensor | None, *, skip: int, generator: torch.Generator) -> None:
-    """Draw the buffer, whose elements begin a larger draw, and set the generator to where that one leaves it."""
+    """Draw the buffer, the beginning of a larger draw, and leave the generator where the larger draw would."""
     offset = generator.get_offset()
     if buffer is not None:
         buffer.normal_(generator=generator)
@@ -117,7 +159,7 @@ def cuda_normal_offset(numel: int, multiprocessors: int, threads: int = 2048) ->
     torch (`aten/src/ATen/native/cuda/DistributionTemplates.h`) runs 256 threads a block, as many blocks as the elements
     need and fit on the GPU at once; a thread draws four values each time, and advances by four. Element i is the value
     that thread i draws first wherever the elements do not outnumber the threads, and else depends on a full grid:
-    either way the first elements of a larger draw are those of a smaller one.
+    either way a larger draw begins with the elements of a smaller one.
 
     Args:
         numel: number of values.

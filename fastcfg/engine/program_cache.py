@@ -1,142 +1,127 @@
-"""What a sampler keeps from call to call: memory, and the programs captured on it, as long as they are valid."""
+"""Buffers and programs kept from call to call, as long as what was captured is valid."""
 
 from __future__ import annotations
 
 import threading
-import warnings
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..guidance import GuidancePlan
-from .buffers import Options, Workspace
-from .conditioning import Conditioning, Same
+from ..utils.caller import warn_caller
+from ..utils.identity import Same
+from ..utils.lru import LRU
+from .buffers import Buffers
+from .call import Call
 from .graphs import Pool
 from .programs import Programs
-from .staleness import Fingerprint, torch_settings
+from .staleness import Fingerprint
 
-__all__ = ["Keeper", "Kept"]
+__all__ = ["CachedPrograms", "ProgramCache"]
 
 # Shapes and option sets whose buffers and graphs are kept for the next call.
-MAX_WORKSPACES = 4
+MAX_ENTRIES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
-    """Memory and programs of a kind of call.
+class CachedPrograms:
+    """Buffers and programs of one kind of call. As a context manager, they go back to the cache at the end.
 
     Attributes:
+        cache: where they belong.
         key: by which the next such call finds them.
-        workspace: the memory.
+        buffers: the memory.
         programs: on it.
         pool: of their graphs.
         fingerprint: of what was captured; None if nothing was.
-        generation: how often the keeper had been told to refresh.
+        generation: how often the cache had been refreshed.
     """
 
+    cache: ProgramCache
     key: Any
-    workspace: Workspace
+    buffers: Buffers
     programs: Programs
     pool: Pool
     fingerprint: Fingerprint | None
     generation: int
 
+    def __enter__(self) -> CachedPrograms:
+        return self
 
-class Keeper:
-    """The memory and programs that are not in use, those used last longest.
+    def __exit__(self, *error: object) -> None:
+        self.cache._give_back(self)
+
+
+class ProgramCache:
+    """Buffers and programs that are not in use; the least recently used are dropped.
 
     Args:
         device: where they are.
 
     Attributes:
         captures: how often programs were made.
-        recaptured: why the last time, where there had been others; empty if that never happened.
+        recaptured: why programs were last made again although there were some; empty if that never happened.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.captures, self.recaptured = 0, ""
-        self._kept: OrderedDict[Any, Kept] = OrderedDict()
+        self._kept: LRU[CachedPrograms] = LRU(MAX_ENTRIES)
         self._pool = Pool(device)
         self._generation = 0
         self._warned: set[Same] = set()
         self._lock = threading.Lock()
 
-    def take(
-        self,
-        options: Options,
-        model: Callable[..., Any],
-        plan: GuidancePlan,
-        shape: tuple[int, ...],
-        conditioning: Conditioning,
-        given: Conditioning,
-    ) -> Kept:
-        """Memory and programs for a call, which nobody else has until they are given back.
-
-        Args:
-            options: of the call.
-            model: to be called, compiled if that is wanted.
-            plan, shape, conditioning, given: as `Workspace`.
-        """
-        layout = (shape, conditioning.signature(), given.signature())
-        key = (options, layout, plan.active, plan.agreement, plan.fallback_branches, torch_settings(options.device))
-        with self._lock:
-            kept = self._kept.pop(key, None)
-        workspace = None
+    def take(self, call: Call) -> CachedPrograms:
+        """Buffers loaded for a call, and programs, which no other call has until they are given back."""
+        key = call.key
+        kept = self._kept.pop(key)
+        buffers = None
         if kept is not None:
             stale = self._stale(kept)
             if not stale:
+                kept.buffers.enter_stream()
+                kept.buffers.load(call)
                 return kept
-            self.recaptured, workspace = stale, kept.workspace
+            self.recaptured, buffers = stale, kept.buffers
             del kept  # its graphs' memory serves the new ones
-        workspace = workspace or Workspace(options, plan, shape, conditioning, given)
-        workspace.enter_stream()
+        buffers = buffers or Buffers(call)
+        buffers.enter_stream()
         pool, generation = self._pool, self._generation
-        programs = Programs(workspace, model, pool)
+        programs = Programs(buffers, call.model, pool)
         self.captures += 1
-        if programs.problem and options.model not in self._warned:
-            self._warned.add(options.model)
-            message = f"running eagerly: the model {programs.problem}"
-            warnings.warn(message, stacklevel=5)  # the caller of Sampler.sample
+        model = call.options.model
+        if programs.problem and model not in self._warned:
+            self._warned.add(model)
+            warn_caller(f"running eagerly: the model {programs.problem}")
         captured = any(decision.graph != "none" for decision in programs.decisions.values())
         # Taken now: a model may keep tensors from its first calls.
-        fingerprint = Fingerprint(_functions(options)) if captured else None
-        return Kept(key, workspace, programs, pool, fingerprint, generation)
-
-    def give_back(self, kept: Kept) -> None:
-        """Keep what `take` gave for the next call like it."""
-        with self._lock:
-            if kept.pool is not self._pool:
-                return  # released meanwhile
-            self._kept[kept.key] = kept
-            while len(self._kept) > MAX_WORKSPACES:
-                self._kept.popitem(last=False)
+        fingerprint = Fingerprint(call.options.functions()) if captured else None
+        buffers.load(call)
+        return CachedPrograms(self, key, buffers, programs, pool, fingerprint, generation)
 
     def nbytes(self) -> int:
         """Bytes of the memory that is kept and of the graphs' pool."""
-        return sum(kept.workspace.nbytes() for kept in self._kept.values()) + self._pool.nbytes()
+        return sum(entry.buffers.nbytes() for entry in self._kept.values()) + self._pool.nbytes()
 
     def release(self) -> None:
-        """Keep nothing, not even what is in use now."""
+        """Drop everything; what is in use now is not kept when it is given back."""
         with self._lock:
             self._kept.clear()
             self._pool = Pool(self._pool.device)
 
     def refresh(self) -> None:
-        """Hold what was captured until now for invalid."""
+        """Make everything captured until now invalid."""
         self._generation += 1
 
-    def _stale(self, kept: Kept) -> str:
+    def _give_back(self, entry: CachedPrograms) -> None:
+        with self._lock:
+            if entry.pool is self._pool:  # else released meanwhile
+                self._kept.put(entry.key, entry)
+
+    def _stale(self, entry: CachedPrograms) -> str:
         """Why programs are not valid any more; empty if they are."""
-        if kept.generation != self._generation:
+        if entry.generation != self._generation:
             return "refresh() was called"
-        if kept.fingerprint is None:
+        if entry.fingerprint is None:
             return ""
-        return kept.fingerprint.changes(_functions(kept.workspace.options))
-
-
-def _functions(options: Options) -> dict[str, Any]:
-    functions = {name: getattr(options, name).value for name in ("model", "denoised_fn", "cond_fn", "mix")}
-    return functions | {f"branch_models[{name!r}]": same.value for name, same in options.branch_models}
+        return entry.fingerprint.changes(entry.buffers.options.functions())

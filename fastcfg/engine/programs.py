@@ -1,4 +1,4 @@
-"""What is run at every row: "model call, then fused step", eagerly or as a graph, whichever is faster."""
+"""The programs of a run's rows: "model call, then fused step", eagerly or as a graph, whichever is faster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor
 from ..ops import GuidedStep, QuantileBound
 from ..step import StepSpec
 from ..table import COLUMNS, StepTable
-from .buffers import NO_CAPTURE, Options, Workspace
+from .buffers import Buffers
+from .call import ProgramOptions
+from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
 from .user_functions import ClassifierGradient, DenoisedOutput
 
@@ -23,14 +25,13 @@ __all__ = ["Decision", "Programs"]
 Program = Callable[[], None]
 Branches = tuple[int, ...]
 
-# A graph takes memory, and one forward per branch rounds otherwise than one for all: what is not the first choice must
-# be measurably faster.
+# An alternative must win by 2 %: graphs cost memory, and serial forwards round differently.
 _WORTH = 0.98
-# Where a graph saves more than this, the time goes into launches: twice as many are not tried.
+# Where a graph saves more than this, the time goes into launches, and twice as many are not tried.
 _LAUNCH_BOUND = 0.9
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decision:
     """How the rows of a set of branches are run, and why.
 
@@ -41,8 +42,8 @@ class Decision:
         reason: why there is no graph, or none of several rows; else empty.
         milliseconds: of a row, by "eager" or "graph" and batching, where they were measured.
         constants: how many tensors the model copies from the host in every call, and the graph does not.
-        passes: over the state in a row beside the model: the step's, and one where guidance looks at the outputs; those
-            of dynamic thresholding are not counted.
+        passes: over the state in a row beside the model: one for the step, and one where the guidance uses the outputs;
+            those of dynamic thresholding are not counted.
     """
 
     branches: tuple[str, ...]
@@ -66,10 +67,10 @@ class _Choice:
 
 
 class Programs:
-    """The programs of a workspace, for each set of branches that some row evaluates.
+    """The programs on some buffers, for each set of branches that some row evaluates.
 
     Args:
-        workspace: the memory they work on.
+        buffers: the memory they work on.
         model: as `Sampler`, compiled where that is asked for.
         pool: the memory of CUDA graphs.
 
@@ -80,23 +81,23 @@ class Programs:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, workspace: Workspace, model: Callable[..., Any], pool: Pool) -> None:
-        self._workspace, self._options, self._pool = workspace, workspace.options, pool
+    def __init__(self, buffers: Buffers, model: Callable[..., Any], pool: Pool) -> None:
+        self._buffers, self._options, self._pool = buffers, buffers.options, pool
         self._model = Opaque(model) if is_compiled(model) else model
-        others = {name: same.value for name, same in self._options.branch_models}
+        others = {name: alike.value for name, alike in self._options.branch_models}
         self._branch_models = {name: Opaque(other) if is_compiled(other) else other for name, other in others.items()}
         self._gradient: ClassifierGradient | None = None
         if (cond_fn := self._options.cond_fn.value) is not None:
-            self._gradient = ClassifierGradient(cond_fn, workspace.buffers, workspace.classifier_keywords)
+            self._gradient = ClassifierGradient(cond_fn, buffers.step, buffers.classifier_keywords)
         self._single: dict[Branches, Program] = {}
         self._repeated: dict[Branches, Program] = {}
         self.decisions: dict[Branches, Decision] = {}
         self.problem = ""
         device = self._options.device
-        # A model that draws random numbers must not find the generators moved by what is tried here.
+        # A model that draws random numbers must not find the generators moved by these trials.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Largest first: the smaller graphs then fit into its memory.
-            for active in sorted(workspace.branch_sets, key=len, reverse=True):
+            for active in sorted(buffers.branch_sets, key=len, reverse=True):
                 self._decide(active)
 
     def single(self, active: Branches) -> Program:
@@ -104,13 +105,9 @@ class Programs:
         return self._single[active]
 
     def schedule(self, active: tuple[Branches, ...]) -> list[tuple[int, int, Program]]:
-        """A whole run as (first row, number of rows, program).
-
-        Args:
-            active: the branches of every row.
-        """
+        """A whole run as (first row, number of rows, program), from the branches of every row."""
         runs: list[tuple[int, int, Program]] = []
-        row, count = 0, self._options.repeat
+        row, count = 0, self._options.rows_per_graph
         while row < len(active):
             branches = active[row]
             if branches in self._repeated and active[row : row + count] == (branches,) * count:
@@ -122,67 +119,71 @@ class Programs:
 
     def _decide(self, active: Branches) -> None:
         """Choose how a set of branches is run."""
-        options = self._options
-        decision = self.decisions[active] = Decision(tuple(options.branches[k] for k in active))
-        one = len(active) == 1
-        choices = self._choices(active, "serial" if options.batching == "serial" and not one else "batched", decision)
-        undecided = options.capture == "timed" and options.batching == "auto" and not one
+        options, several = self._options, len(active) > 1
+        capture, batching = options.config.capture, options.config.batching
+        choices, failure = self._choices(active, "serial" if batching == "serial" and several else "batched")
+        undecided = capture == "timed" and batching == "auto" and several
         if undecided and len(choices) == 2 and choices[1].seconds > _LAUNCH_BOUND * choices[0].seconds:
-            choices += self._choices(active, "serial", decision)
+            choices += self._choices(active, "serial")[0]
         best = choices[0]
         for choice in choices[1:]:
-            if options.capture == "always" or choice.seconds < _WORTH * best.seconds:
+            if capture == "always" or choice.seconds < _WORTH * best.seconds:
                 best = choice
-        decision.batching, decision.constants = best.batching, best.constants
-        decision.passes += self._workspace.branch_sets[active].statistics is not None
         self._single[active] = best.program
         if best.record is not None:
-            decision.graph, decision.reason = "cuda" if options.device.type == "cuda" else "stand-in", ""
-            self._repeat(active, best, decision)
+            reason = self._repeat(active, best)
         elif len(choices) > 1:
-            decision.reason = "eager is as fast"
-        elif options.capture not in NO_CAPTURE:
-            self.problem = self.problem or decision.reason
+            reason = "eager is as fast"
+        else:
+            reason = failure
+            if capture not in NO_CAPTURE:
+                self.problem = self.problem or failure
+        ways = {
+            f"{'graph' if choice.record else 'eager'} {choice.batching}": choice.seconds * 1e3 for choice in choices
+        }
+        self.decisions[active] = Decision(
+            branches=tuple(options.branches[k] for k in active),
+            graph="none" if best.record is None else "cuda" if options.device.type == "cuda" else "stand-in",
+            batching=best.batching,
+            reason=reason,
+            milliseconds=ways if capture == "timed" and len(choices) > 1 else {},
+            constants=best.constants,
+            passes=1 + (self._buffers.branch_sets[active].computed is not None),
+        )
 
-    def _repeat(self, active: Branches, choice: _Choice, decision: Decision) -> None:
-        """Record several rows of a set of branches, if that is wanted and can be."""
-        count = self._options.repeat
+    def _repeat(self, active: Branches, choice: _Choice) -> str:
+        """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
+        count = self._options.rows_per_graph
         if choice.record is not None and count > 1:
             rows = [self._eager(active, choice.batching, slot) for slot in range(count)]
             try:
                 self._repeated[active] = choice.record(rows)
             except CaptureError as error:  # they may take more memory than there is
-                decision.reason = f"one row in a graph: {error}"
+                return f"one row in a graph: {error}"
+        return ""
 
-    def _choices(self, active: Branches, batching: str, decision: Decision) -> list[_Choice]:
-        """Eagerly, and as a graph if that is wanted and can be."""
-        eager = self._eager(active, batching)
-        if self._options.capture in NO_CAPTURE:
-            decision.reason = NO_CAPTURE[self._options.capture]
-            return [_Choice(batching, eager)]
-        workspace, rows = self._workspace, self._options.table.num_rows
-        first, last = partial(workspace.rehearse, 0), partial(workspace.rehearse, rows - 1)
+    def _choices(self, active: Branches, batching: str) -> tuple[list[_Choice], str]:
+        """An eager row, and a graph if that is wanted and works; and why there is no graph."""
+        eager, capture = self._eager(active, batching), self._options.config.capture
+        if capture in NO_CAPTURE:
+            return [_Choice(batching, eager)], NO_CAPTURE[capture]
+        buffers, rows = self._buffers, self._options.table.num_rows
+        first, last = partial(buffers.rehearse, 0), partial(buffers.rehearse, rows - 1)
         try:
             examined = examine(eager, (first, last), self._options.device)
             record = partial(self._record, examined)
             graph = record([eager])
-            results = (workspace.buffers.x, workspace.buffers.model_input)
+            results = (buffers.step.x, buffers.step.model_input)
             compared = compare(eager, graph, last, results)  # type: ignore[arg-type]
             if not compared.same:
                 raise CaptureError("a replay gives other numbers than the model")
         except CaptureError as error:
-            decision.reason = f"cannot be captured: {error}"
-            return [_Choice(batching, eager)]
-        if self._options.capture == "timed":
-            decision.milliseconds[f"eager {batching}"] = compared.program * 1e3
-            decision.milliseconds[f"graph {batching}"] = compared.recording * 1e3
-        return [
-            _Choice(batching, eager, compared.program),
-            _Choice(batching, graph, compared.recording, record, len(examined.constants)),
-        ]
+            return [_Choice(batching, eager)], f"cannot be captured: {error}"
+        captured = _Choice(batching, graph, compared.recording, record, len(examined.constants))
+        return [_Choice(batching, eager, compared.program), captured], ""
 
     def _record(self, examined: Any, programs: list[Program]) -> Program:
-        self._workspace.rehearse(0)
+        self._buffers.rehearse(0)
         if self._options.device.type == "cuda":
             return CudaGraph(programs, examined, self._pool)
         return StandIn(programs)
@@ -195,20 +196,20 @@ class Programs:
             batching: "batched" or "serial".
             slot: which of the noise buffers it reads.
         """
-        workspace, options = self._workspace, self._options
-        branch_set = workspace.branch_sets[active]
+        options, backend = self._options, self._options.config.backend
+        branch_set = self._buffers.branch_sets[active]
         spec = step_spec(options, active)
-        buffers = replace(workspace.buffers, weights=branch_set.weights)
-        if workspace.noises is not None:
-            buffers.noise = workspace.noises[slot]
-        denoised, statistics = None, branch_set.statistics
+        buffers = replace(self._buffers.step, weights=branch_set.weights)
+        if self._buffers.noises is not None:
+            buffers.noise = self._buffers.noises[slot]
+        denoised, weights = None, branch_set.computed
         if options.denoised_fn.value is not None:
-            denoised = DenoisedOutput(options.denoised_fn.value, spec, buffers, options.backend)
+            denoised = DenoisedOutput(options.denoised_fn.value, spec, buffers, backend)
             spec = replace(spec, branches=1, base=None, conditional=0, scaled=False, momentum=False)
-            table = takes_x0(options.table).on(options.device, options.state_dtype)
+            table = takes_x0(options.table).on(options.device, options.config.state_dtype)
             buffers = replace(buffers, weights=None, table=table)
-        bound = QuantileBound(options.threshold, spec, buffers, options.backend) if options.threshold else None
-        step = GuidedStep(spec, buffers, options.backend)
+        bound = QuantileBound(options.threshold, spec, buffers, backend) if options.threshold else None
+        step = GuidedStep(spec, buffers, backend)
         call, gradient = self._model_call(active, batching), self._gradient
 
         # Memory that the model or the step allocates in inference mode could not be written to outside it later.
@@ -216,8 +217,8 @@ class Programs:
         @torch.no_grad()
         def program() -> None:
             output = call()
-            if statistics is not None:
-                statistics(output)
+            if weights is not None:
+                weights(output)
             if denoised is not None:
                 output = denoised(output)
             if bound is not None:
@@ -230,18 +231,17 @@ class Programs:
 
     def _model_call(self, active: Branches, batching: str) -> Callable[[], Tensor]:
         """The model on its buffers: () -> [n*B, C or 2C, ...]."""
-        workspace, model = self._workspace, self._model
-        batch, packed = len(workspace.buffers.x), workspace.branch_sets[active].packed
+        buffers, model = self._buffers, self._model
+        batch, packed = len(buffers.step.x), buffers.branch_sets[active].packed
         models = [self._branch_models.get(self._options.branches[k], model) for k in active]
-        # Neighbours of one model are one forward, unless that is not wanted.
+        # Neighbours with one model share a forward, unless serial forwards are wanted.
         starts = [k for k in range(len(active)) if batching == "serial" or k == 0 or models[k] is not models[k - 1]]
         calls = []
         # Every slot holds the same input, so any subset of the branches takes the first ones.
         for start, end in zip(starts, [*starts[1:], len(active)], strict=True):
             part, model = slice(start * batch, end * batch), models[start]
-            keywords = {name: value[part] for name, value in packed.items()} | dict(workspace.shared)
-            buffers = workspace.buffers
-            calls.append(partial(model, buffers.model_input[part], buffers.time[part], **keywords))  # type: ignore[index]
+            keywords = {name: value[part] for name, value in packed.items()} | dict(buffers.shared)
+            calls.append(partial(model, buffers.step.model_input[part], buffers.step.time[part], **keywords))  # type: ignore[index]
 
         def call() -> Tensor:
             outputs = [call() for call in calls]
@@ -251,25 +251,18 @@ class Programs:
         return call
 
 
-def step_spec(options: Options, active: Branches) -> StepSpec:
+def step_spec(options: ProgramOptions, active: Branches) -> StepSpec:
     """The step of a set of branches."""
-    table = options.table
-
-    def position(branch: int | None) -> int | None:
-        return active.index(branch) if branch in active else None
-
     return StepSpec.of(
-        table,
-        branches=len(active),
-        base=position(options.base) if len(active) > 1 else None,
-        conditional=position(options.conditional) or 0,
-        unconditional=position(options.unconditional) if table.uses_unconditional else None,
-        scaled=options.looks(active),
-        momentum=options.looks(active) and options.momentum is not None,
+        options.table,
+        options,
+        active,
+        scaled=options.uses_outputs(active),
+        momentum=options.uses_outputs(active) and options.momentum is not None,
         gradient=options.cond_fn.value is not None,
         clip=options.clip or options.threshold is not None,
         rescale=options.threshold is not None,
-        noise=options.noise,
+        noise_source=options.noise_source,
         keep_x0=options.keep_x0,
     )
 

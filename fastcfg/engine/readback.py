@@ -1,4 +1,4 @@
-"""Values of a run on the host, without holding the device up: copied on a stream of their own, read one row later."""
+"""Device values read on the host without stalling the device: copied on a side stream, read one row later."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Pace", "Readback"]
 
 
 class Readback:
-    """One tensor's way to the host.
+    """Copies one tensor to the host, one row late.
 
-    `push` takes the tensor's value in the order of the current stream; `take`, called when more work has been enqueued,
-    waits until that value has arrived. The device has work meanwhile.
+    `push` takes the tensor's value in the order of the current stream; `take`, called after more work was enqueued,
+    waits until that value has arrived, while the device has work.
 
     Args:
-        like: what is going to be pushed: shape, dtype and device.
+        like: a tensor of the shape, dtype and device that will be pushed.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -27,11 +27,11 @@ class Readback:
         self._staged = torch.empty_like(like, memory_format=torch.contiguous_format)
         self._arrived = torch.empty(like.shape, dtype=like.dtype, pin_memory=on_gpu)
         self._stream: Any = own_stream("readback", like.device) if on_gpu else None
-        # Blocking: a host that waits does not spin.
+        # Blocking events: the host sleeps instead of spinning while it waits.
         self._staging, self._arrival = (torch.cuda.Event(blocking=True) if on_gpu else None for _ in range(2))
 
     def push(self, tensor: Tensor) -> None:
-        """Send a value on its way. The one before must have been taken."""
+        """Start copying a value. The one before must have been taken."""
         self._staged.copy_(tensor)
         if self._stream is None:
             self._arrived.copy_(self._staged)
@@ -43,14 +43,14 @@ class Readback:
             self._arrival.record(self._stream)  # type: ignore[union-attr]
 
     def take(self) -> Tensor:
-        """The value pushed last, the caller's own."""
+        """The value pushed last, as a tensor of the caller's own."""
         if self._arrival is not None:
             self._arrival.synchronize()
         return self._arrived.clone()
 
 
 class Pace:
-    """Keeps the host at most one row ahead of the device, so that a progress bar tells of work done."""
+    """Keeps the host at most one row ahead of the device, so that a progress bar shows work that is done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, on_gpu = device, device.type == "cuda"

@@ -1,5 +1,4 @@
-"""What a captured program has baked in: where the weights lie, how the modules around them are built, numbers that
-Python knows, and torch's settings."""
+"""What a captured program has baked in: weights' addresses, modules' structure, Python numbers, torch's settings."""
 
 from __future__ import annotations
 
@@ -13,27 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..utils.checks import listed
+
 __all__ = ["Fingerprint", "torch_settings"]
 
-# Functions of these packages are known not to look for weights among their globals.
+# Functions of these packages do not use weights among their globals.
 _LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
 _MAX_NAMES = 3
 _MAX_ITEMS = 4096
 _PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = (bool, int, float, complex, str)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
 class Fingerprint:
-    """What some functions reach, so that what was captured can be told from what is there now.
+    """A record of everything some functions refer to, compared later to find whether a captured program is stale.
 
-    Looked at are modules, functions, methods, partials, callable objects and containers: their tensors, numbers and
-    strings, and what they lead to through closures, defaults, attributes, and the globals that their code names (the
-    guidance scale of GLIDE's notebooks, a LoRA's strength). Tensors changed in place leave a fingerprint as it was.
-    It keeps no tensor and no module alive, and is to be taken after a capture: a model may count its calls.
+    It covers modules, functions, methods, partials, callable objects and containers: their tensors, numbers and
+    strings, and what they refer to through closures, defaults, attributes, and the globals that their code names (the
+    guidance scale of GLIDE's notebooks, a LoRA's strength). Tensors changed in place do not change it. It keeps no
+    tensor and no module alive. Take it after a capture: a model may count its calls.
 
     Args:
-        functions: by the names that `changes` gives them.
+        functions: by the names used in the results of `changes`.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -48,7 +49,7 @@ class Fingerprint:
         self._values, self._names = walk.values, walk.names
 
     def changes(self, functions: Mapping[str, Callable[..., Any] | None]) -> str:
-        """What is otherwise now, in a line; empty if nothing is. It costs some microseconds for each module."""
+        """One-line summary of what changed since; "" if nothing did. Costs a few microseconds per module."""
         if _Walk(functions, named=False).values == self._values:
             return ""
         now = _Walk(functions, named=True)
@@ -57,18 +58,18 @@ class Fingerprint:
         new = [name for name in its if name not in mine]
         gone = [name for name in mine if name not in its]
         parts = ((replaced, "replaced"), (new, "new"), (gone, "gone"))
-        return "; ".join(f"{_listed(names)} {what}" for names, what in parts if names)
+        return "; ".join(f"{listed(names, _MAX_NAMES)} {what}" for names, what in parts if names)
 
 
 class _Walk:
-    """Visits everything once, noting what is compared, and under which names if they are wanted."""
+    """Visits everything once and notes what is compared, with names if they are wanted."""
 
     def __init__(self, functions: Mapping[str, Callable[..., Any] | None], named: bool) -> None:
         self.values: list[Any] = []
         self.names: list[str] = []
         self._named = named
         self._seen: set[int] = set()
-        self._held: list[Any] = []  # ids are compared as long as the objects live
+        self._held: list[Any] = []  # keeps the objects alive whose ids are compared
         for name, function in functions.items():
             self._visit(name, function)
 
@@ -77,24 +78,24 @@ class _Walk:
         if self._named:
             self.names.append(f"{name}.{key}" if key else name)
 
-    def _below(self, name: str, key: Any) -> str:
+    def _child(self, name: str, key: Any) -> str:
         return f"{name}.{key}" if self._named else ""
 
     def _visit(self, name: str, value: Any) -> None:
-        """Note what is there under a name, and go on to what it leads to."""
+        """Note a value under a name, then visit what it refers to."""
         if isinstance(value, nn.Module):
             self._module(name, value)
         elif isinstance(value, Tensor):
             self._note(name, "", _memory(value))
         elif type(value) in _NUMBERS:
             self._note(name, "", repr(value))  # NaN equals itself
-        elif _leads_on(value) and id(value) not in self._seen:
+        elif _has_parts(value) and id(value) not in self._seen:
             self._seen.add(id(value))
             self._held.append(value)
             if isinstance(value, types.FunctionType):
                 self._note(name, "", _Identity(value))
             for key, item in _parts(value):
-                self._visit(self._below(name, key), item)
+                self._visit(self._child(name, key), item)
 
     def _module(self, name: str, module: nn.Module) -> None:
         if id(module) in self._seen:
@@ -111,17 +112,17 @@ class _Walk:
                         self._note(name, key, _memory(tensor))
         if not _is_torchs(type(module).__module__):
             for key, value in attributes.items():
-                if key not in _OF_EVERY_MODULE:
-                    self._visit(self._below(name, key), value)
+                if key not in _MODULE_ATTRIBUTES:
+                    self._visit(self._child(name, key), value)
         elif "forward" in attributes:
-            self._visit(self._below(name, "forward"), attributes["forward"])
+            self._visit(self._child(name, "forward"), attributes["forward"])
         for key, child in attributes["_modules"].items():
             if child is not None:
-                self._module(self._below(name, key), child)
+                self._module(self._child(name, key), child)
 
 
 class _Identity:
-    """Which object it was, without keeping it alive."""
+    """An object's identity, without keeping it alive."""
 
     def __init__(self, value: Any) -> None:
         self._reference = weakref.ref(value)
@@ -134,29 +135,29 @@ class _Identity:
 
 
 def _is_torchs(package: str) -> bool:
-    """Whether modules of a class from a package are torch's, which nobody changes but by replacing them."""
+    """Whether a module class is torch's own: its instances are replaced, not changed."""
     return package.startswith("torch.")
 
 
 def _memory(tensor: Tensor) -> Any:
-    """Where a tensor's elements lie and how they are read; of a subclass, where those of the tensors it is made of."""
+    """A tensor's address and layout; for a tensor subclass, those of its inner tensors."""
     if tensor.__class__ not in _PLAIN and hasattr(tensor, "__tensor_flatten__"):
         return [_memory(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     try:
         return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-    except (RuntimeError, ValueError):  # not initialised, or without memory of its own
+    except (RuntimeError, ValueError):  # not initialised, or without storage
         return _Identity(tensor)
 
 
-def _leads_on(value: Any) -> bool:
-    """Whether something to compare may be found through a value."""
+def _has_parts(value: Any) -> bool:
+    """Whether a value may refer to something that is compared."""
     if isinstance(value, list | tuple | dict):
         return len(value) <= _MAX_ITEMS
     return callable(value) and not isinstance(value, types.ModuleType | type | types.BuiltinFunctionType)
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
-    """What a value holds, by names."""
+    """A value's parts, by name."""
     if isinstance(value, dict):
         yield from value.items()
     elif isinstance(value, list | tuple):
@@ -173,7 +174,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function's code finds under names: in its closure, its defaults, and among its globals."""
+    """The variables of a function's code: closure, defaults, and the globals that it names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
@@ -189,18 +190,13 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """The globals that a code or one nested in it may name."""
+    """The globals that a code object, or one nested in it, may name."""
     nested = (_names(item) for item in code.co_consts if isinstance(item, types.CodeType))
     return set(code.co_names).union(*nested)
 
 
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MAX_NAMES
-    return ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
-
-
 def torch_settings(device: torch.device) -> tuple[Any, ...]:
-    """torch's global settings that choose the kernels of a program on a device, hashable. CUDA is not initialised."""
+    """torch's global settings that choose a program's kernels on a device, hashable. Does not initialise CUDA."""
     backends = torch.backends
     return (
         torch.is_autocast_enabled(device.type),
@@ -209,8 +205,8 @@ def torch_settings(device: torch.device) -> tuple[Any, ...]:
         torch.get_float32_matmul_precision(),
         torch.get_deterministic_debug_mode(),
         *(backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.mkldnn.enabled),
-        _told(lambda: backends.cudnn.allow_tf32),
-        _told(lambda: backends.cuda.matmul.allow_tf32),
+        _setting(lambda: backends.cudnn.allow_tf32),
+        _setting(lambda: backends.cuda.matmul.allow_tf32),
         backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         backends.cuda.flash_sdp_enabled(),
@@ -220,8 +216,8 @@ def torch_settings(device: torch.device) -> tuple[Any, ...]:
     )
 
 
-def _told(setting: Callable[[], Any]) -> Any:
-    """torch refuses to tell the older names for TF32 where the newer ones were used for one of two backends."""
+def _setting(setting: Callable[[], Any]) -> Any:
+    """A setting's value, or None: torch refuses to read TF32's older names once a newer name was set."""
     try:
         return setting()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Functions of the user's that run inside a step's program, between the model and the fused step."""
+"""The user's functions (denoised_fn, cond_fn) inside a program, between the model and the fused step."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _P = [DEVICE_COLUMNS.index(name) for name in ("p_x", "p_m", "p_x_rest", "p_m_res
 
 
 class DenoisedOutput:
-    """Turns a model's output into x0, has a function change it, and gives that to the step as its output.
+    """Turns a model's output into x0, applies denoised_fn to it, and passes the result to the step as its output.
 
-    Blend and x0 are rounded as in the step, which then gets a table with p_x = 0 and p_m = 1: a function that changes
-    nothing changes no bit.
+    Blend and x0 are rounded as in the step, which then has a table with p_x = 0 and p_m = 1: a function that returns x0
+    unchanged changes no bit.
 
     Args:
         function: x0 [B, C, ...] -> the same shape (guided-diffusion's `denoised_fn`), before the clip.
         spec: of the step without the function.
         buffers: of the run; their table predicts x0.
-        backend: "triton" or another, which runs the reference.
+        backend: "triton"; any other runs the reference.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class DenoisedOutput:
         """[K*B, C or 2C, ...] to [B, C, ...], or [B, 2C, ...] where the variance is learned.
 
         Raises:
-            ValueError: an output that does not fit, or a function that returned another shape.
+            ValueError: the output does not fit, or the function returned another shape.
         """
         check_output(output, self._spec, self._buffers)
         spec, buffers, x = self._spec, self._buffers, self._buffers.x
@@ -53,7 +53,7 @@ class DenoisedOutput:
             momentum = buffers.momentum if spec.momentum else None
             m = self._pieces.guidance_blend(m, weights, base=spec.base, scaled=spec.scaled, momentum=momentum)
         coefficients = buffers.table.index_select(0, row).expand(len(x), -1).t().contiguous()
-        p_x, p_m, p_x_rest, p_m_rest = (coefficients[place] for place in _P)
+        p_x, p_m, p_x_rest, p_m_rest = (coefficients[column] for column in _P)
         x0 = self._function(self._pieces.predict_x0(x, m, p_x, p_m, rest=(p_x_rest, p_m_rest)))
         _check("denoised_fn", x0, x)
         if not spec.learned_variance:
@@ -65,8 +65,8 @@ class ClassifierGradient:
     """Writes ∇ log p(y | x_t) to the run's gradient buffer.
 
     Args:
-        function: (x [B, C, ...], t [B], **conditioning) -> [B, C, ...] (guided-diffusion's `cond_fn`). Gradients are
-            off where it is called: it must turn them on for itself.
+        function: (x [B, C, ...], t [B], **conditioning) -> [B, C, ...] (guided-diffusion's `cond_fn`), called with
+            gradients off: it must turn them on for itself.
         buffers: of the run.
         conditioning: its keyword arguments.
     """

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from ..utils._torch_private import cpp_compiler_problem
+
 BACKENDS = ("auto", "triton", "inductor", "reference")
 # Of operations other than the step: Inductor compiles the whole step, and torch.compile does as well around a piece.
 PIECE_BACKENDS = ("auto", "triton", "reference")
@@ -74,13 +76,8 @@ def inductor_problem(device: torch.device) -> str:
 
 @cache
 def _cpp_problem() -> str:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "Inductor finds no C++ compiler (install g++, or name one in the environment variable CXX)"
+    if problem := cpp_compiler_problem():
+        return problem
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's C headers are not installed (Debian and Ubuntu: python3-dev)"
     return ""

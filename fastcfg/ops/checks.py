@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..step import NOISES, StepBuffers, StepSpec
+from ..step import NOISE_SOURCES, StepBuffers, StepSpec
 from ..table import DEVICE_COLUMNS, MAX_HISTORY
 
 LOADED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -15,6 +15,13 @@ def is_channels_last(tensor: Tensor) -> bool:
     """Whether channels are innermost and everything else is in order: [B, ..., C] in memory, any number of
     dimensions."""
     return tensor.ndim >= 3 and tensor.movedim(1, -1).is_contiguous()
+
+
+def readable(output: Tensor) -> Tensor:
+    """The output without its gradient, in a layout that the kernels read."""
+    if output.requires_grad:
+        output = output.detach()
+    return output if output.is_contiguous() or is_channels_last(output) else output.contiguous()
 
 
 def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
@@ -49,10 +56,10 @@ def check_spec(spec: StepSpec) -> None:
         raise ValueError(
             "spec.predict_x0: got False, expected True: clip, gradient and keep_x0, or no raw_output, take x0"
         )
-    if spec.noise not in NOISES:
-        raise ValueError(f"spec.noise: got {spec.noise!r}, expected one of {', '.join(NOISES)}")
-    if spec.learned_variance and spec.noise == "none":
-        raise ValueError("spec.noise: got 'none' with learned_variance, expected 'tensor' or 'philox'")
+    if spec.noise_source not in NOISE_SOURCES:
+        raise ValueError(f"spec.noise_source: got {spec.noise_source!r}, expected one of {', '.join(NOISE_SOURCES)}")
+    if spec.learned_variance and spec.noise_source == "none":
+        raise ValueError("spec.noise_source: got 'none' with learned_variance, expected 'tensor' or 'philox'")
 
 
 def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
@@ -76,8 +83,8 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
     needed = {
         "weights": (spec.branches > 1, (rows, batch, spec.branches + spec.momentum), state),
         "bound": (spec.clip, (batch,), state),
-        "noise": (spec.noise == "tensor", shape, x.dtype),
-        "seeds": (spec.noise == "philox", (batch,), torch.int64),
+        "noise": (spec.noise_source == "tensor", shape, x.dtype),
+        "seeds": (spec.noise_source == "philox", (batch,), torch.int64),
         "momentum": (spec.momentum, shape, state),
         "gradient": (spec.gradient, shape, state),
         "history": (spec.history > 0, (spec.history + 1, *shape), state),

@@ -10,8 +10,7 @@ from torch import Tensor
 from ..reference import gram as reference
 from ..reference import rescale_factor
 from .backend import resolve_backend, through_dispatcher
-from .checks import expect
-from .step import readable
+from .checks import expect, readable
 
 
 @torch.no_grad()

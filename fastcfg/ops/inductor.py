@@ -19,6 +19,7 @@ from ..reference import ReferenceStep
 from ..reference._fma import addcmul_rounds_once
 from ..reference.philox import STEP_STREAM, philox_normal
 from ..step import StepBuffers, StepSpec
+from ..utils._torch_private import fake_tensors, inductor_compile, inductor_fma
 
 # Graphs are the engine's to capture. Loops are shared among threads from the size that torch's own are: Inductor would
 # wake threads for 512 elements (at 2 threads on a busy machine, a step of 12288 took 23 ms rather than 0.2).
@@ -42,10 +43,10 @@ class InductorStep:
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
         self._drawn: Tensor | None = None
-        if spec.noise == "philox":
+        if spec.noise_source == "philox":
             # Drawn beforehand: Inductor needs ten times as long to compile the generator as the rest of the step.
             self._drawn = torch.empty_like(buffers.x)
-            spec, buffers = replace(spec, noise="tensor"), replace(buffers, noise=self._drawn)
+            spec, buffers = replace(spec, noise_source="tensor"), replace(buffers, noise=self._drawn)
         self._spec, self._buffers = spec, buffers
         given = {name: tensor for name, tensor in vars(buffers).items() if tensor is not None}
         self._tensors = tuple(given.values())
@@ -87,9 +88,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 def _compile(spec: StepSpec, layouts: tuple[_Layout, ...], threads: int) -> Callable[..., object]:
     """The step as a function (output, *buffers) for tensors of these layouts. `threads` only tells compilations apart:
     Inductor writes torch's number into its loops."""
-    # Imported here: they take a second, and nobody else needs them.
-    import torch._inductor
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    # Imported here: it takes a second that other backends need not spend.
     from torch.fx.experimental.proxy_tensor import make_fx
 
     names = [name for name, *_ in layouts[1:]]
@@ -99,21 +98,18 @@ def _compile(spec: StepSpec, layouts: tuple[_Layout, ...], threads: int) -> Call
 
     for device in {layout[-1] for layout in layouts}:
         addcmul_rounds_once(device)  # tried before the tracing, in which nothing has a value
-    with FakeTensorMode():
+    with fake_tensors():
         examples: list[Any] = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device)
             for _, dtype, shape, strides, device in layouts
         ]
         graph = make_fx(step)(*examples)
     _round_once(graph)
-    compiled: Callable[..., object] = torch._inductor.compile(graph, examples, _OPTIONS)
-    return compiled
+    return inductor_compile(graph, examples, _OPTIONS)
 
 
 def _round_once(module: torch.fx.GraphModule) -> None:
     """Replace addcmul, which Inductor compiles to a product and a sum on a CPU, by its fused multiply-add."""
-    from torch._inductor import inductor_prims
-
     graph: Any = module.graph
     addcmul, copy = torch.ops.aten.addcmul, torch.ops.aten.copy_.default
     for node in graph.find_nodes(op="call_function", target=addcmul.default) + graph.find_nodes(
@@ -121,7 +117,7 @@ def _round_once(module: torch.fx.GraphModule) -> None:
     ):
         c, a, b = node.args
         with graph.inserting_before(node):
-            result = graph.call_function(inductor_prims.fma, (a, b, c))
+            result = graph.call_function(inductor_fma(), (a, b, c))
             if "out" in node.kwargs:
                 result = graph.call_function(copy, (node.kwargs["out"], result))
         node.replace_all_uses_with(result)

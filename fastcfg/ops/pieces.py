@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..reference import pieces as reference
 from .backend import PIECE_BACKENDS, resolve_backend, through_dispatcher
-from .checks import check_image, expect, is_channels_last
+from .checks import check_image, expect, readable
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") 
     check_image("output", output)
     if output.shape[1] != 2 * channels:
         raise ValueError(f"output: got {output.shape[1]} channels, expected 2*{channels}, prediction and variance")
-    output = _dense(output)
+    output = readable(output)
     if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
         return reference.split_model_output(output, channels)
     return (_split_op if through_dispatcher() else _split)(output, channels)
@@ -90,7 +90,7 @@ def guidance_blend(
         raise ValueError("base: got None with scaled, expected a branch index")
     if momentum is not None:
         expect("momentum", momentum, (batch, *output.shape[1:]), torch.float32, output.device)
-    output = _dense(output)
+    output = readable(output)
     if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
         return reference.guidance_blend(output, weights, base=base, scaled=scaled, momentum=momentum)
     run = _blend_op if through_dispatcher() else _blend
@@ -142,7 +142,7 @@ def predict_x0(
     if rest is not None:
         expect("rest[0]", rest[0], batch, torch.float32, x.device)
         expect("rest[1]", rest[1], batch, torch.float32, x.device)
-    x, output = x.contiguous(), _dense(output)
+    x, output = x.contiguous(), readable(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound, rest)
     return (_x0_op if through_dispatcher() else _x0)(x, output, p_x, p_m, bound, *(rest or (None, None)))
@@ -195,18 +195,13 @@ def posterior_mean_variance(
         expect(name, value, (len(x),), torch.float32, x.device)
     if variance is not None:
         check_image("variance", variance, like=x0)
-        variance = _dense(variance)
+        variance = readable(variance)
     x0, x = x0.contiguous(), x.contiguous()
     run: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.posterior_mean_variance
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "triton":
         run = _posterior_op if through_dispatcher() else _posterior
     mean, sigma2, log_variance = run(x0, x, *coefficients.values(), variance)
     return mean, sigma2.expand_as(mean), log_variance.expand_as(mean)
-
-
-def _dense(output: Tensor) -> Tensor:
-    """The output in a layout that the kernels read."""
-    return output if output.is_contiguous() or is_channels_last(output) else output.contiguous()
 
 
 def _like(tensor: Tensor, *shape: int) -> Tensor:

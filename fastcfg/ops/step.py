@@ -3,22 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..reference import ReferenceStep
 from ..step import StepBuffers, StepSpec
+from ..utils._torch_private import current_dispatch_mode
 from .backend import interpreting, resolve_backend
-from .checks import check_buffers, check_output, check_spec, is_channels_last
+from .checks import check_buffers, check_output, check_spec, readable
 from .inductor import InductorStep
 
 
-class GuidedStep:
-    """The fused step bound to its buffers: calling it with the model's output advances a run by one row, in place.
+class RowOperation:
+    """An operation on a run's buffers, called with the model's output of a row.
 
-    Everything but the output is checked once, here; nothing is read back to the host.
+    Spec and buffers are checked once, by the subclass's constructor, which also sets `backend` and `_run`, what a call
+    does outside `torch.compile`. Nothing is read back to the host.
+    """
+
+    backend: str
+    _run: Callable[[Tensor], None]
+
+    def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
+        self.spec, self.buffers = spec, buffers
+        self._checked: tuple[object, ...] = ()
+
+    def __call__(self, output: Tensor) -> None:
+        """Run on the buffers, in place.
+
+        Args:
+            output: [K*B, C, ...] or [K*B, 2C, ...] (then the second half are variance channels), float32, float16,
+                bfloat16 (or float64 on the reference path). Contiguous and channels-last outputs are read as they are,
+                others are copied first.
+
+        Raises:
+            ValueError: another shape, dtype or device.
+        """
+        compiling = torch.compiler.is_compiling()
+        signature = (output.shape, output.dtype, output.device)
+        if compiling or signature != self._checked:
+            check_output(output, self.spec, self.buffers)
+            if not compiling:
+                self._checked = signature
+        output = readable(output)
+        if self._is_watched(compiling):
+            self._dispatched(output)
+        else:
+            self._run(output)
+
+    def _is_watched(self, compiling: bool) -> bool:
+        """Whether the launch has to pass through the dispatcher: torch.compile must see that of a kernel."""
+        return compiling and self.backend == "triton"
+
+    def _dispatched(self, output: Tensor) -> None:
+        raise NotImplementedError
+
+
+class GuidedStep(RowOperation):
+    """The fused step bound to its buffers: calling it with the model's output advances the run by one row, in place.
 
     Args:
         spec: which terms exist.
@@ -43,11 +87,10 @@ class GuidedStep:
     def __init__(self, spec: StepSpec, buffers: StepBuffers, backend: str = "auto") -> None:
         check_spec(spec)
         check_buffers(spec, buffers)
-        self.spec, self.buffers = spec, buffers
+        super().__init__(spec, buffers)
         self.backend = resolve_backend(backend, buffers.x.device, buffers.table.dtype)
         if self.backend == "inductor" and buffers.source is not None:
             raise ValueError("backend: got 'inductor' with a source, expected 'triton' or 'reference'")
-        self._run: Callable[[Tensor], None]
         if self.backend == "reference":
             self._run = ReferenceStep(spec, buffers)
         elif self.backend == "inductor":
@@ -57,153 +100,31 @@ class GuidedStep:
             self._run = self._dispatched
         else:
             self._run = self._launched
-        self._checked: tuple[object, ...] = ()
 
     def move(self, source: Tensor, x: Tensor, x0: Tensor | None = None, noise: Tensor | None = None) -> None:
-        """Let the next row read and write other tensors: a step that has a `source` only. They must be like those that
-        it was made with; only a dispatch is what they may cost, so nobody checks."""
+        """Have the next row read and write other tensors, which must be like the first ones; only for a step with a
+        `source`. Unchecked: checks would cost more than the launch."""
         buffers = self.buffers
         buffers.source, buffers.x, buffers.x0, buffers.noise = source, x, x0, noise
 
-    def __call__(self, output: Tensor) -> None:
-        """Advance by one row.
-
-        Args:
-            output: [K*B, C, ...] or [K*B, 2C, ...] (then the second half are variance channels), float32, float16,
-                bfloat16 (or float64 on the reference path). Contiguous and channels-last are read as they are, anything
-                else is copied first.
-
-        Raises:
-            ValueError: another shape, dtype or device.
-        """
-        compiling = torch.compiler.is_compiling()
-        signature = (output.shape, output.dtype, output.device)
-        if compiling or signature != self._checked:
-            check_output(output, self.spec, self.buffers)
-            if not compiling:
-                self._checked = signature
-        output = readable(output)
-        if self._is_watched(compiling):
-            self._dispatched(output)
-        else:
-            self._run(output)
-
     def _is_watched(self, compiling: bool) -> bool:
-        """Whether somebody must see the launch: torch.compile that of a kernel, a dispatch mode (the stand-in for
-        graphs) that of compiled code."""
+        # A dispatch mode (the stand-in for graphs) cannot look into Inductor's code and must see the call itself.
         if self.backend == "inductor":
-            return not compiling and _get_current_dispatch_mode() is not None
-        return compiling and self.backend == "triton"
+            return not compiling and current_dispatch_mode() is not None
+        return super()._is_watched(compiling)
 
     def _launched(self, output: Tensor) -> None:
         _launch(output, self.spec, self.buffers, self.backend)
 
     def _dispatched(self, output: Tensor) -> None:
-        spec, buffers = self.spec, self.buffers
-        _guided_step_op(
-            output,
-            buffers.x,
-            buffers.table,
-            buffers.counter,
-            buffers.weights,
-            buffers.bound,
-            buffers.noise,
-            buffers.seeds,
-            buffers.history,
-            buffers.gradient,
-            buffers.momentum,
-            buffers.x0,
-            buffers.model_input,
-            buffers.time,
-            buffers.source,
-            spec.branches,
-            -1 if spec.base is None else spec.base,
-            spec.conditional,
-            -1 if spec.unconditional is None else spec.unconditional,
-            spec.scaled,
-            spec.momentum,
-            spec.learned_variance,
-            spec.predict_x0,
-            spec.raw_output,
-            spec.gradient,
-            spec.history,
-            spec.saves_states,
-            spec.clip,
-            spec.rescale,
-            spec.noise,
-            spec.keep_x0,
-            self.backend,
-        )
-
-
-def readable(output: Tensor) -> Tensor:
-    """The output without its gradient, in a layout that the kernels read."""
-    if output.requires_grad:
-        output = output.detach()
-    return output if output.is_contiguous() or is_channels_last(output) else output.contiguous()
+        tensors = [getattr(self.buffers, name) for name in _BUFFERS]
+        options = [getattr(self.spec, name) for name in _OPTIONS]
+        _guided_step_op(output, *tensors, *options, self.backend)
 
 
 def guided_step(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str = "auto") -> None:
     """One fused step in place: `GuidedStep(spec, buffers, backend)(output)`, for callers that keep no step."""
     GuidedStep(spec, buffers, backend)(output)
-
-
-@torch.library.custom_op("fastcfg::guided_step", mutates_args=("x", "counter", "history", "x0", "model_input", "time"))
-def _guided_step_op(
-    output: Tensor,
-    x: Tensor,
-    table: Tensor,
-    counter: Tensor,
-    weights: Tensor | None,
-    bound: Tensor | None,
-    noise: Tensor | None,
-    seeds: Tensor | None,
-    history: Tensor | None,
-    gradient: Tensor | None,
-    momentum: Tensor | None,
-    x0: Tensor | None,
-    model_input: Tensor | None,
-    time: Tensor | None,
-    source: Tensor | None,
-    branches: int,
-    base: int,
-    conditional: int,
-    unconditional: int,
-    scaled: bool,
-    with_momentum: bool,
-    learned_variance: bool,
-    predict_x0: bool,
-    raw_output: bool,
-    classified: bool,
-    saved: int,
-    saves_states: bool,
-    clip: bool,
-    rescale: bool,
-    noise_kind: str,
-    keep_x0: bool,
-    backend: str,
-) -> None:
-    """`_launch` for the dispatcher; -1 stands for no branch."""
-    spec = StepSpec(
-        branches,
-        None if base < 0 else base,
-        conditional,
-        None if unconditional < 0 else unconditional,
-        scaled,
-        with_momentum,
-        learned_variance,
-        predict_x0,
-        raw_output,
-        classified,
-        saved,
-        saves_states,
-        clip,
-        rescale,
-        noise_kind,
-        keep_x0,
-    )
-    run = (x, table, counter, weights, bound, noise, seeds, history, gradient, momentum, x0, model_input, time, source)
-    _launch(output, spec, StepBuffers(*run), backend)
 
 
 def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str) -> None:
@@ -214,3 +135,30 @@ def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str) 
 
     with torch.cuda.device_of(output):
         launch_guided_step(output, spec, buffers)
+
+
+# The arguments of the registered operation: the output, the fields of StepBuffers and of StepSpec, and the backend.
+_BUFFERS = tuple(field.name for field in fields(StepBuffers))
+_OPTIONS = tuple(field.name for field in fields(StepSpec))
+_WRITTEN = ("x", "counter", "history", "x0", "model_input", "time")
+
+
+def _schema() -> str:
+    arguments = ["Tensor output"]
+    for number, field in enumerate(fields(StepBuffers)):
+        alias = f"(a{number}!)" if field.name in _WRITTEN else ""
+        arguments.append(f"Tensor{alias}{'?' if 'None' in str(field.type) else ''} {field.name}")
+    # Prefixed: both have a momentum, a gradient and a history.
+    arguments += [f"{str(field.type).replace(' | None', '?')} spec_{field.name}" for field in fields(StepSpec)]
+    return f"({', '.join(arguments)}, str backend) -> ()"
+
+
+def _run_registered(output: Tensor, *arguments: object) -> None:
+    *given, backend = arguments
+    tensors, options = given[: len(_BUFFERS)], given[len(_BUFFERS) :]
+    _launch(output, StepSpec(*options), StepBuffers(*tensors), str(backend))  # type: ignore[arg-type]
+
+
+_guided_step_op = torch.library.custom_op(
+    "fastcfg::guided_step", _run_registered, mutates_args=_WRITTEN, schema=_schema()
+)

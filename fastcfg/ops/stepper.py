@@ -71,9 +71,9 @@ class Stepper:
             x0=example,
             source=example,
         )
-        limits = {"clip": clip is not None, "rescale": threshold is not None}
-        noisy = StepSpec.of(table, noise="tensor", keep_x0=keep_x0, **limits)
-        quiet = replace(noisy, noise="none", learned_variance=False)
+        has_clip, rescale = clip is not None, threshold is not None
+        noisy = StepSpec.of(table, noise_source="tensor", keep_x0=keep_x0, clip=has_clip, rescale=rescale)
+        quiet = replace(noisy, noise_source="none", learned_variance=False)
         self._quiet = GuidedStep(quiet, replace(buffers), backend)
         self._noisy = GuidedStep(noisy, replace(buffers), backend) if table.uses_noise else self._quiet
         self._predicting: QuantileBound | None = None

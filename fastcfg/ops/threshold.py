@@ -1,32 +1,28 @@
-"""Dynamic thresholding: the bound of a run's next row, and the two pieces as operations of their own."""
+"""Dynamic thresholding: the bound of a run's next row, and its two pieces as operations."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..clip import DynamicThreshold, Place
+from ..clip import DynamicThreshold, QuantileRank
 from ..reference import ReferenceBound
 from ..reference import pieces as reference
 from ..step import StepBuffers, StepSpec
 from .backend import PIECE_BACKENDS, interpreting, resolve_backend, through_dispatcher
-from .checks import check_buffers, check_image, check_output, check_spec
-from .step import readable
+from .checks import check_buffers, check_image, check_spec
+from .step import RowOperation
 
 
-class QuantileBound:
-    """The bound of x0 in a run's next row, bound to the run's buffers: calling it with the model's output writes
-    `buffers.bound` for the guided step that follows, and leaves the run where it is.
-
-    Everything but the output is checked once, here; nothing is read back to the host.
+class QuantileBound(RowOperation):
+    """The bound of x0 in a run's next row: calling it with the model's output writes `buffers.bound` for the guided
+    step that follows; the run stays at its row.
 
     Args:
         threshold: the quantile and its limits.
-        spec: the guided step's: what it says of the blend is used.
+        spec: the guided step's; its description of the blend is used.
         buffers: the guided step's, with bound and x0, which are written.
-        backend: "auto", "triton", "inductor" (which finds it as the reference) or "reference".
+        backend: "auto", "triton", "inductor" (which runs the reference here) or "reference".
 
     Raises:
         ValueError: buffers whose shape, dtype, device or layout does not fit the spec, samples of more than 2**24
@@ -50,57 +46,34 @@ class QuantileBound:
         needed = StepSpec(spec.branches, spec.base, scaled=spec.scaled, momentum=spec.momentum, clip=True, keep_x0=True)
         check_buffers(needed, buffers)
         x = buffers.x
-        self.spec, self.buffers = spec, buffers
+        super().__init__(spec, buffers)
         self.backend = resolve_backend(backend, x.device, x.dtype)
-        self._place = threshold.place(x[0].numel(), x.dtype)
-        self._run: Callable[[Tensor], None]
+        self._rank = threshold.rank(x[0].numel(), x.dtype)
         if self.backend != "triton":
             self._run = ReferenceBound(threshold, spec, buffers)
         else:
             self._selection = _empty_selection(x)
             self._run = self._dispatched if interpreting() else self._launched
-        self._checked: tuple[object, ...] = ()
-
-    def __call__(self, output: Tensor) -> None:
-        """Find the bound.
-
-        Args:
-            output: as the guided step's.
-
-        Raises:
-            ValueError: another shape, dtype or device.
-        """
-        compiling = torch.compiler.is_compiling()
-        signature = (output.shape, output.dtype, output.device)
-        if compiling or signature != self._checked:
-            check_output(output, self.spec, self.buffers)
-            if not compiling:
-                self._checked = signature
-        output = readable(output)
-        if compiling and self.backend == "triton":
-            self._dispatched(output)
-        else:
-            self._run(output)
 
     def _launched(self, output: Tensor) -> None:
-        _launch_step_bound(output, self.spec, self.buffers, self._selection, self._place)
+        _launch_step_bound(output, self.spec, self.buffers, self._selection, self._rank)
 
     def _dispatched(self, output: Tensor) -> None:
-        buffers, base = self.buffers, self.spec.base
+        spec, buffers = self.spec, self.buffers
         _step_bound_op(
             output,
             buffers.x,
             buffers.table,
             buffers.counter,
             buffers.weights,
-            buffers.momentum if self.spec.momentum else None,
+            buffers.momentum if spec.momentum else None,
             buffers.bound,
             buffers.x0,
             self._selection,
-            self.spec.branches,
-            -1 if base is None else base,
-            self.spec.scaled,
-            *self._place,
+            spec.branches,
+            spec.base,
+            spec.scaled,
+            *self._rank,
         )
 
 
@@ -108,8 +81,8 @@ class QuantileBound:
 def quantile_bound(
     x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """The bound of dynamic thresholding: `torch.quantile` of |x0| over each sample to the last bit, at least floor and
-    at most ceiling.
+    """The bound of dynamic thresholding: `torch.quantile` of |x0| over each sample, bit for bit, limited to
+    [floor, ceiling].
 
     Args:
         x0: [B, C, ...], at most 2**24 elements in a sample.
@@ -129,10 +102,10 @@ def quantile_bound(
         >>> quantile_bound(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)
         tensor([2.])
     """
-    place, x0 = _checked(x0, quantile, floor, ceiling)
+    rank, x0 = _checked(x0, quantile, floor, ceiling)
     if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.quantile_bound(x0, place)
-    return (_quantile_op if through_dispatcher() else _quantile)(x0, *place)
+        return reference.quantile_bound(x0, rank)
+    return (_quantile_op if through_dispatcher() else _quantile)(x0, *rank)
 
 
 @torch.no_grad()
@@ -143,34 +116,29 @@ def dynamic_threshold(
     https://arxiv.org/abs/2205.11487; diffusers' `_threshold_sample`).
 
     Args:
-        x0: as for `quantile_bound`, and so the others.
-        quantile: likewise.
-        floor: likewise.
-        ceiling: likewise.
-        backend: likewise.
+        x0, quantile, floor, ceiling, backend: as for `quantile_bound`.
 
     Returns:
         [B, C, ...], in [-1, 1]; NaN for a sample with NaN.
 
     Raises:
-        TypeError: as `quantile_bound`.
-        ValueError: likewise.
+        TypeError, ValueError: as `quantile_bound`.
 
     Example:
         >>> dynamic_threshold(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)
         tensor([[[-1.0000, -1.0000, -0.5000,  0.0000,  0.5000,  1.0000,  1.0000]]])
     """
-    place, x0 = _checked(x0, quantile, floor, ceiling)
+    rank, x0 = _checked(x0, quantile, floor, ceiling)
     if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.threshold(x0, reference.quantile_bound(x0, place))
+        return reference.threshold(x0, reference.quantile_bound(x0, rank))
     dispatched = through_dispatcher()
-    bound = (_quantile_op if dispatched else _quantile)(x0, *place)
+    bound = (_quantile_op if dispatched else _quantile)(x0, *rank)
     return (_threshold_op if dispatched else _threshold)(x0, bound)
 
 
-def _checked(x0: Tensor, quantile: float, floor: float, ceiling: float | None) -> tuple[Place, Tensor]:
+def _checked(x0: Tensor, quantile: float, floor: float, ceiling: float | None) -> tuple[QuantileRank, Tensor]:
     check_image("x0", x0)
-    return DynamicThreshold(quantile, floor, ceiling).place(x0[0].numel()), x0.contiguous()
+    return DynamicThreshold(quantile, floor, ceiling).rank(x0[0].numel()), x0.contiguous()
 
 
 def _empty_selection(x: Tensor) -> Tensor:
@@ -225,21 +193,23 @@ def _step_bound_op(
     x0: Tensor,
     selection: Tensor,
     branches: int,
-    base: int,
+    base: int | None,
     scaled: bool,
     rank: int,
     weight: float,
     floor: float,
     ceiling: float,
 ) -> None:
-    """`_launch_step_bound` for the dispatcher; -1 stands for no base."""
-    spec = StepSpec(branches, None if base < 0 else base, scaled=scaled, momentum=momentum is not None)
+    """`_launch_step_bound` for the dispatcher."""
+    spec = StepSpec(branches, base, scaled=scaled, momentum=momentum is not None)
     buffers = StepBuffers(x, table, counter, weights=weights, momentum=momentum, bound=bound, x0=x0)
-    _launch_step_bound(output, spec, buffers, selection, Place(rank, weight, floor, ceiling))
+    _launch_step_bound(output, spec, buffers, selection, QuantileRank(rank, weight, floor, ceiling))
 
 
-def _launch_step_bound(output: Tensor, spec: StepSpec, buffers: StepBuffers, selection: Tensor, place: Place) -> None:
+def _launch_step_bound(
+    output: Tensor, spec: StepSpec, buffers: StepBuffers, selection: Tensor, rank: QuantileRank
+) -> None:
     from ..kernels.step_bound import launch_step_bound
 
     with torch.cuda.device_of(output):
-        launch_step_bound(output, spec, buffers, selection, place)
+        launch_step_bound(output, spec, buffers, selection, rank)

@@ -15,7 +15,7 @@ from .. import solvers
 from ..engine.sampler import Sampler
 from ..guidance import CFG, Guidance, NoGuidance
 from ..pipelines.text_to_image import TextToImage
-from ..reference.plain import original_row, plain_row
+from ..reference.plain import PlainTable, original_row
 from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import StepTable
@@ -289,24 +289,12 @@ def table_loop(
     batch = problem.shape[0]
     plan = guidance.plan(table, batch)
     x, states = problem.start(seed).to(device, state), []
-    history = [torch.zeros_like(x) for _ in range(table.num_history)]
+    plain = PlainTable(table, x)
     given = {active: problem.conditionings(model, device, active) for active in set(plan.active[:rows])}
     bound = base.clip.to(x).expand(batch) if isinstance(base.clip, Tensor) else None
-    for row, coefficients in enumerate(table.on("cpu", state)[:rows].tolist()):
-        active = plan.active[row]
-
-        def place(branch: int | None, active: tuple[int, ...] = active) -> int | None:
-            return active.index(branch) if branch in active else None
-
-        spec = StepSpec.of(
-            table,
-            branches=len(active),
-            base=place(guidance.base) if len(active) > 1 else None,
-            conditional=place(guidance.conditional) or 0,
-            unconditional=place(guidance.unconditional) if table.uses_unconditional else None,
-            clip=bound is not None,
-            noise="tensor" if table.uses_noise else "none",
-        )
+    for row, active in enumerate(plan.active[:rows]):
+        source = "tensor" if table.uses_noise else "none"
+        spec = StepSpec.of(table, guidance, active, clip=bound is not None, noise_source=source)
         weights = torch.from_numpy(plan.weights[row][:, list(active)]).to(x)
         time = torch.full((len(active) * batch,), table["t"][row], device=device)
         time = time.long() if table.integer_time else time.float()
@@ -316,13 +304,7 @@ def table_loop(
         output = output[0] if isinstance(output, tuple) else output
         output = output.double() if state == torch.float64 else output
         noise = problem.noise(seed, row).to(x)
-        result = plain_row(
-            coefficients, x, output, spec, weights=weights, bound=bound, noise=noise, history=list(history)
-        )
-        slot = int(table["slot"][row])
-        if slot >= 0:
-            history[slot] = result["saved"]
-        x = result["x"]
+        x = plain(row, x, output, spec, weights=weights, bound=bound, noise=noise)["x"]
         states.append(x.cpu())
     return states
 

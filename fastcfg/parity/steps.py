@@ -26,19 +26,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((4, 3, 64, 64), (3, 5, 13, 29), (2, 4, 1000), (1, 3, 32, 32))
 SMALL_SHAPES = ((2, 3, 32, 32), (3, 5, 13, 17), (2, 4, 1000), (1, 3, 24, 24))
 
-_GUIDED = StepSpec(branches=2, base=1, clip=True, noise="philox")
+_GUIDED = StepSpec(branches=2, base=1, clip=True, noise_source="philox")
 OPTIONS = {
     "plain": StepSpec(),
     "cfg": _GUIDED,
     "threshold": replace(_GUIDED, rescale=True),
-    "x0 kept": replace(_GUIDED, keep_x0=True, noise="none"),
-    "gradient": replace(_GUIDED, gradient=True, noise="tensor"),
-    "raw output": StepSpec(branches=2, base=0, raw_output=True, noise="tensor", keep_x0=True),
-    "history": StepSpec(branches=3, noise="tensor", history=3, unconditional=2, keep_x0=True),
-    "saved states": StepSpec(branches=3, noise="tensor", history=3, saves_states=True),
+    "x0 kept": replace(_GUIDED, keep_x0=True, noise_source="none"),
+    "gradient": replace(_GUIDED, gradient=True, noise_source="tensor"),
+    "raw output": StepSpec(branches=2, base=0, raw_output=True, noise_source="tensor", keep_x0=True),
+    "history": StepSpec(branches=3, noise_source="tensor", history=3, unconditional=2, keep_x0=True),
+    "saved states": StepSpec(branches=3, noise_source="tensor", history=3, saves_states=True),
     # Rows of these solvers, with the originals' own formulas for plain torch; the rest are random rows.
-    "ddpm": replace(_GUIDED, learned_variance=True, noise="tensor"),
-    "ddim": replace(_GUIDED, noise="none"),
+    "ddpm": replace(_GUIDED, learned_variance=True, noise_source="tensor"),
+    "ddim": replace(_GUIDED, noise_source="none"),
 }
 _SCALE, _STEPS, _ROW = 3.0, 50, 20
 
@@ -96,7 +96,7 @@ class Case:
         """The same of plain torch."""
         given, spec, row = self.tensors, self.spec, self.table[self.row].float().tolist()
         x, noise = given["x"], given["noise"]
-        if spec.noise == "philox":
+        if spec.noise_source == "philox":
             noise = philox_normal(given["seeds"], x.shape[1:], row=self.row)
         if self.schedule is not None:
             found = {"x": original_row(self.schedule, self.options, x, self.output, self.row, _SCALE, noise)}
@@ -200,7 +200,7 @@ def check_noise(backend: str, shape: tuple[int, ...], device: torch.device, seed
     table[:, COLUMNS.index("s")] = 1
     counter = torch.tensor([2, 0], dtype=torch.int32, device=device)
     buffers = StepBuffers(torch.zeros(shape, device=device), table, counter, seeds=seeds.to(device))
-    GuidedStep(StepSpec(noise="philox"), buffers, backend)(torch.zeros(shape, device=device))
+    GuidedStep(StepSpec(noise_source="philox"), buffers, backend)(torch.zeros(shape, device=device))
     drawn = {
         "start": (start, philox_normal(seeds, shape[1:], stream=INITIAL_STREAM)),
         "step": (buffers.x, philox_normal(seeds, shape[1:], row=2)),

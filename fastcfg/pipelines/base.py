@@ -1,57 +1,82 @@
-"""What GLIDE's two stages share: a network with its tokenizer and schedule, and pictures drawn in batches."""
+"""What the pipelines share: a network with its tokenizer and schedule, and pictures drawn in batches."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import solvers
 from ..engine.sampler import Sampler, Step
-from ..guidance import Guidance
+from ..guidance import Guidance, NoGuidance
 from ..models.checkpoint import CheckpointMeta
 from ..models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet
 from ..models.loading import load_network
 from ..models.text2im import Text2ImUNet
 from ..models.tokenizer import Tokenizer
 from ..schedule import Schedule
+from ..solvers.by_name import SOLVERS, solver_table
 from ..table import StepTable
 from ..utils.progress import progress_bar
 from .inpainting import KnownPixels, checked_inpainting
 
-__all__ = ["SOLVERS", "Stage"]
+__all__ = ["SOLVERS", "Drawing", "Pipeline", "Stage"]
 
-SOLVERS = ("ddpm", "ddim")
-
-_Self = TypeVar("_Self", bound="Stage")
+_Self = TypeVar("_Self", bound="Pipeline")
 
 
-class Stage:
-    """A text-conditional network with its tokenizer and noise schedule, ready to sample: the base of both stages.
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """N pictures to draw.
+
+    Attributes:
+        texts: token ids of P texts.
+        owners: N indices, the text of each picture.
+        seeds: N seeds.
+        guidance: with the branch cond and those of `others`.
+        others: token ids of the text of each further branch, by name, the same for all pictures.
+        inputs: what else the network is given, [N or 1, ...], in all branches.
+        batch_size: pictures computed at once.
+        cond_fn, callback: as `Sampler.sample`.
+        progress: show a progress bar; a string is its label.
+    """
+
+    texts: Sequence[Sequence[int]]
+    owners: Sequence[int]
+    seeds: Sequence[int]
+    guidance: Guidance = field(default_factory=NoGuidance)
+    others: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    batch_size: int = 64
+    cond_fn: Callable[..., Tensor] | None = None
+    progress: bool | str = False
+    callback: Callable[[Step], None] | None = None
+
+
+class Pipeline:
+    """A text-conditional network with its tokenizer and noise schedule, ready to sample.
+
+    A pipeline can be copied, pickled and saved with `torch.save`; buffers and graphs of its calls stay behind.
 
     Args:
-        model: the network, with learned variances (twice the image's channels come out).
+        model: the network, with learned variances (it returns twice the image's channels).
         tokenizer: its tokenizer.
         meta: schedule and image size, as in a checkpoint.
 
     Attributes:
-        model: as given.
-        tokenizer: as given.
-        meta: as given.
+        model, tokenizer, meta: as given.
         schedule: the noise schedule the model was trained with.
 
     Raises:
-        ValueError: a network of another stage, without text or without learned variances.
+        ValueError: a network for another purpose, without text or without learned variances.
     """
 
-    _NETWORKS: ClassVar[tuple[str, ...]]  # the classes that a stage runs
+    _NETWORKS: ClassVar[tuple[str, ...]]  # the classes of network that a pipeline runs
     _PURPOSE: ClassVar[str]
 
     def __init__(self, model: Text2ImUNet, tokenizer: Tokenizer, meta: CheckpointMeta) -> None:
@@ -68,26 +93,55 @@ class Stage:
             )
         self.model, self.tokenizer, self.meta = model, tokenizer, meta
         self.schedule = Schedule.named(meta.schedule, meta.num_timesteps)
+        self._forget()
+
+    def _forget(self) -> None:
         self._sampler: Sampler | None = None
         self._options: tuple[Any, ...] = ()
         self._known: KnownPixels | None = None
+        self._seeds: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name in _KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     @classmethod
-    def _load(
+    def load(
         cls: type[_Self],
         path: str | os.PathLike[str],
-        device: torch.device | str,
-        dtype: torch.dtype | None,
-        tokenizer: Tokenizer | str | os.PathLike[str] | None,
-        options: Mapping[str, Any] | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> _Self:
-        place = _checked_device(device)
+        """Read a checkpoint or a state dict.
+
+        Args:
+            path: a file written by `fastcfg train`, or a state dict of GLIDE's, with or without inpainting: `base.pt`
+                or `base_inpaint.pt` for `TextToImage`, `upsample.pt` or `upsample_inpaint.pt` for `Upsampler`.
+            device: where to run it.
+            dtype: dtype of weights and features; None keeps float32. The state and the solver's arithmetic are float32
+                in any case. (`model.convert_to_fp16()` is GLIDE's own mixture.)
+            tokenizer: for a state dict: a tokenizer, the folder with GPT-2's vocabulary, or a tokenizer's JSON file;
+                None looks for GLIDE's (the extra `glide`). A file of `fastcfg train` has its own.
+            options: for a state dict: GLIDE's options where they differ from its defaults.
+
+        Raises:
+            ValueError: not such a file, a tokenizer or options that do not go with it, a device that does not exist,
+                or a dtype that is not floating.
+            OSError: the file cannot be read.
+        """
+        where = _checked_device(device)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
-        stage = cls(*load_network(path, tokenizer, options))
+        pipeline = cls(*load_network(path, tokenizer, options))
         # Channels-last convolutions: 10 % less time per picture on a CPU (AVX2, embedded model, batches of 8 to 128).
-        stage.model.to(place, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return stage
+        pipeline.model.to(where, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return pipeline
 
     @property
     def device(self) -> torch.device:
@@ -100,23 +154,26 @@ class Stage:
         return isinstance(self.model, InpaintText2ImUNet | SuperResInpaintText2ImUnet)
 
     def report(self) -> dict[str, Any]:
-        """How the last call was executed: see `Sampler.report`."""
-        return {} if self._sampler is None else self._sampler.report()
+        """How the last call was executed: as `Sampler.report`, with `seeds`, the seed of every picture."""
+        return {} if self._sampler is None else {**self._sampler.report(), "seeds": list(self._seeds)}
 
-    def _table(self, steps: int | str, solver: str, eta: float, temperature: float = 1.0) -> StepTable:
-        """The solver's table for as many steps, or for those of a respacing, and its factor of the starting noise."""
-        if solver not in SOLVERS:
-            raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
-        if solver == "ddpm" and eta:
-            raise ValueError(f"eta: got {eta!r} with solver 'ddpm', expected 0 (it is the noise of 'ddim')")
-        if not isinstance(steps, str):
-            check_count("steps", steps, self.schedule.num_timesteps)
-        try:
-            schedule = self.schedule.respace(steps)
-        except ValueError as error:
-            raise ValueError(f"steps: got {steps!r}, expected a number or another respacing ({error})") from error
-        table = solvers.ddpm(schedule) if solver == "ddpm" else solvers.ddim(schedule, eta=eta)
-        return replace(table, initial_scale=temperature)
+    def _table(
+        self, solver: str, steps: int | str, schedule: str | None, eta: float | None, temperature: float = 1.0
+    ) -> StepTable:
+        """`solver_table`, with the starting noise multiplied by the temperature."""
+        table = solver_table(solver, self.schedule, steps, schedule, eta)
+        return replace(table, initial_scale=table.initial_scale * temperature)
+
+    def _prompts(self, prompts: str | Sequence[str]) -> list[str]:
+        """Prompts as a list of readable texts."""
+        if not isinstance(prompts, str | Sequence):
+            raise TypeError(f"prompts: got {type(prompts).__name__}, expected a string or several")
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise ValueError("prompts: got none, expected at least one")
+        for text in texts:
+            self._tokens("prompt", text)
+        return texts
 
     def _tokens(self, name: str, text: str) -> list[int]:
         """Ids of a text that the model can read."""
@@ -124,28 +181,25 @@ class Stage:
             raise TypeError(f"{name}: got {type(text).__name__}, expected a string")
         if not text.strip():
             raise ValueError(f"{name}: got {text!r}, expected words")
-        unknown = self.tokenizer.unknown_words(text)
-        if unknown:
-            raise ValueError(f"{name}: got {_unknown_words(unknown, self._vocabulary())}")
+        if unknown := self.tokenizer.unknown_words(text):
+            vocabulary = json.loads(self.tokenizer.to_json())["model"]["vocab"]
+            words = [word for word in vocabulary if not word.startswith("<|")]
+            raise ValueError(f"{name}: got {_unknown_words(unknown, words)}")
         ids = self.tokenizer.encode(text)
         if len(ids) > self.model.text_ctx:
             raise ValueError(f"{name}: got {len(ids)} tokens in {text!r}, expected at most {self.model.text_ctx}")
         return ids
 
-    def _vocabulary(self) -> list[str]:
-        words = json.loads(self.tokenizer.to_json())["model"]["vocab"]
-        return [word for word in words if not word.startswith("<|")]
-
     @torch.no_grad()
     def _encode(self, ids: Sequence[int]) -> dict[str, Tensor]:
-        """Encode one text. Never several at once: matrix products of another size may round otherwise."""
+        """Encode one text. Never several at once: matrix products of another size may round differently."""
         tokens, mask = self.tokenizer.padded_tokens_and_mask(ids, self.model.text_ctx)
         return self.model.get_text_emb(
             torch.tensor([tokens], device=self.device), torch.tensor([mask], device=self.device)
         )
 
     def _inpainting(self, inpaint: tuple[Tensor, Tensor] | None, batch: int) -> dict[str, Tensor]:
-        """What the network sees of the known pixels of N pictures."""
+        """The network's inputs for the known pixels of N pictures."""
         if inpaint is None:
             return {}
         if not self.inpaints:
@@ -153,17 +207,30 @@ class Stage:
         image, mask = checked_inpainting(inpaint, self._channels, self.meta.image_size, batch, self.device)
         return {"inpaint_image": image * mask, "inpaint_mask": mask}
 
+    @staticmethod
+    def _check_table(table: StepTable, guidance: Guidance, inputs: Mapping[str, Tensor], batch: int = 1) -> None:
+        """Raise ValueError for guidance, or known pixels, that do not go with a solver."""
+        guidance.plan(table, batch)
+        if "inpaint_mask" in inputs and (table.uses_raw_output or table.uses_unconditional or table["k_m"].any()):
+            raise ValueError(
+                f"inpaint: got pictures with solver {table.name!r}, expected one whose steps use x0 alone, as 'ddim'"
+            )
+
     def _sampler_for(
-        self, steps: int | str, solver: str, eta: float, temperature: float, backend: str, graph: str | bool, noise: str
+        self,
+        solver: tuple[str, int | str, str | None, float | None, float],
+        backend: str,
+        graph: str | bool,
+        noise_source: str,
     ) -> Sampler:
-        """The sampler of the last call if its options are the same."""
-        options = (steps, solver, eta, temperature, backend, graph, noise, self.device, self.model.dtype)
+        """The sampler of the last call if its options are the same; `solver` has the arguments of `_table`."""
+        options = (solver, backend, graph, noise_source, self.device, self.model.dtype)
         if self._sampler is None or options != self._options:
             self._sampler = Sampler(
                 self.model,
-                self._table(steps, solver, eta, temperature),
+                self._table(*solver),
                 clip=1.0,
-                noise=noise,
+                noise_source=noise_source,
                 backend=backend,
                 graph=graph,
                 memory_format=torch.channels_last,
@@ -171,116 +238,68 @@ class Stage:
             self._options = options
         return self._sampler
 
-    def _draw(
-        self,
-        sampler: Sampler,
-        guidance: Guidance,
-        texts: Sequence[Sequence[int]],
-        owners: Sequence[int],
-        unconditional: Sequence[int] | None,
-        pictures: Mapping[str, Tensor],
-        seeds: list[int],
-        cond_fn: Callable[..., Tensor] | None,
-        batch_size: int,
-        progress: bool | str,
-        callback: Callable[[Step], None] | None,
-    ) -> Tensor:
-        """Run a sampler over N pictures.
-
-        Args:
-            sampler: from `_sampler_for`.
-            guidance: with the branches cond and, if `unconditional` is given, uncond.
-            texts: ids of P texts.
-            owners: N numbers of the picture's texts.
-            unconditional: ids of the text of the branch uncond; None for no such branch.
-            pictures: what else the network is given, [N or 1, ...], in all branches.
-            seeds: N seeds.
-            cond_fn: as `Sampler`.
-            batch_size: pictures computed at once.
-            progress: show a progress bar; a string is its label.
-            callback: called with the `Step` of every row of every batch.
-
-        Returns:
-            float32 [N, C, H, W] in [-1, 1].
-        """
-        encoded = [self._encode(ids) for ids in texts]
+    def _draw(self, sampler: Sampler, drawing: Drawing) -> Tensor:
+        """Run a sampler over N pictures; float32 [N, C, H, W] in [-1, 1]."""
+        batch = min(drawing.batch_size, len(drawing.seeds))
+        self._check_table(sampler.table, drawing.guidance, drawing.inputs, batch)
+        encoded = [self._encode(ids) for ids in drawing.texts]
         cond = {name: torch.cat([text[name] for text in encoded]) for name in encoded[0]}
-        uncond = None if unconditional is None else self._encode(unconditional)
-        sampler.guidance, sampler.cond_fn = guidance, cond_fn
-        sampler.denoised_fn = self._denoised_fn(min(batch_size, len(seeds)), pictures)
-        size, noise = self.meta.image_size, sampler.noise
+        others = {branch: self._encode(ids) for branch, ids in drawing.others.items()}
+        seeds, batch_size, size = list(drawing.seeds), drawing.batch_size, self.meta.image_size
+        self._seeds = seeds
+        known = self._known_pixels(batch, drawing.inputs)
         starts = range(0, len(seeds), batch_size)
         images = []
-        with progress_bar(progress, total=len(starts) * sampler.table.num_rows) as bar:
+        with progress_bar(drawing.progress, total=len(starts) * sampler.table.num_rows) as bar:
             for start in starts:
                 part = slice(start, start + batch_size)
-                rows = torch.tensor(owners[part], device=self.device)
-                shown = {name: value if len(value) == 1 else value[part] for name, value in pictures.items()}
-                if sampler.denoised_fn is not None:
-                    self._known.load(shown["inpaint_image"], shown["inpaint_mask"], len(rows))  # type: ignore[union-attr]
+                rows = torch.tensor(drawing.owners[part], device=self.device)
+                inputs = {name: value if len(value) == 1 else value[part] for name, value in drawing.inputs.items()}
+                if known is not None:
+                    known.load(inputs["inpaint_image"], inputs["inpaint_mask"], len(rows))
                 images.append(
                     sampler.sample(
                         (len(rows), self._channels, size, size),
-                        cond={**{name: values[rows] for name, values in cond.items()}, **shown},
-                        uncond=None if uncond is None else {**uncond, **shown},
+                        cond={**{name: values[rows] for name, values in cond.items()}, **inputs},
+                        branches={branch: {**text, **inputs} for branch, text in others.items()},
+                        guidance=drawing.guidance,
+                        denoised_fn=known,
+                        cond_fn=drawing.cond_fn,
                         # torch's generator takes one seed for the whole batch.
-                        seed=seeds[part] if noise == "philox" else seeds[start],
-                        progress=bar if progress else False,
-                        callback=callback,
+                        seed=seeds[part] if sampler.noise_source == "philox" else seeds[start],
+                        progress=bar if drawing.progress else False,
+                        callback=drawing.callback,
                     )
                 )
+                if known is not None:  # the last steps of some solvers, as lms, do not return x0 itself
+                    images[-1] = known(images[-1])
         return torch.cat(images).clamp_(-1, 1)
 
-    def _denoised_fn(self, batch: int, pictures: Mapping[str, Tensor]) -> KnownPixels | None:
-        """What puts known pixels back, if there are some: the function of the last call if its buffers suffice."""
-        if "inpaint_mask" not in pictures:
+    def _known_pixels(self, batch: int, inputs: Mapping[str, Tensor]) -> KnownPixels | None:
+        """The function that puts known pixels back, if there are any: the last call's if its buffers suffice."""
+        if "inpaint_mask" not in inputs:
             return None
         if self._known is None or self._known.batch < batch or self._known.device != self.device:
             self._known = KnownPixels(batch, self._channels, self.meta.image_size, self.device)
         return self._known
 
 
-def check_count(name: str, value: int, most: int | None = None) -> None:
-    """Raise ValueError unless a value is an integer from 1 to `most`."""
-    if not isinstance(value, int) or value < 1 or (most is not None and value > most):
-        raise ValueError(f"{name}: got {value!r}, expected {'at least 1' if most is None else f'1 to {most}'}")
-
-
-def check_finite(name: str, value: float) -> None:
-    """Raise ValueError unless a value is a finite number."""
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name}: got {value!r}, expected a finite number")
-
-
-def picture_seeds(seed: int | Sequence[int], num_prompts: int, num_samples: int) -> list[int]:
-    """One seed per picture: `seed + i` for sample i of every prompt, or as given.
-
-    Raises:
-        TypeError: not integers.
-        ValueError: another number of seeds than of pictures.
-    """
-    if isinstance(seed, int):
-        return [seed + i for i in range(num_samples)] * num_prompts
-    if not isinstance(seed, Sequence) or not all(isinstance(value, int) for value in seed):
-        raise TypeError(f"seed: got {seed!r}, expected an integer or a sequence of integers")
-    seeds = list(seed)
-    if len(seeds) != num_prompts * num_samples:
-        raise ValueError(f"seed: got {len(seeds)} seeds, expected one per picture ({num_prompts * num_samples})")
-    return seeds
+Stage = Pipeline
+_KEPT = ("model", "tokenizer", "meta", "schedule", "_channels")
 
 
 def _checked_device(device: torch.device | str) -> torch.device:
     try:
-        place = torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: got {device!r}, expected one like 'cpu' or 'cuda'") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: got {str(place)!r}, expected one of the {torch.cuda.device_count()} GPUs torch sees")
-    return place
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {str(found)!r}, expected one of the {torch.cuda.device_count()} GPUs torch sees")
+    return found
 
 
 def _unknown_words(unknown: list[str], vocabulary: list[str]) -> str:
-    """What is wrong with words that are not in the vocabulary, and what may have been meant."""
+    """Names the words that are not in the vocabulary, with close ones that are."""
     described = []
     for word in unknown:
         close = difflib.get_close_matches(word, vocabulary)

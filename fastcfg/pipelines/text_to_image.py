@@ -11,31 +11,22 @@ import torch
 from torch import Tensor
 
 from ..engine.sampler import Step
-from ..guidance import CFG
+from ..guidance import Guidance
+from ..guidance.by_name import guidance_by_name
 from ..models.tokenizer import Tokenizer
-from .base import SOLVERS, Stage, check_count, check_finite, picture_seeds
+from ..utils.checks import check_count, check_finite
+from .base import SOLVERS, Drawing, Pipeline
+from .pictures import picture_seeds
 
 __all__ = ["SOLVERS", "TextToImage"]
 
 _EMBEDDED = "shapes.safetensors"
 
 
-class TextToImage(Stage):
-    """A text-conditional model with its tokenizer and noise schedule, ready to sample; GLIDE's base models too.
+class TextToImage(Pipeline):
+    """Draws pictures from prompts: the model that comes with the package, GLIDE's base models, or your own.
 
-    Args:
-        model: the network, with learned variances (twice the image's channels come out).
-        tokenizer: its tokenizer.
-        meta: schedule and image size, as in a checkpoint.
-
-    Attributes:
-        model: as given.
-        tokenizer: as given.
-        meta: as given.
-        schedule: the noise schedule the model was trained with.
-
-    Raises:
-        ValueError: a network without learned variances or without text, or one that enlarges pictures.
+    Arguments, attributes and errors as `Pipeline`.
 
     Example:
         >>> pipeline = TextToImage.load()
@@ -57,22 +48,7 @@ class TextToImage(Stage):
         tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> TextToImage:
-        """Read a checkpoint or a state dict.
-
-        Args:
-            path: a file that `fastcfg train` wrote, or a state dict of GLIDE's base model, with or without inpainting
-                (`base.pt`, `base_inpaint.pt`); None is the model that comes with the package.
-            device: where to run it.
-            dtype: dtype of weights and features; None keeps float32. The state and the solver's arithmetic are float32
-                in any case. (`model.convert_to_fp16()` is GLIDE's own mixture.)
-            tokenizer: of a state dict: a tokenizer, the folder with GPT-2's vocabulary, or a tokenizer's JSON file;
-                None looks for GLIDE's (the extra `glide`). A file of `fastcfg train` has its own.
-            options: of a state dict: GLIDE's options where they differ from its defaults.
-
-        Raises:
-            ValueError: not such a file, tokenizer or options that do not go with it, a device that is not there, or a
-                dtype that is not floating.
-            OSError: the file cannot be read.
+        """`Pipeline.load`; without a path, the model that comes with the package.
 
         Example:
             >>> pipeline = TextToImage.load("base.pt", "cuda")
@@ -83,85 +59,143 @@ class TextToImage(Stage):
                 from importlib.resources import as_file, files
 
                 path = stack.enter_context(as_file(files("fastcfg") / "checkpoints" / _EMBEDDED))
-            return cls._load(path, device, dtype, tokenizer, options)
+            return super().load(path, device, dtype, tokenizer=tokenizer, options=options)
 
     def sample(
         self,
         prompts: str | Sequence[str],
         *,
-        negative: str | None = None,
-        guidance_scale: float = 3.0,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
         steps: int | str = 50,
         solver: str = "ddpm",
-        eta: float = 0.0,
+        schedule: str | None = None,
+        guidance: str | Guidance = "cfg",
+        eta: float | None = None,
         num_samples: int = 1,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = None,
         inpaint: tuple[Tensor, Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
         backend: str = "auto",
         graph: str | bool = "auto",
-        noise: str = "philox",
+        noise_source: str = "philox",
         batch_size: int = 64,
         progress: bool | str = False,
         callback: Callable[[Step], None] | None = None,
+        negative: str | None = None,
     ) -> Tensor:
         """Draw pictures.
 
         Args:
             prompts: a prompt, or several.
-            negative: what to guide away from, instead of from the empty prompt.
-            guidance_scale: s of uncond + s (cond - uncond): 0 ignores the prompt, 1 samples the conditional model.
+            negative_prompt: what to guide away from, instead of from the empty prompt.
+            guidance_scale: s of uncond + s (cond - uncond): 0 ignores the prompt, 1 samples the conditional model. None
+                is 3, or 0.6 for CFG++ solvers, whose scale runs from 0 to 1.
             steps: timesteps per picture, spread evenly over the schedule; or a respacing such as "10,15,20", "ddim50"
-                or "fast27" (`fastcfg.schedule.space_timesteps`).
-            solver: "ddpm" (with the learned variances) or "ddim".
-            eta: the noise of "ddim": 0 for none, 1 for as much as DDPM's.
+                or "fast27" (`fastcfg.schedule.space_timesteps`), for solvers on timesteps.
+            solver: one of `fastcfg.solvers.by_name.SOLVERS`: "ddpm" (with the learned variances), "ddim",
+                "dpmpp_2m", "euler_ancestral", "unipc", ...
+            schedule: which timesteps or noise levels the steps take, as `solver_table`: "karras", "exponential",
+                "trailing", ...; None is the solver's usual one.
+            guidance: one of `fastcfg.guidance.by_name.METHODS`, such as "cfg", "apg" or "rescaled_cfg"; or a
+                `Guidance` with branches among cond, uncond and negative, which has its own scale.
+            eta: the noise of solvers that have an eta: of "ddim" 0 for none, 1 for as much as DDPM's. None is the
+                solver's default.
             num_samples: pictures per prompt.
-            seed: sample i of every prompt has the seed `seed + i`; or one seed per picture.
+            seed: sample i of every prompt has the seed `seed + i`; or one seed per picture. None or -1 draws a random
+                one, which `report()["seeds"]` returns.
             inpaint: for inpainting networks: (image, mask), [3, H, W] in [-1, 1] and [1, H, W] with 1 where the image
-                is known and 0 elsewhere, or one of either per picture, [N, ...]. Known pixels come out as they are.
-            cond_fn: a gradient that guides too (a classifier's, CLIP's), as `Sampler`: called with the state of one
+                is known and 0 elsewhere, or one of either per picture, [N, ...]. Known pixels are returned unchanged.
+            cond_fn: as `Sampler`: a gradient that guides too (a classifier's, CLIP's), called with the state of one
                 batch, the model's times, and the keyword arguments of the conditional branch.
-            backend: as `Sampler`.
-            graph: as `Sampler`.
-            noise: as `Sampler`. With "philox" a picture depends on its prompt and seed alone, but for the last bits:
-                torch's convolutions and matrix products may round otherwise in another batch size.
+            backend, graph: as `Sampler`.
+            noise_source: as `Sampler`. With "philox" a picture depends on its prompt and seed alone, except for the
+                last bits: torch's convolutions and matrix products may round differently in another batch size.
             batch_size: pictures computed at once.
             progress: show a progress bar; a string is its label.
             callback: called with the `Step` of every row of every batch.
+            negative: old name of negative_prompt.
 
         Returns:
-            float32 [N, 3, H, W] in [-1, 1], the samples of the first prompt first.
+            float32 [N, 3, H, W] in [-1, 1], the samples of the first prompt first. `fastcfg.to_pil` converts them.
 
         Raises:
             TypeError: an argument of the wrong type.
-            ValueError: a prompt that is empty, longer than the model's context or of words it does not know; steps
-                outside 1 ... T or no respacing of it; an unknown solver; eta with "ddpm"; a scale that is not finite;
-                counts below 1; pictures to inpaint that do not fit the network; or what `Sampler` raises.
+            ValueError: a prompt that is empty, longer than the model's context or with words it does not know; an
+                unknown name; options that do not go together; numbers out of range; pictures to inpaint that do not
+                fit the network; or what `Sampler` raises.
         """
-        if not isinstance(prompts, str | Sequence):
-            raise TypeError(f"prompts: got {type(prompts).__name__}, expected a string or several")
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise ValueError("prompts: got none, expected at least one")
-        tokens = [self._tokens("prompt", text) for text in texts]
-        unconditional = self._tokens("negative", negative) if negative else []
-        check_finite("guidance_scale", guidance_scale)
+        if negative is not None and negative_prompt is not None:
+            raise ValueError(f"negative: got {negative!r} with negative_prompt, expected one of them")
+        negative = negative if negative_prompt is None else negative_prompt
+        texts, others, spec = self._texts(prompts, negative, guidance, guidance_scale, solver)
         check_count("num_samples", num_samples)
         check_count("batch_size", batch_size)
         seeds = picture_seeds(seed, len(texts), num_samples)
-        pictures = self._inpainting(inpaint, len(seeds))
-        sampler = self._sampler_for(steps, solver, eta, 1.0, backend, graph, noise)
-        owners = [text for text in range(len(texts)) for _ in range(num_samples)]
-        return self._draw(
-            sampler,
-            CFG(guidance_scale),
-            tokens,
-            owners,
-            unconditional,
-            pictures,
-            seeds,
-            cond_fn,
-            batch_size,
-            progress,
-            callback,
+        inputs = self._inpainting(inpaint, len(seeds))
+        sampler = self._sampler_for((solver, steps, schedule, eta, 1.0), backend, graph, noise_source)
+        drawing = Drawing(
+            texts=[self._tokens("prompt", text) for text in texts],
+            owners=[owner for owner in range(len(texts)) for _ in range(num_samples)],
+            seeds=seeds,
+            guidance=spec,
+            others=others,
+            inputs=inputs,
+            batch_size=batch_size,
+            cond_fn=cond_fn,
+            progress=progress,
+            callback=callback,
         )
+        return self._draw(sampler, drawing)
+
+    def check(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        steps: int | str = 50,
+        solver: str = "ddpm",
+        schedule: str | None = None,
+        guidance: str | Guidance = "cfg",
+        eta: float | None = None,
+        inpaint: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Raise what `sample` would raise for these arguments, without drawing."""
+        _, _, spec = self._texts(prompts, negative_prompt, guidance, guidance_scale, solver)
+        self._check_table(self._table(solver, steps, schedule, eta), spec, self._inpainting(inpaint, 1))
+
+    def _texts(
+        self,
+        prompts: str | Sequence[str],
+        negative: str | None,
+        guidance: str | Guidance,
+        scale: float | None,
+        solver: str,
+    ) -> tuple[list[str], dict[str, list[int]], Guidance]:
+        """The prompts, the token ids of the other branches, and the guidance."""
+        texts = self._prompts(prompts)
+        away = self._tokens("negative_prompt", negative) if negative else []
+        if isinstance(guidance, Guidance):
+            if scale is not None:
+                raise ValueError(f"guidance_scale: got {scale!r} with a {type(guidance).__name__}, expected None")
+            spec = guidance
+        else:
+            scale = default_scale(solver) if scale is None else check_finite("guidance_scale", scale)
+            spec = guidance_by_name(guidance, scale)
+        others = [branch for branch in spec.branches if branch != "cond"]
+        if unknown := set(others) - {"uncond", "negative"}:
+            got = ", ".join(sorted(unknown))
+            raise ValueError(f"guidance: got the branches {got}, expected some of cond, uncond, negative")
+        if "negative" in others and not away:
+            raise ValueError(f"negative_prompt: got {negative!r} with {type(spec).__name__}, expected words")
+        if not others and away:
+            raise ValueError(f"negative_prompt: got {negative!r} with {type(spec).__name__}, expected None")
+        # Where the negative prompt has a branch of its own, the unconditional one reads nothing.
+        own = "negative" if "negative" in others else "uncond"
+        return texts, {branch: away if branch == own else [] for branch in others}, spec
+
+
+def default_scale(solver: str) -> float:
+    """The guidance scale of a named solver unless one is given: that of CFG++ runs from 0 to 1."""
+    return 0.6 if str(solver).endswith("cfg_pp") else 3.0

@@ -59,9 +59,9 @@ class ReferenceStep:
         if spec.learned_variance:
             variance = output.narrow(0, spec.conditional * batch, batch).narrow(1, channels, channels)
         noise = buffers.noise
-        if spec.noise == "tensor":
+        if spec.noise_source == "tensor":
             noise = noise.to(x.dtype)  # type: ignore[union-attr]
-        if spec.noise == "philox":
+        if spec.noise_source == "philox":
             noise = philox_normal(buffers.seeds, x.shape[1:], row=reader.index[0], stream=STEP_STREAM).to(x.dtype)  # type: ignore[arg-type]
         _, x0, saved = table_step(
             reader.row,

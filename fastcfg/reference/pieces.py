@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..clip import Place
+from ..clip import QuantileRank
 from . import quantile
 from ._fma import fma
 from .table_step import blend, predict
@@ -88,9 +88,9 @@ def posterior_mean_variance(
     return mean, torch.exp(log_variance), log_variance
 
 
-def quantile_bound(x0: Tensor, place: Place) -> Tensor:
+def quantile_bound(x0: Tensor, rank: QuantileRank) -> Tensor:
     """[B, ...] to [B], by `quantile.quantile_bound`."""
-    return quantile.quantile_bound(_computed(x0), place)
+    return quantile.quantile_bound(_computed(x0), rank)
 
 
 def threshold(x0: Tensor, bound: Tensor) -> Tensor:

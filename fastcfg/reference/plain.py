@@ -1,16 +1,21 @@
-"""The step as eager torch code has it: each operation rounded on its own, the blend in the model's dtype."""
+"""The equations of `fastcfg.table` as eager torch code has them, in any dtype: each operation rounded on its own, the
+blend in the model's dtype. In float64 it is the truth that steps, compiled tables and tests are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..clip import DynamicThreshold
 from ..schedule import Schedule
 from ..step import StepSpec
-from ..table import DEVICE_COLUMNS
+from ..table import DEVICE_COLUMNS, StepTable
 from . import originals
+
+__all__ = ["PlainTable", "blended", "original_row", "plain_row"]
 
 
 def blended(output: Tensor, channels: int, spec: StepSpec, weights: Tensor | None) -> Tensor:
@@ -38,32 +43,34 @@ def plain_row(
     spec: StepSpec,
     *,
     weights: Tensor | None = None,
-    bound: Tensor | None = None,
+    bound: Tensor | DynamicThreshold | None = None,
     noise: Tensor | None = None,
     gradient: Tensor | None = None,
     history: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
-    """One row of a table, the formulas of `fastcfg.table` written down.
+    """One row of a table.
 
     Args:
-        row: the row's coefficients.
-        x: float32 [B, C, ...].
+        row: the row's coefficients, in the order of `DEVICE_COLUMNS`.
+        x: [B, C, ...].
         output: the model's [K*B, C or 2C, ...] in its dtype.
-        spec: which of the terms exist.
+        spec: which terms exist; without `scaled` and `momentum`.
         weights: [B, K].
-        bound: [B].
+        bound: [B], or the `DynamicThreshold` that it follows from.
         noise, gradient: like x.
         history: the saved tensors, each like x.
 
     Returns:
-        The next x, x0, and the tensor to save.
+        "x", the next state; "x0"; "saved", the tensor to save; and with a clip its "bound" [B, 1, ...].
     """
     c = dict(zip(DEVICE_COLUMNS, row, strict=True))
-    channels = x.shape[1]
+    channels, made = x.shape[1], {}
     m = blended(output, channels, spec, weights).to(x.dtype)
     x0 = c["p_x"] * x + c["p_m"] * m + (c["p_x_rest"] * x + c["p_m_rest"] * m)
     if spec.clip:
-        limit = bound.view(-1, *[1] * (x.ndim - 1))  # type: ignore[union-attr]
+        if isinstance(bound, DynamicThreshold):
+            bound = x0.abs().flatten(1).quantile(bound.quantile, dim=1).clamp(bound.floor, bound.ceiling)
+        made["bound"] = limit = bound.view(-1, *[1] * (x.ndim - 1))  # type: ignore[union-attr]
         x0 = torch.minimum(torch.maximum(x0, -limit), limit)
         x0 = x0 / limit if spec.rescale else x0
     if spec.gradient:
@@ -82,9 +89,34 @@ def plain_row(
     if spec.gradient:
         scale = c["a_g"] * torch.exp2(2 * c["l_v"] * v) if spec.learned_variance else c["a_g"]
         y = y + scale * gradient  # type: ignore[operator]
-    if spec.noise != "none":
+    if spec.noise_source != "none":
         y = y + std * noise  # type: ignore[operator]
-    return {"x": y, "x0": x0, "saved": c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m}
+    return {"x": y, "x0": x0, "saved": c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m, **made}
+
+
+class PlainTable:
+    """A table run row by row by `plain_row`, with its saved tensors.
+
+    Args:
+        table: the table.
+        like: a state [B, C, ...].
+
+    Attributes:
+        history: the saved tensors.
+    """
+
+    def __init__(self, table: StepTable, like: Tensor) -> None:
+        self._rows = table.on("cpu", like.dtype).tolist()
+        self.history = [torch.zeros_like(like) for _ in range(table.num_history)]
+
+    def __call__(self, row: int, x: Tensor, output: Tensor, spec: StepSpec, **terms: Any) -> dict[str, Tensor]:
+        """Run a row; the arguments and the result are `plain_row`'s."""
+        coefficients = self._rows[row]
+        made = plain_row(coefficients, x, output, spec, history=tuple(self.history), **terms)
+        slot = int(coefficients[DEVICE_COLUMNS.index("slot")])
+        if slot >= 0:
+            self.history[slot] = made["saved"]
+        return made
 
 
 def original_row(
@@ -103,9 +135,9 @@ def original_row(
     """
     batch, channels = x.shape[:2]
     weights = torch.tensor([scale, 0.0], device=x.device).expand(batch, 2)
-    spec = StepSpec(branches=2, base=1)
-    # Variance channels have no guidance: they are the conditional half's.
-    guided = torch.cat([blended(output, channels, spec, weights), output[:batch, channels:]], dim=1)
+    # Variance channels have no guidance: the conditional half's are used.
+    m = blended(output, channels, StepSpec(branches=2, base=1), weights)
+    guided = torch.cat([m, output[:batch, channels:]], dim=1)
     t = torch.full((batch,), schedule.num_timesteps - 1 - row, device=x.device)
     p = originals.p_mean_variance(schedule, guided, x, t)
     return originals.p_sample(p, t, noise) if solver == "ddpm" else originals.ddim_sample(schedule, p, x, t, noise)

@@ -63,7 +63,7 @@ def table_step(
         weights: [B, K], the row's blend weights ([B, K + 1] with momentum); needed for K > 1.
         variance: the conditional branch's variance channels, like x; needed for learned variance.
         bound: [B], the clip bound of x0; needed for clip.
-        noise: standard normals like x; needed unless spec.noise is "none".
+        noise: standard normals like x; needed unless spec.noise_source is "none".
         history: the saved tensors, each like x.
         gradient: the classifier's, like x; needed for spec.gradient.
         momentum: what is added to the blend, like x; needed for spec.momentum.
@@ -114,7 +114,7 @@ def table_step(
             scale = torch.mul(torch.exp2(scale, out=scratch.m), row["a_g"], out=scratch.m)
         y = fma(scale, gradient, y, out=scratch.y)  # type: ignore[arg-type]
 
-    if spec.noise != "none":
+    if spec.noise_source != "none":
         std = row["s"]
         if spec.learned_variance:
             std = fma(row["l_v"], variance, row["l_0"], out=scratch.m)  # type: ignore[arg-type]

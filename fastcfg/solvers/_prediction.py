@@ -1,23 +1,33 @@
-"""What a model predicts, as the numbers that turn (x, output) into x0 or ε."""
+"""What a model of a discrete process predicts, as the numbers that turn (x, output) into x0 or ε."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..schedule import Schedule
+from ..table import StepTable
 
 Array = NDArray[np.float64]
 
 PREDICTIONS = ("epsilon", "x0", "v", "previous_x")
 
 
+def check_schedule(schedule: Any) -> None:
+    """Raise TypeError for anything but a Schedule, such as a number of steps."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: got {type(schedule).__name__}, expected a Schedule (see Schedule.named)")
+
+
 def x0_coefficients(schedule: Schedule, prediction: str) -> tuple[Array, Array]:
     """(p_x, p_m), each float64 [T] by timestep, with x0 = p_x*x + p_m*output.
 
-    "previous_x" is the mean of x_{t-1} (guided-diffusion's PREVIOUS_X), solved for the x0 whose posterior mean it is;
-    the others are those of `level_coefficients`.
+    "previous_x" is the mean of x_{t-1} (guided-diffusion's PREVIOUS_X), solved for the x0 with that posterior mean; the
+    others are those of `level_coefficients`.
     """
+    check_schedule(schedule)
     if prediction == "previous_x":
         return -schedule.posterior_mean_coef2 / schedule.posterior_mean_coef1, 1.0 / schedule.posterior_mean_coef1
     return level_coefficients(schedule.alphas_cumprod, prediction, PREDICTIONS)
@@ -43,3 +53,21 @@ def epsilon_coefficients(ᾱ: Array, p_x: Array, p_m: Array, prediction: str) ->
     if prediction == "epsilon":
         return np.zeros_like(ᾱ), np.ones_like(ᾱ)
     return (1 - np.sqrt(ᾱ) * p_x) / np.sqrt(1 - ᾱ), -np.sqrt(ᾱ) * p_m / np.sqrt(1 - ᾱ)
+
+
+def timestep_table(
+    schedule: Schedule, rescale_timesteps: bool, *, ascending: bool = False, slot: int = -1, **columns: Any
+) -> StepTable:
+    """A table of one row per timestep, noisiest first unless `ascending`, from columns [T] indexed by timestep.
+
+    Args:
+        schedule: the process, whose times the model is given.
+        rescale_timesteps: as the solvers.
+        ascending: least noisy timestep first.
+        slot: of every row.
+        **columns: arrays by timestep, and attributes of the table.
+    """
+    order = slice(None) if ascending else slice(None, None, -1)
+    columns = {key: value[order] if isinstance(value, np.ndarray) else value for key, value in columns.items()}
+    times = schedule.model_timesteps(rescale_timesteps)[order]
+    return StepTable.from_columns(t=times, slot=slot, integer_time=not rescale_timesteps, **columns)

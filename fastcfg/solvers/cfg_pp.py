@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ._prediction import epsilon_coefficients, x0_coefficients
+from ._prediction import epsilon_coefficients, timestep_table, x0_coefficients
 from .ddim import noise_split
 from .denoiser import RAW, Denoiser, denoising_table
 from .sigma import ancestral_levels
@@ -35,15 +35,15 @@ def ddim_cfg_pp(
     σ, direction = noise_split(schedule, eta)
     p_x, p_m = x0_coefficients(schedule, prediction)
     e_x, e_m = epsilon_coefficients(schedule.alphas_cumprod, p_x, p_m, prediction)
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[::-1],
-        p_x=p_x[::-1],
-        p_m=p_m[::-1],
-        a_x=(direction * e_x)[::-1],
-        a_0=np.sqrt(schedule.alphas_cumprod_prev)[::-1],
-        a_u=(direction * e_m)[::-1],
-        s=σ[::-1],
-        integer_time=not rescale_timesteps,
+    return timestep_table(
+        schedule,
+        rescale_timesteps,
+        p_x=p_x,
+        p_m=p_m,
+        a_x=direction * e_x,
+        a_0=np.sqrt(schedule.alphas_cumprod_prev),
+        a_u=direction * e_m,
+        s=σ,
         name="ddim_cfg_pp",
     )
 

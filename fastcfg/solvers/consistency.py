@@ -1,4 +1,4 @@
-"""Samplers of distilled models, which jump to x0 (or far towards it) in every step."""
+"""Samplers of distilled models, which jump to x0, or far towards it, in every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ._prediction import level_coefficients, x0_coefficients
+from ._prediction import check_schedule, level_coefficients, timestep_table, x0_coefficients
 
 _SIGMA_DATA = 0.5
 
@@ -20,11 +20,12 @@ def lcm(
     prediction: str = "epsilon",
     rescale_timesteps: bool = False,
 ) -> StepTable:
-    """Multistep sampling of latent consistency models (Luo et al. 2023, https://arxiv.org/abs/2310.04378, algorithm 3):
+    """Multistep sampling of latent consistency models (Luo et al. 2023, https://arxiv.org/abs/2310.04378, algorithm 3).
+
     f = c_out x0 + c_skip x, then noise up to the next timestep. It is diffusers' `LCMScheduler`.
 
     Args:
-        schedule: the process, re-spaced to the timesteps wanted, mostly two to eight:
+        schedule: the process, re-spaced to the timesteps wanted, usually two to eight:
             `schedule.respace(fastcfg.schedule.consistency_timesteps(4))`.
         timestep_scaling: s of c_skip = 0.25/((s t)² + 0.25) and c_out = s t/√((s t)² + 0.25), t the original timestep.
         prediction: "epsilon", "x0", "v" or "previous_x".
@@ -34,6 +35,7 @@ def lcm(
         A table of `schedule.num_timesteps` rows, noisiest first. The last row returns f.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, or timestep_scaling not above 0.
 
     Example:
@@ -48,14 +50,14 @@ def lcm(
     st = timestep_scaling * schedule.timestep_map
     c_skip, c_out = _SIGMA_DATA**2 / (st**2 + _SIGMA_DATA**2), st / np.sqrt(st**2 + _SIGMA_DATA**2)
     ᾱ_prev = schedule.alphas_cumprod_prev
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[::-1],
-        p_x=p_x[::-1],
-        p_m=p_m[::-1],
-        a_x=(np.sqrt(ᾱ_prev) * c_skip)[::-1],
-        a_0=(np.sqrt(ᾱ_prev) * c_out)[::-1],
-        s=np.sqrt(1 - ᾱ_prev)[::-1],
-        integer_time=not rescale_timesteps,
+    return timestep_table(
+        schedule,
+        rescale_timesteps,
+        p_x=p_x,
+        p_m=p_m,
+        a_x=np.sqrt(ᾱ_prev) * c_skip,
+        a_0=np.sqrt(ᾱ_prev) * c_out,
+        s=np.sqrt(1 - ᾱ_prev),
         name="lcm",
     )
 
@@ -68,24 +70,26 @@ def tcd(
     prediction: str = "epsilon",
     rescale_timesteps: bool = False,
 ) -> StepTable:
-    """Strategic stochastic sampling of trajectory consistency models (Zheng et al. 2024,
-    https://arxiv.org/abs/2402.19159, algorithm 4): along ε to s = (1-γ) t', then noise up to t'.
+    """Strategic stochastic sampling of trajectory consistency models (Zheng et al. 2024, algorithm 4).
 
-    It is diffusers' `TCDScheduler`, whose `eta` is γ. ε is re-derived from the clipped x0.
+    https://arxiv.org/abs/2402.19159: along ε to s = (1-γ) t', then noise up to t'. It is diffusers' `TCDScheduler`,
+    with γ for its `eta`. ε is re-derived from the clipped x0.
 
     Args:
-        schedule: the whole process, because s is none of the timesteps.
-        timesteps: of the process, falling: `fastcfg.schedule.consistency_timesteps(4)`. The run ends at timestep 0.
+        schedule: the whole process: s is between the timesteps.
+        timesteps: falling ones, as `fastcfg.schedule.consistency_timesteps(4)`. The run ends at timestep 0.
         gamma: γ, 0 for no noise to 1 for steps through x at timestep 0.
         prediction: "epsilon", "x0" or "v".
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
     Returns:
-        A table of a row for each timestep. The last row adds no noise.
+        A table of one row per timestep. The last row adds no noise.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, gamma out of its range, or timesteps not as described.
     """
+    check_schedule(schedule)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma: got {gamma}, expected 0 to 1")
     t = np.array(timesteps, dtype=np.int64)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ._prediction import Array, x0_coefficients
+from ._prediction import Array, check_schedule, timestep_table, x0_coefficients
 
 
 def ddim(
@@ -14,9 +14,9 @@ def ddim(
 ) -> StepTable:
     """Equation 12 of the paper: guided-diffusion's and GLIDE's `ddim_sample_loop`.
 
-    ε is re-derived from the clipped x0, as the originals do. A classifier's gradient g moves ε by -√(1-ᾱ) g, and x0 is
-    not clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's `condition_score`). A model with learned
-    variances may be used; its variance channels are ignored.
+    ε is re-derived from the clipped x0, as in the originals. A classifier's gradient g moves ε by -√(1-ᾱ) g, and x0 is
+    not clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's `condition_score`). The variance channels
+    of a model with learned variances are ignored.
 
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
@@ -29,6 +29,7 @@ def ddim(
         A table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, or eta negative, not finite, or so large that σ² exceeds 1 - ᾱ of the previous
             step.
 
@@ -37,47 +38,31 @@ def ddim(
         False
     """
     σ, direction = noise_split(schedule, eta)
-    return _rows(
-        schedule,
-        prediction,
-        rescale_timesteps,
-        schedule.alphas_cumprod_prev,
-        direction,
-        σ,
-        slice(None, None, -1),
-        "ddim",
-    )
+    return _table(schedule, prediction, rescale_timesteps, schedule.alphas_cumprod_prev, direction, s=σ, name="ddim")
 
 
 def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """The deterministic ODE run from image to noise: guided-diffusion's `ddim_reverse_sample_loop`.
 
-    Args:
-        schedule: the process, re-spaced to the number of steps wanted.
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+    Args, errors: as `ddim`.
 
     Returns:
         A table of `schedule.num_timesteps` rows, least noisy first. Start it from an image in [-1, 1].
     """
+    check_schedule(schedule)
     ᾱ_next = schedule.alphas_cumprod_next
-    none = np.zeros_like(ᾱ_next)
-    return _rows(
-        schedule, prediction, rescale_timesteps, ᾱ_next, np.sqrt(1 - ᾱ_next), none, slice(None), "ddim_reverse"
-    )
+    options = {"ascending": True, "name": "ddim_reverse"}
+    return _table(schedule, prediction, rescale_timesteps, ᾱ_next, np.sqrt(1 - ᾱ_next), **options)
 
 
 def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
-    """DDIM whose ε is extrapolated along the run: glide-finetune's `dpm_solver_sample_loop` of order 2.
+    """DDIM with ε extrapolated along the run: glide-finetune's `dpm_solver_sample_loop` of order 2.
 
     x' = √ᾱ_prev x0 + √(1-ᾱ_prev) (3/2 ε - 1/2 ε_last), from the second step on; ε is re-derived from the clipped x0.
     This is for reproducing that fork's images: it is not DPM-Solver++, and more steps do not bring it nearer to the
     ODE's solution, because x0 stays that of ε. `plms` of order 2 extrapolates both.
 
-    Args:
-        schedule: the process, re-spaced to the number of steps wanted.
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+    Args, errors: as `ddim`.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first, with one saved tensor. The last row returns x0.
@@ -89,17 +74,17 @@ def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescal
     # The first step has no ε before it.
     first = np.arange(len(ᾱ)) == len(ᾱ) - 1
     now, last = np.where(first, 1.0, 1.5) * direction, np.where(first, 0.0, -0.5) * direction
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[::-1],
-        p_x=p_x[::-1],
-        p_m=p_m[::-1],
-        a_x=(now * ε_x)[::-1],
-        a_0=(np.sqrt(ᾱ_prev) + now * ε_0)[::-1],
-        a_h0=last[::-1],
-        k_x=ε_x[::-1],
-        k_0=ε_0[::-1],
+    return timestep_table(
+        schedule,
+        rescale_timesteps,
+        p_x=p_x,
+        p_m=p_m,
+        a_x=now * ε_x,
+        a_0=np.sqrt(ᾱ_prev) + now * ε_0,
+        a_h0=last,
+        k_x=ε_x,
+        k_0=ε_0,
         slot=0,
-        integer_time=not rescale_timesteps,
         name="ddim_extrapolated",
     )
 
@@ -108,8 +93,9 @@ def noise_split(schedule: Schedule, eta: float) -> tuple[Array, Array]:
     """(σ, √(1 - ᾱ_prev - σ²)), each [T] by timestep: equation 16 of the paper, and what is left for ε.
 
     Raises:
-        ValueError: eta as `ddim` says.
+        TypeError, ValueError: as `ddim`.
     """
+    check_schedule(schedule)
     if not (np.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta: got {eta}, expected a finite value of at least 0")
     ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
@@ -123,22 +109,12 @@ def noise_split(schedule: Schedule, eta: float) -> tuple[Array, Array]:
     return σ, np.sqrt(np.maximum(direction, 0))
 
 
-def _rows(schedule, prediction, rescale_timesteps, ᾱ_to, direction, σ, order, name) -> StepTable:  # type: ignore[no-untyped-def]
-    """x' = √ᾱ_to x0 + direction ε + σ z with ε = (x - √ᾱ x0) / √(1-ᾱ), as a row over (x, x0)."""
+def _table(schedule, prediction, rescale_timesteps, ᾱ_to, direction, **options) -> StepTable:  # type: ignore[no-untyped-def]
+    """x' = √ᾱ_to x0 + direction ε + s z with ε = (x - √ᾱ x0) / √(1-ᾱ), as rows over (x, x0)."""
     p_x, p_m = x0_coefficients(schedule, prediction)
     # Where ᾱ is 0 nothing of the image is left, and a classifier's gradient vanishes.
     ᾱ = schedule.alphas_cumprod
     p_g = np.divide(1 - ᾱ, np.sqrt(ᾱ), out=np.zeros_like(ᾱ), where=ᾱ > 0)
     a_x = direction / schedule.sqrt_one_minus_alphas_cumprod
     a_0 = np.sqrt(ᾱ_to) - a_x * schedule.sqrt_alphas_cumprod
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[order],
-        p_x=p_x[order],
-        p_m=p_m[order],
-        a_x=a_x[order],
-        a_0=a_0[order],
-        s=σ[order],
-        p_g=p_g[order],
-        integer_time=not rescale_timesteps,
-        name=name,
-    )
+    return timestep_table(schedule, rescale_timesteps, p_x=p_x, p_m=p_m, a_x=a_x, a_0=a_0, p_g=p_g, **options)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..schedule import Schedule
 from ..table import NO_NOISE, StepTable
-from ._prediction import x0_coefficients
+from ._prediction import Array, timestep_table, x0_coefficients
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
@@ -32,6 +31,7 @@ def ddpm(
         A table of `schedule.num_timesteps` rows, noisiest first. The last row adds no noise.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction or variance, or a schedule whose coefficients are not finite.
 
     Example:
@@ -43,14 +43,14 @@ def ddpm(
         raise ValueError(f"variance: got {variance!r}, expected one of {', '.join(VARIANCES)}")
     p_x, p_m = x0_coefficients(schedule, prediction)
     n = schedule.num_timesteps
-    zero: NDArray[np.float64] = np.zeros(n)
+    zero: Array = np.zeros(n)
 
     if prediction == "previous_x":
         a_x, a_0, a_m = zero, zero, np.ones(n)
     else:
         a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
 
-    # log2 std = l_0 + l_v*v. The last step is the mean itself; only a gradient still asks for its variance a_g.
+    # log2 std = l_0 + l_v*v. The last step is the mean itself; its variance a_g counts only for a gradient.
     noisy = np.arange(n) > 0
     s = l_0 = l_v = zero
     low, high = schedule.posterior_log_variance_clipped, np.log(schedule.betas)
@@ -65,18 +65,18 @@ def ddpm(
         l_0, l_v = np.where(noisy, (high + low) / (4 * np.log(2)), NO_NOISE), (high - low) / (4 * np.log(2))
         a_g = np.exp(0.5 * (high + low))
 
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[::-1],
-        p_x=p_x[::-1],
-        p_m=p_m[::-1],
-        a_x=a_x[::-1],
-        a_0=a_0[::-1],
-        a_m=a_m[::-1],
-        s=s[::-1],
-        l_0=l_0[::-1],
-        l_v=l_v[::-1],
-        a_g=a_g[::-1],
+    return timestep_table(
+        schedule,
+        rescale_timesteps,
+        p_x=p_x,
+        p_m=p_m,
+        a_x=a_x,
+        a_0=a_0,
+        a_m=a_m,
+        s=s,
+        l_0=l_0,
+        l_v=l_v,
+        a_g=a_g,
         learned_variance=variance.startswith("learned"),
-        integer_time=not rescale_timesteps,
         name="ddpm",
     )

@@ -1,4 +1,4 @@
-"""What a model predicts of the variance-exploding state x = x0 + σz, and what noise levels the solvers there take."""
+"""Models in noise-level space, where the state is x = x0 + σz: what they predict, and at which levels."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class Denoiser:
             `DiscreteEpsDDPMDenoiser` and `DiscreteVDDPMDenoiser`). "edm": the network F of Karras et al. 2022
             (https://arxiv.org/abs/2206.00364, table 1), called with x/√(σ²+sigma_data²) and log(σ)/4. "flow": the
             velocity v = z - x0 of x = (1-σ) x0 + σ z (Lipman et al. 2022, https://arxiv.org/abs/2210.02747), called
-            with x and 1000 σ, for levels up to 1 (`fastcfg.sigmas.flow`). Its ODE dx/dσ = v = (x - x0)/σ is that of the
-            other state, so any solver here that adds no noise solves it; `euler` and `heun` are diffusers'
+            with x and 1000 σ, for levels up to 1 (`fastcfg.sigmas.flow`). Its ODE dx/dσ = v = (x - x0)/σ is that of
+            noise-level space, so any solver here that adds no noise solves it; `euler` and `heun` are diffusers'
             `FlowMatchEulerDiscreteScheduler` and `FlowMatchHeunDiscreteScheduler`.
-        schedule: the process of "epsilon" and "v", whose `timestep_map` the model knows.
+        schedule: the process of "epsilon" and "v"; the model is called with times of its `timestep_map`.
         sigma_data: the data's standard deviation, for "edm" alone.
 
     Raises:
         TypeError: "epsilon" or "v" without a Schedule.
-        ValueError: unknown prediction, a schedule where none is wanted or one that ends in pure noise, or sigma_data
-            not above 0.
+        ValueError: unknown prediction, a schedule that the prediction does not take or that ends in pure noise, or
+            sigma_data not above 0.
 
     Example:
         >>> from fastcfg import sigmas, solvers
@@ -90,11 +90,16 @@ def noise_levels(sigmas: ArrayLike) -> Array:
     """`sigmas` as float64 [N + 1], checked.
 
     Raises:
-        ValueError: not one dimension of at least two finite levels that fall and do not pass 0.
+        TypeError: not numbers.
+        ValueError: not one dimension of at least two finite levels that fall strictly, the last at least 0.
     """
-    σ = np.array(sigmas, dtype=np.float64)
+    try:
+        σ = np.array(sigmas, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        got = type(sigmas).__name__
+        raise TypeError(f"sigmas: got {got}, expected noise levels [N + 1] (see fastcfg.sigmas)") from error
     if σ.ndim != 1 or len(σ) < 2:
-        raise ValueError(f"sigmas: got shape {σ.shape}, expected [N + 1] with N >= 1 steps")
+        raise ValueError(f"sigmas: got shape {σ.shape}, expected [N + 1] with N >= 1 steps (see fastcfg.sigmas)")
     if not (np.isfinite(σ).all() and (np.diff(σ) < 0).all() and σ[-1] >= 0):
         raise ValueError(f"sigmas: got {σ.tolist()}, expected finite values that fall strictly, the last at least 0")
     return σ
@@ -112,7 +117,7 @@ def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any
 
     Raises:
         TypeError: denoiser not a Denoiser.
-        ValueError: noise in the steps of a flow, whose state has another scale at every level.
+        ValueError: noise in the steps of a flow, where the state has another scale at every level.
     """
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ._prediction import Array, x0_coefficients
+from ._prediction import Array, check_schedule, x0_coefficients
 
 
 def langevin(
@@ -49,6 +49,7 @@ def langevin(
         A table of `steps_per_level` rows for each level, which share a step, and the row of `denoise` in the last one.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, steps_per_level below 1, or step_size out of range.
 
     Example:
@@ -56,6 +57,7 @@ def langevin(
         >>> len(table), table.num_steps
         (501, 100)
     """
+    check_schedule(schedule)
     _check_count("steps_per_level", steps_per_level)
     levels = np.repeat(np.arange(schedule.num_timesteps)[::-1], steps_per_level)
     sizes = _sizes(step_size, len(levels))
@@ -91,9 +93,11 @@ def sgld(
         A table of `num_steps` rows, and the row of `denoise` in the last one's step.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, a timestep outside the schedule, num_steps below 1, or step sizes out of range
             or of another number.
     """
+    check_schedule(schedule)
     _check_count("num_steps", num_steps)
     if not 0 <= timestep < schedule.num_timesteps:
         raise ValueError(f"timestep: got {timestep}, expected 0 ... {schedule.num_timesteps - 1}")
@@ -118,7 +122,7 @@ def predictor_corrector(
         The predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
 
     Raises:
-        TypeError: a predictor that is no table.
+        TypeError: a predictor that is no table, or a schedule that is no Schedule.
         ValueError: a predictor whose steps do not begin at timesteps of the schedule, or whose x is not that of the
             schedule (c_in is not 1), corrector_steps below 1, or step_size out of range.
 
@@ -131,6 +135,7 @@ def predictor_corrector(
     """
     if not isinstance(predictor, StepTable):
         raise TypeError(f"predictor: got {type(predictor).__name__}, expected a StepTable")
+    check_schedule(schedule)
     _check_count("corrector_steps", corrector_steps)
     (size,) = _sizes(step_size, 1)
     if (predictor["c_in"] != 1).any():

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ._prediction import Array, epsilon_coefficients, level_coefficients, x0_coefficients
+from ._prediction import Array, check_schedule, epsilon_coefficients, level_coefficients, x0_coefficients
 
 # Weights of the newest ε first, by order.
 ADAMS_BASHFORTH = {
@@ -40,6 +40,7 @@ def plms(
         A table of `schedule.num_timesteps` rows, noisiest first.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown order or prediction.
 
     Example:
@@ -96,6 +97,7 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
         A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first, those of one step sharing its index.
 
     Raises:
+        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, or fewer than 3 timesteps.
 
     Example:
@@ -103,6 +105,7 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
         >>> table.num_steps, table["t"][:4].tolist()
         (18, [946.0, 920.0, 920.0, 894.0])
     """
+    check_schedule(schedule)
     if schedule.num_timesteps < 3:
         raise ValueError(f"schedule: got {schedule.num_timesteps} timesteps, expected at least 3")
     t = np.arange(schedule.num_timesteps - 2, 0, -1)

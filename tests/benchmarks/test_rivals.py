@@ -63,7 +63,7 @@ def loop_case(solver: str, respacing: str = "ddim10", **changes: Any) -> LoopCas
 def float64_step(case: StepCase) -> Tensor:
     table, batch, like = case.table, len(case.x), {"dtype": torch.float64}
     noise = "tensor" if table.uses_noise else "none"
-    spec = StepSpec(branches=2, base=1, clip=True, noise=noise, learned_variance=table.learned_variance)
+    spec = StepSpec(branches=2, base=1, clip=True, noise_source=noise, learned_variance=table.learned_variance)
     buffers = StepBuffers(
         x=case.x.to(**like),
         table=table.on("cpu", torch.float64),

@@ -23,6 +23,7 @@ from support.tiny_checkpoint import MODEL, SIZE, TIMESTEPS, write_tiny_checkpoin
 import fastcfg
 from fastcfg.cli import doctor, main, nvml
 from fastcfg.cli.grid import Row, Section, draw_grid
+from fastcfg.pipelines.pictures import to_pil
 from fastcfg.pipelines.text_to_image import TextToImage
 
 PROMPT = "a red circle above"
@@ -131,12 +132,14 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         "out": "samples.png",
         "model": "shapes",
         "prompts": [PROMPT],
-        "negative": "a blue star",
+        "negative_prompt": "a blue star",
+        "guidance": "cfg",
         "guidance_scales": [0.0, 1.0, 6.0],
         "steps": 3,
         "rows": 3,
         "solver": "ddpm",
-        "eta": 0.0,
+        "schedule": None,
+        "eta": None,
         "num_samples": 2,
         "seeds": [0, 1],
         "checkpoint": str(checkpoint),
@@ -159,7 +162,7 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         ([""], "prompt: got '', expected words"),
         (["a red cirlce"], "prompt: got words the model does not know: 'cirlce' (did you mean circle?); expected"),
         (["red " * 7], "prompt: got 7 tokens in 'red red red red red red red ', expected at most 6"),
-        ([PROMPT, "--negative", "a corgi"], "negative: got words the model does not know: 'corgi'"),
+        ([PROMPT, "--negative", "a corgi"], "negative_prompt: got words the model does not know: 'corgi'"),
         ([], "the following arguments are required: PROMPT"),
         ([PROMPT, "--guidance-scale", "nan"], "argument --guidance-scale: got 'nan', expected a finite number"),
         ([PROMPT, "--guidance-scale", "1,,2"], "argument --guidance-scale: got '', expected a finite number"),
@@ -167,16 +170,18 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         ([PROMPT, "--steps", "many"], "argument --steps: got 'many', expected an integer of at least 1, or steps such"),
         ([PROMPT, "--steps", "90,90"], "steps: got '90,90', expected a number or another respacing (section_counts:"),
         ([PROMPT, "--steps", "101"], f"steps: got 101, expected 1 to {TIMESTEPS}"),
-        ([PROMPT, "--solver", "euler"], "argument --solver: got 'euler', expected one of ddpm, ddim"),
-        ([PROMPT, "--eta", "0.5"], "eta: got 0.5 with solver 'ddpm', expected 0"),
+        ([PROMPT, "--solver", "eulr"], "argument --solver: invalid choice: 'eulr' (choose from "),
+        ([PROMPT, "--eta", "0.5"], "eta: got 0.5 with solver 'ddpm', expected 0 or None"),
         ([PROMPT, "--eta", "-1", "--solver", "ddim"], "eta: got -1.0, expected a finite value of at least 0"),
         ([PROMPT, "--num-samples", "-3"], "argument --num-samples: got '-3', expected an integer of at least 1"),
         ([PROMPT, "--seed", "0.5"], "argument --seed: got '0.5', expected an integer"),
-        ([PROMPT, "--device", "tpu"], "argument --device: got 'tpu', expected one of auto, cpu, cuda"),
-        (
-            [PROMPT, "--backend", "cuda"],
-            "argument --backend: got 'cuda', expected one of auto, triton, inductor, reference",
-        ),
+        ([PROMPT, "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
+        ([PROMPT, "--backend", "cuda"], "argument --backend: invalid choice: 'cuda' (choose from "),
+        ([PROMPT, "--guidance", "agp"], "argument --guidance: invalid choice: 'agp' (choose from "),
+        ([PROMPT, "--schedule", "karras"], "schedule: got 'karras' with solver 'ddpm', expected one of linspace"),
+        ([PROMPT, "--solver", "euler", "--steps", "ddim25"], "steps: got the respacing 'ddim25' with solver 'euler'"),
+        ([PROMPT, "--guidance", "perp_neg"], "negative_prompt: got None with PerpNeg, expected words"),
+        ([PROMPT, "--guidance", "adaptive", "--solver", "ddim_cfg_pp"], "guidance: got AdaptiveCFG with the table"),
         ([PROMPT, "--out", "samples.jpg"], "argument --out: got 'samples.jpg', expected a file name that ends in .png"),
         ([PROMPT, "--out", "nowhere/x.png"], "argument --out: got 'nowhere/x.png', expected a folder that exists"),
         ([PROMPT, "--out", "folder.png"], "argument --out: got the folder 'folder.png', expected a file"),
@@ -235,6 +240,56 @@ def test_a_failed_write_leaves_the_old_file(
     assert "fastcfg: error: No space left on device" in capsys.readouterr().err
     assert os.listdir() == ["samples.png"]
     assert Path("samples.png").read_bytes() == b"old"
+
+
+def test_named_solvers_draw_and_say_so(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = ["--solver", "heun", "--schedule", "karras", "--guidance", "apg", "--guidance-scale", "4"]
+    assert sample(checkpoint, *named, "--num-samples", "1", "--seed", "3", "--negative-prompt", "a blue star") == 0
+    assert "3 steps of heun on karras\n" in capsys.readouterr().out
+    options: dict[str, Any] = {"solver": "heun", "schedule": "karras", "guidance": "apg", "guidance_scale": 4.0}
+    images = TextToImage.load(checkpoint).sample(PROMPT, negative_prompt="a blue star", steps=3, seed=3, **options)
+    tile = to_pil(images)[0].resize((256, 256), Image.Resampling.BICUBIC)
+    assert contains(pixels("samples.png"), np.asarray(tile))
+    with Image.open("samples.png") as image:
+        settings = json.loads(image.text["fastcfg"])
+    assert (settings["solver"], settings["schedule"], settings["guidance"]) == ("heun", "karras", "apg")
+
+
+def test_a_random_seed_is_printed_and_draws_the_picture_again(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.png"):
+        assert sample(checkpoint, "--num-samples", "1", "--seed", "-1", "--guidance-scale", "1,3", "--out", name) == 0
+    seeds = [line.split("seed ")[1] for line in capsys.readouterr().out.splitlines() if "wrote" in line]
+    assert seeds[0] != seeds[1]
+    scales = ["--guidance-scale", "1,3"]
+    assert sample(checkpoint, "--num-samples", "1", "--seed", seeds[1], *scales, "--out", "c.png") == 0
+    assert Path("b.png").read_bytes() == Path("c.png").read_bytes()
+
+
+def test_unexpected_errors_exit_1_with_their_traceback_on_request(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("a bug of the engine")
+
+    monkeypatch.setattr(fastcfg.Sampler, "sample", fail)
+    assert sample(checkpoint) == 1
+    line = "fastcfg: error: ValueError: a bug of the engine"
+    assert capsys.readouterr().err.endswith(f"{line} (--debug shows the traceback)\n")
+    for arguments in (["--debug", "sample", PROMPT], ["sample", PROMPT, "--debug"]):
+        assert main([*arguments, "--checkpoint", str(checkpoint), "--device", "cpu"]) == 1
+        err = capsys.readouterr().err
+        assert "Traceback (most recent call last)" in err
+        assert err.endswith(f"{line}\n")
+    assert main(["sample", PROMPT, "--debug", "--checkpoint", str(checkpoint), "--steps", "1000"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_bench_runs_the_suite_of_a_checkout(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert "others, each with a --help of its own" in capfd.readouterr().out
+    assert main(["bench", "--no-such-option"]) == 2
 
 
 def test_an_interruption_is_one_line_and_writes_nothing(
@@ -424,7 +479,7 @@ def test_train_on_a_folder_refuses_in_one_line(pictures: list[str], capsys: pyte
         (["--uncond-p", "1"], "uncond_p: got 1.0, expected 0 <= value < 1"),
         (["--init", "base.pt"], "weights base.pt: got a file that cannot be loaded, expected a state dict"),
         (["--init", "none.pt"], "init: got none.pt, which is not a file, expected weights to start from"),
-        (["--crop", "left"], "argument --crop: got 'left', expected one of random, centre"),
+        (["--crop", "left"], "argument --crop: invalid choice: 'left' (choose from "),
         (["--set", "cond_drop=0.1"], "recipe: got unknown settings cond_drop, expected some of steps"),
     ):
         assert main([*pictures, "--out", "run", *arguments]) == 2
@@ -534,7 +589,7 @@ def test_without_nvml_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         ([], ["sample", "train", "doctor", "examples:", 'fastcfg sample "a red circle above a blue square"']),
         (
             ["sample"],
-            ["PROMPT", "--guidance-scale", "(default: 3)", "(default: samples.png)", "(default: 50,", "--base FILE"],
+            ["PROMPT", "--guidance-scale", "(default: 3;", "(default: samples.png)", "(default: 50,", "--base FILE"],
         ),
         (
             ["train"],

@@ -55,7 +55,7 @@ def draw(
         log_variance = log_β[level].view(-1, 1, 1) + 0.3 * torch.sin(3 * x)
         return torch.cat([predict(x, t, y), log_variance], dim=1)
 
-    sampler = Sampler(model, table_of(solver, schedule), guidance=CFG(scale), noise=noise, backend="reference")
+    sampler = Sampler(model, table_of(solver, schedule), guidance=CFG(scale), noise_source=noise, backend="reference")
     cond, uncond = {"y": torch.tensor(labels)}, {"y": torch.full((len(labels),), NULL)}
     return sampler.sample((len(labels), 1, number), cond=cond, uncond=uncond, seed=0)
 

@@ -132,12 +132,12 @@ def assert_nothing_new(rows: list[list[Call]], storages: set[int]) -> None:
 @pytest.mark.parametrize("guidance", [CFG(3.0), CFG(3.0, formulation="sum"), THREE], ids=["cfg", "sum", "three"])
 @pytest.mark.parametrize("name", TABLES)
 def test_the_reference_loop_allocates_nothing(name: str, guidance: Guidance) -> None:
-    assert_nothing_new(*record_rows(TABLES[name], guidance, noise="torch"))
+    assert_nothing_new(*record_rows(TABLES[name], guidance, noise_source="torch"))
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"state_dtype": torch.float64}], ids=str)
 def test_the_reference_loop_allocates_nothing_in_other_dtypes(options: dict[str, Any]) -> None:
-    assert_nothing_new(*record_rows(TABLES["learned range"], noise="torch", **options))
+    assert_nothing_new(*record_rows(TABLES["learned range"], noise_source="torch", **options))
 
 
 # Blend: difference, multiply-add. x0: product, three multiply-adds, clamp. Update: product, two multiply-adds. Next
@@ -156,7 +156,7 @@ LEARNED = [*DDIM[:-1], "addcmul", "exp2", "addcmul", "mul"]
     ],
 )
 def test_the_reference_loop_passes_over_the_state_so_often(name: str, count: int, expected: list[str]) -> None:
-    rows, _ = record_rows(TABLES[name], noise="torch")
+    rows, _ = record_rows(TABLES[name], noise_source="torch")
     for row in rows:
         assert [operation.split(".")[0] for operation in passes(row)] == expected
         assert len(passes(row)) == count
@@ -166,7 +166,7 @@ def test_the_reference_loop_passes_over_the_state_so_often(name: str, count: int
 @pytest.mark.parametrize("noise", ["philox", "torch"])
 @pytest.mark.parametrize("name", TABLES)
 def test_the_fused_loop_is_one_operation(name: str, noise: str) -> None:
-    rows, storages = record_rows(TABLES[name], noise=noise, backend="triton")
+    rows, storages = record_rows(TABLES[name], noise_source=noise, backend="triton")
     assert_nothing_new(rows, storages)
     drawn = ["normal_.default"] if noise == "torch" and TABLES[name].uses_noise else []
     for row in rows:
@@ -199,7 +199,7 @@ def test_a_run_sees_the_allocations_it_is_asked_about() -> None:
 
 @pytest.mark.parametrize("noise", ["philox", "torch"])
 def test_three_hundred_calls_leave_no_tensors_behind(noise: str) -> None:
-    sampler = Sampler(Stub(2, 6), ddpm(SCHEDULE.respace(2)), guidance=CFG(3.0), clip=1.0, noise=noise)
+    sampler = Sampler(Stub(2, 6), ddpm(SCHEDULE.respace(2)), guidance=CFG(3.0), clip=1.0, noise_source=noise)
     conditioning = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.zeros(2)}}
 
     before = 0

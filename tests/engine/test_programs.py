@@ -16,7 +16,7 @@ from support.captured_cases import GUIDANCES, SHAPE, TABLES, Model, build, condi
 from torch import Tensor
 
 from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, solvers
-from fastcfg.engine import programs, sampler
+from fastcfg.engine import config, programs
 from fastcfg.engine.graphs import CaptureError, Comparison
 from fastcfg.engine.graphs.modes import DispatchMode
 from fastcfg.engine.readback import Pace, Readback
@@ -31,16 +31,16 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[str, int], t
     seconds: dict[tuple[str, int], tuple[float, float]] = {}
     compare, trying = programs.compare, []
 
-    def choose(self: Any, active: Any, batching: str, decision: Any) -> Any:
+    def choose(self: Any, active: Any, batching: str) -> Any:
         trying.append((batching, len(active)))
-        return choices(self, active, batching, decision)
+        return choices(self, active, batching)
 
     choices = programs.Programs._choices
     monkeypatch.setattr(programs.Programs, "_choices", choose)
     monkeypatch.setattr(
         programs, "compare", lambda *args: Comparison(compare(*args).same, *seconds.get(trying[-1], (1.0, 0.5)))
     )
-    monkeypatch.setattr(sampler, "times_graphs", lambda device: True)
+    monkeypatch.setattr(config, "times_graphs", lambda device: True)
     return seconds
 
 
@@ -143,7 +143,7 @@ def test_a_batching_asked_for_is_kept(timings: dict[Any, Any]) -> None:
 
 
 def test_real_timings_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "times_graphs", lambda device: True)
+    monkeypatch.setattr(config, "times_graphs", lambda device: True)
     auto, _ = build(graph="auto")
     draw(auto)
     assert all(value > 0 for value in auto.report()["programs"][0]["milliseconds"].values())
@@ -166,15 +166,15 @@ class Counting(Model):
 @pytest.mark.parametrize(
     ("model", "line"),
     [
-        (Reading(), r"_local_scalar_dense\S* \(test_execution.py:\d+ in forward: `return .*item\(\).*`\) reads"),
-        (Counting(), r"steps are not alike: aten.mul.Tensor \(test_execution.py:\d+ in forward: `return .*calls\)`\)"),
+        (Reading(), r"_local_scalar_dense\S* \(test_programs.py:\d+ in forward: `return .*item\(\).*`\) reads"),
+        (Counting(), r"steps are not alike: aten.mul.Tensor \(test_programs.py:\d+ in forward: `return .*calls\)`\)"),
     ],
     ids=["reading", "counting"],
 )
 def test_a_model_that_cannot_be_captured_runs_eagerly_with_one_warning(
     model: Model, line: str, graph: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, "times_graphs", lambda device: True)
+    monkeypatch.setattr(config, "times_graphs", lambda device: True)
     guidance = CFG(3.0, interval=(0.0, 0.5))
     captured = Sampler(model, TABLES["ddim"], guidance=guidance, graph=graph)
     with pytest.warns(UserWarning, match=f"running eagerly: the model cannot be captured: .*{line}") as caught:
@@ -230,7 +230,7 @@ def test_rows_that_do_not_fit_into_a_graph_run_one_by_one(monkeypatch: pytest.Mo
         return stand_in(rows)
 
     monkeypatch.setattr(programs, "StandIn", small)
-    several, _ = build(steps_per_graph=3)
+    several, _ = build(rows_per_graph=3)
     result = draw(several)
     assert torch.equal(result, draw(build()[0]))
     assert several.report()["graph"] == "stand-in"
@@ -329,7 +329,7 @@ def test_previews_are_the_callers_own() -> None:
 @pytest.mark.parametrize("every", [0, 1.5, "2"])
 def test_a_bad_interval_of_previews_is_an_error(every: Any) -> None:
     sampler_, _ = build()
-    with pytest.raises(ValueError, match=r"preview_every: got .* expected an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"preview_every: got .* expected .*at least 1"):
         draw(sampler_, preview=print, preview_every=every)
 
 
@@ -487,9 +487,9 @@ def test_a_table_that_needs_both_branches_is_an_error() -> None:
 # Progress
 
 
-@pytest.mark.parametrize("steps_per_graph", [1, 2])
-def test_progress_counts_rows(steps_per_graph: int, capsys: pytest.CaptureFixture[str]) -> None:
-    sampler_, _ = build(steps_per_graph=steps_per_graph)
+@pytest.mark.parametrize("rows_per_graph", [1, 2])
+def test_progress_counts_rows(rows_per_graph: int, capsys: pytest.CaptureFixture[str]) -> None:
+    sampler_, _ = build(rows_per_graph=rows_per_graph)
     quiet = draw(sampler_)
     assert torch.equal(draw(sampler_, progress=True), quiet)
     assert "5/5" in capsys.readouterr().err
@@ -508,7 +508,7 @@ def test_a_bar_of_the_callers_is_updated_and_left_open() -> None:
         def update(self, count: int) -> None:
             self.updates.append(count)
 
-    draw(build(steps_per_graph=2)[0], progress=Bar())
+    draw(build(rows_per_graph=2)[0], progress=Bar())
     assert Bar.updates == [2, 2, 1]
 
 
@@ -616,9 +616,9 @@ def calls_by_row(run: Callable[[], Iterator[int]]) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"noise": "philox"}, {"rows", "replay"}),
-        ({"noise": "philox", "steps_per_graph": 2}, {"rows", "replay"}),
-        ({"noise": "torch"}, {"rows", "replay", "_draw", "normal_"}),
+        ({"noise_source": "philox"}, {"rows", "replay"}),
+        ({"noise_source": "philox", "rows_per_graph": 2}, {"rows", "replay"}),
+        ({"noise_source": "torch"}, {"rows", "replay", "_draw", "normal_"}),
     ],
     ids=["philox", "two rows", "torch"],
 )
@@ -630,18 +630,20 @@ def test_a_replayed_row_is_hardly_any_python(options: dict[str, Any], expected: 
     def replay() -> None:
         pass
 
-    kept = next(iter(sampler_._keeper._kept.values()))
+    kept = next(iter(sampler_._cache._kept.values()))
     for programs_ in (kept.programs._single, kept.programs._repeated):
         programs_.update(dict.fromkeys(programs_, replay))
-    run = sampler_._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
+    run = sampler_._prepare(SHAPE, branches=conditioning(CFG()), seed=1)
     log = OperationLog()
     with log:
         list(run.rows())
     # The result's copy comes last.
-    assert log.operations == ["aten.normal_.default"] * 5 * (options["noise"] == "torch") + ["aten.clone.default"]
-    run = sampler_._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
+    assert log.operations == ["aten.normal_.default"] * 5 * (options["noise_source"] == "torch") + [
+        "aten.clone.default"
+    ]
+    run = sampler_._prepare(SHAPE, branches=conditioning(CFG()), seed=1)
     rows = calls_by_row(run.rows)
     assert len(rows) >= 2
     for calls in rows:
         assert expected <= set(calls)
-        assert len(calls) <= (2 if options["noise"] == "philox" else 18), calls
+        assert len(calls) <= (2 if options["noise_source"] == "philox" else 18), calls

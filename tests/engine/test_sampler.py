@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastcfg import CFG, Compose, Guidance, NoGuidance, Sampler, Schedule, StepTable, solvers
-from fastcfg.engine.program_cache import MAX_WORKSPACES
+from fastcfg.engine.program_cache import MAX_ENTRIES
 from fastcfg.reference.philox import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
+from fastcfg.reference.plain import PlainTable
+from fastcfg.step import StepSpec
 
 B, SHAPE = 3, (3, 2, 8, 8)
 
@@ -124,35 +126,19 @@ def model_for(table: StepTable) -> Callable[..., Tensor]:
 
 
 def by_hand(table: StepTable, guidance: Guidance | None, x: Tensor, noise: Tensor, clip: float | None) -> Tensor:
-    """The run in float64, every branch evaluated by itself: the equations of `fastcfg.table`, line by line."""
+    """The run in float64 by the plain equations, every branch evaluated in every row."""
     guidance = guidance or NoGuidance()
-    model, channels = model_for(table), x.shape[1]
-    weights = guidance.plan(table, len(x)).weights
-    saved: dict[int, Tensor] = {}
+    model, weights = model_for(table), guidance.plan(table, len(x)).weights
+    branches = range(len(guidance.branches))
+    spec = StepSpec.of(table, guidance, branches, clip=clip is not None, noise_source="tensor")
+    bound = None if clip is None else x.new_full((len(x),), clip)
+    plain = PlainTable(table, x)
     for row in range(table.num_rows):
-        c = {name: float(table[name][row]) for name in ("c_in", "t", "p_x", "p_m", "a_x", "a_0", "a_m", "s")}
-        c |= {name: float(table[name][row]) for name in ("l_0", "l_v", "k_x", "k_0", "k_m", "slot")}
-        t = torch.full((len(x),), c["t"], dtype=torch.float64)
-        outputs = [model(c["c_in"] * x, t, CONDITIONS[name].double()) for name in guidance.branches]
-        w = torch.from_numpy(weights[row]).view(len(x), -1, 1, 1, 1)
-        if guidance.base is None:
-            m = sum(w[:, k] * output[:, :channels] for k, output in enumerate(outputs))
-        else:
-            base = outputs[guidance.base][:, :channels]
-            m = base + sum(
-                w[:, k] * (output[:, :channels] - base) for k, output in enumerate(outputs) if k != guidance.base
-            )
-        x0 = c["p_x"] * x + c["p_m"] * m
-        if clip is not None:
-            x0 = x0.clamp(-clip, clip)
-        std: Any = c["s"]
-        if table.learned_variance:
-            std = torch.exp2(c["l_0"] + c["l_v"] * outputs[guidance.conditional][:, channels:])
-        y = c["a_x"] * x + c["a_0"] * x0 + c["a_m"] * m + std * noise[row]
-        y = y + sum(float(table[f"a_h{j}"][row]) * h for j, h in saved.items())
-        if c["slot"] >= 0:
-            saved[int(c["slot"])] = c["k_x"] * x + c["k_0"] * x0 + c["k_m"] * m
-        x = y
+        t = torch.full((len(x),), table["t"][row], dtype=torch.float64)
+        entered = float(table["c_in"][row]) * x
+        output = torch.cat([model(entered, t, CONDITIONS[name].double()) for name in guidance.branches])
+        w = torch.from_numpy(weights[row])
+        x = plain(row, x, output, spec, weights=w, bound=bound, noise=noise[row])["x"]
     return x
 
 
@@ -199,7 +185,7 @@ def test_a_replayed_program_equals_an_eager_one_with_every_noise_and_clip(
     runs = []
     for graph in (False, True):
         steps: list[Tensor] = []
-        sampler = Sampler(with_variance, table, guidance=CFG(2.0), clip=clip, noise=kind, graph=graph)
+        sampler = Sampler(with_variance, table, guidance=CFG(2.0), clip=clip, noise_source=kind, graph=graph)
         callback = (lambda step, steps=steps: steps.extend([step.x, step.x0])) if watched else None
         steps.append(sampler.sample(SHAPE, seed=3, callback=callback, **CFG_CONDITIONS, **options))
         runs.append(torch.stack(steps))
@@ -650,7 +636,7 @@ def test_philox_noise_is_what_the_generator_draws(name: str) -> None:
 def test_torch_noise_is_drawn_in_the_originals_order() -> None:
     """The start, then one draw a row, the last one included."""
     table = TABLES["ddpm fixed"]
-    sampler = Sampler(rational, table, guidance=CFG(3.0), clip=1.0, noise="torch")
+    sampler = Sampler(rational, table, guidance=CFG(3.0), clip=1.0, noise_source="torch")
     torch.manual_seed(6)
     x_T, noise = torch.randn(SHAPE), torch.stack([torch.randn(SHAPE) for _ in range(len(table))])
     after = torch.randn(2)
@@ -676,7 +662,7 @@ def test_a_run_without_chance_leaves_torchs_generator_alone(noise: str) -> None:
     schedule = Schedule.named("linear").respace(3)
     start = torch.randn(2, 3, 4, 4)
     for table in (solvers.ddim(schedule), solvers.ddpm(schedule, variance="fixed_small")):
-        sampler = Sampler(lambda x, t: 0.1 * x, table, noise=noise)
+        sampler = Sampler(lambda x, t: 0.1 * x, table, noise_source=noise)
         torch.manual_seed(0)
         sampler.sample((2, 3, 4, 4), x_T=start, noise=torch.zeros(3, 2, 3, 4, 4))
         after = torch.rand(4)
@@ -790,10 +776,10 @@ def test_memory_is_counted_capped_and_given_back() -> None:
     run(4)
     assert sampler.memory() == one
     sizes = {4: one}
-    for size in range(5, 5 + MAX_WORKSPACES):
+    for size in range(5, 5 + MAX_ENTRIES):
         before = sampler.memory()
         run(size)
-        sizes[size] = sampler.memory() - before + (sizes[4] if size == 4 + MAX_WORKSPACES else 0)
+        sizes[size] = sampler.memory() - before + (sizes[4] if size == 4 + MAX_ENTRIES else 0)
     assert sampler.memory() == sum(sizes.values()) - sizes[4]
     sampler.release()
     assert sampler.memory() == 0
@@ -808,7 +794,7 @@ def test_the_shape_used_last_is_kept_longest() -> None:
         sampler.sample((B, 1, size, size), seed=1, **CFG_CONDITIONS)
         return sampler.report()["captures"] - before
 
-    assert [recordings(size) for size in (4, 5, 6, 7)] == [1] * MAX_WORKSPACES
+    assert [recordings(size) for size in (4, 5, 6, 7)] == [1] * MAX_ENTRIES
     assert recordings(4) == 0
     assert recordings(8) == 1
     assert recordings(4) == 0
@@ -839,15 +825,15 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
         ({"clip": float("inf")}, ValueError, "clip: got inf"),
         ({"clip": []}, ValueError, r"clip: got \[\]"),
         ({"clip": "1"}, TypeError, "clip: got '1'"),
-        ({"noise": "gaussian"}, ValueError, "noise: got 'gaussian', expected 'philox' or 'torch'"),
-        ({"batching": "both"}, ValueError, "batching: got 'both', expected one of auto, batched, serial"),
-        ({"steps_per_graph": 0}, ValueError, "steps_per_graph: got 0, expected an integer of at least 1"),
-        ({"compile": "fast"}, ValueError, "compile: got 'fast', expected None or one of default, max-autotune"),
+        ({"noise_source": "gaussian"}, ValueError, "noise_source: got 'gaussian', expected one of 'philox', 'torch'"),
+        ({"batching": "both"}, ValueError, "batching: got 'both', expected one of 'auto', 'batched', 'serial'"),
+        ({"rows_per_graph": 0}, ValueError, "rows_per_graph: got 0, expected at least 1"),
+        ({"compile": "fast"}, ValueError, "compile: got 'fast', expected one of None, 'default', 'max-autotune'"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of auto, triton, inductor, reference"),
         ({"backend": "triton", "state_dtype": torch.float64}, ValueError, "backend: 'triton' cannot run here"),
-        ({"graph": "yes"}, ValueError, "graph: got 'yes', expected 'auto', True or False"),
+        ({"graph": "yes"}, ValueError, "graph: got 'yes', expected one of 'auto', True, False"),
         ({"dtype": torch.int64}, ValueError, "dtype: got torch.int64, expected a floating dtype"),
-        ({"state_dtype": torch.float16}, ValueError, "state_dtype: got torch.float16, expected torch.float32"),
+        ({"state_dtype": torch.float16}, ValueError, "state_dtype: got torch.float16, expected one of torch.float32"),
         ({"device": "abacus"}, ValueError, "device: got 'abacus'"),
         ({"memory_format": torch.preserve_format}, ValueError, "memory_format: got torch.preserve_format"),
     ],
@@ -921,7 +907,10 @@ def test_sample_refuses_before_any_work(
         ({"guidance": CFG(np.ones((4, 1)))}, r"scale: got shape \(4, 1\), expected \(6, 1\) or \(6, 3\)"),
         ({"guidance": CFG(lambda progress: float("nan"))}, "scale: got nan, expected finite"),
         ({"guidance": CFG(3.0), "clip": [1.0, 2.0]}, r"clip: got 2 bounds, expected 1 or one per sample \(3\)"),
-        ({"guidance": CFG(3.0), "noise": "torch", "seed": [1, 2, 3]}, r"seed: got \[1, 2, 3\], expected one integer"),
+        (
+            {"guidance": CFG(3.0), "noise_source": "torch", "seed": [1, 2, 3]},
+            r"seed: got \[1, 2, 3\], expected one integer",
+        ),
     ],
 )
 def test_sample_refuses_options_that_do_not_fit_the_batch(options: dict[str, Any], message: str) -> None:

@@ -28,12 +28,12 @@ TABLES = {
 CLIPS = (1.0, DynamicThreshold(0.9))
 SPECS = {
     "plain": StepSpec(),
-    "cfg": StepSpec(branches=2, base=1, clip=True, noise="philox"),
-    "learned": StepSpec(branches=2, base=1, clip=True, noise="philox", learned_variance=True),
-    "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise="philox"),
-    "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise="philox"),
-    "history": StepSpec(branches=3, noise="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
-    "states": StepSpec(history=3, saves_states=True, raw_output=True, predict_x0=False, noise="tensor"),
+    "cfg": StepSpec(branches=2, base=1, clip=True, noise_source="philox"),
+    "learned": StepSpec(branches=2, base=1, clip=True, noise_source="philox", learned_variance=True),
+    "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise_source="philox"),
+    "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise_source="philox"),
+    "history": StepSpec(branches=3, noise_source="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
+    "states": StepSpec(history=3, saves_states=True, raw_output=True, predict_x0=False, noise_source="tensor"),
 }
 
 
@@ -178,7 +178,7 @@ def test_captured_equals_eager(
 def test_loop_never_syncs(name: str, clip: float | DynamicThreshold, model: Model) -> None:
     sampler = Sampler(model, TABLES[name], guidance=CFG(3.0), clip=clip)
     sampler.sample(SHAPE, seed=0, **conditioning())
-    run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
+    run = sampler._prepare(SHAPE, **conditioning(), seed=0)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in run.rows():
@@ -191,7 +191,7 @@ def test_one_launch_beside_the_model(model: Model) -> None:
     table: StepTable = TABLES["ddpm"]
     sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, graph=False)
     sampler.sample(SHAPE, seed=0, **conditioning())
-    run = sampler._prepare(SHAPE, *conditioning().values(), None, 0, None, None, keep_x0=False)
+    run = sampler._prepare(SHAPE, **conditioning(), seed=0)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in run.rows():
             pass

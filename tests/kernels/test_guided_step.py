@@ -138,7 +138,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         saves_states=case["saves states"],
         clip=case["clip"] != "off",
         rescale=case["rescale"],
-        noise=case["noise"],
+        noise_source=case["noise"],
         keep_x0=case["keep x0"],
     )
     batch, channels = case["batch"], case["channels"]
@@ -164,8 +164,8 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         counter=torch.tensor([0 if case["rows"] == "first" else rows - 2, 0], dtype=torch.int32),
         weights=weights.contiguous() if branches > 1 else None,
         bound=bound.contiguous() if spec.clip else None,
-        noise=normal(*shape) if spec.noise == "tensor" else None,
-        seeds=sample_seeds(2**63 - 2 + seed, batch) if spec.noise == "philox" else None,
+        noise=normal(*shape) if spec.noise_source == "tensor" else None,
+        seeds=sample_seeds(2**63 - 2 + seed, batch) if spec.noise_source == "philox" else None,
         history=normal(history + 1, *shape) if history else None,
         gradient=normal(*shape) if spec.gradient else None,
         momentum=normal(*shape) if spec.momentum else None,

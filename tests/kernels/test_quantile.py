@@ -45,7 +45,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def quantile(x: Tensor, p: float, selection: Tensor, floor: float = 0.0, ceiling: float = math.inf) -> Tensor:
-    place = DynamicThreshold(p).place(x[0].numel())._replace(floor=floor, ceiling=ceiling)
+    place = DynamicThreshold(p).rank(x[0].numel())._replace(floor=floor, ceiling=ceiling)
     bound = torch.full((len(x),), -7.0)
     launch_quantile(x, selection, bound, place, SMALL)
     return bound
@@ -149,7 +149,7 @@ def test_the_bound_of_a_row_is_the_references_bit_for_bit(
         if channels_last:
             output = output.movedim(1, -1).contiguous().movedim(-1, 1)
         ReferenceBound(threshold, spec, expected)(output)
-        launch_step_bound(output, spec, got, selection, threshold.place(got.x[0].numel()), SMALL)
+        launch_step_bound(output, spec, got, selection, threshold.rank(got.x[0].numel()), SMALL)
         assert same_bits(got.x0, expected.x0)  # type: ignore[arg-type]
         assert same_bits(got.bound, expected.bound)  # type: ignore[arg-type]
         assert torch.equal(expected.bound, torch.quantile(expected.x0.abs().flatten(1), 0.8, dim=1))  # type: ignore[union-attr]

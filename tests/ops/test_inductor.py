@@ -25,7 +25,14 @@ ROWS = 4
 
 compiled = pytest.mark.skipif(bool(inductor_problem(CPU)), reason=inductor_problem(CPU))
 LEARNED = StepSpec(
-    branches=2, base=1, scaled=True, momentum=True, learned_variance=True, clip=True, rescale=True, noise="tensor"
+    branches=2,
+    base=1,
+    scaled=True,
+    momentum=True,
+    learned_variance=True,
+    clip=True,
+    rescale=True,
+    noise_source="tensor",
 )
 
 
@@ -72,13 +79,15 @@ def compilations() -> int:
 CASES: dict[str, tuple[StepSpec, torch.dtype, dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "cfg, learned variance, clip, rescale, given noise": (LEARNED, torch.float32, {}, lambda output: output),
     "weighted sum of three, every other term, drawn noise, half-precision channels-last model": (
-        StepSpec(branches=3, unconditional=2, raw_output=True, gradient=True, history=2, noise="philox", keep_x0=True),
+        StepSpec(
+            branches=3, unconditional=2, raw_output=True, gradient=True, history=2, noise_source="philox", keep_x0=True
+        ),
         torch.float32,
         {"model_input": channels_last(torch.zeros(4, *SHAPE[1:], dtype=torch.float16)), "time": torch.zeros(4)},
         lambda output: channels_last(output.half()),
     ),
     "one branch in float64, nothing to write but x": (
-        StepSpec(noise="tensor"),
+        StepSpec(noise_source="tensor"),
         torch.float64,
         dict.fromkeys(("weights", "bound", "seeds", "history", "gradient", "momentum", "x0", "model_input", "time")),
         lambda output: output,
@@ -120,7 +129,7 @@ def test_samplers_with_and_without_the_stand_in_share_one_compilation() -> None:
     conditioning = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.zeros(2)}}
     before, images = compilations(), []
     for options in ({"backend": "reference"}, {"backend": "inductor"}, {"backend": "inductor", "graph": True}):
-        sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, noise="torch", **options)
+        sampler = Sampler(model, table, guidance=CFG(3.0), clip=1.0, noise_source="torch", **options)
         for scale in (3.0, 1.5):
             sampler.guidance = CFG(scale)
             images.append(sampler.sample((2, 3, 4, 4), **conditioning, seed=int(scale)))
@@ -132,7 +141,7 @@ def test_samplers_with_and_without_the_stand_in_share_one_compilation() -> None:
 
 
 def test_under_torch_compile_the_step_becomes_part_of_the_program() -> None:
-    spec = replace(LEARNED, noise="philox")
+    spec = replace(LEARNED, noise_source="philox")
     eager, traced = make_buffers(spec), make_buffers(spec)
     step, other = GuidedStep(spec, eager, "reference"), InductorStep(spec, traced)
 

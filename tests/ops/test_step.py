@@ -195,8 +195,8 @@ def test_initial_noise_refuses(out: Tensor, seeds: Tensor, message: str) -> None
         ({"rescale": True}, "spec.rescale: got True without clip"),
         ({"predict_x0": False}, "spec.predict_x0: got False, expected True"),
         ({"predict_x0": False, "raw_output": True, "clip": True}, "spec.predict_x0: got False"),
-        ({"noise": "gaussian"}, "spec.noise: got 'gaussian', expected one of none, tensor, philox"),
-        ({"learned_variance": True}, "spec.noise: got 'none' with learned_variance"),
+        ({"noise_source": "gaussian"}, "spec.noise_source: got 'gaussian', expected one of none, tensor, philox"),
+        ({"learned_variance": True}, "spec.noise_source: got 'none' with learned_variance"),
     ],
 )
 def test_a_bad_spec_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -205,7 +205,7 @@ def test_a_bad_spec_is_refused(changes: dict[str, Any], message: str) -> None:
         GuidedStep(replace(spec, **changes), make_buffers(spec))
 
 
-FULL = StepSpec(branches=2, base=1, gradient=True, history=2, clip=True, noise="tensor", keep_x0=True)
+FULL = StepSpec(branches=2, base=1, gradient=True, history=2, clip=True, noise_source="tensor", keep_x0=True)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -259,7 +259,7 @@ def test_bad_buffers_are_refused(name: str, value: Tensor | None, message: str) 
 
 
 def test_seeds_are_checked_where_the_step_draws() -> None:
-    spec = replace(FULL, noise="philox")
+    spec = replace(FULL, noise_source="philox")
     GuidedStep(spec, make_buffers(spec, noise=None))
     for seeds, message in ((None, "seeds: got None"), (zeros(2), "seeds: got torch.float32")):
         with pytest.raises(ValueError, match=message):
@@ -330,17 +330,17 @@ def strided(tensor: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[StepSpec, dict[str, Any], Callable[[Tensor], Tensor]]] = {
     "cfg with clip, in-kernel noise, channels-last half-precision model": (
-        StepSpec(branches=2, base=1, clip=True, noise="philox", keep_x0=True),
+        StepSpec(branches=2, base=1, clip=True, noise_source="philox", keep_x0=True),
         {"model_input": channels_last(zeros(4, *SHAPE[1:], dtype=torch.float16)), "time": zeros(4)},
         lambda output: channels_last(output.half()),
     ),
     "no x0, one saved tensor": (
-        StepSpec(branches=2, base=1, raw_output=True, predict_x0=False, history=1, noise="philox"),
+        StepSpec(branches=2, base=1, raw_output=True, predict_x0=False, history=1, noise_source="philox"),
         {},
         torch.Tensor.contiguous,
     ),
     "weighted sum of three with history, raw output, CFG++ and given noise": (
-        StepSpec(3, unconditional=2, raw_output=True, history=2, clip=True, rescale=True, noise="tensor"),
+        StepSpec(3, unconditional=2, raw_output=True, history=2, clip=True, rescale=True, noise_source="tensor"),
         {},
         strided,
     ),
@@ -386,7 +386,7 @@ def test_a_model_output_with_a_gradient_is_taken_without_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", [pytest.param("triton", marks=kernels), "reference"])
 def test_a_compiled_step_gives_the_same_bits(name: str) -> None:
-    spec = replace(FULL, noise="philox", learned_variance=True)
+    spec = replace(FULL, noise_source="philox", learned_variance=True)
     eager, compiled = make_buffers(spec), make_buffers(spec)
     step, other = GuidedStep(spec, eager, backend=name), GuidedStep(spec, compiled, backend=name)
 
@@ -404,7 +404,7 @@ def test_a_compiled_step_gives_the_same_bits(name: str) -> None:
 
 @kernels
 @pytest.mark.parametrize(
-    "spec", [StepSpec(), replace(FULL, noise="philox", learned_variance=True, scaled=True, momentum=True)]
+    "spec", [StepSpec(), replace(FULL, noise_source="philox", learned_variance=True, scaled=True, momentum=True)]
 )
 def test_the_registered_step_passes_opcheck(spec: StepSpec) -> None:
     buffers = make_buffers(spec)

@@ -15,6 +15,7 @@ from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, ops, so
 from fastcfg.clip import MAX_SIZE
 from fastcfg.ops import GuidedStep, QuantileBound, triton_problem
 from fastcfg.reference import quantile_bound
+from fastcfg.reference.plain import PlainTable
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
 
@@ -53,7 +54,7 @@ def diffusers_threshold_sample(sample: Tensor, ratio: float, sample_max_value: f
 def test_the_place_is_torchs(p: float, dtype: torch.dtype) -> None:
     for size in (1, 2, 3, 101, 12288, 3 * 1024**2, MAX_SIZE - 1, MAX_SIZE):
         rank = float(torch.tensor(p, dtype=dtype) * (size - 1))
-        place = DynamicThreshold(p).place(size, dtype)
+        place = DynamicThreshold(p).rank(size, dtype)
         assert (place.rank, place.weight) == (int(rank), rank - int(rank))
 
 
@@ -117,7 +118,7 @@ def test_the_reference_gives_the_bits_of_torch_quantile(size: int, p: float, dty
     x[5] *= 1e38
     x[6, size // 2] = -math.inf
     x[7, size // 3] = math.nan
-    place = DynamicThreshold(p).place(size, dtype)._replace(floor=0.0)
+    place = DynamicThreshold(p).rank(size, dtype)._replace(floor=0.0)
     expected = torch.quantile(x.abs(), p, dim=1)
     assert same_bits(quantile_bound(x, place), expected)
     # In any batch.
@@ -272,22 +273,16 @@ def test_a_run_in_float64_is_the_formula_done_by_hand(name: str, threshold: str,
     noise = normal(len(table), *SHAPE).double()
     x = noise[0].flip(0) * 1.5
     got = sample(table, limits, x_T=x, noise=noise, guidance=guidance, dtype=torch.float64, state_dtype=torch.float64)
-    weights = guidance.plan(table, len(x)).weights
-    divided = 0
+    weights = torch.from_numpy(guidance.plan(table, len(x)).weights)
+    spec = StepSpec.of(table, guidance, (0, 1), clip=True, rescale=True, noise_source="tensor")
+    model = with_variance if table.learned_variance else rational
+    divided, plain = 0, PlainTable(table, x)
     for row in range(len(table)):
-        c = {key: float(table[key][row]) for key in ("t", "p_x", "p_m", "a_x", "a_0", "s", "l_0", "l_v")}
-        t = torch.full((3,), c["t"])
-        model = with_variance if table.learned_variance else rational
-        cond, uncond = (model(x, t, CONDITIONS[key]["y"].double()) for key in ("cond", "uncond"))
-        w = torch.from_numpy(weights[row, :, 0]).view(3, 1, 1, 1)
-        m = uncond[:, :2] + w * (cond[:, :2] - uncond[:, :2])
-        x0 = c["p_x"] * x + c["p_m"] * m
-        s = torch.from_numpy(np.quantile(x0.flatten(1).abs().numpy(), limits.quantile, axis=1))
-        s = s.clamp(limits.floor, limits.ceiling).view(3, 1, 1, 1)
-        divided += int((s > limits.floor).sum())
-        x0 = x0.clamp(-s, s) / s
-        std: Any = torch.exp2(c["l_0"] + c["l_v"] * cond[:, 2:]) if table.learned_variance else c["s"]
-        x = c["a_x"] * x + c["a_0"] * x0 + std * noise[row]
+        t = torch.full((3,), float(table["t"][row]))
+        output = torch.cat([model(x, t, CONDITIONS[key]["y"].double()) for key in ("cond", "uncond")])
+        made = plain(row, x, output, spec, weights=weights[row], bound=limits, noise=noise[row])
+        divided += int((made["bound"] > limits.floor).sum())
+        x = made["x"]
     assert divided > 5
     # Measured: 1.5e-14.
     torch.testing.assert_close(got, x, rtol=0, atol=2e-13)

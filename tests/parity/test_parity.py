@@ -285,7 +285,7 @@ def test_what_plain_torch_has_no_counterpart_of_is_said(capsys: pytest.CaptureFi
         (["--steps", "3"], "argument --steps: got 3 without --model"),
         (["--steps", "0"], "expected an integer of at least 1"),
         (["--seed", "x"], "expected an integer"),
-        (["--backend", "numpy"], "expected one of triton, inductor, reference"),
+        (["--backend", "numpy"], "argument --backend: invalid choice: 'numpy' (choose from "),
         (["--json", "parity.txt"], "expected a file name that ends in .json"),
         (["--plot", "parity.pdf"], "expected a file name that ends in .png"),
         (["--plot", "parity.png"], "matplotlib is not installed"),

@@ -156,7 +156,7 @@ def test_inpainting_keeps_known_pixels_to_the_bit(stages: dict[str, Any], solver
 def test_the_network_sees_what_is_known(stages: dict[str, Any]) -> None:
     image, mask = known(BASE_SIZE)
     draws = [
-        stages["base_inpaint"].sample(PROMPTS[0], steps=STEPS, inpaint=inpaint)
+        stages["base_inpaint"].sample(PROMPTS[0], steps=STEPS, seed=0, inpaint=inpaint)
         for inpaint in (None, (image, mask), (image.flip(2), mask), (image, mask.bool()), (image * mask, mask))
     ]
     unknown = mask == 0
@@ -169,12 +169,12 @@ def test_the_network_sees_what_is_known(stages: dict[str, Any]) -> None:
 def test_pictures_to_inpaint_may_change_without_another_program(stages: dict[str, Any]) -> None:
     stage = stages["base_inpaint"]
     image, mask = known(BASE_SIZE)
-    first = stage.sample(PROMPTS[0], steps=STEPS, inpaint=(image, mask), graph=True)
-    workspaces = list(stage._sampler._keeper._kept.values())
-    other = stage.sample(PROMPTS[0], steps=STEPS, inpaint=(-image, 1 - mask), graph=True)
-    assert list(stage._sampler._keeper._kept.values()) == workspaces
+    first = stage.sample(PROMPTS[0], steps=STEPS, seed=0, inpaint=(image, mask), graph=True)
+    captures = stage.report()["captures"]
+    other = stage.sample(PROMPTS[0], steps=STEPS, seed=0, inpaint=(-image, 1 - mask), graph=True)
+    assert stage.report()["captures"] == captures
     assert torch.equal(other * (1 - mask), (-image * (1 - mask))[None])
-    assert torch.equal(stage.sample(PROMPTS[0], steps=STEPS, inpaint=(image, mask), graph=True), first)
+    assert torch.equal(stage.sample(PROMPTS[0], steps=STEPS, seed=0, inpaint=(image, mask), graph=True), first)
 
 
 @pytest.mark.parametrize("name", ["upsample", "upsample_inpaint"])
@@ -202,10 +202,10 @@ def test_everything_the_upsampler_is_given_matters(stages: dict[str, Any]) -> No
         {"steps": 5},
         {"solver": "ddpm"},
         {"eta": 1.0},
-        {"noise": "torch"},
+        {"noise_source": "torch"},
     ]
     drawn = [
-        stages["upsample"].sample(**{"images": images, "prompts": PROMPTS[0], "steps": UP_STEPS, **variant})
+        stages["upsample"].sample(**{"images": images, "prompts": PROMPTS[0], "steps": UP_STEPS, "seed": 0, **variant})
         for variant in variants
     ]
     for other in range(len(drawn)):
@@ -216,7 +216,8 @@ def test_everything_the_upsampler_is_given_matters(stages: dict[str, Any]) -> No
 def test_small_pictures_are_rounded_to_256_levels(stages: dict[str, Any]) -> None:
     levels = torch.randint(1, 255, (1, 3, BASE_SIZE, BASE_SIZE), generator=torch.Generator().manual_seed(1))
     drawn = [
-        stages["upsample"].sample((levels + shift) / 127.5 - 1, PROMPTS[0], steps=UP_STEPS) for shift in (0, 0.4, 0.6)
+        stages["upsample"].sample((levels + shift) / 127.5 - 1, PROMPTS[0], steps=UP_STEPS, seed=0)
+        for shift in (0, 0.4, 0.6)
     ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -225,7 +226,7 @@ def test_small_pictures_are_rounded_to_256_levels(stages: dict[str, Any]) -> Non
 def test_the_upsamplers_defaults_are_glides(stages: dict[str, Any]) -> None:
     images = torch.zeros(1, 3, BASE_SIZE, BASE_SIZE)
     rows: list[float] = []
-    plain = stages["upsample"].sample(images, PROMPTS[0], callback=lambda step: rows.append(step.t))
+    plain = stages["upsample"].sample(images, PROMPTS[0], seed=0, callback=lambda step: rows.append(step.t))
     assert rows == sorted(create_gaussian_diffusion(100, "linear", "fast27").timestep_map, reverse=True)
     spelled = stages["upsample"].sample(
         images, [PROMPTS[0]], steps="fast27", solver="ddim", temperature=0.997, seed=0, eta=0.0
@@ -290,8 +291,8 @@ def test_a_state_dict_as_safetensors_is_read_too(tmp_path: Path, files: dict[str
     save_file(torch.load(files["base"], weights_only=True), tmp_path / "base.safetensors")
     words().save(tmp_path / "words.json")
     stage = TextToImage.load(tmp_path / "base.safetensors", tokenizer=tmp_path / "words.json", options=BASE)
-    expected = TextToImage.load(files["base"], tokenizer=words(), options=BASE).sample(PROMPTS[0], steps=1)
-    assert torch.equal(stage.sample(PROMPTS[0], steps=1), expected)
+    expected = TextToImage.load(files["base"], tokenizer=words(), options=BASE).sample(PROMPTS[0], steps=1, seed=0)
+    assert torch.equal(stage.sample(PROMPTS[0], steps=1, seed=0), expected)
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["convert_to_fp16", "bfloat16"])
@@ -304,7 +305,7 @@ def test_half_precision_draws_nearly_the_same(files: dict[str, Path], stages: di
     images = torch.rand(2, 3, BASE_SIZE, BASE_SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     image, mask = known(SIZE)
     one, other = (
-        stage.sample(images, PROMPTS, steps=UP_STEPS, inpaint=(image, mask))
+        stage.sample(images, PROMPTS, steps=UP_STEPS, seed=0, inpaint=(image, mask))
         for stage in (half, stages["upsample_inpaint"])
     )
     assert one.dtype == torch.float32
@@ -375,9 +376,14 @@ IMAGE, MASK = known(BASE_SIZE)
         ("upsample", {"prompts": 3}, TypeError, "prompts: got int, expected a string or several"),
         ("upsample", {"prompts": "a corgi"}, ValueError, "prompt: got words the model does not know: 'corgi'"),
         ("upsample", {"prompts": "red " * 7}, ValueError, "prompt: got 7 tokens"),
-        ("upsample", {"temperature": -1.0}, ValueError, "temperature: got -1.0, expected at least 0"),
-        ("upsample", {"temperature": float("nan")}, ValueError, "temperature: got nan, expected a finite number"),
-        ("upsample", {"solver": "euler"}, ValueError, "solver: got 'euler', expected one of ddpm, ddim"),
+        ("upsample", {"temperature": -1.0}, ValueError, "temperature: got -1.0, expected a finite value of at least 0"),
+        (
+            "upsample",
+            {"temperature": float("nan")},
+            ValueError,
+            "temperature: got nan, expected a finite value of at least 0",
+        ),
+        ("upsample", {"solver": "eulr"}, ValueError, "solver: got 'eulr', expected one of ddpm, ddim"),
         ("upsample", {"solver": "ddpm", "eta": 1.0}, ValueError, "eta: got 1.0 with solver 'ddpm'"),
         ("upsample", {"steps": 0}, ValueError, "steps: got 0, expected 1 to 100"),
         ("upsample", {"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),

@@ -72,15 +72,17 @@ def test_the_prompt_the_negative_and_the_scale_matter(pipeline: TextToImage) -> 
         {"solver": "ddim"},
         {"solver": "ddim", "eta": 1.0},
         {"steps": STEPS + 1},
-        {"noise": "torch"},
+        {"noise_source": "torch"},
     ]
-    images = [pipeline.sample(**{"prompts": PROMPT, "steps": STEPS, **variant}) for variant in variants]
+    images = [pipeline.sample(**{"prompts": PROMPT, "steps": STEPS, "seed": 0, **variant}) for variant in variants]
     for a, b in itertools.combinations(images, 2):
         assert (a - b).abs().max() > 100 * ROUNDING
 
 
 def test_at_scale_0_the_prompt_does_not_matter_without_its_variance(pipeline: TextToImage) -> None:
-    one, other = (pipeline.sample(prompt, guidance_scale=0.0, solver="ddim", steps=STEPS) for prompt in (PROMPT, OTHER))
+    one, other = (
+        pipeline.sample(prompt, guidance_scale=0.0, solver="ddim", steps=STEPS, seed=0) for prompt in (PROMPT, OTHER)
+    )
     assert torch.equal(one, other)
     assert pipeline.report()["branches"] == [1] * STEPS
 
@@ -112,18 +114,18 @@ def test_every_picture_may_have_its_own_seed(pipeline: TextToImage) -> None:
 
 
 def test_a_second_call_repeats_the_first_bit_for_bit_and_keeps_its_sampler(pipeline: TextToImage) -> None:
-    first = pipeline.sample(PROMPT, steps=STEPS, guidance_scale=2.0)
+    first = pipeline.sample(PROMPT, steps=STEPS, seed=0, guidance_scale=2.0)
     sampler = pipeline._sampler
-    pipeline.sample(PROMPT, steps=STEPS, guidance_scale=5.0)
-    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, guidance_scale=2.0), first)
+    pipeline.sample(PROMPT, steps=STEPS, seed=0, guidance_scale=5.0)
+    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, seed=0, guidance_scale=2.0), first)
     assert pipeline._sampler is sampler
-    pipeline.sample(PROMPT, steps=STEPS + 1, guidance_scale=2.0)
-    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, guidance_scale=2.0), first)
+    pipeline.sample(PROMPT, steps=STEPS + 1, seed=0, guidance_scale=2.0)
+    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, seed=0, guidance_scale=2.0), first)
 
 
 def test_a_recorded_graph_gives_the_same_pictures(pipeline: TextToImage) -> None:
-    eager = pipeline.sample(PROMPT, steps=STEPS, num_samples=2, graph=False)
-    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, num_samples=2, graph=True), eager)
+    eager = pipeline.sample(PROMPT, steps=STEPS, seed=0, num_samples=2, graph=False)
+    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, seed=0, num_samples=2, graph=True), eager)
     assert pipeline.report()["graph"] == "stand-in"
 
 
@@ -136,17 +138,18 @@ def test_text_is_encoded_once_per_prompt(pipeline: TextToImage, monkeypatch: pyt
         return encode(self, tokens, mask)
 
     monkeypatch.setattr(Text2ImUNet, "get_text_emb", counted)
-    pipeline.sample([PROMPT, OTHER], steps=STEPS, num_samples=3)
+    pipeline.sample([PROMPT, OTHER], steps=STEPS, seed=0, num_samples=3)
     assert calls == [1, 1, 1]
 
 
 def test_callback_and_progress_follow_every_row(pipeline: TextToImage, capsys: pytest.CaptureFixture[str]) -> None:
-    quiet = pipeline.sample(PROMPT, steps=STEPS, num_samples=3, batch_size=2)
+    quiet = pipeline.sample(PROMPT, steps=STEPS, seed=0, num_samples=3, batch_size=2)
     assert capsys.readouterr() == ("", "")
     seen: list[tuple[int, int]] = []
     shown = pipeline.sample(
         PROMPT,
         steps=STEPS,
+        seed=0,
         num_samples=3,
         batch_size=2,
         progress="my label",
@@ -169,9 +172,9 @@ def test_one_step_and_all_steps_work(pipeline: TextToImage) -> None:
 def test_a_model_in_half_precision_draws_nearly_the_same(checkpoint: Path, pipeline: TextToImage) -> None:
     half = TextToImage.load(checkpoint, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
-    images = half.sample(PROMPT, steps=STEPS, guidance_scale=1.0)
+    images = half.sample(PROMPT, steps=STEPS, seed=0, guidance_scale=1.0)
     assert images.dtype == torch.float32
-    expected = pipeline.sample(PROMPT, steps=STEPS, guidance_scale=1.0)
+    expected = pipeline.sample(PROMPT, steps=STEPS, seed=0, guidance_scale=1.0)
     # Measured: 0.0042 root mean square.
     assert (images - expected).square().mean().sqrt() < 0.02
 
@@ -194,14 +197,14 @@ def test_the_package_brings_a_model() -> None:
         ({"prompts": "a red cirlce"}, ValueError, r"'cirlce' \(did you mean circle\?\); expected some of a, red, blue"),
         ({"prompts": "a corgi and zebra"}, ValueError, "prompt: got words the model does not know: 'corgi', 'zebra';"),
         ({"prompts": " ".join(["red"] * 7)}, ValueError, "prompt: got 7 tokens in 'red .*', expected at most 6"),
-        ({"negative": "a corgi"}, ValueError, "negative: got words the model does not know: 'corgi'"),
-        ({"negative": " ".join(["red"] * 7)}, ValueError, "negative: got 7 tokens"),
+        ({"negative": "a corgi"}, ValueError, "negative_prompt: got words the model does not know: 'corgi'"),
+        ({"negative": " ".join(["red"] * 7)}, ValueError, "negative_prompt: got 7 tokens"),
         ({"steps": 0}, ValueError, f"steps: got 0, expected 1 to {TIMESTEPS}"),
         ({"steps": TIMESTEPS + 1}, ValueError, f"steps: got {TIMESTEPS + 1}, expected 1 to {TIMESTEPS}"),
         ({"steps": 2.5}, ValueError, "steps: got 2.5"),
-        ({"solver": "euler"}, ValueError, "solver: got 'euler', expected one of ddpm, ddim"),
+        ({"solver": "eulr"}, ValueError, "solver: got 'eulr', expected one of ddpm, ddim, .*euler, "),
         ({"solver": "ddim", "eta": -1.0}, ValueError, "eta: got -1.0, expected a finite value of at least 0"),
-        ({"eta": 0.5}, ValueError, "eta: got 0.5 with solver 'ddpm', expected 0"),
+        ({"eta": 0.5}, ValueError, "eta: got 0.5 with solver 'ddpm', expected 0 or None"),
         ({"guidance_scale": float("nan")}, ValueError, "guidance_scale: got nan, expected a finite number"),
         ({"guidance_scale": float("-inf")}, ValueError, "guidance_scale: got -inf"),
         ({"guidance_scale": "3"}, ValueError, "guidance_scale: got '3'"),
@@ -211,7 +214,7 @@ def test_the_package_brings_a_model() -> None:
         ({"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of"),
         ({"graph": "always"}, ValueError, "graph: got 'always'"),
-        ({"noise": "white"}, ValueError, "noise: got 'white'"),
+        ({"noise_source": "white"}, ValueError, "noise_source: got 'white'"),
     ],
 )
 def test_sample_refuses_before_the_model_runs(
@@ -267,5 +270,5 @@ def test_a_network_without_learned_variances_is_refused(tmp_path: Path) -> None:
 
 def test_the_vocabulary_named_is_the_models(pipeline: TextToImage) -> None:
     with pytest.raises(ValueError) as caught:
-        pipeline.sample("a corgi", steps=STEPS)
+        pipeline.sample("a corgi", steps=STEPS, seed=0)
     assert str(caught.value).endswith(f"expected some of {', '.join(WORDS)}")

@@ -37,7 +37,7 @@ def draw(
     number: int = 30_000,
 ) -> tuple[Tensor, Tensor]:
     """x after the last two rows, each of its elements a sample."""
-    sampler = Sampler(model, table, guidance=CFG(scale), noise="torch", backend="reference")
+    sampler = Sampler(model, table, guidance=CFG(scale), noise_source="torch", backend="reference")
     cond, uncond = torch.tensor([label]), torch.tensor([NULL])
     x = deque(sampler.iterate((1, 1, number), cond={"y": cond}, uncond={"y": uncond}, seed=0), maxlen=2)
     return x[0].x, x[1].x

@@ -27,7 +27,7 @@ SCHEDULES = {
 def run_row(table: StepTable, row: int, x: Tensor, output: Tensor, noise: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
     """The next x and x0 of one row, in x's dtype; `output` may have variance channels."""
     channels = x.shape[1]
-    spec = StepSpec.of(table, clip=clip, keep_x0=True, noise="tensor" if table.uses_noise else "none")
+    spec = StepSpec.of(table, clip=clip, keep_x0=True, noise_source="tensor" if table.uses_noise else "none")
     coefficients = dict(zip(DEVICE_COLUMNS, table.on("cpu", x.dtype)[row].unbind(), strict=True))
     y, x0, _ = table_step(
         coefficients,

@@ -101,7 +101,7 @@ def build(guidance: Guidance | None = None, table: str = "ddim eta x0", **option
     model = Model(TABLES[table].learned_variance)
     guidance = CFG(3.0) if guidance is None else guidance
     return Sampler(
-        model, TABLES[table], guidance=guidance, **{"clip": 1.0, "graph": True, "noise": "torch", **options}
+        model, TABLES[table], guidance=guidance, **{"clip": 1.0, "graph": True, "noise_source": "torch", **options}
     ), model
 
 

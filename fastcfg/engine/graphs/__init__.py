@@ -1,9 +1,8 @@
-"""Run a fixed program again and again on the same memory, without its Python: as a CUDA graph, or on a CPU through a
-stand-in for graphs.
+"""Replay a fixed program on the same memory without its Python: as a CUDA graph, or on a CPU through a stand-in.
 
-A program is a function without arguments or result that reads and writes tensors it was built with. `examine` watches
-it run, finds what a graph could not hold, and keeps what it copies from the host; `CudaGraph` and `StandIn` record it,
-and `compare` holds a recording against the program.
+A program is a function without arguments or result that reads and writes tensors it was built with. `examine` records
+its operations, finds what a graph could not capture, and keeps what it copies from the host; `CudaGraph` and `StandIn`
+capture it, and `compare` checks the recording against the program.
 """
 
 from .comparison import Comparison, compare

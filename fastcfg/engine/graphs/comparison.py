@@ -1,4 +1,4 @@
-"""Hold a recording against the program it was made from: the same bits, and how long each takes."""
+"""A recording compared with the program it was made from: bits and times."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["Comparison", "compare"]
 
 Program = Callable[[], None]
 
-# Of each, the faster is taken. A run of a large model takes long; one of a small model hardly varies on a device.
+# The faster of each counts. Runs of a large model take long; on a device those of a small model hardly vary.
 _RUNS = 2
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What running a program and its recording showed.
+    """The result of running a program and its recording.
 
     Attributes:
-        same: whether both left the same bits, or the program alone does not do that twice.
+        same: whether both left the same bits, or the program itself does not reproduce its own.
         program: seconds of a run.
         recording: seconds of a replay.
     """
@@ -38,8 +38,8 @@ def compare(program: Program, recording: Program, begin: Program, results: tuple
     Args:
         program: what was recorded.
         recording: its recording.
-        begin: puts the program's memory into the state to begin in.
-        results: what to compare, on one device.
+        begin: sets the program's memory to the state to begin in.
+        results: the tensors to compare, on one device.
     """
     outcomes: dict[str, list[list[Tensor]]] = {"program": [], "recording": []}
     seconds: dict[str, list[float]] = {"program": [], "recording": []}

@@ -1,4 +1,4 @@
-"""Why a program cannot be captured, and which line of the model is to blame."""
+"""Why a program cannot be captured, and the line of the model responsible."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from types import FrameType, TracebackType
 
 import torch
 
-__all__ = ["CaptureError", "Place", "calling_place", "failing_place"]
+__all__ = ["CaptureError", "SourceLine", "calling_line", "describe", "failing_line"]
 
-# File name, line number and name of a function.
-Place = tuple[str, int, str]
+# File name, line number and function name.
+SourceLine = tuple[str, int, str]
 
 _FASTCFG = Path(__file__).resolve().parents[2]
 _LIBRARIES = tuple(f"{folder}/" for folder in (Path(torch.__file__).parent, _FASTCFG))
@@ -20,20 +20,20 @@ _MODELS = f"{_FASTCFG / 'models'}/"
 
 
 class CaptureError(RuntimeError):
-    """A program that a graph cannot hold; the message names the operation and the line of the model that did it."""
+    """A program cannot be captured; the message names the operation and the line of the model."""
 
 
-def describe(place: Place | None) -> str:
+def describe(where: SourceLine | None) -> str:
     """ " (file.py:12 in forward: `source`)", or nothing."""
-    if place is None:
+    if where is None:
         return ""
-    file, line, function = place
+    file, line, function = where
     source = linecache.getline(file, line).strip()
     return f" ({Path(file).name}:{line} in {function}" + (f": `{source}`)" if source else ")")
 
 
-def calling_place() -> Place | None:
-    """The innermost line on the stack that is neither torch's nor the engine's: the model's."""
+def calling_line() -> SourceLine | None:
+    """The model's innermost line on the stack: the first outside torch and the engine."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if _is_models(frame):
@@ -42,14 +42,14 @@ def calling_place() -> Place | None:
     return None
 
 
-def failing_place(trace: TracebackType | None) -> Place | None:
-    """The innermost such line that an exception passed through."""
-    place = None
+def failing_line(trace: TracebackType | None) -> SourceLine | None:
+    """The model's innermost line that an exception passed through."""
+    found = None
     while trace is not None:
         if _is_models(trace.tb_frame):
-            place = trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name
+            found = trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name
         trace = trace.tb_next
-    return place
+    return found
 
 
 def _is_models(frame: FrameType) -> bool:

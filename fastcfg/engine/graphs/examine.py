@@ -1,4 +1,4 @@
-"""Find out whether a program can be captured, by watching it run."""
+"""Whether a program can be captured, found by recording its operations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .cuda import on_side_stream
+from .constants import Constant, ReuseConstants
 from .errors import CaptureError
-from .modes import Constant, ReuseConstants, visible_copies
+from .modes import visible_copies
+from .streams import on_side_stream
 from .trace import Trace
 
 __all__ = ["Examined", "examine"]
@@ -18,7 +19,7 @@ __all__ = ["Examined", "examine"]
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """What was learnt of a program that can be captured.
+    """The result for a program that can be captured.
 
     Attributes:
         constants: what it copies from the host in one run, in order.
@@ -42,20 +43,20 @@ def examine(
     """Run a program three times and compare the last two, which begin in different states.
 
     A graph repeats the same operations on the same memory with the same numbers. So nothing may be read from the
-    device, and nothing may differ between the runs but what the device's memory holds. What is copied from the host is
-    then the same in every step: a tensor of the host's could depend on the device only through a read.
+    device, and nothing may differ between the runs except the contents of device memory. Host tensors are then the same
+    in every row: they could depend on the device only through a read.
 
     Args:
-        program: what is to be captured.
-        states: functions that put the program's memory into the states to begin in: two times far apart.
-        device: where it works.
+        program: the program to capture.
+        states: functions that set the program's memory to the states to begin in, with times far apart.
+        device: where the program works.
 
     Raises:
         CaptureError: it cannot be captured; the message names operation and line.
     """
     traces = []
     with on_side_stream(device):
-        # Lazy initialisation, autotuning, and what a model remembers from its first call.
+        # Lazy initialisation, autotuning, and caches that a model fills in its first call.
         states[0]()
         program()
         for begin in states:

@@ -1,4 +1,4 @@
-"""Compiled models, whose operations a recording cannot see."""
+"""Compiled models, recorded whole because their operations cannot be seen."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 from torch.nn import Module
 
+from ...utils._torch_private import made_by_compile
+
 __all__ = ["Opaque", "is_compiled", "recording"]
 
 _THREAD = threading.local()
 
 
 class Opaque:
-    """A function that a stand-in records whole, instead of the operations it dispatches."""
+    """A function that a stand-in records as one call instead of by its operations."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -25,7 +27,7 @@ class Opaque:
 
 
 class recording:  # noqa: N801
-    """Context in which `Opaque` functions are handed to `record(function, args, kwargs)`, which returns the result."""
+    """Context in which `Opaque` functions are run by `record(function, args, kwargs)`."""
 
     def __init__(self, record: Callable[..., Any]) -> None:
         self._record = record
@@ -39,7 +41,5 @@ class recording:  # noqa: N801
 
 def is_compiled(function: Any) -> bool:
     """Whether torch.compile made a function, a module or one of its parts."""
-    if hasattr(function, "_torchdynamo_orig_callable") or hasattr(function, "_orig_mod"):
-        return True
     modules = function.modules() if isinstance(function, Module) else ()
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in modules)
+    return any(made_by_compile(item) for item in (function, *modules))

@@ -1,4 +1,4 @@
-"""What a graph does, on a CPU."""
+"""The CPU's stand-in for CUDA graphs, with which graph logic is tested."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
+from ...utils._torch_private import tree_leaves, tree_map, without_dispatch_modes
 from .modes import DispatchMode
 from .opaque import recording
 
@@ -17,10 +16,10 @@ __all__ = ["StandIn"]
 
 
 class StandIn:
-    """A program's operations, recorded once with the very tensors they touched, and replayed.
+    """A program's operations, recorded once with the tensors they touched, and replayed.
 
-    Python does not run again at replay, results land in the tensors of the recording, and whatever the program reads
-    through anything but its tensors is stale: the mistakes that break a captured program break this one too.
+    As with a CUDA graph, Python does not run at replay, results land in the recorded tensors, and everything the
+    program reads other than tensors is stale: mistakes that break a captured program break this one too.
 
     Args:
         programs: what to record, one after the other (running each).
@@ -44,7 +43,7 @@ class StandIn:
 
 
 class _Recorder(DispatchMode):
-    """Keeps every call with its arguments and results."""
+    """Records every call with its arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,8 +53,8 @@ class _Recorder(DispatchMode):
         return self._keep(function, args, kwargs or {}, function(*args, **(kwargs or {})))
 
     def record(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Call a function whose own operations are not to be recorded."""
-        with _disable_current_modes():
+        """Call a function and record it whole, instead of its operations."""
+        with without_dispatch_modes():
             result = function(*args, **kwargs)
         return self._keep(function, args, kwargs, result)
 

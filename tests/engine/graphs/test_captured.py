@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,11 +94,11 @@ def test_captured_equals_eager(case: dict[str, Any]) -> None:
             clip=CLIPS[case["clip"]],
             denoised_fn=halve if case["functions"] == "denoised_fn" else None,
             cond_fn=gradient if case["functions"] == "cond_fn" else None,
-            noise="torch" if case["noise"] == "torch" else "philox",
+            noise_source="torch" if case["noise"] == "torch" else "philox",
             backend=case["backend"],
             graph=graph,
             batching=case["batching"],
-            steps_per_graph=case["repeat"],
+            rows_per_graph=case["repeat"],
             memory_format=case["layout"],
         )
         watched: list[Tensor] = []
@@ -132,11 +133,11 @@ def test_every_pair_of_options_is_covered() -> None:
 
 @pytest.mark.parametrize("noise", ["philox", "torch"])
 def test_several_rows_in_one_graph(noise: str) -> None:
-    one, _ = build(noise=noise)
+    one, _ = build(noise_source=noise)
     want = draw(one)
     for steps, launches in ((2, [2, 2, 1]), (3, [3, 1, 1]), (100, [5])):
-        several, _ = build(noise=noise, steps_per_graph=steps)
-        run = several._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
+        several, _ = build(noise_source=noise, rows_per_graph=steps)
+        run = several._prepare(SHAPE, branches=conditioning(CFG()), seed=1)
         counts = np.diff([-1, *run.rows()]).tolist()
         assert counts == launches
         assert torch.equal(draw(several), want)
@@ -145,8 +146,8 @@ def test_several_rows_in_one_graph(noise: str) -> None:
 def test_rows_with_fewer_branches_end_a_graph_of_several() -> None:
     guidance = CFG(3.0, interval=(0.2, 0.8))
     one, _ = build(guidance)
-    several, _ = build(guidance, steps_per_graph=2)
-    run = several._prepare(SHAPE, None, None, conditioning(guidance), 1, None, None, False)
+    several, _ = build(guidance, rows_per_graph=2)
+    run = several._prepare(SHAPE, branches=conditioning(guidance), seed=1)
     assert np.diff([-1, *run.rows()]).tolist() == [1, 2, 1, 1]
     assert torch.equal(draw(several), draw(one))
 
@@ -172,13 +173,13 @@ def test_serial_branches_give_the_batched_result() -> None:
         torch.testing.assert_close(draw(serial), draw(batched), rtol=0, atol=1e-6)
 
 
-def test_a_workspace_begins_at_any_row() -> None:
+def test_buffers_begin_at_any_row() -> None:
     sampler, _ = build(table="history", graph=False)
-    run = sampler._prepare(SHAPE, None, None, conditioning(CFG()), 1, None, None, False)
-    workspace, table = run.workspace, TABLES["history"]
+    run = sampler._prepare(SHAPE, branches=conditioning(CFG()), seed=1)
+    memory, table = run.buffers, TABLES["history"]
     for row in (4, 0):
-        workspace.rehearse(row)
-        buffers = workspace.buffers
+        memory.rehearse(row)
+        buffers = memory.step
         assert buffers.counter.tolist() == [row, 0]
         assert buffers.time.tolist() == [table["t"][row]] * (2 * B)
         want = (float(table["c_in"][row]) * torch.linspace(-1, 1, buffers.x.numel())).view(SHAPE)
@@ -212,6 +213,10 @@ def test_scales_conditioning_clip_and_seeds_change_without_a_capture() -> None:
 # What does
 
 
+def configure(sampler: Sampler, **options: Any) -> None:
+    sampler.config = replace(sampler.config, **options)
+
+
 OPTIONS: dict[str, Callable[[Sampler, Model], object]] = {
     "table": lambda sampler, model: setattr(sampler, "table", TABLES["ddim"]),
     "guidance": lambda sampler, model: setattr(sampler, "guidance", CFG(3.0, formulation="original")),
@@ -221,14 +226,14 @@ OPTIONS: dict[str, Callable[[Sampler, Model], object]] = {
     "threshold": lambda sampler, model: setattr(sampler, "clip", DynamicThreshold(0.5)),
     "denoised_fn": lambda sampler, model: setattr(sampler, "denoised_fn", halve),
     "cond_fn": lambda sampler, model: setattr(sampler, "cond_fn", gradient),
-    "noise": lambda sampler, model: setattr(sampler, "noise", "philox"),
+    "noise": lambda sampler, model: configure(sampler, noise_source="philox"),
     "model": lambda sampler, model: setattr(sampler, "model", lambda x, t, y: 0.5 * model(x, t, y)),
-    "state_dtype": lambda sampler, model: setattr(sampler, "state_dtype", torch.float64),
-    "dtype": lambda sampler, model: (setattr(sampler, "dtype", torch.bfloat16), model.to(torch.bfloat16)),
-    "batching": lambda sampler, model: setattr(sampler, "batching", "serial"),
-    "graph": lambda sampler, model: setattr(sampler, "graph", False),
-    "steps_per_graph": lambda sampler, model: setattr(sampler, "steps_per_graph", 2),
-    "memory_format": lambda sampler, model: setattr(sampler, "memory_format", torch.channels_last),
+    "state_dtype": lambda sampler, model: configure(sampler, state_dtype=torch.float64),
+    "dtype": lambda sampler, model: (configure(sampler, dtype=torch.bfloat16), model.to(torch.bfloat16)),
+    "batching": lambda sampler, model: configure(sampler, batching="serial"),
+    "graph": lambda sampler, model: configure(sampler, graph=False),
+    "rows_per_graph": lambda sampler, model: configure(sampler, rows_per_graph=2),
+    "memory_format": lambda sampler, model: configure(sampler, memory_format=torch.channels_last),
 }
 
 
@@ -242,7 +247,7 @@ def test_an_option_changed_between_calls_acts_as_on_a_fresh_sampler(name: str) -
     changed = draw(used)
     assert torch.equal(changed, draw(fresh))
     assert used.report()["captures"] == 2
-    if name not in ("steps_per_graph", "graph", "batching", "memory_format", "guidance"):
+    if name not in ("rows_per_graph", "graph", "batching", "memory_format", "guidance"):
         assert not torch.equal(changed.float(), first)
 
 

@@ -26,7 +26,8 @@ from fastcfg.engine.graphs import (
     streams,
 )
 from fastcfg.engine.graphs import cuda as cuda_module
-from fastcfg.engine.graphs.modes import DispatchMode, copied_operands
+from fastcfg.engine.graphs.constants import copied_operands
+from fastcfg.engine.graphs.modes import DispatchMode
 from fastcfg.engine.graphs.opaque import _THREAD
 
 pytestmark = pytest.mark.quick

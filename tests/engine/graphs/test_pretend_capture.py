@@ -15,7 +15,7 @@ from support.small_networks import TOKENS, embed_as_the_originals, text_unet, un
 from torch import Tensor, nn
 
 from fastcfg import CFG, AdaptiveCFG, Sampler, Schedule, solvers
-from fastcfg.engine import programs, sampler
+from fastcfg.engine import config, programs
 from fastcfg.engine.graphs import CaptureError, Comparison, StandIn, compare, examine
 
 pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="there is a real GPU, or torch is too old to pretend one")
@@ -134,7 +134,7 @@ def run(
     for seed in (0, 1):
         conditions = {name: {"y": gpu.tensor(torch.tensor(value))} for name, value in CONDITIONS.items()}
         before = len(gpu.crossings)
-        prepared = made._prepare(SHAPE, conditions["cond"], conditions["uncond"], None, seed, None, None, False)
+        prepared = made._prepare(SHAPE, **conditions, seed=seed)
         start = len(gpu.crossings)
         assert start > before  # seeds and weights
         for _ in prepared.rows():
@@ -218,7 +218,7 @@ def test_all_branch_sets_are_captured(guidance: Any, table: Any, gpu: PretendGpu
 
 
 def test_graphs_are_timed_on_a_gpu(gpu: PretendGpu) -> None:
-    assert sampler.times_graphs(torch.device("cuda"))
+    assert config.times_graphs(torch.device("cuda"))
     _, made, _ = run(gpu, gpu.module(Upstream()), "auto")
     assert set(made.report()["programs"][0]["milliseconds"]) == {"eager batched", "graph batched"}
 

@@ -1,0 +1,206 @@
+"""One call of a sampler: its arguments, checked, as what the rest of the engine takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clip import DynamicThreshold
+from ..guidance import Guidance, GuidancePlan
+from ..table import StepTable
+from ..utils import checks
+from ..utils.identity import Alike
+from .conditioning import Conditioning
+from .config import NO_CAPTURE, SamplerConfig
+from .noise import NoiseSource
+from .staleness import torch_settings
+
+__all__ = ["Call", "ProgramOptions", "check_functions", "check_shape", "clip_bounds"]
+
+
+@dataclass(frozen=True)
+class ProgramOptions:
+    """What buffers and programs depend on beside the shapes of a call's arguments; equal options can share them.
+
+    Attributes:
+        config: the sampler's, resolved.
+        table: the solver's.
+        model, denoised_fn, cond_fn: compared by what they do.
+        branch_models: by branch, the models of branches that the model does not run.
+        branches, base, conditional, unconditional: as `Guidance`.
+        mix, rescale, momentum: as `GuidancePlan`.
+        clip: whether x0 is clipped to bounds given with every call.
+        threshold: dynamic thresholding, instead of clip.
+        noise_source: "none", "tensor" or "philox".
+        keep_x0: whether x0 is kept for callbacks.
+        rows_per_graph: rows in one graph.
+    """
+
+    config: SamplerConfig
+    table: StepTable
+    model: Alike
+    denoised_fn: Alike
+    cond_fn: Alike
+    branch_models: tuple[tuple[str, Alike], ...]
+    branches: tuple[str, ...]
+    base: int | None
+    conditional: int
+    unconditional: int | None
+    mix: Alike
+    rescale: float
+    momentum: float | None
+    clip: bool
+    threshold: DynamicThreshold | None
+    noise_source: str
+    keep_x0: bool
+    rows_per_graph: int
+
+    @classmethod
+    def of(
+        cls,
+        config: SamplerConfig,
+        table: StepTable,
+        guidance: Guidance,
+        plan: GuidancePlan,
+        clip: Tensor | DynamicThreshold | None,
+        source: NoiseSource,
+        keep_x0: bool,
+        branch_models: Mapping[str, Callable[..., Any]],
+        **functions: Callable[..., Any] | None,
+    ) -> ProgramOptions:
+        """Options of a call; functions are model, denoised_fn and cond_fn."""
+        # Where every row is looked at, every row is a program of its own.
+        by_row = keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE
+        return cls(
+            config=config,
+            table=table,
+            **{name: Alike(function) for name, function in functions.items()},
+            branch_models=tuple((name, Alike(model)) for name, model in sorted(branch_models.items())),
+            branches=guidance.branches,
+            base=guidance.base,
+            conditional=guidance.conditional,
+            unconditional=guidance.unconditional,
+            mix=Alike(plan.mix),
+            rescale=plan.rescale,
+            momentum=plan.momentum,
+            clip=isinstance(clip, Tensor),
+            threshold=clip if isinstance(clip, DynamicThreshold) else None,
+            noise_source="none" if not table.uses_noise else "tensor" if source.fill else "philox",
+            keep_x0=keep_x0,
+            rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.config.device  # type: ignore[return-value]
+
+    def uses_outputs(self, active: tuple[int, ...]) -> bool:
+        """Whether a row with these branches computes its weights from their outputs."""
+        return len(active) > 1 and (self.mix.value is not None or self.rescale > 0)
+
+    def functions(self) -> dict[str, Any]:
+        """The caller's functions by name: what a captured program may have baked in."""
+        found = {name: getattr(self, name).value for name in ("model", "denoised_fn", "cond_fn", "mix")}
+        return found | {f"branch_models[{name!r}]": alike.value for name, alike in self.branch_models}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A checked call.
+
+    Attributes:
+        options: what programs depend on.
+        model: the model to call, compiled if wanted.
+        shape: (B, C, ...).
+        plan: of the guidance, for the table and batch.
+        conditioning: what the model is given.
+        classifier_conditioning: what cond_fn is given.
+        bounds: of x0, float64 [1] or [B]; None for none.
+        source: of the noise.
+        start: x_T, or None to draw it.
+    """
+
+    options: ProgramOptions
+    model: Callable[..., Any]
+    shape: tuple[int, ...]
+    plan: GuidancePlan
+    conditioning: Conditioning
+    classifier_conditioning: Conditioning
+    bounds: Tensor | None
+    source: NoiseSource
+    start: Tensor | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for calls that can share buffers and programs."""
+        plan = self.plan
+        layout = (self.shape, self.conditioning.signature(), self.classifier_conditioning.signature())
+        branches = (plan.active, plan.agreement, plan.fallback_branches)
+        return self.options, layout, branches, torch_settings(self.options.device)
+
+
+def check_shape(
+    shape: Sequence[int], memory_format: torch.memory_format, clip: Tensor | DynamicThreshold | None
+) -> tuple[int, ...]:
+    """(B, C, ...) as a tuple; ValueError if it is no shape, or if layout or clip do not fit it."""
+    sizes = checks.check_shape("shape", shape)
+    if isinstance(clip, DynamicThreshold):
+        clip.rank(math.prod(sizes[1:]))
+    elif clip is not None and len(clip) not in (1, sizes[0]):
+        raise ValueError(f"clip: got {len(clip)} bounds, expected 1 or one per sample ({sizes[0]})")
+    if memory_format == torch.channels_last and len(sizes) != 4:
+        raise ValueError(f"memory_format: got torch.channels_last with shape {sizes}, expected (B, C, H, W)")
+    return sizes
+
+
+def check_functions(
+    table: StepTable,
+    guidance: Guidance,
+    branch_models: Mapping[str, Callable[..., Any]],
+    **functions: Callable[..., Any] | None,
+) -> None:
+    """Raise TypeError or ValueError unless the caller's functions (denoised_fn, cond_fn) and branch models fit."""
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}: got {type(function).__name__}, expected a function or None")
+    for name, model in branch_models.items():
+        if name not in guidance.branches:
+            expected = ", ".join(guidance.branches)
+            raise ValueError(f"branch_models: got {name!r}, expected branches of the guidance: {expected}")
+        if not callable(model):
+            raise TypeError(f"branch_models[{name!r}]: got {type(model).__name__}, expected a callable")
+    raw = table.uses_raw_output or table.uses_unconditional or table["k_m"].any()
+    if functions["denoised_fn"] is not None and raw:
+        raise ValueError(
+            f"denoised_fn: got a function with the table {table.name}, "
+            "expected None: its rows use the model's output beside x0"
+        )
+    if functions["cond_fn"] is not None and not table.uses_gradient:
+        raise ValueError(
+            f"cond_fn: got a function with the table {table.name}, "
+            "expected None: its rows have no place for a gradient (p_g, a_g)"
+        )
+
+
+def clip_bounds(clip: float | Sequence[float] | Tensor | DynamicThreshold | None) -> Tensor | DynamicThreshold | None:
+    """A clip as given, its numbers as float64 [n].
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: numbers that are not positive and finite.
+    """
+    if clip is None or isinstance(clip, DynamicThreshold):
+        return clip
+    try:
+        bounds = torch.as_tensor(clip, dtype=torch.float64).detach().flatten().clone()
+    except TypeError as error:
+        raise TypeError(f"clip: got {clip!r}, expected None, numbers or a DynamicThreshold") from error
+    if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():
+        raise ValueError(f"clip: got {clip!r}, expected None or positive finite bounds")
+    return bounds

@@ -1,0 +1,128 @@
+"""How a sampler runs: options that are fixed before the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import resolve_backend
+from ..ops.backend import inductor_problem
+from ..utils.checks import check_count
+
+__all__ = ["COMPILE_MODES", "NO_CAPTURE", "SamplerConfig"]
+
+# torch.compile's modes by our names. Graphs are captured by the engine, so torch must not capture its own.
+COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+# Capture policies that capture nothing, and the reason they give.
+NO_CAPTURE = {"off": "graph=False", "never": "the device is a CPU"}
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "noise_source": ("philox", "torch"),
+    "graph": ("auto", True, False),
+    "batching": ("auto", "batched", "serial"),
+    "compile": (None, *COMPILE_MODES),
+    "state_dtype": (torch.float32, torch.float64),
+    "memory_format": (torch.contiguous_format, torch.channels_last),
+}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """The options of a `Sampler`. They may be given to it one by one, or as one object that several share.
+
+    Attributes:
+        noise_source: where a step's noise comes from unless `sample` is given some: "philox" (drawn in the step; image
+            i depends on its seed alone) or "torch" (`torch.randn`, from the global generator without a seed).
+        backend: "auto", "triton", "inductor" (compiles for seconds, see `GuidedStep`) or "reference".
+        graph: "auto" captures model and step as one CUDA graph where that is measured to be faster, and runs eagerly
+            elsewhere; True captures without measuring (on a CPU, with the stand-in for graphs); False runs eagerly. A
+            model that cannot be captured runs eagerly, with a warning that names the line to blame.
+        batching: "batched" runs one forward for all branches, "serial" one for each; "auto" takes the faster one where
+            graphs are measured, and else the first. The two may differ in the last bits.
+        rows_per_graph: rows in one graph; 1 with callbacks, previews or adaptive guidance.
+        compile: "default" or "max-autotune" has torch.compile compile the model, without graphs of its own.
+        dtype: the model input's dtype; None takes that of the model's first floating parameter, else float32.
+        state_dtype: torch.float32, or torch.float64 on the reference path.
+        device: None takes that of the model's first parameter, else the CPU.
+        memory_format: torch.contiguous_format or torch.channels_last, for the model input.
+
+    Raises:
+        ValueError: a value that is not one of those above.
+
+    Example:
+        >>> SamplerConfig(graph=False).rows_per_graph
+        1
+    """
+
+    noise_source: str = "philox"
+    backend: str = "auto"
+    graph: str | bool = "auto"
+    batching: str = "auto"
+    rows_per_graph: int = 1
+    compile: str | None = None
+    dtype: torch.dtype | None = None
+    state_dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+                raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+        check_count("rows_per_graph", self.rows_per_graph)
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ValueError(f"dtype: got {self.dtype}, expected a floating dtype")
+
+    def resolved(self, model: Callable[..., Any]) -> SamplerConfig:
+        """The same options with dtype, device and backend settled for a model.
+
+        Raises:
+            ValueError: a device that does not exist, or a backend or torch.compile that cannot run on it.
+        """
+        parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+        parameter: Tensor | None = next((p for p in parameters if p.is_floating_point()), None)
+        device = _with_index(self.device or (parameter.device if parameter is not None else "cpu"))
+        if self.compile is not None and (problem := inductor_problem(device)):
+            raise ValueError(f"compile: {self.compile!r} cannot run here: {problem}")
+        return replace(
+            self,
+            dtype=self.dtype or (parameter.dtype if parameter is not None else torch.float32),
+            device=device,
+            backend=resolve_backend(self.backend, device, self.state_dtype),
+        )
+
+    def __reduce__(self) -> Any:
+        # With its default protocol torch.save cannot write a memory format: its name is written instead.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _config, (values | {"memory_format": str(self.memory_format)},)
+
+    @property
+    def capture(self) -> str:
+        """What to do about graphs, of a resolved config: "always", "timed", or one of `NO_CAPTURE`."""
+        if self.graph == "auto":
+            return "timed" if times_graphs(self.device) else "never"  # type: ignore[arg-type]
+        return "always" if self.graph else "off"
+
+
+def _config(values: dict[str, Any]) -> SamplerConfig:
+    memory_format = getattr(torch, values["memory_format"].removeprefix("torch."))
+    return SamplerConfig(**values | {"memory_format": memory_format})
+
+
+def times_graphs(device: torch.device) -> bool:
+    """Whether graph="auto" measures graphs against eager runs on a device."""
+    return device.type == "cuda"
+
+
+def _with_index(device: torch.device | str) -> torch.device:
+    """ "cuda" as "cuda:0": tensors name their device with its index."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {device!r}, expected one like 'cpu' or 'cuda'") from error
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
