@@ -260,9 +260,10 @@ class CLIPModel:
         end_token: id after every text.
 
     Example:
+        >>> from fastcfg.frontends.glide import create_clip_model, load_checkpoint
         >>> clip = create_clip_model(tokenizer=tokenizer)
-        >>> clip.image_encoder.load_state_dict(image_weights)
-        >>> clip.text_encoder.load_state_dict(text_weights)
+        >>> clip.image_encoder.load_state_dict(load_checkpoint("image-enc.pt"))
+        >>> clip.text_encoder.load_state_dict(load_checkpoint("text-enc.pt"))
         >>> cond_fn = clip.cond_fn(["a red circle"] * batch, grad_scale=3.0)
         >>> gradient = cond_fn(x, t)  # every step
     """
