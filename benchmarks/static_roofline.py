@@ -1,4 +1,4 @@
-"""What the kernels' machine code costs on GPUs that are not there: `python -m benchmarks.static_roofline`.
+"""What the kernels' machine code costs on GPUs that are not there: `python -m benchmarks static_roofline`.
 
 Every kernel variant is compiled through its own launcher, as Triton would compile it on the target, and the machine
 code is read: registers, local memory, spills, the width of memory accesses, instructions. Two lower bounds of the time
@@ -16,19 +16,18 @@ Nothing here is a measurement on a GPU: latency, clocks below boost and bandwidt
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+from fastcfg.cli.parser import UsageError, integer
+
+from .command import add_json, parser_of, write_json
 from .launches import BY_DTYPE, VARIANTS
 from .machine_code import TARGETS, compile_launch
 
@@ -126,39 +125,23 @@ def table_lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.static_roofline",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("static_roofline", __doc__, _EPILOG)
+    names = ", ".join(KERNELS)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="default: all")
-    parser.add_argument(
-        "--variant", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS)
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one per core"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every figure there, whole or not at all")
+    parser.add_argument("--variant", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME", help=names)
+    parser.add_argument("--jobs", type=integer(1), default=os.cpu_count(), metavar="N", help="default: one per core")
+    add_json(parser, "also write every figure there")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("TRITON_INTERPRET is set, which leaves nothing to compile: unset it and run again", file=sys.stderr)
-        return 2
-    if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
-        print(f"--json: got {arguments.json}, expected a path in a folder that can be written to", file=sys.stderr)
-        return 2
-
+        raise UsageError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it and run again")
     print(f"Triton {version('triton')}; times in ps per element, roofline: share of the bandwidth that can be reached")
-    rows: list[dict[str, Any]] = []
     cases = [(variant, target) for target in arguments.target for variant in arguments.variant]
-    measured = report_rows(cases, arguments.jobs)
+    measured = report_rows(cases, arguments.jobs) if arguments.jobs > 1 else (report_row(*case) for case in cases)
+    rows: list[dict[str, Any]] = []
     for _ in arguments.target:
         for line in table_lines(_kept(islice(measured, len(arguments.variant)), rows)):
             print(line, flush=True)
-    if arguments.json:
-        from fastcfg.utils.files import write_text
-
-        write_text(arguments.json, json.dumps(as_report(rows), indent=1) + "\n")
+    write_json(arguments.json, as_report(rows))
     return 0
 
 
@@ -179,9 +162,6 @@ columns:
   B/el      bytes per element
 
 examples:
-  python -m benchmarks.static_roofline
-  python -m benchmarks.static_roofline --target sm_90 --variant main block-512 --json roofline.json
+  python -m benchmarks static_roofline
+  python -m benchmarks static_roofline --target sm_90 --variant main block-512 --json roofline.json
 """
-
-if __name__ == "__main__":
-    sys.exit(main())
