@@ -356,16 +356,16 @@ def test_host_time_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 BARE = """
 import sys
-for name in ("tqdm", "safetensors", "tokenizers", "diffusers", "k_diffusion", "scipy", "torchsde", "torchdiffeq"):
+for name in ("safetensors", "tokenizers", "diffusers", "k_diffusion", "scipy", "torchsde", "torchdiffeq"):
     sys.modules[name] = None  # as if it were not installed
-from benchmarks import bench, trace
+from benchmarks.__main__ import main as bench
 from benchmarks.suite import providers
 from benchmarks.suite.architectures import ARCHITECTURES
 from fastcfg.cli import main
 assert main(["doctor"]) == 0
 assert main(["parity", "--quick", "--backend", "reference", "--device", "cpu"]) == 0
-assert bench.main(["--only", "op/guidance-blend", "--budget", "0.001s", "--out", "out", "--device", "cpu"]) == 0
-assert trace.main(["--json", "trace.json"]) == 0
+assert bench(["--only", "op/guidance-blend", "--budget", "0.001s", "--out", "out", "--device", "cpu"]) == 0
+assert bench(["trace", "--json", "trace.json"]) == 0
 print({name: made.problem() for name, made in ARCHITECTURES.items() if made.problem()})
 """
 
