@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def report() -> Report:
     rows = [row | {"registers": 93, "spills": 0, "stack_bytes": 0, "gpus": gpus}]
     facts = {"torch": "2.13.0", "device": "AMD EPYC", "device_type": "cpu", "threads": 1, "commit": "abc123"}
     return {
+        "schema": 1,
         "finished": True,
         "environment": facts,
         "settings": {"seconds": 1.0},
@@ -250,6 +252,7 @@ def test_absolute_times_are_told_on_the_same_device_only(
         '{"results": 3}',
         '{"results": {}}',
         '{"results": {}, "environment": {"device": ""}}',
+        '{"results": {}, "environment": {}, "left": {}, "finished": true, "schema": 2}',
     ],
 )
 def test_what_is_no_report_is_an_error(
@@ -260,7 +263,7 @@ def test_what_is_no_report_is_an_error(
     new.write_text(text)
     assert load(old) == report
     assert main(["compare", str(old), str(new)]) == 2
-    assert "new.json: not a report of" in capsys.readouterr().err
+    assert re.search("new.json: (not a report of|got schema 2)", capsys.readouterr().err)
     assert main(["compare", str(old), str(tmp_path / "absent.json")]) == 2
     assert "absent.json: No such file" in capsys.readouterr().err
 

@@ -23,15 +23,17 @@ from support.faulty_workers import nothing, provider
 
 from benchmarks import bench
 from benchmarks.__main__ import main
+from benchmarks.report.reading import load
 from benchmarks.suite import engine, measure, originals, providers, workloads
 from benchmarks.suite.cases import NotHereError, Provider, StepCase
 from benchmarks.suite.measure import Turns
 from benchmarks.suite.providers import COPY, Entry, Job
-from benchmarks.suite.results import OUT_OF_TIME, Results, read
+from benchmarks.suite.results import OUT_OF_TIME, Results
 from benchmarks.suite.roof import add_shares
 from benchmarks.suite.runner import OutOfTimeError, Runner, Worker
 from benchmarks.suite.worker import serve
 from benchmarks.suite.workloads import registry, select
+from fastcfg.cli.parser import UsageError
 from fastcfg.parity.steps import check_step, make_case
 from fastcfg.reference import originals as reference_originals
 
@@ -179,7 +181,7 @@ def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_goes_on(
         time.sleep(0.05)
     process.kill()
     process.communicate(timeout=30)  # the output's end: no process has it open any more
-    killed = read(folder / "bench.json")
+    killed = load(folder / "bench.json")
     assert list(killed["results"]) == NAMES[:1]
     assert not killed["finished"]
     assert killed["left"] == {NAMES[1]: "not begun"}
@@ -187,8 +189,8 @@ def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_goes_on(
     monkeypatch.setattr(Runner.__init__, "__defaults__", (None, workers.serve_steadily))
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert "going on with" in err
-    whole = read(folder / "bench.json")
+    assert "resuming" in err
+    whole = load(folder / "bench.json")
     assert whole["finished"]
     assert whole["results"][NAMES[0]] == killed["results"][NAMES[0]]
     assert list(whole["results"]) == NAMES
@@ -202,18 +204,18 @@ def results(folder: Path, commit: str = "a", fresh: bool = False) -> Results:
 
 
 def test_only_an_unfinished_file_of_the_same_run_is_gone_on_with(tmp_path: Path) -> None:
-    first = results(tmp_path)
-    first.add("x", {"turns": 1})
-    assert results(tmp_path).report["results"] == {"x": {"turns": 1}}
+    first, record = results(tmp_path), {"turns": 1, "providers": {}, "ratios": {}}
+    first.add("x", record)
+    assert results(tmp_path).report["results"] == {"x": record}
     for other in ({"commit": "b"}, {"fresh": True}):
         first.write()
         assert results(tmp_path, **other).report["results"] == {}  # type: ignore[arg-type]
-        assert read(tmp_path / "previous.json")["results"] == {"x": {"turns": 1}}
+        assert load(tmp_path / "previous.json")["results"] == {"x": record}
     first.report["finished"] = True
     first.write()
     assert "previous.json" in results(tmp_path).told
     (tmp_path / "bench.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a file of results"):
+    with pytest.raises(UsageError, match="not a report"):
         results(tmp_path)
 
 
