@@ -46,14 +46,10 @@ def fail_drawing(draw: bool) -> None:
         raise ImportError("no source of noise")
 
 
-def crash(draw: bool) -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def crash_late(draw: bool, count: list[int] = [0]) -> None:  # noqa: B006 - counts calls
+def crash_when_timed(draw: bool, count: list[int] = [0]) -> None:  # noqa: B006 - counts calls
     count[0] += 1
     if count[0] > 2:
-        crash(draw)
+        os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def hang(draw: bool) -> None:
@@ -81,9 +77,8 @@ def entries() -> dict[str, Any]:
         "out of memory": Entry(provider(out_of_memory)),
         "absent": Entry(provider(), problem="needs a GPU"),
         "not to be counted": Entry(provider(fail_drawing)),
-        "crashing": Entry(provider(crash)),
         "hanging": Entry(provider(hang)),
-        "crashing late": Entry(provider(crash_late)),
+        "crashing": Entry(provider(crash_when_timed)),
     }
 
 
