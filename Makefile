@@ -9,7 +9,7 @@ BENCH ?= bench
 # 560 to 604 s on two cores; one process took 916 s, with some tests longer. A file's tests share costly fixtures.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: demo test quick lint bench docs clean
+.PHONY: demo test quick lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/fastcfg sample "$(PROMPT)" --out samples.png
@@ -28,15 +28,20 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --budget $(BUDGET) --out $(BENCH)
 
-# The variable silences an advertisement that --strict prints beside its warnings.
-docs: $(STAMP)
+# The variable silences an advertisement that mkdocs-material prints.
+.PHONY: docs
+docs: $(VENV)/.fastcfg-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.fastcfg-docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
 
 clean:
 	rm -rf .venv bench build dist fastcfg.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache
 
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps k-diffusion==0.1.1.post1
 	touch $@
