@@ -7,8 +7,9 @@ from typing import Any
 
 import griffe
 
-# In prose, outside backticks: a star between words is a product, and `<a, b>` an inner product, not markup.
-_MARKUP = re.compile(r"(`[^`]*`)|(?<=\w)\*\*?(?=\w)|<(?=[A-Za-z|])")
+# In prose, outside backticks: a star between words is a product, `<a, b>` an inner product and `a[i][k]` an element, not
+# emphasis, a tag and a link.
+_MARKUP = re.compile(r"(`[^`]*`)|(?<=\w)\*\*?(?=\w)|<(?=[A-Za-z|])|(?<=\])\[")
 
 
 class Docstrings(griffe.Extension):
@@ -32,4 +33,4 @@ def _is_code(paragraph: str) -> bool:
 
 
 def _escaped(match: re.Match[str]) -> str:
-    return match[0] if match[1] else match[0].replace("*", r"\*").replace("<", "&lt;")
+    return match[0] if match[1] else match[0].replace("*", r"\*").replace("[", r"\[").replace("<", "&lt;")

@@ -16,9 +16,9 @@ class Compiled:
     Attributes:
         table: its s is the joint deviation of a row's draws, its initial_scale that of the start.
         draws: for every row the coefficients of the draws after its model call, 0 where the value is not used (but
-            drawn): `s * z = sum_k draws[row][k] * z_k`; of learned variances those where v is 0.
+            drawn): s * z = sum_k draws[row][k] * z_k; of learned variances those where v is 0.
         start: the first state's share of the x that the original is given.
-        start_draws: those of the draws before the first model call: `x_T = start * x + sum_k start_draws[k] * z_k`.
+        start_draws: those of the draws before the first model call: x_T = start * x + sum_k start_draws[k] * z_k.
     """
 
     table: StepTable
