@@ -7,8 +7,8 @@ from typing import Any
 
 import griffe
 
-# In prose, outside backticks: a star between words is a product, `<a, b>` an inner product and `a[i][k]` an element, not
-# emphasis, a tag and a link.
+# In prose, outside backticks: a star between words is a product, `<a, b>` an inner product and `a[i][k]` an element. In
+# Markdown they are emphasis, a tag and a link.
 _MARKUP = re.compile(r"(`[^`]*`)|(?<=\w)\*\*?(?=\w)|<(?=[A-Za-z|])|(?<=\])\[")
 
 
