@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
 from pathlib import Path
@@ -69,6 +70,12 @@ def test_commands_of_the_readme_are_targets() -> None:
     for page in ("README.md", "CONTRIBUTING.md", ".ci/run"):
         for target in re.findall(r"^ *make (\w+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_host_times_are_the_measured_ones() -> None:
+    results = json.loads((ROOT / "benchmarks/results/cpu/host_time.json").read_text(encoding="utf-8"))["results"]
+    philox, torch = (results[f"beside a replay, {noise}"]["host_us"]["median"] for noise in ("philox", "torch"))
+    assert f"{philox:.1f} µs a row, {torch:.1f} µs with noise drawn by torch" in text_of(DOCS / "graphs.md")
 
 
 def test_the_figure_is_the_layers() -> None:
