@@ -20,6 +20,7 @@ from fastcfg.utils.files import write_text
 
 from .plots import draw
 from .reading import case, condition, duration, fastest, load, number, timed
+from .summary import summary
 from .tables import roofline, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +79,7 @@ def generated(text: str, results: Path, name: str = "README.md") -> str:
         "steps": lambda: steps(load(cpu / "bench.json")),
         "roofline": lambda: roofline(load(cpu / "bench.json")["roofline"], ["main"]),
         "adherence": lambda: followed(json.loads((cpu / "adherence.json").read_text(encoding="utf-8"))),
+        "summary": lambda: summary(load(cpu / "bench.json"), json.loads((cpu / "schedulers.json").read_text())),
         "gpu": lambda: "\n\n".join(steps(load(path)) for path in others) or _NO_GPU,
     }
     names = [match[1] for match in _BLOCK.findall(text)]
