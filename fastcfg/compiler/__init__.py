@@ -1,31 +1,40 @@
-"""The sampler compiler: any scheduler or sampling function of linear steps becomes a `StepTable`, by running it.
+"""Compile any scheduler or sampling function with linear steps into a `StepTable`, by running it.
 
 A sampler without step-size control is a linear system: every model input and every sample is a sum of the starting
-noise, the model's outputs and the draws of noise. It is run once on the host, on basis vectors instead of images: the
-starting noise is one, every model output is one, every draw is one; then what comes out holds its own coefficients.
-They are reduced to rows that keep at most three tensors, and the table is compared with the original on random inputs
-before anybody uses it.
+noise, the model's outputs and the draws of noise. It is run once on the host on basis vectors instead of images, one
+for the starting noise, for every output and for every draw, so that its samples show its coefficients. These are
+reduced to rows that save at most three tensors, and the table is compared with the original on random inputs before it
+is used.
 
+    patching     redirect an original's draws and conversions, in this thread only
     probe        run a scheduler on basis vectors
-    reduction    coefficients of whole runs -> rows with few saved tensors
-    assembly     rows -> a table, and the proof that it is the original
-    recipe       what an original draws, for images of the same seeds
-    cache        what was compiled, for schedulers that hold the same numbers
+    reduction    coefficients of a whole run -> rows with few saved tensors
+    assembly     rows -> a table, its noise (`Compiled`), and the proof that it reproduces the original
+    cache        compiled results, by the numbers a scheduler holds
     scheduler    `compile_scheduler`: all of it, with the clip and learned variances
     sampler      `compile_sampler`: the same for functions of k-diffusion's form
+    rehearsal    what an original draws, returns and gives to callbacks, seen on a small example
 """
 
-from .recipe import Compiled
+from .assembly import Compiled
+from .rehearsal import SamplerRehearsal, StepRehearsal, compile_and_rehearse, rehearse_step
 from .sampler import compile_sampler, trace_sampler
-from .scheduler import CompiledScheduler, NextTimestep, compile_scheduler, compile_timesteps, scheduler_clip
+from .scheduler import NextTimestep, compile_scheduler, compile_timesteps, scheduler_clip
+
+# The name before the two classes became one.
+CompiledScheduler = Compiled
 
 __all__ = [
     "Compiled",
     "CompiledScheduler",
     "NextTimestep",
+    "SamplerRehearsal",
+    "StepRehearsal",
+    "compile_and_rehearse",
     "compile_sampler",
     "compile_scheduler",
     "compile_timesteps",
+    "rehearse_step",
     "scheduler_clip",
     "trace_sampler",
 ]

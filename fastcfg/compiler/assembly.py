@@ -1,11 +1,13 @@
-"""From rows to a table, and the proof that the table is the original."""
+"""From rows to a table, and the proof that the table reproduces the original."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
@@ -15,47 +17,91 @@ from ..table import StepTable
 from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Response
 from .reduction import Rows
 
-# In shares of the largest value, of schedulers that compute in float32.
+# Relative to the largest value, for schedulers that compute in float32.
 TOLERANCE = 5e-6
 # Between a table and the original on random inputs, in roundings of the coefficients. Measured: 2.
-_APART = 50
+_MAX_ROUNDINGS = 50
 
 
-def of_known_rounding(response: Response, shorter: Response, what: str) -> Response:
-    """The response with the rounding that basis vectors of another length, which is no power of two, show.
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    """A table, and the original's own draws of noise, in its order: for images of the same seed.
+
+    Attributes:
+        table: s is the joint deviation of a row's draws, initial_scale that of the start.
+        draws: per row the coefficients of the draws after its model call, 0 for a draw whose value is not used:
+            s * z = sum_k draws[row][k] * z_k; with learned variances, the coefficients at v = 0.
+        start: the share of the given x in the first state.
+        start_draws: coefficients of the draws before the first model call: x_T = start*x + sum_k start_draws[k] * z_k.
+        further: the second value a scheduler's `step` returns: "none", "x0" (the table's, clipped), "sum" or "unknown".
+        sums: [C, 2], for "sum": the coefficients of the row's state and output.
+    """
+
+    table: StepTable
+    draws: tuple[tuple[float, ...], ...]
+    start: float = 1.0
+    start_draws: tuple[float, ...] = ()
+    further: str = "none"
+    sums: Array | None = None
+
+    def noise(self, draw: Callable[[], Tensor], row: int) -> Tensor | None:
+        """A row's noise with deviation 1, or None if it adds none. `draw` is called for every draw of the original,
+        used or not, so that a generator moves as it does there."""
+        weights = self.draws[row]
+        total = math.hypot(*weights)
+        return _weighted_sum(draw, [weight / total if total else 0.0 for weight in weights])
+
+    def start_noise(self, draw: Callable[[], Tensor]) -> Tensor | None:
+        """The noise added before the first model call, weighted by `start_draws`; None if there is none."""
+        return _weighted_sum(draw, self.start_draws)
+
+
+def _weighted_sum(draw: Callable[[], Tensor], weights: Sequence[float]) -> Tensor | None:
+    """The next draws, weighted, in float32 or wider. A single draw of weight 1 is returned as drawn."""
+    total: Tensor | None = None
+    for weight in weights:
+        z = draw()
+        if weight and weight != 1.0:
+            z = z.to(torch.promote_types(z.dtype, torch.float32)) * weight
+        if weight:
+            total = z if total is None else total + z
+    return total
+
+
+def with_rounding(response: Response, shorter: Response, what: str) -> Response:
+    """The response with its rounding, estimated from a second run on basis vectors of another length (not a power of
+    two).
 
     Raises:
-        ValueError: these give other coefficients, or some are not finite.
+        ValueError: the coefficients differ by more than rounding, or some are not finite.
     """
     if not np.isfinite(response.states).all():
         raise ValueError(f"{what}, whose samples are not finite, expected finite ones")
     largest = np.maximum(np.abs(response.states).max(axis=1), 1.0)
-    apart = np.abs(response.states - shorter.states).max(axis=1) / largest
-    if (apart > TOLERANCE).any():
-        row = int((apart > TOLERANCE).argmax()) - 1
-        raise ValueError(
-            f"{what}, whose step {row} gives other coefficients for other samples, expected one whose steps are linear"
-        )
-    return replace(response, rounding=ROUNDING if apart.max() < ROUNDING else ROUNDING_FLOAT32)
+    error = np.abs(response.states - shorter.states).max(axis=1) / largest
+    if (error > TOLERANCE).any():
+        row = int((error > TOLERANCE).argmax()) - 1
+        raise ValueError(f"{what}, whose step {row} has coefficients that depend on the sample, expected linear steps")
+    return replace(response, rounding=ROUNDING if error.max() < ROUNDING else ROUNDING_FLOAT32)
 
 
-def columns(rows: Rows, p_x: Array, p_m: Array, limited: bool = True) -> dict[str, Array]:
-    """A table's columns: in terms of x0 where it is known (p_m is not 0) and is either limited on the way or what is
-    saved, else in those of state and output, which are fewer roundings."""
-    copies = p_x.any() and not limited and not (rows.k_x * rows.k_m).any()
-    known = (p_m != 0) & (not copies)
-    factor = np.where(known, p_m, 1.0)
-    a_0, k_0 = (np.where(known, values / factor, 0.0) for values in (rows.a_m, rows.k_m))
+def columns(rows: Rows, p_x: Array, p_m: Array, clipped: bool = True) -> dict[str, Array]:
+    """A table's columns. Rows are written over x and x0 where x0 is known (p_m is not 0) and needed, because it is
+    clipped or saved; elsewhere over x and the output, which rounds less often."""
+    saves_copies = p_x.any() and not clipped and not (rows.k_x * rows.k_m).any()
+    over_x0 = (p_m != 0) & (not saves_copies)
+    factor = np.where(over_x0, p_m, 1.0)
+    a_0, k_0 = (np.where(over_x0, values / factor, 0.0) for values in (rows.a_m, rows.k_m))
     found = {"p_x": p_x, "p_m": p_m, "s": rows.s, "slot": rows.slot}
-    found |= {"a_0": a_0, "a_x": _less(rows.a_x, a_0 * p_x), "a_m": np.where(known, 0.0, rows.a_m)}
-    found |= {"k_0": k_0, "k_x": _less(rows.k_x, k_0 * p_x), "k_m": np.where(known, 0.0, rows.k_m)}
+    found |= {"a_0": a_0, "a_x": _difference(rows.a_x, a_0 * p_x), "a_m": np.where(over_x0, 0.0, rows.a_m)}
+    found |= {"k_0": k_0, "k_x": _difference(rows.k_x, k_0 * p_x), "k_m": np.where(over_x0, 0.0, rows.k_m)}
     return found | {f"a_h{j}": rows.a_h[:, j] for j in range(rows.a_h.shape[1])}
 
 
-def _less(values: Array, others: Array) -> Array:
-    """The difference, 0 where it is nothing but rounding."""
-    difference = values - others
-    return np.where(np.abs(difference) < 1e-9 * np.abs(others), 0.0, difference)
+def _difference(a: Array, b: Array) -> Array:
+    """a - b, set to 0 where only rounding is left."""
+    difference = a - b
+    return np.where(np.abs(difference) < 1e-9 * np.abs(b), 0.0, difference)
 
 
 def verify(
@@ -68,46 +114,47 @@ def verify(
     rounding: float,
     what: str,
 ) -> list[Tensor]:
-    """Raise ValueError unless a table makes of random inputs what the original has made of them.
+    """Check a table against the original's run on random inputs.
 
     Args:
         table: the table.
-        draws: the coefficients of every row's draws, of which the table's s is the joint deviation.
-        outputs: the model's, float64 [B, C or 2C, ...], one a row.
-        drawn: what every row drew, float64 [B, C, ...].
+        draws: the coefficients of every row's draws.
+        outputs: the model's, float64 [B, C or 2C, ...], one per row.
+        drawn: the noise of every row, float64 [B, C, ...].
         states: the original's, float64: the start, and after every row.
         clip: of x0.
         rounding: of the original's coefficients.
-        what: the original in words.
+        what: the original, for the message.
 
     Returns:
         x0 of every row.
+
+    Raises:
+        ValueError: the table does not reproduce the run.
     """
-    x, predicted, plain = states[0], [], PlainTable(table, states[0])
-    bound = x.new_full((len(x),), clip) if isinstance(clip, float) else clip
+    predicted, plain = [], PlainTable(table, states[0])
+    bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip
     spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
-    for row, (output, noise, state) in enumerate(zip(outputs, drawn, states[1:], strict=True)):
+    for row, (x, output, noise, state) in enumerate(zip(states, outputs, drawn, states[1:], strict=False)):
         c = {name: float(table[name][row]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m")}
-        m = output[:, : x.shape[1]]
         noisy = replace(spec, noise_source="tensor" if table.learned_variance and noise else "none")
         made = plain(row, x, output, noisy, bound=bound, noise=noise[0] if noise else None)
         predicted.append(made["x0"])
         y = made["x"]
         if not table.learned_variance:
             y += sum(coefficient * z for coefficient, z in zip(draws[row], noise, strict=True))
-        # Large terms that cancel, and a state that falls far, leave the rounding of an original in float32.
-        of_x, of_m = float(x.abs().max()), float(m.abs().max())
+        # Large terms that cancel, and a state that shrinks a lot, leave the rounding of an original in float32.
+        of_x, of_m = float(x.abs().max()), float(output[:, : x.shape[1]].abs().max())
         through_x0 = abs(c["a_0"]) * (abs(c["p_x"]) * of_x + abs(c["p_m"]) * of_m)
         size = max(of_x, abs(c["a_x"]) * of_x, abs(c["a_m"]) * of_m, through_x0)
-        if not (apart := distance(y, state, size)) <= _APART * rounding:
+        if not (error := distance(y, state, size)) <= _MAX_ROUNDINGS * rounding:
             raise ValueError(
-                f"{what}, from which its table differs by {apart:.1e} in row {row}, expected at most "
-                f"{_APART * rounding:.0e}: its steps are not linear"
+                f"{what}, from which its table differs by {error:.1e} in row {row}, expected at most "
+                f"{_MAX_ROUNDINGS * rounding:.0e}: its steps are not linear"
             )
-        x = state
     return predicted
 
 
 def distance(got: Tensor, want: Tensor, size: float = 1.0) -> float:
-    """The largest difference, in shares of the largest value or of `size`, whichever is larger (and of 1)."""
+    """The largest difference relative to the largest value, to `size` or to 1, whichever is largest."""
     return float((got - want).abs().max()) / max(1.0, size, float(want.abs().max()))

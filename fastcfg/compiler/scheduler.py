@@ -14,15 +14,17 @@ from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..table import NO_NOISE, StepTable
-from .assembly import TOLERANCE, columns, distance, of_known_rounding, verify
+from ..utils.identity import view_index
+from .assembly import TOLERANCE, Compiled, columns, distance, verify, with_rounding
 from .cache import cached_for
-from .probe import Array, Response, drawing, in_float64, position_in, respond, returned_second
+from .patching import drawing, in_float64
+from .probe import Array, Response, normal_sample, respond, second_value
 from .reduction import reduce
 
-__all__ = ["CompiledScheduler", "NextTimestep", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
+__all__ = ["NextTimestep", "StepWithOptions", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
 
 _SATURATED = 1e4
-# Of the schedulers that convert outputs (`convert_model_output`): those that convert them to x0.
+# Algorithms whose `convert_model_output` returns x0.
 _X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
 
 
@@ -31,25 +33,25 @@ def compile_scheduler(
     num_inference_steps: int,
     *,
     step_options: Mapping[str, Any] | None = None,
-    limited: bool = False,
+    clipped: bool = False,
     **set_timesteps: Any,
 ) -> StepTable:
-    """The table of a scheduler object, with the configuration that its user gave it.
+    """The table of a scheduler object, in the configuration its user gave it.
 
-    Its clip of x0 is not in the table: give `scheduler_clip(scheduler)` to the sampler as `clip`.
+    The clip of x0 is not in the table: give `scheduler_clip(scheduler)` to the sampler as `clip`.
 
     Args:
-        scheduler: an object of diffusers' protocol: `config`, `set_timesteps`, `timesteps`, `step`, and where it has
-            them `scale_model_input`, `init_noise_sigma`, `convert_model_output`. It is not changed.
+        scheduler: an object of diffusers' protocol: `config`, `set_timesteps`, `timesteps`, `step`, and optionally
+            `scale_model_input`, `init_noise_sigma`, `convert_model_output`. It is not changed.
         num_inference_steps: as its `set_timesteps` takes it.
-        step_options: further arguments of its `step`, the same in every one, such as eta of DDIM. The value
+        step_options: further arguments of its `step`, the same in every step, such as eta of DDIM. The value
             `NextTimestep` stands for the following timestep, and None in the last step (prev_timestep of UnCLIP).
-        limited: whether x0 will be limited by the sampler though the scheduler does not. Only tables made for that, or
-            of schedulers that limit it, use x0 at all: in terms of state and output rows are fewer roundings.
+        clipped: whether the sampler will clip x0 although the scheduler does not. Other tables avoid x0: rows over
+            state and output round less often.
         **set_timesteps: further arguments of `set_timesteps`.
 
     Returns:
-        A table of as many rows as it has timesteps.
+        A table of as many rows as there are timesteps.
 
     Raises:
         ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them.
@@ -66,60 +68,44 @@ def compile_scheduler(
     original = copy.deepcopy(scheduler)
     with _running(original):
         original.set_timesteps(num_inference_steps, **set_timesteps)
-    return compile_timesteps(original, step_options=step_options, limited=limited).table
-
-
-@dataclass(frozen=True, eq=False)
-class CompiledScheduler:
-    """A scheduler's table, and how it draws noise.
-
-    Attributes:
-        table: its rows.
-        draws: for every row the coefficients of its draws, in their order; those of draws that change nothing are 0.
-        further: what its steps return beside the sample: "none", "x0" (the table's, limited), "sum" or "unknown".
-        sums: [C, 2], of "sum": the coefficients of the row's state and output.
-    """
-
-    table: StepTable
-    draws: tuple[tuple[float, ...], ...]
-    further: str
-    sums: Array | None
+    return compile_timesteps(original, step_options=step_options, clipped=clipped).table
 
 
 def compile_timesteps(
-    scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None, limited: bool = False
-) -> CompiledScheduler:
-    """`compile_scheduler` for a scheduler whose timesteps are set, for a run that begins with `timesteps[first]`.
+    scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None, clipped: bool = False
+) -> Compiled:
+    """`compile_scheduler` for a scheduler whose timesteps are set, with its draws of noise.
 
-    Results are kept: of a scheduler that holds the same numbers, in the same version of its library, the next call
-    returns them.
+    Results are cached by the scheduler's attributes and the version of its library.
 
-    Args, errors: as there. `first` is above 0 where a picture is changed rather than made: methods of several steps
-    then begin with less history.
+    Args:
+        scheduler, step_options, clipped: as for `compile_scheduler`.
+        first: index of the timestep the run begins with. It is above 0 for image-to-image, where methods of several
+            steps begin without history.
+
+    Raises:
+        ValueError: as `compile_scheduler`.
     """
     _check_protocol(scheduler)
     if not 0 <= first < len(scheduler.timesteps):
         raise ValueError(f"first: got {first}, expected 0 to {len(scheduler.timesteps) - 1}, an index of its timesteps")
-    return cached_for(
-        scheduler,
-        (first, dict(step_options or {}), limited),
-        lambda: _compile(scheduler, first, step_options or {}, limited),
-    )
+    options = dict(step_options or {})
+    return cached_for(scheduler, (first, options, clipped), lambda: _compile(scheduler, first, options, clipped))
 
 
 class NextTimestep:
     """Stands for the timestep that follows, as an argument of `step`."""
 
 
-class StepWith:
+class StepWithOptions:
     """A scheduler's `step` with further arguments. Copied with the scheduler, it is the copy's."""
 
-    def __init__(self, scheduler: Any, options: dict[str, Any]) -> None:
-        self._scheduler, self._step, self._options = scheduler, scheduler.step, options
+    def __init__(self, scheduler: Any, options: Mapping[str, Any]) -> None:
+        self._scheduler, self._step, self._options = scheduler, scheduler.step, dict(options)
 
     def __call__(self, output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
         timesteps = self._scheduler.timesteps
-        following = [*timesteps, None][position_in(timesteps, timestep) + 1]  # type: ignore[operator]
+        following = [*timesteps, None][view_index(timesteps, timestep) + 1]  # type: ignore[operator]
         options = {name: following if value is NextTimestep else value for name, value in self._options.items()}
         return self._step(output, timestep, sample, **options)
 
@@ -129,12 +115,12 @@ def _check_protocol(scheduler: Any) -> None:
         if not hasattr(scheduler, name):
             raise ValueError(f"scheduler: got {type(scheduler).__name__} without {name}, expected diffusers' protocol")
     if hasattr(scheduler, "noise_sampler"):
-        raise ValueError(f"scheduler: got {type(scheduler).__name__}, whose noise is a Brownian tree's, expected draws")
+        raise ValueError(f"scheduler: got {type(scheduler).__name__} with a Brownian tree, expected independent draws")
 
 
 @contextmanager
 def _running(scheduler: Any) -> Iterator[None]:
-    """Context in which a scheduler that fails is one that cannot be compiled."""
+    """Context in which any exception of a scheduler becomes a ValueError: it cannot be compiled."""
     try:
         yield
     except ValueError:
@@ -146,44 +132,44 @@ def _running(scheduler: Any) -> Iterator[None]:
         ) from error
 
 
-def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], limited: bool) -> CompiledScheduler:
+def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], clipped: bool) -> Compiled:
     original = copy.deepcopy(scheduler)
     if step_options:
-        original.step = StepWith(original, dict(step_options))
+        original.step = StepWithOptions(original, step_options)
     learned = "learned" in str(original.config.get("variance_type"))
     with _running(original):
         linear = _without_clip(original)
         response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.3))
     what = f"scheduler: got {type(scheduler).__name__}"
-    response = of_known_rounding(response, shorter, what)
+    response = with_rounding(response, shorter, what)
     clip = scheduler_clip(original)
-    limited = limited or clip is not None
+    clipped = clipped or clip is not None
     start = float(getattr(original, "init_noise_sigma", 1.0))
-    rows = reduce(response, limited, start)
+    rows = reduce(response, clipped, start)
     p_x, p_m = _prediction(linear, response)
-    found: dict[str, Any] = columns(rows, p_x, p_m, limited)
-    if "clip_sample" in original.config and (original.config.get("clip_sample") or original.config.get("thresholding")):
-        found |= _beside_the_clip(linear, first, p_x, p_m)
+    found: dict[str, Any] = columns(rows, p_x, p_m, clipped)
+    if "clip_sample" in original.config and clip is not None:
+        found |= _clipped_coefficients(linear, first, p_x, p_m)
     if learned:
-        found |= _learned(linear, first, rows.draws, response.rounding)
-    order = getattr(scheduler, "order", 1)
+        found |= _learned_variance(linear, first, rows.draws, response.rounding)
     table = StepTable.from_columns(
         c_in=_scales(response),
         t=response.times,
         integer_time=response.integer_time,
         initial_scale=start,
         learned_variance=learned,
-        steps=np.arange(response.calls) // order,
+        steps=np.arange(response.calls) // getattr(scheduler, "order", 1),
         name=type(scheduler).__name__,
         **found,
     )
-    random = _random_run(original, first, table)
-    predicted = verify(table, rows.draws, random.outputs, random.drawn, random.states, clip, response.rounding, what)
-    return CompiledScheduler(table, rows.draws, *_further(response, random, predicted))
+    trial = _run_on_random_inputs(original, first, table)
+    predicted = verify(table, rows.draws, trial.outputs, trial.drawn, trial.states, clip, response.rounding, what)
+    further, sums = _further(response, trial, predicted)
+    return Compiled(table, rows.draws, further=further, sums=sums)
 
 
 def scheduler_clip(scheduler: Any) -> float | DynamicThreshold | None:
-    """What a scheduler does to x0, as `Sampler` takes it as `clip`."""
+    """A scheduler's clip of x0, as `clip` of `Sampler`."""
     config = scheduler.config
     if config.get("thresholding"):
         ceiling = float(config.get("sample_max_value", 1.0))
@@ -200,16 +186,16 @@ def _without_clip(scheduler: Any) -> Any:
 
 
 def _prediction(scheduler: Any, response: Response) -> tuple[Array, Array]:
-    """p_x and p_m where the scheduler tells its x0 (else 0)."""
+    """p_x and p_m where the scheduler returns its x0 (else 0)."""
     config, predictions = scheduler.config, response.predictions
     if config.get("algorithm_type") in _X0_ALGORITHMS or config.get("predict_x0"):
         predictions = response.converted if predictions is None else predictions
-    found = None if predictions is None else _of_rows(predictions, response)
+    found = None if predictions is None else _over_rows(predictions, response)
     return found or (np.zeros(response.calls), np.zeros(response.calls))
 
 
-def _of_rows(vectors: Array, response: Response) -> tuple[Array, Array] | None:
-    """One vector a row as a sum of the row's state and output: the two coefficients [C]; None if one is no such sum."""
+def _over_rows(vectors: Array, response: Response) -> tuple[Array, Array] | None:
+    """Vectors, one per row, as sums of the row's state and output: the coefficients of both [C]; None if one is not."""
     of_x, of_m = np.zeros(response.calls), np.zeros(response.calls)
     for i, (vector, state) in enumerate(zip(vectors, response.states, strict=False)):
         rest = vector.copy()
@@ -224,23 +210,24 @@ def _scales(response: Response) -> Array:
     """c_in of every row."""
     scales = np.array([x @ s / (s @ s) for x, s in zip(response.inputs, response.states, strict=False)])
     if np.abs(response.inputs - scales[:, None] * response.states[:-1]).max() > 1e-5 * np.abs(response.inputs).max():
-        raise ValueError("scheduler: got one whose model inputs are not scaled samples, expected such ones")
+        raise ValueError("scheduler: got model inputs that are not multiples of the samples, expected multiples")
     return scales
 
 
-def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[str, Array]:
-    """a_x, a_0 and a_m of steps whose x0 is limited: derivatives where it is saturated, and what is left there."""
-    limited = copy.deepcopy(linear)
-    limited.register_to_config(clip_sample=True)
-    bound, found = float(limited.config.get("clip_sample_range", 1.0)), []
+def _clipped_coefficients(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[str, Array]:
+    """a_x, a_0 and a_m of steps that clip x0. Where x0 is saturated it is constant: the derivatives of a step there are
+    a_x and a_m, and the remainder is a_0 times the bound."""
+    clipping = copy.deepcopy(linear)
+    clipping.register_to_config(clip_sample=True)
+    bound, found = float(clipping.config.get("clip_sample_range", 1.0)), []
     zeros = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
     for i in range(len(p_x)):
         x, m = _SATURATED * np.sign(p_x[i] or 1.0), _SATURATED * np.sign(p_m[i] or 1.0)
         values = torch.tensor([[x, m], [2 * x, m], [x, 2 * m]], dtype=torch.float64).T.reshape(2, 1, 1, 1, 3)
         output = values[1]
-        if "learned" in str(limited.config.get("variance_type")):
+        if "learned" in str(clipping.config.get("variance_type")):
             output = torch.cat([output, torch.zeros_like(output)], dim=1)
-        fresh = copy.deepcopy(limited)
+        fresh = copy.deepcopy(clipping)
         with drawing(fresh, lambda like: zeros), in_float64(), torch.no_grad():
             t = fresh.timesteps[first + i]
             base, by_x, by_m = fresh.step(output, t, values[0]).prev_sample.double().reshape(-1).tolist()
@@ -251,14 +238,16 @@ def _beside_the_clip(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[st
     return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
 
 
-def _learned(scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...], rounding: float) -> dict[str, Array]:
-    """l_0 and l_v: the logarithm of the noise is linear in the variance channels."""
+def _learned_variance(
+    scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...], rounding: float
+) -> dict[str, Array]:
+    """s, l_0 and l_v of learned variances: the logarithm of the deviation is linear in the variance channels v."""
     logs = []
     for v in (-1.0, 0.0, 1.0):
         s = reduce(replace(respond(scheduler, v, first=first), rounding=rounding)).s
         logs.append(np.log2(np.where(s > 0, s, 1.0)))
     if np.abs(logs[0] - 2 * logs[1] + logs[2]).max() > 1e-4:
-        raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected that")
+        raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected it to be")
     quiet = np.array([not any(row) for row in draws])
     return {
         "s": np.zeros(len(draws)),
@@ -268,12 +257,14 @@ def _learned(scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...], r
 
 
 @dataclass(frozen=True, eq=False)
-class _RandomRun:
-    """A run of a scheduler on random outputs, in float64.
+class _RandomInputs:
+    """A scheduler's run on random outputs, in float64.
 
     Attributes:
-        outputs, drawn, further: of every step, what it was given, has drawn and has returned beside the sample.
-        states: the samples, the first one and that of every step.
+        outputs: the model outputs of every step.
+        drawn: the noise of every step.
+        states: the first sample, and that of every step.
+        further: the second values returned.
     """
 
     outputs: list[Tensor]
@@ -282,43 +273,41 @@ class _RandomRun:
     further: list[Tensor]
 
 
-def _random_run(scheduler: Any, first: int, table: StepTable) -> _RandomRun:
+def _run_on_random_inputs(scheduler: Any, first: int, table: StepTable) -> _RandomInputs:
     generator = torch.Generator().manual_seed(0)
 
-    def normal(channels: int = 3) -> Tensor:
-        return torch.empty(2, channels, 4, 4, dtype=torch.float64).normal_(generator=generator)
-
     def draw(like: Tensor | None) -> Tensor:
-        run.drawn[-1].append(normal())
-        return run.drawn[-1][-1]
+        trial.drawn[-1].append(normal_sample(generator))
+        return trial.drawn[-1][-1]
 
-    outputs = [normal(6 if table.learned_variance else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
-    run = _RandomRun(outputs, [], [normal() * table.initial_scale], [])
+    channels = 6 if table.learned_variance else 3
+    outputs = [normal_sample(generator, channels).clamp(-1.5, 1.5) for _ in range(len(table))]
+    trial = _RandomInputs(outputs, [], [normal_sample(generator) * table.initial_scale], [])
     original = copy.deepcopy(scheduler)
     with drawing(original, draw), in_float64(), torch.no_grad():
         for t, output in zip(original.timesteps[first:], outputs, strict=True):
-            run.drawn.append([])
+            trial.drawn.append([])
             if hasattr(original, "scale_model_input"):
-                original.scale_model_input(run.states[-1], t)
-            result = original.step(output, t, run.states[-1])
-            run.states.append(result.prev_sample.double())
-            run.further.extend(returned_second(result))
-    return run
+                original.scale_model_input(trial.states[-1], t)
+            result = original.step(output, t, trial.states[-1])
+            trial.states.append(result.prev_sample.double())
+            trial.further.extend(second_value(result))
+    return trial
 
 
-def _further(response: Response, random: _RandomRun, predicted: list[Tensor]) -> tuple[str, Array | None]:
-    """What a scheduler returns beside the sample, as `CompiledScheduler` says it."""
-    if not random.further:
+def _further(response: Response, trial: _RandomInputs, predicted: list[Tensor]) -> tuple[str, Array | None]:
+    """`further` and `sums` of `Compiled`."""
+    if not trial.further:
         return "none", None
 
     def is_returned(vectors: list[Tensor]) -> bool:
-        return max(map(distance, vectors, random.further)) <= TOLERANCE
+        return max(map(distance, vectors, trial.further)) <= TOLERANCE
 
-    if len(random.further) == response.calls and is_returned(predicted):
+    if len(trial.further) == response.calls and is_returned(predicted):
         return "x0", None
-    found = None if response.further is None else _of_rows(response.further, response)
+    found = None if response.further is None else _over_rows(response.further, response)
     if found is not None:
-        pairs = zip(*found, random.states, random.outputs, strict=False)
+        pairs = zip(*found, trial.states, trial.outputs, strict=False)
         if is_returned([of_x * x + of_m * m[:, : x.shape[1]] for of_x, of_m, x, m in pairs]):
             return "sum", np.stack(found, axis=1)
     return "unknown", None

@@ -1,48 +1,86 @@
-"""Engine-backed equivalents of objects of the originals, which are recognised by their attributes."""
+"""`accelerate`: a drop-in for whatever object samples."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 from . import glide, guided_diffusion
 from ._gaussian.schedules import make_schedule
 
 __all__ = ["accelerate"]
 
+Object = TypeVar("Object")
+
 _GAUSSIAN = ("betas", "num_timesteps", "alphas_cumprod", "posterior_mean_coef1")
 _TYPES = ("model_mean_type", "model_var_type", "loss_type")
 _SPACED = ("use_timesteps", "timestep_map", "original_num_steps")
+_SAMPLER_ARGUMENTS = ("model", "x", "sigmas")
 
 
-def accelerate(obj: Any) -> glide.GaussianDiffusion | guided_diffusion.GaussianDiffusion:
-    """The engine-backed equivalent of a diffusion object of guided-diffusion or GLIDE.
+def accelerate(obj: Object, **options: Any) -> Object:
+    """A drop-in for an object that samples, with the same methods, arguments and results. The object is not changed.
 
     Args:
-        obj: their `GaussianDiffusion` or `SpacedDiffusion`. It stays as it is.
-
-    Returns:
-        An object of the class of the same name in `fastcfg.frontends`, with the same tables, methods and results.
+        obj: one of
+            - a `GaussianDiffusion` or `SpacedDiffusion` of guided-diffusion or GLIDE: returns an object of the class of
+              the same name in `fastcfg.frontends`;
+            - a scheduler or guider of diffusers, or of its protocol: `fastcfg.frontends.diffusers.fuse`;
+            - a sampling function of k-diffusion's form, (model, x, sigmas, ...): `fastcfg.frontends.k_diffusion.fuse`.
+        **options: for a sampling function, backend and graph as for `Sampler`; none for the others.
 
     Raises:
-        TypeError: something else.
+        TypeError: another object or option.
 
     Example:
         >>> diffusion = accelerate(diffusion)               # guided_diffusion.respace.SpacedDiffusion
-        >>> diffusion.p_sample_loop(model, (16, 3, 64, 64))
+        >>> pipeline.scheduler = accelerate(pipeline.scheduler)
+        >>> sample_heun = accelerate(k_diffusion.sampling.sample_heun, graph=False)
     """
+    from . import diffusers, k_diffusion
+
+    door: Any
+    known: tuple[str, ...] = ()
     if isinstance(obj, glide.GaussianDiffusion | guided_diffusion.GaussianDiffusion):
-        return obj
-    if not all(hasattr(obj, name) for name in _GAUSSIAN):
+        door = _unchanged
+    elif all(hasattr(obj, name) for name in _GAUSSIAN):
+        door = _gaussian
+    elif diffusers.is_component(obj):
+        door = diffusers.fuse
+    elif callable(obj) and _has_arguments(obj, _SAMPLER_ARGUMENTS):
+        door, known = k_diffusion.fuse, ("backend", "graph")
+    else:
         raise TypeError(
             f"obj: got {type(obj).__name__}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or "
-            f"GLIDE (an object with {', '.join(_GAUSSIAN)})"
+            "GLIDE, a scheduler or guider of diffusers' protocol, or a sampling function (model, x, sigmas, ...)"
         )
-    spaced = all(hasattr(obj, name) for name in _SPACED)
-    schedule = make_schedule(obj.betas, obj.timestep_map if spaced else None, obj.original_num_steps if spaced else 0)
-    module: Any = guided_diffusion if all(hasattr(obj, name) for name in _TYPES) else glide
+    if unknown := sorted(set(options) - set(known)):
+        expected = " or ".join(known) or "none"
+        raise TypeError(f"options: got {', '.join(unknown)} for a {type(obj).__name__}, expected {expected}")
+    accelerated: Object = door(obj, **options)
+    return accelerated
+
+
+def _unchanged(obj: Any) -> Any:
+    return obj
+
+
+def _gaussian(obj: Any) -> Any:
+    spaced, typed = (all(hasattr(obj, name) for name in names) for names in (_SPACED, _TYPES))
+    module: Any = guided_diffusion if typed else glide
     kind = module.SpacedDiffusion if spaced else module.GaussianDiffusion
-    result: glide.GaussianDiffusion | guided_diffusion.GaussianDiffusion = kind.__new__(kind)
-    result._adopt(obj, schedule)
-    for name in _SPACED if spaced else ():
-        setattr(result, name, getattr(obj, name))
+    types = {name: getattr(obj, name) for name in (*_TYPES, "rescale_timesteps")} if typed else {}
+    result = kind.__new__(kind)
+    module.GaussianDiffusion.__init__(result, betas=obj.betas, **types)
+    if spaced:
+        result._set_schedule(make_schedule(obj.betas, obj.timestep_map, obj.original_num_steps))
+        for name in _SPACED:
+            setattr(result, name, getattr(obj, name))
     return result
+
+
+def _has_arguments(function: Any, names: tuple[str, ...]) -> bool:
+    try:
+        return set(names) <= set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return False

@@ -1,29 +1,31 @@
-"""Classifier-free guidance the way GLIDE's notebooks write it: a function on a doubled batch."""
+"""Classifier-free guidance as GLIDE's notebooks write it: a function of a doubled batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.conditioning import Shared
+
 
 class ClassifierFree:
     """GLIDE's `model_fn`: guides a model on a batch whose halves are the conditional and the unconditional samples.
 
-    Called, it does what the notebook's function does: both halves get the first half's x, the first C output channels
-    are blended as uncond + s (cond - uncond), and all 2B rows come back. The loops of `fastcfg.frontends` recognise it:
-    they keep B samples and run model, blend and step as one program, with the same first half.
+    A call does what the notebook's function does: both halves get the first half's x, the first C output channels are
+    blended as uncond + s (cond - uncond), and all 2B samples are returned. The loops of `fastcfg.frontends` recognise
+    the class: they keep B samples and run model, blend and step as one program, with the same first half.
 
     Args:
         model: called as model(x [2B, C, ...], t [2B], **conditioning), the conditional half first.
         guidance_scale: s.
 
     Raises:
-        TypeError: a model that is not callable.
-        ValueError: a scale that is not finite.
+        TypeError: the model is not callable.
+        ValueError: the scale is not finite.
 
     Example:
         >>> model_fn = ClassifierFree(lambda x, t, y: x * y.view(-1, 1, 1, 1), 3.0)
@@ -56,5 +58,23 @@ class ClassifierFree:
         return torch.cat([torch.cat([blended, blended]), output[:, channels:]], dim=1)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the model, if it has any: the originals' loops look there for the device."""
+        """The model's parameters, if it has any: the originals' loops take the device from them."""
         return self.model.parameters() if isinstance(self.model, nn.Module) else iter(())
+
+
+def split_by_branch(model_kwargs: Mapping[str, Any], batch: int, *, halves: bool) -> dict[str, dict[str, Any]]:
+    """Keyword arguments of a model by branch of a `Sampler`.
+
+    Args:
+        model_kwargs: tensors with `batch` samples, and values all samples share.
+        batch: of the call.
+        halves: the tensors are [conditional; unconditional] instead of conditional.
+    """
+    cond: dict[str, Any] = {}
+    uncond: dict[str, Any] = {}
+    for name, value in model_kwargs.items():
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+            cond[name], uncond[name] = value.chunk(2) if halves else (value, value)
+        else:
+            cond[name] = uncond[name] = Shared(value)
+    return {"cond": cond, "uncond": uncond} if halves else {"cond": cond}

@@ -1,14 +1,14 @@
 """diffusers' schedulers with one fused step, and its guiders with one fused blend.
 
-`fuse(pipeline.scheduler)` returns the same scheduler with a fused `step`; importing a class by its name from here gives
-diffusers' class, subclassed:
+`fuse(pipeline.scheduler)` returns the same scheduler with a fused `step`. Importing a class by its name from this
+module gives diffusers' class, subclassed:
 
     from fastcfg.frontends.diffusers import DDIMScheduler
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
 
-Every scheduler class there is can be had, a user's own included (`fuse`): its steps are compiled from itself. The
-guiders of modular pipelines can be had likewise, for the methods of `fastcfg.guidance`. What cannot be fused runs as it
-did, and a line is logged that says why.
+Any scheduler class works, including a user's own (with `fuse`): its steps are compiled by running it. Guiders of
+modular pipelines work for the methods of `fastcfg.guidance`. What cannot be fused runs as before, and one logged line
+says why.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from ._fused.guider import fused_guider, is_guider
 from ._fused.scheduler import fused_class
 from ._fused.subclass import as_subclass, is_fused
 
-__all__ = ["fuse"]
+__all__ = ["fuse", "is_component"]
 
 _Component = TypeVar("_Component")
 
 
 def fuse(component: _Component) -> _Component:
-    """A scheduler or guider of the same class (a subclass of it) and state, whose work is one fused kernel.
+    """A scheduler or guider of the same class (a subclass of it) and state that runs as one fused kernel.
 
-    A scheduler's `set_timesteps` compiles; `step` reads nothing back from the device and copies nothing to it (but for
-    the first of a shape and dtype, which sets memory up), draws noise as the original does, and returns what it
-    returns. All else is the original's: the constructor, `config`, `save_pretrained`, `add_noise`, `order`,
-    `begin_index`.
+    `fastcfg.accelerate` does the same. A scheduler's `set_timesteps` compiles. Its `step` neither reads from the device
+    nor copies to it (except for the first of a shape and dtype, which allocates memory), draws noise as the original
+    does, and returns the same. Everything else is the original's: the constructor, `config`, `save_pretrained`,
+    `add_noise`, `order`, `begin_index`.
 
-    A guider's `forward` blends in float32 what the model has predicted and rounds once: `fastcfg.ops.blender.Blender`.
+    A guider's `forward` blends the predictions in float32 and rounds once: `fastcfg.ops.blender.Blender`.
 
     Args:
         component: a scheduler or guider of diffusers, or of its protocol. It is not changed.
 
     Raises:
-        TypeError: no such object.
+        TypeError: another object.
 
     Example:
         >>> pipeline.scheduler = fuse(pipeline.scheduler)
@@ -47,16 +47,25 @@ def fuse(component: _Component) -> _Component:
     kind: Any = type(component)
     if is_fused(kind):
         return component
-    fused = None if isinstance(component, type) else _fused(component, kind)
+    fused = _fused(component, kind) if is_component(component) else None
     if fused is None:
         raise TypeError(f"component: got {kind.__name__}, expected a scheduler or guider of diffusers' protocol")
     same: _Component = as_subclass(component, fused)
     return same
 
 
+def is_component(candidate: object) -> bool:
+    """Whether an object has the protocol of diffusers' schedulers or guiders."""
+    return not isinstance(candidate, type) and (_is_scheduler(candidate) or is_guider(candidate))
+
+
+def _is_scheduler(candidate: object) -> bool:
+    return all(hasattr(candidate, name) for name in ("config", "set_timesteps", "step"))
+
+
 def _fused(protocol: object, kind: type) -> type | None:
-    """The subclass of a class by the methods of it or of an instance."""
-    if all(hasattr(protocol, name) for name in ("config", "set_timesteps", "step")):
+    """The subclass of a class by its methods or an instance's."""
+    if _is_scheduler(protocol):
         return fused_class(kind)
     return fused_guider(kind) if is_guider(protocol) else None
 

@@ -22,11 +22,18 @@ from ..models.glide import create_model, model_and_diffusion_defaults, model_and
 from ..models.text2im import HasVocabulary, Text2ImUNet
 from ..models.vocabulary import glide_tokenizer
 from ..models.weights import read_state_dict
-from ..schedule import Schedule, legacy_betas
-from ._gaussian.process import Function, Keywords, Model, Process, deterministic
-from ._gaussian.schedules import UnknownScheduleError, betas_for_alpha_bar, make_schedule, named_betas, space_timesteps
+from ..schedule import legacy_betas
+from ._gaussian.process import Function, Keywords, Model, Process
+from ._gaussian.schedules import (
+    UnknownScheduleError,
+    betas_for_alpha_bar,
+    check_options,
+    make_schedule,
+    named_betas,
+    space_timesteps,
+)
 
-# What `load_checkpoint` of the original downloads.
+# The names the original's `load_checkpoint` downloads.
 CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "upsample", "upsample-inpaint")
 
 __all__ = [
@@ -53,7 +60,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """Betas by name: "linear" or "squaredcos_cap_v2".
 
     Raises:
-        UnknownScheduleError: another name; a NotImplementedError, as in the original.
+        UnknownScheduleError: another name (also a NotImplementedError, as in the original).
         ValueError: fewer than 1 timestep.
     """
     return named_betas(schedule_name, ("linear", "squaredcos_cap_v2"), num_diffusion_timesteps)
@@ -65,7 +72,7 @@ def get_beta_schedule(
     """Betas of the deprecated schedules: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
 
     Raises:
-        UnknownScheduleError: another name; a NotImplementedError, as in the original.
+        UnknownScheduleError: another name (also a NotImplementedError, as in the original).
     """
     try:
         return legacy_betas(
@@ -81,16 +88,11 @@ class GaussianDiffusion(Process):
     Args:
         betas: [T] in (0, 1].
 
-    Attributes:
-        num_timesteps: T.
-        betas, alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next, sqrt_alphas_cumprod,
-        sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
-        sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1,
-        posterior_mean_coef2: float64 [T].
+    Attributes: as `fastcfg.frontends.guided_diffusion.GaussianDiffusion`, without the types.
 
     Raises:
-        ValueError: betas that are no process (an AssertionError too, as in the original), or a single one (an
-            IndexError too).
+        ValueError: betas that are not a process (also an AssertionError, as in the original), or a single one (also an
+            IndexError).
 
     Example:
         >>> diffusion = create_gaussian_diffusion(1000, "squaredcos_cap_v2", "10")
@@ -102,24 +104,9 @@ class GaussianDiffusion(Process):
     def __init__(self, *, betas: ArrayLike) -> None:
         self._set_up(make_schedule(betas), "epsilon", "learned_range")
 
-    def _adopt(self, other: Any, schedule: Schedule) -> None:
-        """Be the process that another project's object describes."""
-        self._set_up(schedule, "epsilon", "learned_range")
-
-    def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        model_kwargs: Keywords = None,
-    ) -> dict[str, Any]:
-        """As `Process.p_mean_variance`; a model that returns (output, extra) has extra passed on as "extra"."""
-        output, extra = self._call(model, x, t, model_kwargs), None
-        if isinstance(output, tuple):
-            output, extra = output
-        return {**self._p_mean_variance(output, x, t, clip_denoised, denoised_fn), "extra": extra}
+    def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
+        output, extra = output if isinstance(output, tuple) else (output, None)
+        return output, {"extra": extra}
 
     def ddim_reverse_sample(
         self,
@@ -133,19 +120,15 @@ class GaussianDiffusion(Process):
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
         """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
-        deterministic(eta)
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        if cond_fn is not None:
-            p = self.condition_score(cond_fn, p, x, t, model_kwargs)
-        return self._reversed(p, x, t)
+        return self._ddim_reverse_sample(eta, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
 
 
 class SpacedDiffusion(GaussianDiffusion):
     """GLIDE's `SpacedDiffusion`: a process that keeps some timesteps of another.
 
     Args:
-        use_timesteps: those it keeps.
-        **kwargs: of the `GaussianDiffusion` whose timesteps they are.
+        use_timesteps: the timesteps to keep.
+        **kwargs: arguments of the `GaussianDiffusion` they belong to.
 
     Attributes:
         use_timesteps: as a set.
@@ -154,7 +137,8 @@ class SpacedDiffusion(GaussianDiffusion):
     """
 
     def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
-        self._keep(GaussianDiffusion(**kwargs), use_timesteps, ("epsilon", "learned_range"))
+        super().__init__(**kwargs)
+        self._respace(use_timesteps)
 
 
 def create_gaussian_diffusion(
@@ -183,18 +167,15 @@ def create_model_and_diffusion(
         **options: all of `model_and_diffusion_defaults()`.
 
     Raises:
-        TypeError: an option that is missing or unknown.
-        ValueError: options that do not fit each other, or GLIDE's vocabulary not found.
+        TypeError: an option is missing or unknown.
+        ValueError: options that do not fit each other, or GLIDE's vocabulary is not found.
 
     Example:
         >>> options = model_and_diffusion_defaults()
         >>> options["timestep_respacing"] = "100"
         >>> model, diffusion = create_model_and_diffusion(**options)
     """
-    expected = model_and_diffusion_defaults()
-    if set(options) != set(expected):
-        wrong = ", ".join(sorted(set(options) ^ set(expected)))
-        raise TypeError(f"options: got {wrong} missing or unknown, expected all of model_and_diffusion_defaults()")
+    check_options(options, model_and_diffusion_defaults())
     steps, noise_schedule, respacing = (
         options.pop(name) for name in ("diffusion_steps", "noise_schedule", "timestep_respacing")
     )
@@ -203,19 +184,19 @@ def create_model_and_diffusion(
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Weights from a file, for `load_state_dict`. The original downloads them by name; this takes what is there.
+    """Weights from a file, for `load_state_dict`. The original downloads them by name; this reads local files only.
 
     Args:
-        path: a state dict in safetensors, or of `torch.save` (`base.pt`), of which only tensors are unpickled.
-        device: where to put them.
+        path: a state dict in safetensors, or written by `torch.save` (`base.pt`), of which only tensors are unpickled.
+        device: where to put the weights.
 
     Raises:
-        ValueError: the file is not a state dict, or there is none.
+        ValueError: the file does not exist or is not a state dict.
         OSError: the file cannot be read.
     """
     if not Path(path).is_file():
         hint = " (fastcfg downloads nothing)" if os.fspath(path) in CHECKPOINT_NAMES else ""
         raise ValueError(
-            f"path: got {os.fspath(path)!r}, which is no file{hint}, expected a checkpoint such as base.pt"
+            f"path: got {os.fspath(path)!r}, which is not a file{hint}, expected a checkpoint such as base.pt"
         )
     return {name: value.to(device) for name, value in read_state_dict(path).items()}

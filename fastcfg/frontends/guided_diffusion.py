@@ -31,10 +31,9 @@ from ..models.guided_diffusion import (
 from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
 from ..reference import bits_per_dim, originals
-from ..schedule import Schedule
 from ._gaussian import schedules as _schedules
-from ._gaussian.process import Function, Keywords, Model, Process, deterministic
-from ._gaussian.schedules import betas_for_alpha_bar, make_schedule, named_betas
+from ._gaussian.process import Function, Keywords, Model, Process
+from ._gaussian.schedules import betas_for_alpha_bar, check_options, make_schedule, named_betas
 
 __all__ = [
     "NUM_CLASSES",
@@ -87,7 +86,7 @@ class LossType(enum.Enum):
     RESCALED_KL = enum.auto()
 
     def is_vb(self) -> bool:
-        """Whether it is the variational bound."""
+        """Whether the loss is the variational bound."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
@@ -98,7 +97,7 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
     """Betas by name: "linear" or "cosine".
 
     Raises:
-        UnknownScheduleError: another name; a NotImplementedError, as in the original.
+        UnknownScheduleError: another name (also a NotImplementedError, as in the original).
         ValueError: fewer than 1 timestep.
     """
     return named_betas(schedule_name, ("linear", "cosine"), num_diffusion_timesteps)
@@ -108,10 +107,10 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     """Timesteps to keep: "100", "10,15,20", a list, or "ddim25"; see `fastcfg.schedule.space_timesteps`.
 
     Raises:
-        ValueError: what cannot be kept, or "fast27", which only GLIDE knows.
+        ValueError: counts that do not fit, or "fast27", which only GLIDE knows.
     """
     if section_counts == "fast27":
-        raise ValueError("section_counts: got 'fast27', expected '100', '10,15,20', 'ddim25' or the like")
+        raise ValueError("section_counts: got 'fast27', expected a form such as '100', '10,15,20' or 'ddim25'")
     return _schedules.space_timesteps(num_timesteps, section_counts)
 
 
@@ -133,8 +132,8 @@ class GaussianDiffusion(Process):
         posterior_mean_coef2: float64 [T].
 
     Raises:
-        ValueError: betas that are no process (an AssertionError too, as in the original), or a single one (an
-            IndexError too).
+        ValueError: betas that are not a process (also an AssertionError, as in the original), or a single one (also an
+            IndexError).
 
     Example:
         >>> diffusion = create_gaussian_diffusion(learn_sigma=True, timestep_respacing="ddim25")
@@ -152,23 +151,13 @@ class GaussianDiffusion(Process):
         loss_type: LossType,
         rescale_timesteps: bool = False,
     ) -> None:
-        self._set_types(model_mean_type, model_var_type, loss_type, rescale_timesteps)
-        self._set_up(make_schedule(betas), *self._names(), rescale_timesteps)
-
-    def _set_types(self, mean: Any, variance: Any, loss: Any, rescale_timesteps: bool) -> None:
-        # The originals' enums are taken by name, so that objects made with them can be accelerated.
-        self.model_mean_type = ModelMeanType[mean.name]
-        self.model_var_type = ModelVarType[variance.name]
-        self.loss_type = LossType[loss.name]
+        # Enums are taken by name: they may be the original's.
+        self.model_mean_type = ModelMeanType[model_mean_type.name]
+        self.model_var_type = ModelVarType[model_var_type.name]
+        self.loss_type = LossType[loss_type.name]
         self.rescale_timesteps = rescale_timesteps
-
-    def _adopt(self, other: Any, schedule: Schedule) -> None:
-        """Be the process that another project's object describes."""
-        self._set_types(other.model_mean_type, other.model_var_type, other.loss_type, other.rescale_timesteps)
-        self._set_up(schedule, *self._names(), other.rescale_timesteps)
-
-    def _names(self) -> tuple[str, str]:
-        return _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
+        prediction, variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
+        self._set_up(make_schedule(betas), prediction, variance, rescale_timesteps)
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
@@ -184,8 +173,7 @@ class GaussianDiffusion(Process):
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
         """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
-        deterministic(eta)
-        return self._reversed(self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs), x, t)
+        return self._ddim_reverse_sample(eta, model, x, t, clip_denoised, denoised_fn, None, model_kwargs)
 
     def training_losses(
         self,
@@ -202,19 +190,16 @@ class GaussianDiffusion(Process):
             x_start: [B, C, ...] in [-1, 1].
             t: int64 [B].
             model_kwargs: for the model.
-            noise: drawn like x_start if left out.
+            noise: drawn like x_start by default.
 
         Returns:
-            "loss" [B], and where it has such parts "mse" and "vb" (in bits per dimension).
+            "loss" [B], and its parts "mse" and "vb" (in bits per dimension) if it has them.
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
         output = self._call(model, x_t, t, model_kwargs)
-        prediction, variance = self._names()
-        loss = self.loss_type.name.lower()
-        return bits_per_dim.training_losses(
-            self._schedule, output, x_start, x_t, t, noise, prediction=prediction, variance=variance, loss=loss
-        )
+        types = {"prediction": self._prediction, "variance": self._variance, "loss": self.loss_type.name.lower()}
+        return bits_per_dim.training_losses(self._schedule, output, x_start, x_t, t, noise, **types)
 
     def _vb_terms_bpd(
         self,
@@ -250,8 +235,8 @@ class SpacedDiffusion(GaussianDiffusion):
     """guided-diffusion's `SpacedDiffusion`: a process that keeps some timesteps of another.
 
     Args:
-        use_timesteps: those it keeps.
-        **kwargs: of the `GaussianDiffusion` whose timesteps they are.
+        use_timesteps: the timesteps to keep.
+        **kwargs: arguments of the `GaussianDiffusion` they belong to.
 
     Attributes:
         use_timesteps: as a set.
@@ -260,9 +245,8 @@ class SpacedDiffusion(GaussianDiffusion):
     """
 
     def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
-        base = GaussianDiffusion(**kwargs)
-        self._set_types(base.model_mean_type, base.model_var_type, base.loss_type, base.rescale_timesteps)
-        self._keep(base, use_timesteps, self._names())
+        super().__init__(**kwargs)
+        self._respace(use_timesteps)
 
 
 def create_gaussian_diffusion(
@@ -281,8 +265,8 @@ def create_gaussian_diffusion(
 
     Args:
         steps: T of the original process.
-        learn_sigma: the model interpolates the variance (LEARNED_RANGE); else it is FIXED_LARGE, or
-        sigma_small: FIXED_SMALL.
+        learn_sigma: the model interpolates the variance (LEARNED_RANGE).
+        sigma_small: without learn_sigma, the variance is FIXED_SMALL instead of FIXED_LARGE.
         noise_schedule: for `get_named_beta_schedule`.
         use_kl: train on the bound (RESCALED_KL).
         predict_xstart: the model predicts x0, else ε.
@@ -309,7 +293,7 @@ def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusi
         **options: all of `model_and_diffusion_defaults()`.
 
     Raises:
-        TypeError: an option that is missing or unknown.
+        TypeError: an option is missing or unknown.
         ValueError: options that do not fit each other.
     """
     model, diffusion = _divided(options, model_and_diffusion_defaults())
@@ -317,24 +301,22 @@ def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusi
 
 
 def create_classifier_and_diffusion(**options: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:
-    """guided-diffusion's `script_util.create_classifier_and_diffusion`; options as
-    `classifier_and_diffusion_defaults()`, otherwise as `create_model_and_diffusion`."""
+    """guided-diffusion's `script_util.create_classifier_and_diffusion`: takes all of
+    `classifier_and_diffusion_defaults()`, raises as `create_model_and_diffusion`."""
     classifier, diffusion = _divided(options, classifier_and_diffusion_defaults())
     return create_classifier(**classifier), create_gaussian_diffusion(**diffusion)
 
 
 def sr_create_model_and_diffusion(**options: Any) -> tuple[SuperResModel, SpacedDiffusion]:
-    """guided-diffusion's `script_util.sr_create_model_and_diffusion`; options as `sr_model_and_diffusion_defaults()`,
-    otherwise as `create_model_and_diffusion`."""
+    """guided-diffusion's `script_util.sr_create_model_and_diffusion`: takes all of
+    `sr_model_and_diffusion_defaults()`, raises as `create_model_and_diffusion`."""
     model, diffusion = _divided(options, sr_model_and_diffusion_defaults())
     return sr_create_model(**model), create_gaussian_diffusion(**diffusion)
 
 
 def _divided(options: dict[str, Any], expected: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the network, and arguments of `create_gaussian_diffusion`."""
-    if set(options) != set(expected):
-        wrong = ", ".join(sorted(set(options) ^ set(expected)))
-        raise TypeError(f"options: got {wrong} missing or unknown, expected {', '.join(expected)}")
+    check_options(options, expected)
     diffusion = {name: options[name] for name in diffusion_defaults()}
     network = {name: value for name, value in options.items() if name not in diffusion}
     if "classifier_width" not in options:

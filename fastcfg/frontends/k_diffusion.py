@@ -2,9 +2,9 @@
 
     from fastcfg.frontends.k_diffusion import sample_dpmpp_2m
 
-is k-diffusion's function of that name, compiled from itself: the same arguments, callbacks and random numbers, and
-every step is one fused kernel in one CUDA graph with the model. `fuse` does the same to any function of that form,
-ComfyUI's or a user's own. What cannot be compiled runs as it did, and a line is logged that says why.
+is k-diffusion's function of that name, compiled by running it: the same arguments, callbacks and random numbers, with
+every step one fused kernel in one CUDA graph with the model. `fuse` works for any function of that form, ComfyUI's or a
+user's own. What cannot be compiled runs as before, and one logged line says why.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ __all__ = ["fuse"]
 
 @cache
 def fuse(sample_fn: Callable[..., Tensor], backend: str = "auto", graph: str | bool = "auto") -> Callable[..., Tensor]:
-    """A sampling function with fused steps.
+    """A sampling function with fused steps; `fastcfg.accelerate` does the same.
 
-    Sigmas may be on a GPU: they are read once, before the first step. Noise is drawn as the original draws it, by its
-    own Brownian tree too. Callbacks get the original's dictionary, after the step.
+    Sigmas may be on a GPU: they are read once, before the first step. Noise is drawn as the original draws it, also
+    from its own Brownian tree. Callbacks get the original's dictionary, after the step.
 
     Args:
         sample_fn: called as sample_fn(model, x, sigmas, extra_args, callback, disable, **options), where model(x [B, C,
-            ...], sigma [B], **extra_args) returns the denoised x.
-        backend, graph: as `Sampler`.
+            ...], sigma [B], **extra_args) returns the denoised x. Without the arguments model, x and sigmas it runs as
+            before.
+        backend, graph: as for `Sampler`.
 
     Returns:
         A function with the same signature and name.
 
     Raises:
-        TypeError: sample_fn is not callable, or has no argument model, x or sigmas.
+        TypeError: sample_fn is not callable.
 
     Example:
         >>> from k_diffusion.sampling import sample_heun

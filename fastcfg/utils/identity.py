@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Alike", "NoValueError", "Same", "identity_key", "value_key"]
+__all__ = ["Alike", "NoValueError", "Same", "identity_key", "value_key", "view_index"]
 
 
 class Same:
@@ -114,3 +114,12 @@ def _is_self_contained(function: FunctionType) -> bool:
     """Whether a function refers to nothing but its arguments. Nested functions might, so they count as if they did."""
     code = function.__code__
     return not (function.__closure__ or code.co_names or any(isinstance(part, CodeType) for part in code.co_consts))
+
+
+def view_index(values: torch.Tensor, element: Any) -> int | None:
+    """The index of an element of a 1-d tensor that is a view of it; None for anything else. Reads no contents."""
+    if not isinstance(element, torch.Tensor):
+        return None
+    if element.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+        return None
+    return (element.storage_offset() - values.storage_offset()) // max(values.stride(0), 1)

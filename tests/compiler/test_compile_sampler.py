@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.suite.foreign import load_k_diffusion
 from fastcfg import Sampler
 from fastcfg.compiler import Compiled, compile_sampler, trace_sampler
-from fastcfg.compiler.probe import drawing
+from fastcfg.compiler.patching import drawing
 
 pytestmark = pytest.mark.quick
 
@@ -108,6 +108,16 @@ def test_dpm_fast_is_taken_through_a_function_of_sigmas() -> None:
     assert (len(table), table.num_history) == (9, 2)
 
 
+@needs_k_diffusion
+def test_the_worked_example_of_the_reduction() -> None:
+    table = compile_sampler(sampling.sample_dpmpp_2m, [4.0, 2.0, 1.0])
+    assert table.num_history == 1
+    first, second = ({name: float(table[name][row]) for name in ("a_x", "a_0", "a_h0")} for row in (0, 1))
+    assert first == pytest.approx({"a_x": 0.5, "a_0": 0.5, "a_h0": 0.0})
+    ways = {"outputs": {"a_x": 0.5, "a_0": 0.75, "a_h0": -0.25}, "states": {"a_x": 0.0, "a_0": 0.75, "a_h0": 0.25}}
+    assert second == pytest.approx(ways["states" if table["k_x"][0] else "outputs"])
+
+
 # What is no table
 
 
@@ -191,11 +201,11 @@ def test_what_is_added_before_the_first_model_call_is_the_start() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (squared, "step 11 gives other coefficients"),
+        (squared, "step 11 has coefficients"),
         (halving, "whose model calls depend on the samples"),
         (branching, "its table differs by .* in row 11"),
-        (anchored, "uses what it draws before its first model call again"),
-        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input is without x"),
+        (anchored, "reuses the noise drawn before its first model call"),
+        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input lacks x"),
         (forgetless, "needs 5 saved tensors, expected at most 3"),
         (lambda model, x: x, "does not run on basis vectors"),
     ],

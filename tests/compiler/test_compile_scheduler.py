@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg import DynamicThreshold, Sampler, StepTable
 from fastcfg.compiler import compile_scheduler, compile_timesteps, scheduler_clip
-from fastcfg.compiler.probe import drawing, in_float64
+from fastcfg.compiler.patching import drawing, in_float64
 
 diffusers: Any = load_diffusers()
 pytestmark = [
@@ -141,14 +141,14 @@ def test_x0_is_the_clipped_one_beside_which_ddim_keeps_the_raw_output() -> None:
 def test_a_clip_beside_a_scheduler_without_one_is_compiled_for(name: str) -> None:
     scheduler = getattr(diffusers, name)(**(NO_CLIP if name == "DDIMScheduler" else {}))
     scheduler.set_timesteps(8)
-    plain, limited = (compile_scheduler(scheduler, 8, limited=limited) for limited in (False, True))
-    assert limited.uses_x0
+    plain, clipped = (compile_scheduler(scheduler, 8, clipped=clipped) for clipped in (False, True))
+    assert clipped.uses_x0
     assert plain.uses_x0 == (name == "DPMSolverMultistepScheduler")  # x0 is what it keeps
     noise, start = torch.zeros(8, 2, 3, 6, 5), torch.randn(2, 3, 6, 5, generator=torch.manual_seed(1)).double()
-    first, second = (run(table, scheduler, denoise, start, noise)[-1] for table in (plain, limited))
+    first, second = (run(table, scheduler, denoise, start, noise)[-1] for table in (plain, clipped))
     torch.testing.assert_close(first, second, rtol=1e-13, atol=1e-13)  # measured: 1.4e-14 of 77
     wide: dict[str, Any] = {"dtype": torch.float64, "state_dtype": torch.float64, "backend": "reference"}
-    free, held = (Sampler(denoise, limited, clip=clip, graph=False, **wide) for clip in (None, 0.1))
+    free, held = (Sampler(denoise, clipped, clip=clip, graph=False, **wide) for clip in (None, 0.1))
     assert not torch.equal(free.sample(start.shape, x_T=start), held.sample(start.shape, x_T=start))
 
 
@@ -224,8 +224,11 @@ def keep_five(scheduler: Any, x: Tensor, output: Tensor, sample: Tensor) -> Tens
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (lambda s, x, m, sample: x + 0.01 * x**2, "step 0 gives other coefficients for other samples"),
-        (lambda s, x, m, sample: x * 1.5 if sample.abs().max() > 0.7 else x, "step 0 gives other coefficients"),
+        (
+            lambda s, x, m, sample: x + 0.01 * x**2,
+            "step 0 has coefficients that depend on the sample",
+        ),
+        (lambda s, x, m, sample: x * 1.5 if sample.abs().max() > 0.7 else x, "step 0 has coefficients"),
         (lambda s, x, m, sample: x * 1.5 if len(sample) > 1 else x, "its table differs by .* in row 0"),
         (keep_five, "needs 5 saved tensors, expected at most 3"),
     ],
@@ -241,14 +244,14 @@ def test_what_is_no_table_is_refused_and_why(step: Any, message: str) -> None:
     [
         ("PNDMScheduler", {}, "needs 4 saved tensors"),  # its Runge-Kutta warm-up
         ("UniPCMultistepScheduler", {"solver_type": "bh1", "predict_x0": False}, "whose samples are not finite"),
-        ("DPMSolverSDEScheduler", {}, "a Brownian tree's"),
+        ("DPMSolverSDEScheduler", {}, "with a Brownian tree"),
         ("CogVideoXDPMScheduler", {}, "missing 2 required positional arguments"),
         ("DDPMWuerstchenScheduler", {}, "does not run on basis vectors"),
         ("RePaintScheduler", {}, "missing 2 required positional arguments"),
         ("ScoreSdeVeScheduler", {}, "without step"),
         ("CMStochasticIterativeScheduler", {}, "its table differs"),  # clips what is not x0
-        ("CosineDPMSolverMultistepScheduler", {}, "a Brownian tree's"),
-        ("DiscreteDDIMScheduler", {}, "gives other coefficients for other samples"),
+        ("CosineDPMSolverMultistepScheduler", {}, "with a Brownian tree"),
+        ("DiscreteDDIMScheduler", {}, "has coefficients that depend on the sample"),
         ("HeliosScheduler", {}, "does not run on basis vectors"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.suite.foreign import load_k_diffusion
 from fastcfg.compiler import trace_sampler
 from fastcfg.compiler.assembly import distance
-from fastcfg.compiler.probe import drawing
+from fastcfg.compiler.patching import drawing
 from fastcfg.ops.stepper import Stepper
 
 loaded: Any = load_k_diffusion()

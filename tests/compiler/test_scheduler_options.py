@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.suite.foreign import load_diffusers
 from fastcfg.compiler import compile_timesteps, scheduler_clip
-from fastcfg.compiler.probe import drawing
+from fastcfg.compiler.patching import drawing
 from fastcfg.ops.stepper import Stepper
 
 diffusers: Any = load_diffusers()

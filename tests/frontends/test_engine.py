@@ -274,7 +274,7 @@ def test_bad_objects_are_named(diffusion: glide.SpacedDiffusion) -> None:
         )
     with pytest.raises(AssertionError, match=r"eta: got 0\.5, expected 0"):
         diffusion.ddim_reverse_sample(toy, torch.zeros(SHAPE), torch.tensor([0] * 4), eta=0.5)
-    with pytest.raises(ValueError, match=r"path: got 'base', which is no file \(fastcfg downloads nothing\)"):
+    with pytest.raises(ValueError, match=r"path: got 'base', which is not a file \(fastcfg downloads nothing\)"):
         glide.load_checkpoint("base")
     options = glide.model_and_diffusion_defaults()
     del options["image_size"]

@@ -206,3 +206,34 @@ def test_fused_guiders_are_made_saved_and_copied_as_theirs(tmp_path: Any) -> Non
         assert torch.equal(guide(other, rows), want)
     with pytest.raises(TypeError, match="expected a scheduler or guider"):
         fuse(guiders.ClassifierFreeGuidance)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("_start", None, "has no attribute _start"),
+        ("_stop", "late", "its attribute _stop is a str, expected a number"),
+        ("_num_inference_steps", None, "has no attribute _num_inference_steps"),
+        ("_step", None, "has no attribute _step"),
+    ],
+)
+def test_a_guider_without_an_attribute_runs_its_own_forward(name: str, value: Any, reason: str, told: Any) -> None:
+    class Renamed(diffusers.ClassifierFreeGuidance):  # type: ignore[misc, name-defined]
+        """As a version of diffusers with another private attribute."""
+
+        def _is_cfg_enabled(self) -> bool:
+            return True
+
+    ours, theirs = fuse(Renamed()), Renamed()
+    row = outputs(torch.float32)[0]
+    results = []
+    for guider in (theirs, ours):
+        guider.set_state(0, STEPS, None)
+        if value is None:
+            delattr(guider, name)
+        else:
+            setattr(guider, name, value)
+        results.append(guider.forward(row["pred_cond"], row["pred_uncond"]).pred)
+    assert torch.equal(*results)
+    assert len(told()) == 1
+    assert reason in told()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -164,3 +165,48 @@ def test_what_is_no_function_is_refused() -> None:
     with pytest.raises(AttributeError, match="sample_nothing"):
         fused.sample_nothing  # noqa: B018
     assert {"fuse", "sample_heun"} <= set(dir(fused))
+
+
+def test_another_thread_is_not_touched_while_a_function_is_compiled() -> None:
+    x, levels_ = torch.randn(SHAPE, generator=torch.manual_seed(0)) * 8, levels()
+    asked, answered, compiled = (threading.Event() for _ in range(3))
+
+    def observe() -> tuple[Any, ...]:
+        torch.manual_seed(3)  # of the tree: the other thread waits
+        samples = sampling.sample_dpmpp_sde(denoise, x, levels_, disable=True)
+        tree = sampling.BrownianTreeNoiseSampler(x, 0.1, 8.0, seed=7)(torch.tensor(8.0), torch.tensor(4.0))
+        wide = torch.full((1, 1, 1, 2), 1 / 3, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1)
+        narrowed = wide.to(torch.float32), wide.float(), wide.type(torch.float16)
+        return samples, tree, torch.randn(3, generator=generator), *narrowed
+
+    def slow(model: Any, x: Tensor, sigmas: Tensor, disable: Any = None) -> Tensor:
+        if not compiled.is_set():
+            asked.set()
+            assert answered.wait(60)
+            answered.clear()
+        result: Tensor = sampling.sample_dpmpp_sde(model, x, sigmas, disable=True)
+        return result
+
+    slow.__module__ = sampling.__name__  # where the tree is replaced
+    want, seen = observe(), []
+
+    def watch() -> None:
+        while asked.wait(60) and not compiled.is_set():
+            asked.clear()
+            seen.append(observe())
+            answered.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        fuse(slow)(denoise, x, levels_, disable=True)
+    finally:
+        compiled.set()
+        asked.set()
+        watcher.join()
+    assert len(seen) >= 3  # the rehearsal, and the runs on basis vectors and random inputs
+    for got in seen:
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import schedulers
 from benchmarks.suite.foreign import load_diffusers
+from fastcfg.cli.parser import UsageError
 from fastcfg.compiler import scheduler_clip
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends._fused import fall_through as _fall_through
@@ -101,7 +103,7 @@ def start(scheduler: Any, dtype: torch.dtype) -> Tensor:
 
 def is_fused(scheduler: Any) -> bool:
     run = vars(scheduler)["_fastcfg_state"]
-    return run._rows is not None and not run._fallen
+    return run._tables.selection is not None and not run._fallen
 
 
 def generator_of(scheduler: Any, seed: int = 1) -> dict[str, Any]:
@@ -151,9 +153,11 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same row in float64.
         run = vars(ours)["_fastcfg_state"]
-        compiled, row = run._rows.compiled, first + position - run._rows.first
+        selection, rehearsal = run._tables.selection, run._memory.rehearsals.get((output.dtype, x.dtype))
+        compiled, row = selection.compiled, first + position - selection.first
         truth = truth or Stepper(compiled.table, x.double(), scheduler_clip(original))
-        noise = run._noise(compiled.draws[row], run._answers[output.dtype, x.dtype].drawn, x, redrawn, None)
+        draw = functools.partial(rehearsal.draw, x.shape, generator=redrawn, dtype=rehearsal.noise_dtype)
+        noise = compiled.noise(draw, row)
         exact = truth(row, output.double(), x.double(), None if noise is None else noise.double())
         for i, (a, b, c) in enumerate(zip(got.values(), want.values(), exact, strict=False)):
             a, b = a.double(), b.double()
@@ -202,7 +206,7 @@ def test_nothing_is_warned_of_that_the_user_did_not_do(monkeypatch: pytest.Monke
 def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
     ours = fuse(make("DPMSolverMultistepScheduler", {}))
     want = sample(ours)
-    kept = vars(ours)["_fastcfg_state"]._steppers
+    kept = vars(ours)["_fastcfg_state"]._memory.steppers
     assert len(kept) == 1
     # One that is given up in the middle leaves nothing behind.
     ours.set_timesteps(STEPS)
@@ -210,13 +214,13 @@ def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
     for t in ours.timesteps[:3]:
         x = ours.step(100 * torch.ones_like(x), t, x).prev_sample
     assert torch.equal(sample(ours), want)
-    assert vars(ours)["_fastcfg_state"]._steppers is kept
+    assert vars(ours)["_fastcfg_state"]._memory.steppers is kept
     for size in range(1, 7):
         ours.set_timesteps(STEPS)
         ours.step(torch.ones(1, 3, size, 4), ours.timesteps[0], torch.ones(1, 3, size, 4))
     assert len(kept) == 4
     ours.set_timesteps(STEPS + 1)
-    assert vars(ours)["_fastcfg_state"]._steppers is not kept
+    assert vars(ours)["_fastcfg_state"]._memory.steppers is not kept
 
 
 def test_the_benchmark_times_both_in_turns(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,7 +233,7 @@ def test_the_benchmark_times_both_in_turns(tmp_path: Any, capsys: pytest.Capture
         assert name in said
         assert 0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2]
         assert min(row["original_s"], row["fused_s"], report["copy_s"]) > 0
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="--turns: got '1'"):
         schedulers.main(["--turns", "1"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from types import ModuleType
 from typing import Any
@@ -118,8 +119,6 @@ def test_space_timesteps(module: ModuleType) -> None:
 
 
 def test_create_gaussian_diffusion_has_the_originals_defaults_and_choices() -> None:
-    import inspect
-
     defaults = json.loads((FOLDER / "defaults.json").read_text())["signatures"]
     plain = guided_diffusion.create_gaussian_diffusion
     names = {
@@ -142,6 +141,28 @@ def test_create_gaussian_diffusion_has_the_originals_defaults_and_choices() -> N
         got = diffusion.model_mean_type, diffusion.model_var_type, diffusion.loss_type
         assert got == tuple(kind[name] for kind, name in zip(types, want, strict=True))
     assert plain().num_timesteps == 1000
+
+
+LOOP = "model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None, device=None"
+SIGNATURES = {
+    "p_sample_loop": f"(self, {LOOP}, progress=False, **engine)",
+    "p_sample_loop_progressive": f"(self, {LOOP}, progress=False, **engine)",
+    "ddim_sample_loop": f"(self, {LOOP}, progress=False, eta=0.0, **engine)",
+    "ddim_sample_loop_progressive": f"(self, {LOOP}, progress=False, eta=0.0, **engine)",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_loops_have_the_originals_signatures(name: str) -> None:
+    for module in (guided_diffusion, glide):
+        signature = inspect.signature(getattr(module.SpacedDiffusion, name))
+        parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+        assert str(inspect.Signature(parameters)) == SIGNATURES[name]
+    diffusion = glide.create_gaussian_diffusion(1000, "squaredcos_cap_v2", "3")
+    with pytest.raises(TypeError, match="missing a required argument: 'shape'"):
+        getattr(diffusion, name)(torch.tanh)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        getattr(diffusion, name)(torch.tanh, (2, 3, 4, 4), None, True, None, None, None, "cpu", False, 0.0, 1)
 
 
 # One step.

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.suite.foreign import load_diffusers, load_k_diffusion
 from fastcfg import CFG, Sampler, Schedule, StepTable, sigmas, solvers
 from fastcfg.compiler import compile_sampler, compile_scheduler
-from fastcfg.compiler.probe import drawing
+from fastcfg.compiler.patching import drawing
 from fastcfg.schedule import consistency_timesteps
 from fastcfg.solvers import Denoiser
 from fastcfg.table import COLUMNS

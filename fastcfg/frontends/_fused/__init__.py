@@ -1,1 +1,1 @@
-"""Drop-ins that fuse: subclasses of schedulers and guiders, and sampling functions, on their compiled tables."""
+"""Drop-ins by compiled tables: subclasses of schedulers and guiders, and sampling functions."""

@@ -1,4 +1,4 @@
-"""What cannot be fused runs as it did, and one line says why."""
+"""Falling through to the original where it cannot be fused, with one line in the log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _logged: set[tuple[str, str]] = set()
 
 
 class FallThroughError(Exception):
-    """The original must run, for a reason."""
+    """The original must run; the message says why."""
 
 
 def log_once(name: str, reason: str) -> None:

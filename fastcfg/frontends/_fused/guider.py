@@ -1,10 +1,11 @@
-"""Subclasses of diffusers' guiders whose `forward` is one blend."""
+"""Subclasses of diffusers' guiders with `forward` run as one blend."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .subclass import STATE, subclass
 
 __all__ = ["fused_guider", "is_guider"]
 
-# Our fields by their attributes, for each of their classes that has a `forward` of its own.
+# Attributes of diffusers' guiders by field of our specs, for each of its classes with a `forward` of its own.
 _COMMON: dict[str, Any] = {
     "scale": "guidance_scale",
     "interval": ("_start", "_stop"),
@@ -62,7 +63,7 @@ _METHODS: dict[str, tuple[type[Guidance], dict[str, Any]]] = {
 
 
 def is_guider(candidate: object) -> bool:
-    """Whether an object has diffusers' guiders' protocol."""
+    """Whether an object has the protocol of diffusers' guiders."""
     return all(hasattr(candidate, name) for name in ("set_state", "prepare_inputs", "forward"))
 
 
@@ -76,11 +77,11 @@ def fused_guider(original: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         predictions = dict(zip(names, args, strict=False)) | kwargs
         given = {name: value for name, value in predictions.items() if value is not None}
-        run: _GuidedRun | None = vars(self).get(STATE)
-        if run is None:
-            run = vars(self)[STATE] = _GuidedRun(original)
+        blend: _FusedBlend | None = vars(self).get(STATE)
+        if blend is None:
+            blend = vars(self)[STATE] = _FusedBlend(original)
         try:
-            pred = run(self, given)
+            pred = blend(self, given)
         except FallThroughError as error:
             log_once(original.__name__, str(error))
             pred = None
@@ -93,8 +94,8 @@ def fused_guider(original: type) -> type:
     return subclass(original, {"forward": forward}, fused_guider)
 
 
-class _GuidedRun:
-    """The blends of a guider: a blender for its attributes and the predictions' shape, made anew when they change.
+class _FusedBlend:
+    """The blend of a guider: a `Blender` for its attributes and the predictions' shape, rebuilt when they change.
 
     Args:
         original: the guider's class before it was fused.
@@ -107,52 +108,63 @@ class _GuidedRun:
         self._blender: Blender | None = None
 
     def __call__(self, guider: Any, predictions: Mapping[str, Tensor]) -> Tensor | None:
-        """What is predicted; None where there is nothing to blend.
+        """The guided prediction; None if there is nothing to blend.
 
         Raises:
             FallThroughError: the original must blend.
         """
-        if guider._step == 0 and self._blender is not None:
+        step = _number(guider, "_step")
+        if step == 0 and self._blender is not None:
             self._blender.begin()
         if len(predictions) < 2:
             return None
         if self._method is None:
-            raise FallThroughError("its method has no counterpart here")
+            raise FallThroughError("fastcfg has no counterpart of its method")
         if torch.is_grad_enabled() and any(prediction.requires_grad for prediction in predictions.values()):
-            raise FallThroughError("gradients through its blend are wanted")
+            raise FallThroughError("its blend must let gradients through")
         kinds = {(given.shape, given.dtype, given.device) for given in predictions.values()}
         if len(kinds) > 1 or predictions["pred_cond"].ndim < 3:
             raise FallThroughError("its predictions differ in shape or dtype, or have less than three dimensions")
-        blender = self._blender_of(guider, predictions["pred_cond"])
-        # Their third prediction has several names.
+        steps = _number(guider, "_num_inference_steps")
+        if steps is None:
+            raise FallThroughError("its number of steps is not set")
+        blender = self._blender_of(guider, steps, predictions["pred_cond"])
+        # The third prediction has several names.
         second = next(name for name in blender.guidance.branches if name not in ("cond", "perturbed"))
         known = {"pred_cond": "cond", "pred_uncond": second}
         outputs = {known.get(name, "perturbed"): prediction for name, prediction in predictions.items()}
-        if not 0 <= guider._step < guider._num_inference_steps or set(outputs) != set(blender.branches(guider._step)):
-            raise FallThroughError(f"step {guider._step} is given {', '.join(predictions)}")
-        return blender(guider._step, outputs)
+        if not 0 <= step < steps or set(outputs) != set(blender.branches(step)):
+            raise FallThroughError(f"step {step} is given {', '.join(predictions)}")
+        return blender(step, outputs)
 
-    def _blender_of(self, guider: Any, like: Tensor) -> Blender:
+    def _blender_of(self, guider: Any, steps: int, like: Tensor) -> Blender:
         if getattr(guider, "adaptive_projected_guidance_norm_dim", None) is not None:
-            raise FallThroughError("its norms are over some of the dimensions")
-        if guider._num_inference_steps is None:
-            raise FallThroughError("it is not told the number of steps")
+            raise FallThroughError("its norms are over some of the dimensions only")
         kind, names = self._method  # type: ignore[misc]
-        options = {field: _attribute(guider, name) for field, name in names.items()}
+        options: dict[str, Any] = {
+            field: _number(guider, name) if isinstance(name, str) else tuple(_number(guider, one) for one in name)
+            for field, name in names.items()
+        }
         options["formulation"] = "original" if options["formulation"] else "standard"
-        key = (options, guider._num_inference_steps, like.shape, like.dtype, like.device)
+        key = (options, steps, like.shape, like.dtype, like.device)
         if self._blender is None or key != self._key:
             before = None if self._blender is None else self._blender.momentum
             try:
-                self._blender = Blender(kind(**options), guider._num_inference_steps, like)
+                self._blender = Blender(kind(**options), steps, like)
             except (TypeError, ValueError) as error:
                 raise FallThroughError(str(error)) from error
             self._key, momentum = key, self._blender.momentum
-            # Attributes may change in the middle of a run, whose momentum goes on.
+            # The momentum continues if attributes change in the middle of a run.
             if before is not None and momentum is not None and before.shape == momentum.shape:
                 momentum.copy_(before)
         return self._blender
 
 
-def _attribute(guider: Any, name: str | tuple[str, ...]) -> Any:
-    return getattr(guider, name) if isinstance(name, str) else tuple(getattr(guider, one) for one in name)
+def _number(guider: Any, name: str) -> Any:
+    """A guider's attribute. Some are private, and other versions of diffusers may lack them."""
+    value = getattr(guider, name, guider)
+    if value is guider:
+        raise FallThroughError(f"it has no attribute {name}")
+    if not isinstance(value, Real | None):
+        raise FallThroughError(f"its attribute {name} is a {type(value).__name__}, expected a number")
+    return value

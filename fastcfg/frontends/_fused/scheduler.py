@@ -1,4 +1,4 @@
-"""Subclasses of schedulers whose `step` is a table's."""
+"""Subclasses of schedulers with `step` run by a compiled table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .fall_through import FallThroughError, log_once
-from .run import SchedulerRun
+from .steps import FusedSteps
 from .subclass import STATE, subclass
 
 __all__ = ["fused_class"]
@@ -24,10 +24,10 @@ def fused_class(original: type) -> type:
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before: SchedulerRun | None = vars(self).pop(STATE, None)
+        before: FusedSteps | None = vars(self).pop(STATE, None)
         result = base.set_timesteps(self, *args, **kwargs)
         try:
-            _run_of(self, before.options if before is not None else {}).compile(before)
+            _steps_of(self, before.options if before is not None else {}).compile(before)
         except FallThroughError as error:
             log_once(original.__name__, str(error))
         return result
@@ -37,7 +37,7 @@ def fused_class(original: type) -> type:
         options = dict(zip(step_names, args, strict=False)) | kwargs
         if getattr(self, "num_inference_steps", 0) is not None and hasattr(self, "timesteps"):
             try:
-                return _run_of(self).step(model_output, timestep, sample, options)
+                return _steps_of(self).step(model_output, timestep, sample, options)
             except FallThroughError as error:
                 log_once(original.__name__, str(error))
         return base.step(self, model_output, timestep, sample, *args, **kwargs)
@@ -49,7 +49,7 @@ def fused_class(original: type) -> type:
         def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             timestep = args[0] if args else kwargs.get("timestep")
             try:
-                scaled: Tensor = _run_of(self).scale(sample, timestep)
+                scaled: Tensor = _steps_of(self).scale(sample, timestep)
             except FallThroughError:
                 scaled = base.scale_model_input(self, sample, *args, **kwargs)
             return scaled
@@ -59,9 +59,9 @@ def fused_class(original: type) -> type:
     return subclass(original, names, fused_class)
 
 
-def _run_of(scheduler: Any, options: Mapping[str, Any] | None = None) -> SchedulerRun:
-    run: SchedulerRun | None = vars(scheduler).get(STATE)
-    if run is None or run.timesteps is not scheduler.timesteps:
-        run = SchedulerRun(scheduler, type(scheduler)._fastcfg_original, options or {})
-        vars(scheduler)[STATE] = run
-    return run
+def _steps_of(scheduler: Any, options: Mapping[str, Any] | None = None) -> FusedSteps:
+    steps: FusedSteps | None = vars(scheduler).get(STATE)
+    if steps is None or steps.timesteps is not scheduler.timesteps:
+        steps = FusedSteps(scheduler, type(scheduler)._fastcfg_original, options or {})
+        vars(scheduler)[STATE] = steps
+    return steps

@@ -1,29 +1,30 @@
-"""Classes of somebody else's with some methods of ours."""
+"""Subclasses of other projects' classes, with some methods replaced."""
 
 from __future__ import annotations
 
+import copyreg
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = ["STATE", "as_subclass", "is_fused", "subclass"]
 
-# What instances keep for us: nothing that is copied or pickled with them.
+# The attribute of an instance with our state, which is not copied or pickled with it.
 STATE = "_fastcfg_state"
 
 
 def is_fused(candidate: type) -> bool:
-    """Whether a class is one of ours."""
+    """Whether a class was made by `subclass`."""
     return "_fastcfg_original" in vars(candidate)
 
 
 def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type], type]) -> type:
-    """A subclass under the original's name and module, so that what is saved can be loaded where fastcfg is not
-    installed.
+    """A subclass with the original's name and module, so that saved objects load where fastcfg is not installed.
 
     Args:
         original: the class.
         methods: by name.
-        again: makes the subclass from the original once more, for pickled instances.
+        again: a module's function that makes the subclass from the original, for pickles of it and its instances.
     """
 
     def reduce(self: Any) -> Any:
@@ -36,13 +37,28 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
         "__qualname__": original.__qualname__,
         "__reduce__": reduce,
         "_fastcfg_original": original,
+        "_fastcfg_again": staticmethod(again),
     }
-    return type(original.__name__, (original,), {**methods, **names})
+    made: type = _metaclass(type(original))(original.__name__, (original,), {**methods, **names})
+    return made
 
 
 def as_subclass(instance: Any, fused: type) -> Any:
     """An instance's state in an object of its subclass."""
     return _with_state(fused, vars(instance))
+
+
+@functools.cache
+def _metaclass(kind: Any) -> Any:
+    """A metaclass for subclasses that pickle: by their name, pickle would find the original."""
+    made = type(f"Fused{kind.__name__}", (kind,), {})
+    copyreg.pickle(made, _reduce_class)
+    return made
+
+
+def _reduce_class(fused: Any) -> Any:
+    """How to pickle a class: ours is made again, a class derived from it is found by its name."""
+    return (fused._fastcfg_again, (fused._fastcfg_original,)) if is_fused(fused) else fused.__qualname__
 
 
 def _rebuilt(again: Callable[[type], type], original: type, state: Mapping[str, Any]) -> Any:

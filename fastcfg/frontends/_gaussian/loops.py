@@ -1,64 +1,78 @@
-"""The originals' sampling loops on the engine: their arguments translated into a `Sampler` and its noise."""
+"""The originals' sampling loops: on the engine, or step by step in the originals' own operations."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...clip import DynamicThreshold
-from ...engine.conditioning import Alike, Shared
-from ...engine.noise import NoiseSource, philox_source, torch_source
+from ...engine.noise import NoiseSource, philox_source, recorded_source, torch_source
 from ...engine.sampler import Sampler
-from ...guidance import CFG, NoGuidance
+from ...guidance import CFG
+from ...ops import dynamic_threshold
 from ...table import StepTable
-from ..classifier_free import ClassifierFree
+from ...utils.identity import Alike
+from ...utils.lru import LRU
+from ...utils.progress import progress_bar
+from ..classifier_free import ClassifierFree, split_by_branch
 
-__all__ = ["Engine", "Request", "split_by_branch"]
+__all__ = ["Function", "Keywords", "LoopCall", "LoopRunner", "Model", "loop_call", "step_by_step"]
 
-# Models and solvers whose samplers are kept for the next call.
-MAX_SAMPLERS = 4
+Model = Callable[..., Any]
+Function = Callable[[Tensor], Tensor]
+Keywords = dict[str, Any] | None
+
+_ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold")
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """The arguments of a sampling loop, those of the originals first.
+@dataclass(eq=False)
+class LoopCall:
+    """A call of a sampling loop: the originals' arguments in their order, then eta and the engine's.
 
     Attributes:
-        model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress: as in the originals.
+        model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, progress: as in the originals.
+        device: as given, or that of the model's parameters, of the noise, or the CPU.
+        eta: noise level of DDIM.
+        solver: "ddpm", "ddim" or "ddim_reverse", a function of `fastcfg.solvers`.
         seed: of the noise; None draws from torch's global generator.
+        guidance_scale: wraps the model in `ClassifierFree`.
         backend: "auto", "triton", "reference" (the originals' own operations) or another of `Sampler`.
         noise_source: "torch", "philox", or a function (step, shape) -> standard normals, step 0 executed first.
-        graph: as `Sampler`.
+        graph: as for `Sampler`.
         threshold: dynamic thresholding instead of the clamp to [-1, 1].
-        draws: whether the original draws noise at every step: all but its reverse ODE do.
     """
 
-    model: Callable[..., Any]
+    model: Model
     shape: Sequence[int]
     noise: Tensor | None = None
     clip_denoised: bool = True
-    denoised_fn: Callable[[Tensor], Tensor] | None = None
-    cond_fn: Callable[..., Tensor] | None = None
-    model_kwargs: dict[str, Any] | None = None
-    device: torch.device | str | None = None
+    denoised_fn: Function | None = None
+    cond_fn: Model | None = None
+    model_kwargs: Keywords = None
+    device: Any = None
     progress: bool = False
+    eta: float = 0.0
+    solver: str = "ddpm"
     seed: int | Sequence[int] | None = None
+    guidance_scale: float | None = None
     backend: str = "auto"
     noise_source: str | Callable[[int, tuple[int, ...]], Tensor] = "torch"
     graph: str | bool = "auto"
     threshold: DynamicThreshold | None = None
-    draws: bool = True
 
     def __post_init__(self) -> None:
+        if self.guidance_scale is not None:
+            self.model = ClassifierFree(self.model, self.guidance_scale)
         if not isinstance(self.shape, tuple | list):
             raise TypeError(f"shape: got {type(self.shape).__name__}, expected a tuple or a list")
-        if self.noise is not None and tuple(self.noise.shape) != tuple(self.shape):
-            raise ValueError(f"noise: got shape {tuple(self.noise.shape)}, expected {tuple(self.shape)}")
+        self.shape = tuple(self.shape)
+        if self.noise is not None and tuple(self.noise.shape) != self.shape:
+            raise ValueError(f"noise: got shape {tuple(self.noise.shape)}, expected {self.shape}")
         if not callable(self.noise_source) and self.noise_source not in ("torch", "philox"):
             raise ValueError(f"noise_source: got {self.noise_source!r}, expected 'torch', 'philox' or a function")
         if self.threshold is not None and not isinstance(self.threshold, DynamicThreshold):
@@ -67,100 +81,115 @@ class Request:
             raise ValueError(
                 f"shape: got a batch of {self.shape[0]}, expected an even one: [conditional; unconditional]"
             )
+        if self.device is None:
+            parameters = self.model.parameters() if hasattr(self.model, "parameters") else iter(())
+            tensor = next(iter(parameters), self.noise)
+            self.device = "cpu" if tensor is None else tensor.device
+        self.device = torch.device(self.device)
 
     @property
-    def fused(self) -> bool:
-        """Whether the guidance is the engine's, so that it keeps one sample of each pair. A cond_fn is given pairs."""
-        return isinstance(self.model, ClassifierFree) and self.cond_fn is None
+    def guidance(self) -> CFG | None:
+        """The guidance the engine can apply, and so keep one sample of each pair; None if the model applies it, or a
+        cond_fn needs the pairs."""
+        fused = isinstance(self.model, ClassifierFree) and self.cond_fn is None
+        return CFG(self.model.guidance_scale) if fused else None  # type: ignore[attr-defined]
 
     @property
-    def place(self) -> torch.device:
-        """The device: as given, or that of the model's parameters, of the noise, or the CPU."""
-        if self.device is not None:
-            return torch.device(self.device)
-        parameters = self.model.parameters() if hasattr(self.model, "parameters") else iter(())
-        tensor = next(iter(parameters), self.noise)
-        return torch.device("cpu") if tensor is None else tensor.device
+    def draws_every_step(self) -> bool:
+        """Whether the original draws noise in every step: all do but the reverse ODE."""
+        return self.solver != "ddim_reverse"
 
 
-class Engine:
-    """Runs requests, keeping samplers (and with them buffers and graphs) for the next call of the same kind."""
+def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall:
+    """A call with the originals' arguments and the engine's.
+
+    Raises:
+        TypeError, ValueError: an unknown keyword of the engine's, or arguments that do not fit.
+    """
+    if unknown := sorted(set(engine) - set(_ENGINE)):
+        raise TypeError(
+            f"sampling loop: got unexpected {', '.join(unknown)}, "
+            f"expected the originals' arguments, {', '.join(_ENGINE[:-1])} or {_ENGINE[-1]}"
+        )
+    return LoopCall(**originals, **engine, solver=solver)
+
+
+class LoopRunner:
+    """Runs loops on the engine. Samplers, and with them buffers and graphs, are kept for later calls with the same
+    model and solver."""
 
     def __init__(self) -> None:
-        self._samplers: OrderedDict[Any, Sampler] = OrderedDict()
-        self._pairs: _OnPairs | None = None
+        self._samplers: LRU[Sampler] = LRU(4)
 
-    def run(self, request: Request, table: StepTable) -> Iterator[dict[str, Tensor]]:
-        """Yield sample and pred_xstart of every step, each of the request's shape."""
-        sampler, arguments = self._prepare(request, table)
-        copies = 2 if request.fused else 1
-        steps: Iterator[Any] = sampler.iterate(**arguments)
-        if request.progress:
-            from tqdm.auto import tqdm
+    def steps(self, call: LoopCall, table: StepTable) -> Iterator[dict[str, Tensor]]:
+        """Yield sample and pred_xstart of every step, each of the call's shape."""
+        sampler, arguments = self._prepare(call, table)
+        for step in progress_bar(call.progress, sampler.iterate(**arguments), total=table.num_rows):
+            yield {"sample": _whole_batch(step.x, call), "pred_xstart": _whole_batch(step.x0, call)}
 
-            steps = iter(tqdm(steps, total=table.num_rows))
-        for step in steps:
-            yield {"sample": _repeat(step.x, copies), "pred_xstart": _repeat(step.x0, copies)}
+    def final(self, call: LoopCall, table: StepTable) -> Tensor:
+        """The last sample alone, of the call's shape."""
+        sampler, arguments = self._prepare(call, table)
+        return _whole_batch(sampler.sample(**arguments, progress=call.progress), call)
 
-    def final(self, request: Request, table: StepTable) -> Tensor:
-        """The last sample alone, of the request's shape."""
-        sampler, arguments = self._prepare(request, table)
-        x = sampler.sample(**arguments, progress=request.progress)
-        return _repeat(x, 2 if request.fused else 1)
-
-    def _prepare(self, request: Request, table: StepTable) -> tuple[Sampler, dict[str, Any]]:
-        full = tuple(request.shape)
-        batch = full[0] // 2 if request.fused else full[0]
-        sampler = self._sampler(request, table)
-        sampler.guidance = CFG(request.model.guidance_scale) if request.fused else NoGuidance()  # type: ignore[attr-defined]
-        sampler.denoised_fn = request.denoised_fn
-        if request.fused and request.denoised_fn is not None:
-            # The same object for the same function, by which the sampler knows its programs.
-            if self._pairs is None or Alike(self._pairs.function) != Alike(request.denoised_fn):
-                self._pairs = _OnPairs(request.denoised_fn)
-            sampler.denoised_fn = self._pairs
-        sampler.cond_fn = request.cond_fn
-        conditioning = split_by_branch(request.model_kwargs or {}, full[0], fused=request.fused)
+    def _prepare(self, call: LoopCall, table: StepTable) -> tuple[Sampler, dict[str, Any]]:
+        shape = tuple(call.shape)
+        batch = shape[0] // (1 if call.guidance is None else 2)
+        sampler, denoised_fn = self._sampler(call, table), call.denoised_fn
+        if call.guidance is not None and denoised_fn is not None:
+            denoised_fn = partial(_on_pairs, denoised_fn)
         return sampler, {
-            "shape": (batch, *full[1:]),
-            "branches": conditioning,
-            "noise": _noise(request, sampler, batch),
-            "x_T": None if request.noise is None else request.noise[:batch],
+            "shape": (batch, *shape[1:]),
+            "guidance": call.guidance,
+            "clip": call.threshold or (1.0 if call.clip_denoised else None),
+            "denoised_fn": denoised_fn,
+            "cond_fn": call.cond_fn,
+            "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=call.guidance is not None),
+            "noise": _engine_noise(call, sampler, batch),
+            "x_T": None if call.noise is None else call.noise[:batch],
         }
 
-    def _sampler(self, request: Request, table: StepTable) -> Sampler:
-        model: Any = request.model.model if request.fused else request.model  # type: ignore[attr-defined]
-        # float64 noise makes the originals compute in float64; all else becomes float32.
-        dtype = torch.float64 if request.noise is not None and request.noise.dtype == torch.float64 else torch.float32
-        clip = request.threshold or (1.0 if request.clip_denoised else None)
-        options = (clip, request.backend, request.graph, dtype, request.place)
-        key = (Alike(model), table, options)
-        sampler = self._samplers.pop(key, None) or Sampler(
-            model,
-            table,
-            clip=clip,
-            backend=request.backend,
-            graph=request.graph,
-            dtype=dtype,
-            state_dtype=dtype,
-            device=request.place,
-        )
-        self._samplers[key] = sampler
-        while len(self._samplers) > MAX_SAMPLERS:
-            self._samplers.popitem(last=False)
-        return sampler
+    def _sampler(self, call: LoopCall, table: StepTable) -> Sampler:
+        model = call.model if call.guidance is None else call.model.model  # type: ignore[attr-defined]
+        # float64 noise makes the originals compute in float64; everything else becomes float32.
+        dtype = torch.float64 if call.noise is not None and call.noise.dtype == torch.float64 else torch.float32
+        options = {"backend": call.backend, "graph": call.graph, "device": call.device}
+        options |= {"dtype": dtype, "state_dtype": dtype}
+        key = (Alike(model), table, *options.values())
+        return self._samplers.get_or_make(key, lambda: Sampler(model, table, **options))
 
 
-def _noise(request: Request, sampler: Sampler, batch: int) -> NoiseSource:
-    """What the originals draw: at every step, for the whole batch."""
-    full = tuple(request.shape)
+def step_by_step(
+    step: Callable[..., dict[str, Tensor]], times: Iterable[int], call: LoopCall
+) -> Iterator[dict[str, Tensor]]:
+    """The originals' loop over their own steps: the same calls, draws and roundings.
+
+    Args:
+        step: called as step(model, x, t, **arguments of the originals, noise=a function of x).
+        times: indices of the steps, in order.
+        call: the call.
+    """
+    indices, shape = list(times), tuple(call.shape)
+    source = _originals_noise(call)
+    x = source.start() if call.noise is None else call.noise
+    options: dict[str, Any] = {"clip_denoised": call.clip_denoised, "denoised_fn": _thresholded(call)}
+    options |= {"cond_fn": call.cond_fn, "model_kwargs": call.model_kwargs}
+    for i, index in enumerate(progress_bar(call.progress, indices)):
+        t = torch.full((shape[0],), index, device=call.device)
+        with torch.no_grad():
+            out = step(call.model, x, t, **options, noise=partial(_draw, source, i))
+        yield out
+        x = out["sample"]
+
+
+def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
+    """The originals' draws, in every step and for the whole batch, of which the engine takes the first samples."""
+    full, source = tuple(call.shape), call.noise_source
     shape = (batch, *full[1:])
-    source = request.noise_source
     if source == "philox":
-        return philox_source(request.seed, shape, sampler.device, sampler.backend)
-    drawn = torch_source(
-        request.seed, shape, sampler.device, drawn=full[0], dtype=sampler.state_dtype, every_row=request.draws
-    )
+        return philox_source(call.seed, shape, sampler.device, sampler.backend)
+    options: dict[str, Any] = {"drawn": full[0], "dtype": sampler.state_dtype, "every_row": call.draws_every_step}
+    drawn = torch_source(call.seed, shape, sampler.device, **options)
     if not callable(source):
         return drawn
 
@@ -173,27 +202,33 @@ def _noise(request: Request, sampler: Sampler, batch: int) -> NoiseSource:
     return NoiseSource(drawn.start, fill)
 
 
-def split_by_branch(model_kwargs: dict[str, Any], batch: int, *, fused: bool) -> dict[str, dict[str, Any]]:
-    """model_kwargs by branch; what has not one row per sample is shared."""
-    cond: dict[str, Any] = {}
-    uncond: dict[str, Any] = {}
-    for name, value in model_kwargs.items():
-        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
-            cond[name], uncond[name] = value.chunk(2) if fused else (value, value)
-        else:
-            cond[name] = uncond[name] = Shared(value)
-    return {"cond": cond, "uncond": uncond} if fused else {"cond": cond}
+def _originals_noise(call: LoopCall) -> NoiseSource:
+    if call.noise_source == "philox":
+        raise ValueError("noise_source: got 'philox' with backend='reference', expected 'torch' or a function")
+    shape = tuple(call.shape)
+    drawn = torch_source(call.seed, shape, call.device)
+    return recorded_source(call.noise_source, 0, shape, drawn.start) if callable(call.noise_source) else drawn
 
 
-class _OnPairs:
-    """A function of the doubled batch, for a batch that is not doubled."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.function = function
-
-    def __call__(self, x0: Tensor) -> Tensor:
-        return self.function(_repeat(x0, 2))[: len(x0)]
+def _draw(source: NoiseSource, step: int, x: Tensor) -> Tensor:
+    buffer = torch.empty_like(x)
+    source.fill(step, buffer)  # type: ignore[misc]
+    return buffer
 
 
-def _repeat(x: Tensor, copies: int) -> Tensor:
-    return x if copies == 1 else torch.cat([x] * copies)
+def _thresholded(call: LoopCall) -> Function | None:
+    """denoised_fn followed by the threshold, whose result the clamp leaves alone."""
+    function, threshold = call.denoised_fn, call.threshold
+    if threshold is None:
+        return function
+    limits = (threshold.quantile, threshold.floor, threshold.ceiling)
+    return lambda x0: dynamic_threshold(x0 if function is None else function(x0), *limits)
+
+
+def _on_pairs(function: Function, x0: Tensor) -> Tensor:
+    """A function of the doubled batch, applied to its first half."""
+    return function(torch.cat([x0, x0]))[: len(x0)]
+
+
+def _whole_batch(x: Tensor, call: LoopCall) -> Tensor:
+    return x if call.guidance is None else torch.cat([x, x])

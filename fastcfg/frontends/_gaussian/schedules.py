@@ -1,8 +1,8 @@
-"""The originals' schedule functions, refusing what they refuse: our ValueErrors are of their types too."""
+"""The originals' schedule functions and options. Errors are ValueErrors and also of the originals' own types."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = [
     "UnknownScheduleError",
     "ZeroDivisionValueError",
     "betas_for_alpha_bar",
+    "check_options",
     "make_schedule",
     "named_betas",
     "space_timesteps",
@@ -28,15 +29,15 @@ class AssertionValueError(ValueError, AssertionError):
 
 
 class IndexValueError(ValueError, IndexError):
-    """Where the originals read an entry that is not there: a process of one step."""
+    """Where the originals index past the end: a process of one step."""
 
 
 class ZeroDivisionValueError(ValueError, ZeroDivisionError):
-    """Where the originals divide by nothing: no sections to keep timesteps of."""
+    """Where the originals divide by zero: no sections to keep timesteps of."""
 
 
 class UnknownScheduleError(ValueError, NotImplementedError):
-    """A schedule's name that the original does not know."""
+    """A schedule name the original does not know."""
 
 
 def betas_for_alpha_bar(
@@ -47,11 +48,11 @@ def betas_for_alpha_bar(
 
 
 def named_betas(name: str, known: tuple[str, ...], num_timesteps: int) -> NDArray[np.float64]:
-    """Betas by one of the names an original knows.
+    """Betas by a name that an original knows.
 
     Raises:
         UnknownScheduleError: another name.
-        AssertionValueError: so few timesteps that there are no betas.
+        AssertionValueError: too few timesteps.
     """
     if name not in known:
         raise UnknownScheduleError(f"unknown beta schedule: {name}")
@@ -69,11 +70,11 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 def make_schedule(betas: Any, timestep_map: Any = None, original_num_timesteps: int = 0) -> Schedule:
-    """A schedule, refused as the originals refuse it.
+    """A schedule from betas.
 
     Raises:
         AssertionValueError: betas that are not one-dimensional, or outside (0, 1].
-        IndexValueError: a single one.
+        IndexValueError: a single beta.
     """
     try:
         schedule = Schedule(betas, timestep_map, original_num_timesteps)
@@ -82,3 +83,10 @@ def make_schedule(betas: Any, timestep_map: Any = None, original_num_timesteps: 
     if schedule.num_timesteps < 2:
         raise IndexValueError(f"betas: got {schedule.num_timesteps}, expected at least 2")
     return schedule
+
+
+def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise TypeError unless the options are those of an original's `..._defaults()`, all of them."""
+    if set(options) != set(defaults):
+        wrong = ", ".join(sorted(set(options) ^ set(defaults)))
+        raise TypeError(f"options: got {wrong} missing or unknown, expected {', '.join(defaults)}")

@@ -1,0 +1,150 @@
+"""One verb for every object that samples, and what its results do when they are copied."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcfg
+from benchmarks.suite.foreign import load_diffusers
+from fastcfg import ClassifierFree
+from fastcfg.frontends import diffusers as fused
+from fastcfg.frontends import glide, guided_diffusion, k_diffusion
+
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+diffusers: Any = load_diffusers()
+SHAPE = (2, 3, 6, 4)
+
+
+def euler(model: Any, x: Tensor, sigmas: Tensor, strength: float = 1.0) -> Tensor:
+    for now, then in pairwise(sigmas):
+        x = x + strength * (x - model(x, now.expand(len(x)))) / now * (then - now)
+    return x
+
+
+def network(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+    return torch.cat([torch.tanh(x), torch.cos(x)], dim=1)
+
+
+def diffusion(module: Any) -> Any:
+    if module is glide:
+        return glide.create_gaussian_diffusion(1000, "squaredcos_cap_v2", "5")
+    return guided_diffusion.create_gaussian_diffusion(learn_sigma=True, timestep_respacing="5")
+
+
+def sample_diffusion(owner: Any) -> Tensor:
+    result: Tensor = owner.p_sample_loop(network, SHAPE, device="cpu", seed=3)
+    return result
+
+
+def sample_scheduler(scheduler: Any) -> Tensor:
+    scheduler.set_timesteps(5)
+    x = torch.linspace(-1, 1, 144).view(SHAPE)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.sin(x), t, x).prev_sample
+    return x
+
+
+def sample_guider(guider: Any) -> Tensor:
+    x = torch.linspace(-1, 1, 144).view(SHAPE)
+    for step in range(3):
+        guider.set_state(step, 3, None)
+        x = guider.forward(pred_cond=torch.sin(x), pred_uncond=torch.cos(x)).pred
+    return x
+
+
+def drop_ins() -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {
+        "guided-diffusion": (diffusion(guided_diffusion), sample_diffusion),
+        "glide": (diffusion(glide), sample_diffusion),
+    }
+    if diffusers is not None:
+        found["scheduler"] = fastcfg.accelerate(diffusers.DPMSolverMultistepScheduler()), sample_scheduler
+        apg = diffusers.AdaptiveProjectedGuidance(7.5, adaptive_projected_guidance_momentum=-0.5)
+        found["guider"] = fastcfg.accelerate(apg), sample_guider
+    return found
+
+
+@pytest.mark.parametrize("name", drop_ins())
+def test_drop_ins_are_copied_before_and_after_sampling(name: str) -> None:
+    ours, sample = drop_ins()[name]
+    want = None
+    for _ in ("before", "after"):
+        file = io.BytesIO()
+        torch.save({"drop-in": ours}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)["drop-in"]
+        for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded):
+            assert type(other) is type(ours)
+            got = sample(other)
+            want = sample(ours) if want is None else want
+            assert torch.equal(got, want)
+
+
+def test_caches_are_not_copied() -> None:
+    ours = diffusion(glide)
+    sample_diffusion(ours)
+    other = copy.deepcopy(ours)
+    assert len(ours._runner._samplers) == 1
+    assert len(other._runner._samplers) == len(other._tables) == len(other._times) == 0
+
+
+@pytest.mark.skipif(diffusers is None, reason="diffusers is not installed")
+def test_fused_classes_are_pickled() -> None:
+    class_ = fused.EulerDiscreteScheduler
+    assert pickle.loads(pickle.dumps(class_)) is class_
+    assert pickle.loads(pickle.dumps(diffusers.EulerDiscreteScheduler)) is diffusers.EulerDiscreteScheduler
+    assert copy.deepcopy(class_) is class_
+    assert pickle.loads(pickle.dumps(DerivedScheduler)) is DerivedScheduler
+
+
+if diffusers is not None:
+
+    class DerivedScheduler(fused.DDIMScheduler):  # type: ignore[misc, name-defined]
+        """A user's subclass of a fused class."""
+
+
+def test_every_kind_of_object_is_accelerated() -> None:
+    ours = diffusion(glide)
+    assert fastcfg.accelerate(ours) is ours
+    fast = fastcfg.accelerate(euler, graph=False)
+    assert fast is k_diffusion.fuse(euler, graph=False)
+    x, levels = torch.linspace(-3, 3, 144).view(SHAPE), torch.tensor([3.0, 1.0, 0.2])
+    want = euler(lambda x, s: torch.tanh(x), x, levels)
+    torch.testing.assert_close(fast(lambda x, s: torch.tanh(x), x, levels), want, rtol=1e-5, atol=1e-5)
+    if diffusers is not None:
+        scheduler = fastcfg.accelerate(diffusers.DDIMScheduler())
+        assert type(scheduler) is fused.DDIMScheduler
+        assert fastcfg.accelerate(scheduler) is scheduler
+        assert isinstance(fastcfg.accelerate(diffusers.ClassifierFreeGuidance()), diffusers.ClassifierFreeGuidance)
+
+
+class ScoreSde:
+    """A scheduler of another protocol: it has `step_pred` and `step_correct`."""
+
+    config = None
+
+    def set_timesteps(self, steps: int) -> None:
+        """Nothing."""
+
+
+@pytest.mark.parametrize("obj", [3, ScoreSde(), torch.nn.Linear(2, 2), network, ClassifierFree(network, 2.0), object])
+def test_other_objects_are_refused(obj: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"obj: got \w+, expected a GaussianDiffusion .* scheduler .* sampling function"
+    ):
+        fastcfg.accelerate(obj)
+
+
+def test_options_are_those_of_the_object() -> None:
+    with pytest.raises(TypeError, match="options: got graph for a SpacedDiffusion, expected none"):
+        fastcfg.accelerate(diffusion(glide), graph=False)
+    with pytest.raises(TypeError, match="options: got clip for a function, expected backend or graph"):
+        fastcfg.accelerate(euler, clip=1.0)
