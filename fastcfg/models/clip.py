@@ -172,7 +172,7 @@ class TextEncoder(nn.Module):
         self.blocks = _stack(embedding, width, n_head, n_xf_blocks, n_embd, causal=True)
 
     def forward(self, text: Tensor, text_len: Tensor) -> Tensor:
-        """Encode padded texts.
+        """Encode padded texts; ValueError for shapes that do not fit.
 
         Args:
             text: [B, max_text_len] integer ids.
@@ -223,7 +223,7 @@ class ImageEncoder(nn.Module):
         self.blocks = _stack(embedding, width, n_head, n_xf_blocks, n_embd, causal=False)
 
     def forward(self, image: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Encode noised images.
+        """Encode noised images; ValueError for shapes that do not fit, and missing or unexpected timesteps.
 
         Args:
             image: [B, 3, image_size, image_size], pixels of 0 to 255.

@@ -138,8 +138,8 @@ def create_classifier(
         image_size: height and width: 64, 128, 256 or 512.
         classifier_width: base width.
         classifier_depth: residual blocks per level.
-        classifier_attention_resolutions, classifier_use_fp16, classifier_use_scale_shift_norm,
-            classifier_resblock_updown: the options of `create_model` without "classifier_".
+        classifier_attention_resolutions, classifier_use_fp16: the options of `create_model` without "classifier_".
+        classifier_use_scale_shift_norm, classifier_resblock_updown: the same.
         classifier_pool: `pool` of `EncoderUNetModel`.
 
     Raises:

@@ -1,6 +1,6 @@
 """UNets that also see images: super-resolution of guided-diffusion and GLIDE, and GLIDE's inpainting.
 
-In every `forward`:
+`in_channels` counts the channels of the image; the first convolution has more. In every `forward`:
 
     low_res: [B, C, h, w] in [-1, 1], resized to the size of `x`.
     inpaint_image: [B, C, H, W] in [-1, 1], used where the mask is 1; zeros if left out.
@@ -22,10 +22,7 @@ from .unet import UNetModel
 
 
 class SuperResModel(UNetModel):
-    """`UNetModel` that also sees a smaller image (guided-diffusion, class of the same name).
-
-    `in_channels` counts the image's channels; the network's input has twice as many.
-    """
+    """`UNetModel` that also sees a smaller image (guided-diffusion, class of the same name)."""
 
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
@@ -38,10 +35,9 @@ class SuperResModel(UNetModel):
 
 
 class SuperResText2ImUNet(Text2ImUNet):
-    """`Text2ImUNet` that also sees a smaller image (GLIDE, class of the same name).
+    """`Text2ImUNet` that also sees a smaller image (GLIDE, class of the same name)."""
 
-    `in_channels` counts the image's channels; the network's input has twice as many.
-    """
+    _image_inputs = 2
 
     def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
@@ -49,16 +45,11 @@ class SuperResText2ImUNet(Text2ImUNet):
         """Apply the network, like `Text2ImUNet.forward`; see the module for `low_res`."""
         return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
 
-    @staticmethod
-    def _input_channels(image_channels: int) -> int:
-        return 2 * image_channels
-
 
 class InpaintText2ImUNet(Text2ImUNet):
-    """`Text2ImUNet` that also sees the known part of the image and its mask (GLIDE, class of the same name).
+    """`Text2ImUNet` that also sees the known part of the image and its mask (GLIDE, class of the same name)."""
 
-    `in_channels` counts the image's channels; the network's input has twice as many and one more.
-    """
+    _image_inputs, _mask_inputs = 2, 1
 
     def forward(  # type: ignore[override]
         self,
@@ -71,16 +62,11 @@ class InpaintText2ImUNet(Text2ImUNet):
         """Apply the network, like `Text2ImUNet.forward`; see the module for the images."""
         return super().forward(torch.cat([x, *_known(x, inpaint_image, inpaint_mask)], dim=1), timesteps, **kwargs)
 
-    @staticmethod
-    def _input_channels(image_channels: int) -> int:
-        return 2 * image_channels + 1
-
 
 class SuperResInpaintText2ImUnet(Text2ImUNet):
-    """Super-resolution and inpainting in one network (GLIDE, class of the same name).
+    """Super-resolution and inpainting in one network (GLIDE, class of the same name)."""
 
-    `in_channels` counts the image's channels; the network's input has three times as many and one more.
-    """
+    _image_inputs, _mask_inputs = 3, 1
 
     def forward(  # type: ignore[override]
         self,
@@ -94,10 +80,6 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
         """Apply the network, like `Text2ImUNet.forward`; see the module for the images."""
         images = [x, *_known(x, inpaint_image, inpaint_mask), _resize(low_res, x)]
         return super().forward(torch.cat(images, dim=1), timesteps, **kwargs)
-
-    @staticmethod
-    def _input_channels(image_channels: int) -> int:
-        return 3 * image_channels + 1
 
 
 def _resize(low_res: Tensor | None, x: Tensor) -> Tensor:

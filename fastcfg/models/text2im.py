@@ -61,6 +61,9 @@ class Text2ImUNet(UNetModel):
         >>> output = model(torch.randn(1, 3, 16, 16), torch.tensor([999]), **text)  # every step
     """
 
+    # Number of images and masks in the input of the first convolution.
+    _image_inputs, _mask_inputs = 1, 0
+
     def __init__(
         self,
         text_ctx: int,
@@ -78,7 +81,7 @@ class Text2ImUNet(UNetModel):
         image_size: int | None = None,
         **kwargs: Any,
     ) -> None:
-        channels = self._input_channels(in_channels)
+        channels = self._image_inputs * in_channels + self._mask_inputs
         super().__init__(image_size, channels, *args, **kwargs, encoder_channels=xf_width or None)
         self.text_ctx = text_ctx
         self.xf_width = xf_width
@@ -200,11 +203,6 @@ class Text2ImUNet(UNetModel):
             return self._forward_blocks(x, emb)
         xf_proj, encoder_kv = self._attended_text(tokens, mask, xf_proj, xf_out, xf_kv, batch=x.shape[0])
         return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), encoder_kv)
-
-    @staticmethod
-    def _input_channels(image_channels: int) -> int:
-        """Channels of the first convolution's input."""
-        return image_channels
 
     def _attended_text(
         self,

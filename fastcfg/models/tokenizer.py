@@ -18,7 +18,7 @@ UNKNOWN_TOKEN = "<|unknown|>"
 class Tokenizer:
     """Tokenizer with GLIDE's interface (`glide_text2im.tokenizer.bpe.Encoder`), on the `tokenizers` library.
 
-    Text is lower-cased with `str.lower()` and otherwise unchanged. No start or end token is added, and no text is
+    Text is lower-cased with `str.lower()` and not changed further. No start or end token is added, and no text is
     special: `<|endoftext|>` is encoded like any other characters. The empty text has no ids.
 
     Attributes:

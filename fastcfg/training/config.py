@@ -139,7 +139,7 @@ class TrainConfig:
             require(name, value, _RANGES[expected](value), expected)
 
 
-def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Raise ValueError ("name: got value, expected ...") unless `holds`."""
-    if not holds:
+def require(name: str, value: object, valid: bool, expected: str) -> None:
+    """Raise ValueError ("name: got value, expected ...") unless `valid`."""
+    if not valid:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")

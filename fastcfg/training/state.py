@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,21 +18,13 @@ _FORMAT = "fastcfg-training-state"
 _LENGTH = {"steps", "decay_steps"}
 
 
-class HasState(Protocol):
-    """A part of a run that has a state: a module, an average, an optimizer."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Any, /) -> Any: ...
-
-
 def save_state(
     path: str | os.PathLike[str],
     config: TrainConfig,
     fingerprint: str,
     step: int,
     seconds: float,
-    parts: Mapping[str, HasState],
+    parts: Mapping[str, Any],
 ) -> None:
     """Write a run's state, whole or not at all. Random numbers are not saved: they depend on seed and step only.
 
@@ -42,7 +34,7 @@ def save_state(
         fingerprint: identifies the run's data.
         step: number of steps made.
         seconds: time they took.
-        parts: the objects to save, by name.
+        parts: objects with `state_dict` and `load_state_dict`, by name.
     """
     state = {
         "format": _FORMAT,
@@ -57,7 +49,7 @@ def save_state(
 
 
 def load_state(
-    path: str | os.PathLike[str], config: TrainConfig, fingerprint: str, parts: Mapping[str, HasState]
+    path: str | os.PathLike[str], config: TrainConfig, fingerprint: str, parts: Mapping[str, Any]
 ) -> tuple[int, float]:
     """Restore a run's state in place; arguments as for `save_state`.
 

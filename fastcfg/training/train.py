@@ -29,7 +29,7 @@ from .folder.task import FolderTask
 from .losses import HybridLoss
 from .shapes.config import ShapesConfig
 from .shapes.task import ShapesTask
-from .state import HasState, load_state, save_state
+from .state import load_state, save_state
 from .task import Task, seed_for
 
 RECIPE, STATE, CHECKPOINT, LOG, PLOT = "recipe.json", "state.pt", "model.safetensors", "log.jsonl", "loss_curve.png"
@@ -107,7 +107,7 @@ def train(
         tell: called with a line about the data, before the first step.
 
     Raises:
-        ValueError: the recipe does not fit the network, data or state; `out_dir` holds a run and `resume` is False.
+        ValueError: the recipe does not fit the network, data or state; `out_dir` contains a run and `resume` is False.
         OSError: the folder cannot be written to, or data or weights cannot be read.
 
     Example:
@@ -197,12 +197,7 @@ class _Run:
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
-        self.parts: dict[str, HasState] = {
-            "model": self.model,
-            "heads": self.heads,
-            "ema": self.ema,
-            "optimizer": self.optimizer,
-        }
+        self.parts = {name: getattr(self, name) for name in ("model", "heads", "ema", "optimizer")}
         self.num_timesteps = task.meta.num_timesteps
         self.loss = HybridLoss(Schedule.named(task.meta.schedule, self.num_timesteps), config.mse_weight_cap)
         threads = max(torch.get_num_threads() // config.shards, 1)

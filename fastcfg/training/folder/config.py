@@ -24,7 +24,7 @@ class FolderConfig(TrainConfig):
         tokenizer: folder with GPT-2's `encoder.json` and `vocab.bpe`, or a tokenizer as JSON; empty for GLIDE's.
         uncond_p: probability of dropping a caption, which trains the unconditional model, in [0, 1).
         skip_uncaptioned: leave out pictures without a caption instead of training on them unconditionally.
-        side_x: width of the pictures trained on; 0 for the network's size, which non-square pictures keep in `meta`.
+        side_x: width of the pictures trained on; 0 for the network's. A checkpoint states this size if it is square.
         side_y: their height.
         crop: "random", or "centre" for the largest crop in the middle.
         resize_ratio: smallest area of a random crop, as a share of the largest crop's, in (0, 1].

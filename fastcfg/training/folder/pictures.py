@@ -39,7 +39,8 @@ class PictureFolder:
         pictures: the pictures to train on.
         uncaptioned: number of pictures found without a caption.
         skipped: number of these left out.
-        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions.
+        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions. Another picture of the
+            same size goes unnoticed.
 
     Raises:
         ValueError: no such folder, no pictures in it, two that share a caption file, or a caption that is not UTF-8.
