@@ -21,8 +21,6 @@ from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.pipelines.upsampler import Upsampler
 from fastcfg.solvers.by_name import LEVELS, SOLVERS, SPACINGS, solver_table
 
-pytestmark = pytest.mark.quick
-
 PROMPT, NEGATIVE = "a red circle", "a blue square"
 PROCESS = Schedule.named("squaredcos_cap_v2", TIMESTEPS)
 
@@ -64,6 +62,7 @@ def test_every_guidance_draws(pipeline: TextToImage, method: str) -> None:
     assert guidance_by_name(method, 2.0) is not None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("schedule", [*LEVELS, *SPACINGS])
 def test_every_schedule_gives_the_steps_wanted(schedule: str) -> None:
     assert solver_table("dpmpp_2m", PROCESS, 7, schedule).num_steps == 7
@@ -71,6 +70,7 @@ def test_every_schedule_gives_the_steps_wanted(schedule: str) -> None:
         assert solver_table("ddim", PROCESS, 7, schedule).num_steps == 7
 
 
+@pytest.mark.quick
 def test_names_are_the_tables_built_by_hand(pipeline: TextToImage) -> None:
     levels = sigmas.discrete_sigmas(PROCESS)
     karras = sigmas.karras(5, max(levels[0], 0.02), 80.0)
@@ -100,6 +100,7 @@ def test_a_guidance_of_your_own_is_the_named_one(pipeline: TextToImage) -> None:
     assert not torch.equal(away, pipeline.sample(PROMPT, negative_prompt=NEGATIVE, **options))
 
 
+@pytest.mark.quick
 def test_eta_is_the_solvers_own_unless_given() -> None:
     for solver, noisy in (("ddim", False), ("euler_ancestral", True), ("dpmpp_2m_sde", True), ("tcd", True)):
         assert solver_table(solver, PROCESS, 4).uses_noise is noisy
