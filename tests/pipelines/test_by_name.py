@@ -149,6 +149,7 @@ def test_random_seeds_are_reported_and_draw_the_picture_again(pipeline: TextToIm
         ({"guidance": "none", "negative_prompt": NEGATIVE}, "negative_prompt: got 'a blue square' with NoGuidance, ex"),
         ({"guidance": "adaptive", "solver": "ddim_cfg_pp"}, "guidance: got AdaptiveCFG with the table ddim_cfg_pp"),
         ({"guidance": "none", "solver": "ddim_cfg_pp"}, "guidance: got branches cond, expected 'uncond' among them"),
+        ({"solver": "euler", "cond_fn": lambda x, t: x}, "cond_fn: got a function with the table euler, expected None"),
         ({"inpaint": (torch.zeros(3, SIZE, SIZE),) * 2}, "inpaint: got pictures for a Text2ImUNet, expected None"),
     ],
 )
@@ -160,7 +161,8 @@ def test_what_does_not_combine_is_refused_before_any_work(
 
     monkeypatch.setattr(pipeline.model, "forward", fail)
     monkeypatch.setattr(pipeline.model, "get_text_emb", fail)
-    for method in (pipeline.sample, pipeline.check):
+    methods = [pipeline.sample] if "cond_fn" in changes else [pipeline.sample, pipeline.check]
+    for method in methods:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             method(PROMPT, **changes)  # type: ignore[operator]
 
