@@ -286,7 +286,8 @@ class Pipeline:
         return self._known
 
 
-Stage = Pipeline
+Stage = Pipeline  # the old name
+# What a copy keeps; the rest belongs to past calls.
 _KEPT = ("model", "tokenizer", "meta", "schedule", "_channels")
 
 
