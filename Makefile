@@ -37,6 +37,15 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --budget $(BUDGET) --out $(BENCH)
 
+# The variable silences an advertisement that mkdocs-material prints.
+.PHONY: docs
+docs: $(VENV)/.fastcfg-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.fastcfg-docs: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
 	rm -rf .venv .venv-oldest bench build dist fastcfg.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache
 
