@@ -30,6 +30,7 @@ from fastcfg.guidance import (
     PerturbedCFG,
     TangentialCFG,
 )
+from fastcfg.pipelines.pictures import to_bytes
 from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.schedule import consistency_timesteps
 from fastcfg.utils.files import replacing
@@ -139,7 +140,7 @@ def draw(pipeline: TextToImage, table: StepTable, guidance: Guidance) -> np.ndar
         memory_format=torch.channels_last,
     )
     x = sampler.sample((len(SEEDS), 3, size, size), branches=encoded, seed=SEEDS)
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_bytes(x)
 
 
 def weaker(model: torch.nn.Module) -> torch.nn.Module:

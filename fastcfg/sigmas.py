@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schedule import Schedule
-from .utils.checks import check_count, check_finite
+from .utils.checks import check_count, check_finite, check_one_of
 
 __all__ = [
     "ALIGN_YOUR_STEPS",
@@ -113,8 +113,7 @@ def align_your_steps(n: int, model: str = "sd15") -> Array:
         ValueError: n below 1 or an unknown model.
     """
     check_count("n", n)
-    if model not in ALIGN_YOUR_STEPS:
-        raise ValueError(f"model: got {model!r}, expected one of {', '.join(ALIGN_YOUR_STEPS)}")
+    check_one_of("model", model, ALIGN_YOUR_STEPS)
     known = np.log(ALIGN_YOUR_STEPS[model])
     return np.append(np.exp(np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(known)), known)), 0.0)
 
@@ -175,8 +174,7 @@ def from_schedule(schedule: Schedule, n: int, spacing: str = "linspace") -> tupl
         ValueError: n out of its range, an unknown spacing, or a process that ends in pure noise.
     """
     T = schedule.num_timesteps
-    if not 1 <= n <= T:
-        raise ValueError(f"n: got {n}, expected 1 to {T}, the timesteps of the schedule")
+    check_count("n", n, T)
     steps = spaced_timesteps(T, n, spacing)
     indices = np.arange(T)
     sigmas = np.exp(np.interp(steps, indices, np.log(discrete_sigmas(schedule))))

@@ -81,17 +81,6 @@ def several_finite(text: str) -> list[float]:
     return [finite(part) for part in text.split(",")]
 
 
-def one_of(*names: str) -> Callable[[str], str]:
-    """The type of one of several words."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(names)}")
-        return text
-
-    return parse
-
-
 def choose_device(name: str) -> str:
     """The device that --device names; UsageError for "cuda" where torch sees no GPU."""
     import torch

@@ -162,7 +162,7 @@ def _write_grid(request: Request, images: list[torch.Tensor], summary: dict[str,
 
     pictures = [to_bytes(batch) for batch in images]
     method = "guidance" if request.guidance == "cfg" else request.guidance
-    scales = [f"{method} {scale:g}" for scale in request.scales]
+    scales = [f"{method} {scale:g}" if method != "none" else "no guidance" for scale in request.scales]
     labels = scales if len(scales) > 1 else [""]
     sections = []
     for p, prompt in enumerate(request.prompts):

@@ -59,8 +59,9 @@ class Models:
         """Raise UsageError for arguments that do not go together."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if self.model != "glide":
-            for name in given.keys() - {"model", "checkpoint"}:
-                raise _alone(name, given[name], "--model glide")
+            for name, value in given.items():
+                if name not in ("model", "checkpoint"):
+                    raise _alone(name, value, "--model glide")
             return
         if self.checkpoint is not None:
             raise UsageError(f"argument --checkpoint: got {self.checkpoint!r} with --model glide, expected --base")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..table import StepTable
+from ..utils.checks import check_one_of
 from .base import Guidance
 from .plan import GuidancePlan
 from .scales import Cosine, Interval, Scale, Share, scale_by_row
@@ -58,8 +59,7 @@ class CFG(Guidance):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.formulation not in FORMULATIONS:
-            raise ValueError(f"formulation: got {self.formulation!r}, expected one of {', '.join(FORMULATIONS)}")
+        check_one_of("formulation", self.formulation, FORMULATIONS)
         if sorted(self.order) != sorted(self.names):
             raise ValueError(f"order: got {self.order!r}, expected a permutation of {self.names}")
 

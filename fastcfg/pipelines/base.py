@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from ..engine.call import check_functions
 from ..engine.sampler import Sampler, Step
 from ..guidance import Guidance, NoGuidance
 from ..models.checkpoint import CheckpointMeta
@@ -242,6 +243,7 @@ class Pipeline:
         """Run a sampler over N pictures; float32 [N, C, H, W] in [-1, 1]."""
         batch = min(drawing.batch_size, len(drawing.seeds))
         self._check_table(sampler.table, drawing.guidance, drawing.inputs, batch)
+        check_functions(sampler.table, drawing.guidance, {}, denoised_fn=None, cond_fn=drawing.cond_fn)
         encoded = [self._encode(ids) for ids in drawing.texts]
         cond = {name: torch.cat([text[name] for text in encoded]) for name in encoded[0]}
         others = {branch: self._encode(ids) for branch, ids in drawing.others.items()}
@@ -284,7 +286,8 @@ class Pipeline:
         return self._known
 
 
-Stage = Pipeline
+Stage = Pipeline  # the old name
+# What a copy keeps; the rest belongs to past calls.
 _KEPT = ("model", "tokenizer", "meta", "schedule", "_channels")
 
 

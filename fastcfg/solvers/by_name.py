@@ -15,6 +15,7 @@ import numpy as np
 from .. import sigmas
 from ..schedule import Schedule, consistency_timesteps, space_timesteps
 from ..table import StepTable
+from ..utils.checks import check_count
 from ._prediction import check_schedule
 from .cfg_pp import ddim_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from .consistency import lcm, tcd
@@ -102,9 +103,9 @@ def solver_table(
         options = {} if eta is None else {name_of_eta: eta}
     elif eta:
         raise ValueError(f"eta: got {eta!r} with solver {solver!r}, expected 0 or None: it has no eta")
-    count = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
-    if not isinstance(count, str) and (not isinstance(count, int) or not 1 <= count <= schedule.num_timesteps):
-        raise ValueError(f"steps: got {steps!r}, expected 1 to {schedule.num_timesteps}")
+    count: int | str = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
+    if not isinstance(count, str):
+        count = check_count("steps", count, schedule.num_timesteps)
     expected = SPACINGS if solver in _ON_TIMESTEPS else (*LEVELS, *SPACINGS)
     if build in (lcm, tcd):
         expected = ()  # their models are distilled for certain timesteps

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
+from ..utils.checks import check_finite
 from ._prediction import check_schedule, level_coefficients, timestep_table, x0_coefficients
 
 _SIGMA_DATA = 0.5
@@ -38,8 +39,7 @@ def lcm(
         >>> table["t"].tolist()
         [999.0, 759.0, 499.0, 259.0]
     """
-    if not 0 < timestep_scaling < np.inf:
-        raise ValueError(f"timestep_scaling: got {timestep_scaling}, expected a finite value above 0")
+    check_finite("timestep_scaling", timestep_scaling, above=0)
     p_x, p_m = x0_coefficients(schedule, prediction)
     st = timestep_scaling * schedule.timestep_map
     c_skip, c_out = _SIGMA_DATA**2 / (st**2 + _SIGMA_DATA**2), st / np.sqrt(st**2 + _SIGMA_DATA**2)

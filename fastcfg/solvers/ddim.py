@@ -6,6 +6,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
+from ..utils.checks import check_finite
 from ._prediction import Array, check_schedule, timestep_table, x0_coefficients
 
 
@@ -96,8 +97,7 @@ def noise_split(schedule: Schedule, eta: float) -> tuple[Array, Array]:
         TypeError, ValueError: as `ddim`.
     """
     check_schedule(schedule)
-    if not (np.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta: got {eta}, expected a finite value of at least 0")
+    check_finite("eta", eta, least=0)
     ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     σ = eta * np.sqrt((1 - ᾱ_prev) / (1 - ᾱ)) * np.sqrt(1 - ᾱ / ᾱ_prev)
     direction = 1 - ᾱ_prev - σ**2

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import NO_NOISE, StepTable
+from ..utils.checks import check_one_of
 from ._prediction import Array, timestep_table, x0_coefficients
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
@@ -38,8 +39,7 @@ def ddpm(
         >>> len(table), table.learned_variance
         (50, True)
     """
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: got {variance!r}, expected one of {', '.join(VARIANCES)}")
+    check_one_of("variance", variance, VARIANCES)
     p_x, p_m = x0_coefficients(schedule, prediction)
     n = schedule.num_timesteps
     zero: Array = np.zeros(n)

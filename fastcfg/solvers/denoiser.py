@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from ..schedule import Schedule
 from ..sigmas import discrete_sigmas
 from ..table import StepTable
+from ..utils.checks import check_finite, check_one_of
 from ._prediction import Array
 
 PREDICTIONS = ("x0", "epsilon", "v", "edm", "flow")
@@ -48,16 +49,14 @@ class Denoiser:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction: got {self.prediction!r}, expected one of {', '.join(PREDICTIONS)}")
+        check_one_of("prediction", self.prediction, PREDICTIONS)
         if self.prediction in ("epsilon", "v"):
             if not isinstance(self.schedule, Schedule):
                 raise TypeError(f"schedule: got {type(self.schedule).__name__}, expected a Schedule")
             discrete_sigmas(self.schedule)
         elif self.schedule is not None:
             raise ValueError(f"schedule: got one, expected None with prediction {self.prediction!r}")
-        if not 0 < self.sigma_data < np.inf:
-            raise ValueError(f"sigma_data: got {self.sigma_data}, expected a finite value above 0")
+        check_finite("sigma_data", self.sigma_data, above=0)
 
     def columns(self, σ: Array) -> dict[str, Array]:
         """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0.
@@ -108,8 +107,7 @@ def noise_levels(sigmas: ArrayLike) -> Array:
 def at_least_0(**numbers: float) -> None:
     """Raise ValueError, with its name, for the first number that is negative or not finite."""
     for name, value in numbers.items():
-        if not (np.isfinite(value) and value >= 0):
-            raise ValueError(f"{name}: got {value}, expected a finite value of at least 0")
+        check_finite(name, value, least=0)
 
 
 def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any) -> StepTable:

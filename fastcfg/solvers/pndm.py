@@ -10,6 +10,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
+from ..utils.checks import check_one_of
 from ._multistep import history
 from ._prediction import Array, check_schedule, epsilon_coefficients, level_coefficients, x0_coefficients
 
@@ -47,8 +48,7 @@ def plms(
         >>> len(table), table.num_history
         (20, 3)
     """
-    if order not in ADAMS_BASHFORTH:
-        raise ValueError(f"order: got {order}, expected one of {', '.join(map(str, ADAMS_BASHFORTH))}")
+    check_one_of("order", order, ADAMS_BASHFORTH)
     p_x, p_m = x0_coefficients(schedule, prediction)
     e_x, e_m = epsilon_coefficients(schedule.alphas_cumprod, p_x, p_m, prediction)
     A, B = _transfer(schedule.alphas_cumprod, schedule.alphas_cumprod_prev)

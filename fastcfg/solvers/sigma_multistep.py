@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..table import StepTable
+from ..utils.checks import check_one_of
 from ._multistep import history
 from ._prediction import Array
 from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
@@ -52,8 +53,7 @@ def dpmpp_2m_sde(
     Raises:
         ValueError: eta, s_noise or solver_type out of its range.
     """
-    if solver_type not in SOLVER_TYPES:
-        raise ValueError(f"solver_type: got {solver_type!r}, expected one of {', '.join(SOLVER_TYPES)}")
+    check_one_of("solver_type", solver_type, SOLVER_TYPES)
     return _dpmpp_2m(sigmas, denoiser, eta, s_noise, solver_type, "dpmpp_2m_sde")
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..table import StepTable
+from ..utils.checks import check_one_of
 from ._multistep import data_weights, multistep_table, orders
 from ._prediction import Array
 from .denoiser import RAW, Denoiser, noise_levels
@@ -43,8 +44,7 @@ def unipc(
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: got {order}, expected 1, 2 or 3")
-    if variant not in VARIANTS:
-        raise ValueError(f"variant: got {variant!r}, expected one of {', '.join(VARIANTS)}")
+    check_one_of("variant", variant, VARIANTS)
     levels = noise_levels(sigmas)
     with np.errstate(divide="ignore"):
         λ = -np.log(levels)

@@ -21,8 +21,6 @@ from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.pipelines.upsampler import Upsampler
 from fastcfg.solvers.by_name import LEVELS, SOLVERS, SPACINGS, solver_table
 
-pytestmark = pytest.mark.quick
-
 PROMPT, NEGATIVE = "a red circle", "a blue square"
 PROCESS = Schedule.named("squaredcos_cap_v2", TIMESTEPS)
 
@@ -64,6 +62,7 @@ def test_every_guidance_draws(pipeline: TextToImage, method: str) -> None:
     assert guidance_by_name(method, 2.0) is not None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("schedule", [*LEVELS, *SPACINGS])
 def test_every_schedule_gives_the_steps_wanted(schedule: str) -> None:
     assert solver_table("dpmpp_2m", PROCESS, 7, schedule).num_steps == 7
@@ -71,6 +70,7 @@ def test_every_schedule_gives_the_steps_wanted(schedule: str) -> None:
         assert solver_table("ddim", PROCESS, 7, schedule).num_steps == 7
 
 
+@pytest.mark.quick
 def test_names_are_the_tables_built_by_hand(pipeline: TextToImage) -> None:
     levels = sigmas.discrete_sigmas(PROCESS)
     karras = sigmas.karras(5, max(levels[0], 0.02), 80.0)
@@ -100,6 +100,7 @@ def test_a_guidance_of_your_own_is_the_named_one(pipeline: TextToImage) -> None:
     assert not torch.equal(away, pipeline.sample(PROMPT, negative_prompt=NEGATIVE, **options))
 
 
+@pytest.mark.quick
 def test_eta_is_the_solvers_own_unless_given() -> None:
     for solver, noisy in (("ddim", False), ("euler_ancestral", True), ("dpmpp_2m_sde", True), ("tcd", True)):
         assert solver_table(solver, PROCESS, 4).uses_noise is noisy
@@ -148,6 +149,7 @@ def test_random_seeds_are_reported_and_draw_the_picture_again(pipeline: TextToIm
         ({"guidance": "none", "negative_prompt": NEGATIVE}, "negative_prompt: got 'a blue square' with NoGuidance, ex"),
         ({"guidance": "adaptive", "solver": "ddim_cfg_pp"}, "guidance: got AdaptiveCFG with the table ddim_cfg_pp"),
         ({"guidance": "none", "solver": "ddim_cfg_pp"}, "guidance: got branches cond, expected 'uncond' among them"),
+        ({"solver": "euler", "cond_fn": lambda x, t: x}, "cond_fn: got a function with the table euler, expected None"),
         ({"inpaint": (torch.zeros(3, SIZE, SIZE),) * 2}, "inpaint: got pictures for a Text2ImUNet, expected None"),
     ],
 )
@@ -159,7 +161,8 @@ def test_what_does_not_combine_is_refused_before_any_work(
 
     monkeypatch.setattr(pipeline.model, "forward", fail)
     monkeypatch.setattr(pipeline.model, "get_text_emb", fail)
-    for method in (pipeline.sample, pipeline.check):
+    methods = [pipeline.sample] if "cond_fn" in changes else [pipeline.sample, pipeline.check]
+    for method in methods:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             method(PROMPT, **changes)  # type: ignore[operator]
 
