@@ -1,4 +1,4 @@
-"""Compiled results, shared by schedulers that hold the same numbers."""
+"""Compiled results, shared by schedulers with equal attributes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def drawing(
     """Context in which a scheduler's or sampling function's noise comes from `draw`.
 
     Args:
-        sampler: the scheduler or function, in whose modules names are replaced.
+        sampler: the scheduler or function. Names are replaced in its class's (or its) module.
         draw: called with an uninitialised tensor of the shape and dtype to draw.
         brownian_tree: replaces k-diffusion's class of that name, where the function's module has it.
     """

@@ -137,13 +137,13 @@ class FusedSteps:
     """`step` and `scale_model_input` of a scheduler, by its compiled table.
 
     Args:
-        scheduler: an instance of a fused class whose timesteps are set and which has made no step.
+        scheduler: an instance of a fused class, with timesteps set and before its first step.
         original: the class that was fused.
         options: the arguments of `step` in the run before.
 
     Attributes:
         timesteps: the scheduler's; when they are replaced, these steps have ended.
-        options: those of the last step.
+        options: the arguments of the last step.
     """
 
     def __init__(self, scheduler: Any, original: type, options: Mapping[str, Any]) -> None:

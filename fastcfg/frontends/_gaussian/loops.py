@@ -217,7 +217,7 @@ def _draw(source: NoiseSource, step: int, x: Tensor) -> Tensor:
 
 
 def _thresholded(call: LoopCall) -> Function | None:
-    """denoised_fn followed by the threshold, whose result the clamp leaves alone."""
+    """denoised_fn followed by the threshold; the clamp leaves the result unchanged."""
     function, threshold = call.denoised_fn, call.threshold
     if threshold is None:
         return function

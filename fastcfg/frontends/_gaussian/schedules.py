@@ -86,7 +86,7 @@ def make_schedule(betas: Any, timestep_map: Any = None, original_num_timesteps: 
 
 
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the options are those of an original's `..._defaults()`, all of them."""
+    """Raise TypeError unless the options have the same names as an original's `..._defaults()`."""
     if set(options) != set(defaults):
         wrong = ", ".join(sorted(set(options) ^ set(defaults)))
         raise TypeError(f"options: got {wrong} missing or unknown, expected {', '.join(defaults)}")
