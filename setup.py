@@ -24,6 +24,8 @@ TEST = [
 ]
 TRAIN = ["matplotlib>=3.7"]
 BENCH = ["pytest-benchmark>=4", "nvidia-ml-py>=12", "matplotlib>=3.7"]
+# These need Python 3.11.
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings-python>=2"]
 LINT = ["ruff>=0.9", "mypy>=1.11"]
 
 
@@ -68,6 +70,7 @@ setup(
         "glide": GLIDE,
         "bench": BENCH,
         "train": TRAIN,
+        "docs": DOCS,
         "test": TEST,
         "dev": sorted({*TEST, *TRAIN, *BENCH, *LINT}),
     },

@@ -13,16 +13,18 @@ import argparse
 import hashlib
 import json
 import math
-import platform
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from fastcfg.cli.parser import Parser, UsageError, any_integer, choose_device, integer, one_of, several_finite
+from benchmarks.command import add_device, add_json, parser_of, write_json
+from benchmarks.environment import environment, load_average
+from fastcfg.cli.outputs import check_output
+from fastcfg.cli.parser import Parser, UsageError, any_integer, choose_device, integer, several_finite
 
 if TYPE_CHECKING:
     from fastcfg.pipelines.text_to_image import TextToImage
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "solver": arguments.solver,
     }
     report = _resume(arguments.json, settings)
-    report["environment"] = _environment(device)
+    report["environment"] = environment(torch.device(device), load_average()) | {"threads": torch.get_num_threads()}
     prompts = evaluation_prompts(arguments.num_prompts, arguments.seed)
     scenes = [scene for _, scene in prompts]
     report["rendered"] = score(render_batch(scenes, np.random.default_rng(arguments.seed)), scenes)
@@ -126,8 +128,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if scale not in finished:
             finished[scale] = measure(pipeline, prompts, scale, arguments)
             report["scales"] = [finished[known] for known in sorted(finished)]
-            if arguments.json:
-                _write(arguments.json, report)
+            write_json(arguments.json, report)
         _tell(f"scale {scale:g}", finished[scale]["own_prompts"])
     return report
 
@@ -191,57 +192,32 @@ def draw_picture(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    from fastcfg.cli.outputs import check_output
-
-    try:
-        arguments = _parser().parse_args(argv)
-        for option, suffix in (("json", ".json"), ("plot", ".png"), ("picture", ".png")):
-            if getattr(arguments, option):
-                check_output(f"--{option}", getattr(arguments, option), suffix)
-        if arguments.picture:
-            return draw_picture(arguments)
-        report = run(arguments)
-        if arguments.plot:
-            plot(report, arguments.plot)
-    except (UsageError, ValueError, OSError) as error:
-        print(f"adherence: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nadherence: interrupted", file=sys.stderr)
-        return 130
+    arguments = _parser().parse_args(argv)
+    for option in ("plot", "picture"):
+        if getattr(arguments, option):
+            check_output(f"--{option}", getattr(arguments, option), ".png")
+    if arguments.picture:
+        return draw_picture(arguments)
+    report = run(arguments)
+    if arguments.plot:
+        plot(report, arguments.plot)
     print("\n".join(["", *table(report)]))
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m benchmarks adherence",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    default = "(default: %(default)s)"
+def _parser() -> Parser:
+    parser, default = parser_of("adherence", __doc__, _EXAMPLES), "(default: %(default)s)"
     parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of `fastcfg train` (default: the package's)")
     parser.add_argument("--num-prompts", metavar="N", type=integer(2), default=512, help=f"prompts {default}")
     parser.add_argument(
         "--seed", metavar="N", type=any_integer, default=HELD_OUT_SEED, help=f"of the prompts {default}"
     )
-    parser.add_argument(
-        "--scales", metavar="S,S", type=several_finite, default=SCALES, help="guidance scales (default: 0,1,2,3,4,6)"
-    )
+    parser.add_argument("--scales", metavar="S,S", type=several_finite, default=SCALES, help="(default: 0,1,2,3,4,6)")
     parser.add_argument("--steps", metavar="N", type=integer(1), default=50, help=f"timesteps {default}")
-    parser.add_argument(
-        "--solver", metavar="NAME", type=one_of("ddpm", "ddim"), default="ddpm", help=f"ddpm or ddim {default}"
-    )
+    parser.add_argument("--solver", choices=("ddpm", "ddim"), default="ddpm", help=default)
     parser.add_argument("--batch-size", metavar="N", type=integer(1), default=64, help=f"pictures at once {default}")
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        type=one_of("auto", "cpu", "cuda"),
-        default="auto",
-        help=f"auto, cpu or cuda {default}",
-    )
-    parser.add_argument("--json", metavar="FILE", help="report to write after every scale, and to resume from")
+    add_device(parser)
+    add_json(parser, "report to write after every scale, and to resume from")
     parser.add_argument("--plot", metavar="FILE", help="PNG of the curve")
     parser.add_argument("--picture", metavar="FILE", help="only draw the README's picture, a PNG")
     return parser
@@ -276,26 +252,6 @@ def _digest(pipeline: TextToImage) -> str:
     return digest.hexdigest()
 
 
-def _environment(device: str) -> dict[str, Any]:
-    import torch
-
-    from fastcfg.cli.doctor import cpu_name
-    from fastcfg.cli.versions import versions
-
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _write(path: str, report: dict[str, Any]) -> None:
-    from fastcfg.utils.files import write_text
-
-    write_text(path, json.dumps(report, indent=1) + "\n")
-
-
 def _tell(label: str, scores: dict[str, dict[str, float]]) -> None:
     parts = ", ".join(f"{_NAMES[part]} {_percent(scores[part])}" for part in _PARTS)
     print(f"{label:<9} {parts}", flush=True)
@@ -303,7 +259,3 @@ def _tell(label: str, scores: dict[str, dict[str, float]]) -> None:
 
 def _percent(value: dict[str, float]) -> str:
     return f"{100 * value['fraction']:.1f} ± {100 * value['standard_error']:.1f}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

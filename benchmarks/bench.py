@@ -1,14 +1,14 @@
 """Workloads x providers, side by side: how long a sampling step and a sampling loop take with fastcfg, with the
 originals (guided-diffusion, GLIDE), with diffusers, with k-diffusion, and with plain torch, eager and compiled.
 
-First every provider's result is compared with a more exact one; who is wrong gets no time. Then all of them take turns,
-one run each, and ratios are taken turn by turn, so that they hold on a machine whose speed drifts. On a CPU the times
-are those of one thread, in its own CPU time, unless --threads says otherwise. Providers run in a process of their own:
-one that crashes is reported, and the rest goes on. What needs a GPU is named.
+Each provider's result is first compared with a more exact one; providers that fail this check are not timed. The others
+take turns, one run each, and ratios are taken turn by turn, so that they stay true on a machine whose speed drifts. On
+a CPU the times are one thread's own CPU time, unless --threads says otherwise. Providers run in a separate process: one
+that crashes is reported, and the rest continues. What needs a GPU is listed.
 
-Results go to the folder of --out after every workload: bench.json (docs/benchmarks.md describes it), and in the end
-bench.md and pictures. A run that was stopped, or whose budget was used up, is gone on with by the same command; a
-finished file is kept as previous.json.
+Results go to the folder of --out after every workload: bench.json (docs/benchmarks.md describes it), and at the end
+bench.md and pictures. Rerun the command to resume a run that was stopped or ran out of its budget; a finished file is
+kept as previous.json.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import compare, plots, tables
+from benchmarks.command import add_device, parser_of
+from benchmarks.report import plots, tables
 from benchmarks.suite.results import OUT_OF_TIME, Results
 from benchmarks.suite.roof import TARGETS, VARIANTS, add_shares
 from benchmarks.suite.workloads import Workload, registry, select
 from fastcfg.cli.outputs import check_folder
-from fastcfg.cli.parser import Parser, UsageError, choose_device, integer, one_of
+from fastcfg.cli.parser import Parser, UsageError, choose_device, integer
 from fastcfg.utils.files import write_text
 
 _EXAMPLES = """examples:
@@ -37,10 +38,10 @@ _EXAMPLES = """examples:
   python -m benchmarks --list
   python -m benchmarks --only step/ddpm loop/ddim/null-pixel-64 --seconds 3
   python -m benchmarks --only 'loop/*/sd15/b1/*' --device cuda
-  python -m benchmarks --compare bench/previous.json bench/bench.json
+  python -m benchmarks compare bench/previous.json bench/bench.json
   PYTHONPATH=guided-diffusion:glide-text2im python -m benchmarks       # the originals themselves, from checkouts
 
-exit status: 0; 1 if a provider was refused or failed, or --compare found something slower; 2 for bad arguments"""
+exit status: 0; 1 if a provider was refused or failed; 2 for bad arguments"""
 
 
 # Compiling takes 9 s on two idle cores, 28 on busy ones: after the workloads that matter most.
@@ -48,8 +49,9 @@ _ROOFLINE_SECONDS, _BEFORE_ROOFLINE = 30.0, 2
 
 
 def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str, str]) -> dict[str, Any]:
-    """Measure, and keep the results in a file all the time; returns the report."""
+    """Measure, writing each result to the file at once; returns the report."""
     import torch
+    from tqdm import tqdm
 
     from benchmarks.environment import environment, load_average
     from benchmarks.gpu_state import GpuMonitor
@@ -75,13 +77,12 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
     report["left"] = dict(left)
     todo = [workload for workload in workloads if not results.has(_records(workload))]
     report["left"] |= {workload.name: "not begun" for workload in todo}
-    bar = _bar(len(todo), arguments.quiet)
-    with GpuMonitor(device) as monitor, closing(runner), bar or nullcontext():
+    bar = tqdm(total=len(todo), unit="workload", file=sys.stderr, disable=arguments.quiet)
+    with GpuMonitor(device) as monitor, closing(runner), bar:
         for workload in todo:
             if report["roofline"] is None and not arguments.only and workload.importance > _BEFORE_ROOFLINE:
                 report["roofline"] = _roofline(deadline)
-            if bar is not None:
-                bar.set_postfix_str(_remaining(workload.name, deadline))
+            bar.set_postfix_str(_remaining(workload.name, deadline))
             try:
                 for name, record in runner.run(workload):
                     record["gpu"] = monitor.snapshot(record.pop("torch_mib", 0))
@@ -97,8 +98,7 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
             except KeyboardInterrupt:
                 results.write()
                 raise
-            if bar is not None:
-                bar.update()
+            bar.update()
     report["environment"] = where()
     report["gpu"] = (
         None if kind == "cpu" else {"before": monitor.before, "after": monitor.after, "notes": monitor.notes()}
@@ -107,15 +107,6 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
     report["finished"] = OUT_OF_TIME not in report["left"].values()
     results.write()
     return report
-
-
-def _bar(total: int, quiet: bool) -> Any:
-    """A progress bar; None if there is to be none, or none to be had."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return None if quiet else tqdm(total=total, unit="workload", file=sys.stderr)
 
 
 def _records(workload: Workload) -> list[str]:
@@ -128,7 +119,7 @@ def _remaining(name: str, deadline: float | None) -> str:
 
 
 def _roofline(deadline: float | None) -> dict[str, Any] | None:
-    """The bounds of the step on GPUs that need not be there; None if there is no time for them, or no Triton."""
+    """The bounds of the step on GPUs that need not be there; None without time or without Triton."""
     from benchmarks import static_roofline
     from fastcfg.ops.backend import interpreting
 
@@ -142,85 +133,62 @@ def _roofline(deadline: float | None) -> dict[str, Any] | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """The command; returns its exit status.
+
+    Raises:
+        UsageError, ValueError, OSError: bad arguments, or files that cannot be read or written.
+    """
+    arguments = parser().parse_args(argv)
+    if arguments.list:
+        for name, workload in registry().items():
+            print(f"{name}{'' if workload.on_cpu else '    (GPU)'}")
+        return 0
     try:
-        arguments = parser().parse_args(argv)
-        if arguments.compare:
-            return compare.main(arguments.compare)
-        if arguments.list:
-            for name, workload in registry().items():
-                print(f"{name}{'' if workload.on_cpu else '    (GPU)'}")
-            return 0
-        try:
-            workloads, left = select(arguments.only, choose_device(arguments.device))
-        except ValueError as error:
-            raise UsageError(f"argument --{error}") from error
-        check_folder("--out", arguments.out)
+        workloads, left = select(arguments.only, choose_device(arguments.device))
+    except ValueError as error:
+        raise UsageError(f"argument --{error}") from error
+    check_folder("--out", arguments.out)
+    folder = Path(arguments.out)
+    try:
         report = run(arguments, workloads, left)
-        folder = Path(arguments.out)
-        write_text(folder / "bench.md", tables.markdown(report))
-        try:
-            drawn = plots.draw(report, folder)
-        except ImportError:
-            drawn = []
-            print("bench: no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nbench: interrupted; what is finished is kept, and the same command goes on", file=sys.stderr)
+        print("\nbench: interrupted; what is finished is kept: rerun the command to resume", file=sys.stderr)
         return 130
-    except (UsageError, ValueError, OSError) as problem:
-        print(f"bench: error: {' '.join(str(problem).split())}", file=sys.stderr)
-        return 2
+    write_text(folder / "bench.md", tables.markdown(report))
+    try:
+        drawn = plots.draw(report, folder)
+    except ImportError:
+        drawn = []
+        print("bench: no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     print(tables.terminal(report))
     print(f"\nwritten: {', '.join(str(path) for path in [folder / 'bench.json', folder / 'bench.md', *drawn])}")
     if not report["finished"]:
-        print("not finished: the same command goes on")
+        print("not finished: rerun the command to resume")
     statuses = [p["status"] for record in report["results"].values() for p in record["providers"].values()]
     failures = [reason for reason in report["left"].values() if reason.startswith("failed")]
     return 1 if failures or {"refused", "failed"} & set(statuses) else 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    made = Parser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_arguments(made)
-    return made
-
-
-def add_arguments(made: argparse.ArgumentParser) -> None:
-    """Add the arguments to a parser."""
+def parser() -> Parser:
+    """The command's parser."""
+    made = parser_of("", __doc__, _EXAMPLES)
     made.add_argument("--list", action="store_true", help="name the workloads, the important ones first")
     made.add_argument(
         "--only", metavar="NAME", nargs="+", default=[], help="workloads by the beginning of their names, or patterns"
     )
-    made.add_argument(
-        "--device",
-        metavar="NAME",
-        type=one_of("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto, cpu or cuda (default: %(default)s)",
-    )
+    add_device(made)
     made.add_argument("--threads", metavar="N", type=integer(1), help="CPU threads (default: 1, with a GPU torch's)")
-    made.add_argument(
-        "--seconds",
-        metavar="S",
-        type=_duration,
-        default=1.0,
-        help="of measuring, for each workload and kind of noise (default: 1)",
-    )
+    meaning = "of measuring, for each workload and kind of noise (default: 1)"
+    made.add_argument("--seconds", metavar="S", type=_duration, default=1.0, help=meaning)
     made.add_argument("--budget", metavar="TIME", type=_duration, help="time for all of it, such as 90s or 4m")
     made.add_argument("--out", metavar="FOLDER", default="bench", help="where results go (default: %(default)s)")
-    made.add_argument("--fresh", action="store_true", help="do not go on with what was stopped")
+    made.add_argument("--fresh", action="store_true", help="do not resume what was stopped")
     made.add_argument("--quiet", action="store_true", help="no progress bar")
-    made.add_argument("--compare", metavar="FILE", nargs=2, help="tell what became slower from OLD to NEW bench.json")
+    return made
 
 
 def _duration(text: str) -> float:
-    """The type of a time: seconds, or with a unit."""
+    """The type of a time: seconds, or a number with a unit."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)(s|m|h|)", text)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a time such as 90s, 4m or 1h")

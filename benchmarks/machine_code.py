@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -89,7 +90,7 @@ def compile_launch(launch: Callable[[], None], module: ModuleType, kernel_name: 
     (compiled,) = recorder.compiled
     elements = recorder.block / (32 if cuda else 64) / compiled.metadata.num_warps
     if cuda:
-        return read_sass(*_disassemble(compiled.asm["cubin"]), target, elements)
+        return read_sass(_disassemble(compiled.asm["cubin"]), target, elements)
     return read_amdgcn(compiled.asm["amdgcn"], target, elements)
 
 
@@ -125,23 +126,26 @@ class _AbsentGpu:
         return 0
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """The machine code and the resource usage, by the cuobjdump that Triton ships."""
+def _disassemble(cubin: bytes) -> str:
+    """The resource usage and the machine code, by the cuobjdump that Triton ships."""
     import triton.backends.nvidia
+    from triton.runtime.cache import get_cache_manager
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    cache = get_cache_manager(hashlib.sha256(cubin + str(tool.stat().st_mtime_ns).encode()).hexdigest())
+    if kept := cache.get_file("kernel.sass"):
+        return Path(kept).read_text()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass, usage = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "-res-usage")
-        )
-    return sass, usage
+        command = [tool, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cache.put(text, "kernel.sass", binary=False)
+    return text
 
 
-def read_sass(sass: str, usage: str, target: str, elements_per_thread: float) -> MachineCode:
-    """Read the output of `cuobjdump -sass` and `cuobjdump -res-usage` for a file of one kernel."""
+def read_sass(sass: str, target: str, elements_per_thread: float) -> MachineCode:
+    """Read the output of `cuobjdump -res-usage -sass` for a file of one kernel."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^\s;]+)\s*([^;]*?)\s*;", sass, re.MULTILINE)
     code = [(int(address, 16), name, operands) for address, name, operands in lines if name != "NOP"]
     branches, calls = (
@@ -151,7 +155,7 @@ def read_sass(sass: str, usage: str, target: str, elements_per_thread: float) ->
     padding = {address for address, to in branches if to == address}
     code = [line for line in code if line[0] not in padding]
     subroutines = min((to for _, to in calls), default=code[-1][0] + 1)
-    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", sass)}
     opcodes = Counter(name.split(".")[0] for _, name, _ in code)
     return MachineCode(
         target=target,

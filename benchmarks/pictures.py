@@ -6,11 +6,9 @@ family; every method of guidance does at three scales, in 20 steps; and the nois
 
 from __future__ import annotations
 
-import argparse
 import copy
 import io
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import parser_of
 from fastcfg import CFG, Sampler, Schedule, StepTable, sigmas, solvers
-from fastcfg.cli.parser import Parser
 from fastcfg.guidance import (
     APG,
     AdaptiveCFG,
@@ -208,11 +206,7 @@ def plot_sigmas(path: Path, n: int = 10) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = Parser(
-        prog="python -m benchmarks pictures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("pictures", __doc__)
     parser.add_argument("--out", metavar="DIR", default="docs", help="where to (default: %(default)s)")
     out = Path(parser.parse_args(argv).out)
     (out / "solvers").mkdir(parents=True, exist_ok=True)
@@ -233,7 +227,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw_grid(rows, {f"scale {scale:g}": scale for scale in SCALES}, out / "guidance_methods.png")
     print(out / "guidance_methods.png", flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,28 +1,29 @@
-"""What a step of diffusers' schedulers takes, fused and not, beside a copy of the sample.
+"""Steps of diffusers' schedulers, fused and not, beside a copy of the sample: `python -m benchmarks schedulers`.
 
-In turns of one run: the original's loop (`scale_model_input` and `step`, without a model), then the fused one's; the
-ratio is that of the two in a turn, of which the median and the quartiles are told.
+The original's loop (`scale_model_input` and `step`, without a model), the fused one's and as many copies take turns, as
+in the suite; the ratio is that of original and fused in a turn: its quartiles are reported. On a CPU times are wall
+time, or with one thread its CPU time.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import json
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastcfg.cli.parser import UsageError, choose_device, integer
 from fastcfg.frontends.diffusers import fuse
-from fastcfg.utils.files import write_text
 
+from .command import add_device, add_json, parser_of, write_json
 from .environment import environment, load_average
+from .report.tables import aligned
+from .suite.cases import Provider
 from .suite.foreign import load_diffusers
+from .suite.measure import Turns
 
 NAMES = (
     *("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
@@ -32,86 +33,66 @@ NAMES = (
 STEPS = 30
 
 
-def loop(scheduler: Any, x: Tensor) -> Callable[[], float]:
-    """() -> seconds per step of a run of a scheduler from a sample, whose shape and dtype x has."""
+def loop(scheduler: Any, x: Tensor) -> Provider:
+    """A scheduler's run from a sample, [B, ...] in any floating dtype."""
     takes = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": torch.Generator(x.device).manual_seed(0)} if takes else {}
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    timesteps: list[Any] = []
+
+    def prepare() -> None:
+        scheduler.set_timesteps(STEPS, device=x.device)
+        timesteps[:] = scheduler.timesteps
 
     @torch.no_grad()
-    def run() -> float:
-        scheduler.set_timesteps(STEPS, device=x.device)
-        timesteps = list(scheduler.timesteps)
-        wait()
-        begin = time.perf_counter()
+    def run(draw: bool) -> None:
         for t in timesteps:
             output = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             scheduler.step(output, t, x, **options, return_dict=False)
-        wait()
-        return (time.perf_counter() - begin) / len(timesteps)
 
-    return run
+    return Provider(prepare, run, None)
 
 
 def measure(make: Callable[[], Any], x: Tensor, turns: int) -> dict[str, Any]:
-    """Medians of both, and the quartiles of their ratio in a turn."""
-    original, fused = loop(make(), x), loop(fuse(make()), x)
-    original(), fused()
-    pairs = [(original(), fused()) for _ in range(turns)]
-    low, middle, high = statistics.quantiles([theirs / ours for theirs, ours in pairs], n=4)
-    seconds = {"original_s": [pair[0] for pair in pairs], "fused_s": [pair[1] for pair in pairs]}
-    return {name: statistics.median(values) for name, values in seconds.items()} | {"ratio": [low, middle, high]}
-
-
-def floor(x: Tensor, turns: int) -> float:
-    """Seconds that a copy of the sample takes."""
-    copy, seconds = torch.empty_like(x), []
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
-    for _ in range(turns):
-        wait()
-        begin = time.perf_counter()
-        for _ in range(STEPS):
-            copy.copy_(x)
-        wait()
-        seconds.append((time.perf_counter() - begin) / STEPS)
-    return statistics.median(seconds)
+    """Median seconds per timestep of original, fused and copy, and the quartiles of original / fused in a turn."""
+    original, fused, target = make(), fuse(make()), torch.empty_like(x)
+    providers = {"original": loop(original, x), "fused": loop(fused, x)}
+    providers["copy"] = Provider(lambda: None, lambda draw: [target.copy_(x) for _ in range(STEPS)], None)
+    taken = Turns(providers, {}, x.device, str)
+    for _ in range(1 + turns):
+        taken.take(False)
+    if taken.failed:
+        raise RuntimeError(f"failed: {taken.failed}")
+    rows = {name: STEPS if name == "copy" else len(original.timesteps) for name in providers}
+    times = {name: np.array(us[1:]) / 1e6 / rows[name] for name, us in taken.whole.items()}
+    found: dict[str, Any] = {f"{name}_s": float(np.median(values)) for name, values in times.items()}
+    return found | {"ratio": np.quantile(times["original"] / times["fused"], [0.25, 0.5, 0.75]).tolist()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks schedulers", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    parser.add_argument("--shape", type=int, nargs="+", default=[1, 4, 64, 64], metavar="N", help="default: 1 4 64 64")
-    parser.add_argument("--turns", type=int, default=9, metavar="N", help="at least 2; default: %(default)s")
+    parser, default = parser_of("schedulers", __doc__), "default: %(default)s"
+    add_device(parser)
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help=default)
+    parser.add_argument("--shape", type=integer(1), nargs="+", default=[1, 4, 64, 64], metavar="N", help=default)
+    parser.add_argument("--turns", type=integer(2), default=9, metavar="N", help=default)
     parser.add_argument("--scheduler", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every figure there, whole or not at all")
+    add_json(parser)
     arguments = parser.parse_args(argv)
-    if arguments.turns < 2:
-        parser.error(f"--turns: got {arguments.turns}, expected at least 2")
-    diffusers = load_diffusers()
+    diffusers, device, load = load_diffusers(), torch.device(choose_device(arguments.device)), load_average()
     if diffusers is None:
-        parser.error("diffusers is not installed")
-    device = torch.device(arguments.device)
+        raise UsageError("diffusers is not installed")
     x = torch.randn(arguments.shape, device=device).to(getattr(torch, arguments.dtype))
-    load, copied = load_average(), floor(x, arguments.turns)
+    rows = {name: measure(getattr(diffusers, name), x, arguments.turns) for name in arguments.scheduler}
+    copied = float(np.median([row.pop("copy_s") for row in rows.values()]))
     shape = "x".join(map(str, arguments.shape))
     print(f"µs per step of {shape} in {arguments.dtype} on {device.type}; a copy of it takes {copied * 1e6:.1f}")
-    print(f"{'scheduler':34s} original    fused    original/fused (quartiles)")
-    rows: dict[str, Any] = {}
-    for name in arguments.scheduler:
-        rows[name] = row = measure(getattr(diffusers, name), x, arguments.turns)
+    cells = []
+    for name, row in rows.items():
         low, middle, high = row["ratio"]
-        times = f"{row['original_s'] * 1e6:8.1f} {row['fused_s'] * 1e6:8.1f}"
-        print(f"{name:34s} {times}    {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
-    if arguments.json:
-        told = {"schema": 1, "environment": environment(device, load), "shape": arguments.shape}
-        report = told | {
-            "dtype": arguments.dtype,
-            "threads": torch.get_num_threads(),
-            "steps": STEPS,
-            "copy_s": copied,
-            "schedulers": rows,
-        }
-        write_text(arguments.json, json.dumps(report, indent=1) + "\n")
+        times = (f"{row[key] * 1e6:.1f}" for key in ("original_s", "fused_s"))
+        cells.append([name, *times, f"{middle:.2f} ({low:.2f}-{high:.2f})"])
+    print("\n".join(aligned(("scheduler", "original", "fused", "original/fused (quartiles)"), cells)))
+    settings = {"shape": arguments.shape, "dtype": arguments.dtype, "threads": torch.get_num_threads(), "steps": STEPS}
+    report = {"schema": 1, "environment": environment(device, load), **settings, "copy_s": copied, "schedulers": rows}
+    write_json(arguments.json, report)
     return 0

@@ -1,4 +1,4 @@
-"""What the kernels' machine code costs on GPUs that are not there: `python -m benchmarks.static_roofline`.
+"""What the kernels' machine code costs on GPUs that are not there: `python -m benchmarks static_roofline`.
 
 Every kernel variant is compiled through its own launcher, as Triton would compile it on the target, and the machine
 code is read: registers, local memory, spills, the width of memory accesses, instructions. Two lower bounds of the time
@@ -16,21 +16,21 @@ Nothing here is a measurement on a GPU: latency, clocks below boost and bandwidt
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+from fastcfg.cli.parser import UsageError, integer
+
+from .command import add_json, parser_of, write_json
 from .launches import BY_DTYPE, VARIANTS
 from .machine_code import TARGETS, compile_launch
+from .report.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -104,68 +104,43 @@ def as_report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"triton": version("triton"), "gpus": [asdict(gpu) for gpu in GPUS], "rows": list(rows)}
 
 
-def table_lines(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """The rows of one target as text, each line as soon as its row is there."""
-    for i, row in enumerate(rows):
-        gpus = row["gpus"]
-        if not i:
-            head = f"{'variant':19s} el/thr  regs local spill smem  loads 16/8/4/2 B  stores 16/8/4/2 B  instr/el  B/el"
-            yield f"\n{row['target']:{len(head)}s}" + "".join(f"  {name:^24s}" for name in gpus)
-            yield head + "   bytes  instr  roofline " * len(gpus)
-        loads, stores = ("/".join(f"{row[kind].get(n, 0)}" for n in (16, 8, 4, 2)) for kind in ("loads", "stores"))
-        line = (
-            f"{row['variant']:19s} {row['elements_per_thread']:6.0f} {row['registers']:5d} {row['stack_bytes']:5d} "
-            f"{row['spills']:5d} {row['shared_bytes']:4d}  {loads:>16s}  {stores:>17s}  "
-            f"{row['instructions_per_element']:8.1f}  {row['bytes_per_element']:4d}"
-        )
-        for bounds in gpus.values():
-            line += f"  {bounds['bytes_ps']:6.2f} {bounds['instructions_ps']:6.2f} "
-            line += f"{100 * bounds['bandwidth_fraction']:4.0f}% {bounds['bound']:5s}"
-        yield line.rstrip()
+def table_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows of one target as lines of text."""
+    heads = ["variant", "el/thr", "regs", "local", "spill", "smem", "loads", "stores", "instr/el", "B/el"]
+    for gpu in rows[0]["gpus"]:
+        heads += [f"{gpu}: bytes", "instr", "roofline", "bound"]
+    cells = []
+    for row in rows:
+        widths = ("/".join(str(row[kind].get(width, 0)) for width in (16, 8, 4, 2)) for kind in ("loads", "stores"))
+        counts = (row["registers"], row["stack_bytes"], row["spills"], row["shared_bytes"])
+        cells.append([row["variant"], f"{row['elements_per_thread']:g}", *map(str, counts), *widths])
+        cells[-1] += [f"{row['instructions_per_element']:.1f}", str(row["bytes_per_element"])]
+        for found in row["gpus"].values():
+            cells[-1] += [f"{found['bytes_ps']:.2f}", f"{found['instructions_ps']:.2f}"]
+            cells[-1] += [f"{found['bandwidth_fraction']:.0%}", found["bound"]]
+    return aligned(heads, cells)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.static_roofline",
-        description=__doc__,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("static_roofline", __doc__, _EPILOG)
+    names = ", ".join(KERNELS)
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS, help="default: all")
-    parser.add_argument(
-        "--variant", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME", help=", ".join(KERNELS)
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes; default: one per core"
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write every figure there, whole or not at all")
+    parser.add_argument("--variant", nargs="+", choices=KERNELS, default=list(KERNELS), metavar="NAME", help=names)
+    parser.add_argument("--jobs", type=integer(1), default=os.cpu_count(), metavar="N", help="default: one per core")
+    add_json(parser, "also write every figure there")
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        print("TRITON_INTERPRET is set, which leaves nothing to compile: unset it and run again", file=sys.stderr)
-        return 2
-    if arguments.json and not os.access(arguments.json.absolute().parent, os.W_OK):
-        print(f"--json: got {arguments.json}, expected a path in a folder that can be written to", file=sys.stderr)
-        return 2
-
+        raise UsageError("TRITON_INTERPRET is set, which leaves nothing to compile: unset it and run again")
     print(f"Triton {version('triton')}; times in ps per element, roofline: share of the bandwidth that can be reached")
-    rows: list[dict[str, Any]] = []
     cases = [(variant, target) for target in arguments.target for variant in arguments.variant]
-    measured = report_rows(cases, arguments.jobs)
-    for _ in arguments.target:
-        for line in table_lines(_kept(islice(measured, len(arguments.variant)), rows)):
-            print(line, flush=True)
-    if arguments.json:
-        from fastcfg.utils.files import write_text
-
-        write_text(arguments.json, json.dumps(as_report(rows), indent=1) + "\n")
+    measured = report_rows(cases, arguments.jobs) if arguments.jobs > 1 else (report_row(*case) for case in cases)
+    rows: list[dict[str, Any]] = []
+    for target in arguments.target:
+        rows += (found := list(islice(measured, len(arguments.variant))))
+        print("\n".join(["", target, *table_of(found)]), flush=True)
+    write_json(arguments.json, as_report(rows))
     return 0
-
-
-def _kept(rows: Iterable[dict[str, Any]], kept: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    for row in rows:
-        kept.append(row)
-        yield row
 
 
 _EPILOG = """variants: the model's dtype is bfloat16 unless the name says fp16 or fp32
@@ -174,14 +149,11 @@ columns:
   el/thr    state elements per thread          local     bytes of stack, spills and scratch per thread
   regs      registers per thread               spill     instructions that spill or restore a register
   smem      bytes of shared memory per program
-  loads, stores   global accesses of each thread by width; x is float32, so 16 bytes hold 4 elements
+  loads, stores   accesses of each thread of 16/8/4/2 bytes; x is float32, so 16 bytes are 4 elements
   instr/el  all instructions per element (on AMD the bound takes only the vector ones)
   B/el      bytes per element
 
 examples:
-  python -m benchmarks.static_roofline
-  python -m benchmarks.static_roofline --target sm_90 --variant main block-512 --json roofline.json
+  python -m benchmarks static_roofline
+  python -m benchmarks static_roofline --target sm_90 --variant main block-512 --json roofline.json
 """
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,6 @@ On a CPU, where a stand-in replaces the graph, operators and their own time are 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -13,13 +12,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.captured.devices import profiled
+from benchmarks.command import add_json, parser_of, write_json
 from benchmarks.environment import environment, load_average
 from benchmarks.suite.architectures import ARCHITECTURES
+from benchmarks.suite.device import calls, profiled_rows
 from fastcfg import CFG, Sampler, solvers
 from fastcfg.cli.parser import integer
 from fastcfg.pipelines.text_to_image import TextToImage
-from fastcfg.utils.files import write_text
 
 
 def trace(device: torch.device, rows: int, graph: bool) -> dict[str, Any]:
@@ -36,39 +35,37 @@ def trace(device: torch.device, rows: int, graph: bool) -> dict[str, Any]:
     texts = [stage._encode(stage._tokens("prompt", "a red circle above a blue square")), stage._encode([])]
     shape, given = (4, 3, size, size), {"cond": texts[0], "uncond": texts[1], "seed": 0}
     list(sampler._prepare(shape, **given).rows())  # compiles and captures
-    host, events = profiled(sampler._prepare(shape, **given), rows)
     cuda, count, us = device.type == "cuda", Counter[str](), Counter[str]()
+    host, events = profiled_rows(sampler._prepare(shape, **given), rows, cuda)
     events = sorted(events if cuda else host, key=lambda event: event.time_range.start)
     for event in events:
         count[event.name[:100]] += 1
         us[event.name[:100]] += event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
     busy_until = accumulate((event.time_range.end for event in events), max)
     idle = sum(max(0.0, event.time_range.start - end) for event, end in zip(events[1:], busy_until, strict=False))
-    calls = Counter(event.name.partition("_v")[0] for event in host if event.name.startswith("cu"))  # CUPTI's versions
+    called = calls(host)
     words = {"launches": "Launch", "copies": "Mem", "waits": "Synchronize"}
-    by_row = {name: sum(n for call, n in calls.items() if word in call) for name, word in words.items()}
+    by_row = {name: sum(n for call, n in called.items() if word in call) for name, word in words.items()}
     by_row |= {"kernels": count.total(), "us": us.total(), "idle_us": idle}
-    found = {"graph": sampler.report()["graph"], "calls": {call: round(n / rows, 2) for call, n in calls.items()}}
+    found = {"graph": sampler.report()["graph"], "calls": {call: round(n / rows, 2) for call, n in called.items()}}
     work = [(name, count[name], round(spent, 1)) for name, spent in us.most_common(30)]
     return {**found, **{name: round(n / rows, 2) for name, n in by_row.items()}, "work": work}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks trace", description=__doc__)
+    parser = parser_of("trace", __doc__)
     parser.add_argument("--rows", metavar="N", type=integer(1), default=5, help="of the loop (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     device, before = torch.device("cuda" if torch.cuda.is_available() else "cpu"), load_average()
     if problem := ARCHITECTURES["embedded"].problem():
         print(f"trace: skipped: {problem}")
-        if arguments.json:
-            write_text(arguments.json, json.dumps({"status": "skipped", "reason": problem}) + "\n")
+        write_json(arguments.json, {"status": "skipped", "reason": problem})
         return 0
     ways = {name: trace(device, arguments.rows, name == "captured") for name in ("eager", "captured")}
     for name, way in ways.items():
         print(name, json.dumps({key: value for key, value in way.items() if key != "work"}))
-    if arguments.json:
-        report = {"environment": environment(device, before), "settings": {"rows": arguments.rows}, "ways": ways}
-        write_text(arguments.json, json.dumps(report, indent=1) + "\n")
+    settings = {"rows": arguments.rows}
+    write_json(arguments.json, {"environment": environment(device, before), "settings": settings, "ways": ways})
     return 0

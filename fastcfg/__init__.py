@@ -40,6 +40,7 @@ from .table import StepTable
 
 if TYPE_CHECKING:
     from . import compiler
+    from .pipelines.pictures import to_pil
     from .pipelines.text_to_image import TextToImage
     from .pipelines.upsampler import Upsampler
 
@@ -76,10 +77,15 @@ __all__ = [
     "guidance",
     "sigmas",
     "solvers",
+    "to_pil",
 ]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
-_LAZY = {"TextToImage": "pipelines.text_to_image", "Upsampler": "pipelines.upsampler"}
+_LAZY = {
+    "TextToImage": "pipelines.text_to_image",
+    "Upsampler": "pipelines.upsampler",
+    "to_pil": "pipelines.pictures",
+}
 
 _moved.install()
 

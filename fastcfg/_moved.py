@@ -1,6 +1,6 @@
-"""Modules that have moved, importable under their old names.
+"""Modules that have moved, importable under their old names: the module itself, with a `DeprecationWarning`.
 
-An old name gives the module itself, and a `DeprecationWarning`.
+And the kernels of a checkout without symbolic links (Windows), in which `fastcfg/kernels` is a text file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 __all__ = ["MOVED", "install"]
@@ -63,11 +64,17 @@ MOVED = {
     "training.layout": "training.shapes.layout",
 }
 
+_KERNELS = Path(__file__).parents[1] / "kernels"
+
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the old names only; every other import passes it by."""
+    """Finds the old names and the kernels, after every other finder; any other import passes it by."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == "fastcfg.kernels" and _KERNELS.is_dir():
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(_KERNELS)]
+            return spec
         package, _, old = name.partition(".")
         return ModuleSpec(name, self) if package == "fastcfg" and old in MOVED else None
 
@@ -79,7 +86,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Make the old names importable. Idempotent."""
+    """Make them importable. Idempotent."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         # First: a folder of bytecode that an old checkout left behind would be found as a package.
         sys.meta_path.insert(0, _Finder())

@@ -1,8 +1,7 @@
 """Noise schedules of discrete-time Gaussian diffusion, in float64 numpy.
 
-A `Schedule` holds the betas of the (possibly re-spaced) process and derives every array the samplers need from them,
-under the names that guided-diffusion gave them. Nothing here touches torch: a solver turns these arrays into a table
-once, on the host.
+A `Schedule` has the betas of the (possibly re-spaced) process, and derives from them the arrays that solvers need under
+guided-diffusion's names. Nothing here touches torch: a solver turns these arrays into a table once, on the host.
 """
 
 from __future__ import annotations
@@ -15,14 +14,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Schedule",
-    "betas_for_alpha_bar",
-    "consistency_timesteps",
-    "legacy_betas",
-    "named_betas",
-    "space_timesteps",
-]
+from .utils.checks import check_count
+
+__all__ = ["Schedule", "betas_for_alpha_bar", "consistency_timesteps", "legacy_betas", "named_betas", "space_timesteps"]
 
 Array = NDArray[np.float64]
 
@@ -41,7 +35,7 @@ def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float],
     Returns:
         float64 [T]: `min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta)`.
     """
-    _check_count("num_timesteps", num_timesteps)
+    check_count("num_timesteps", num_timesteps)
     edges = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
     return np.array([min(1 - b / a, max_beta) for a, b in pairwise(edges)], dtype=np.float64)
 
@@ -61,7 +55,7 @@ def named_betas(name: str, num_timesteps: int) -> Array:
     Raises:
         ValueError: unknown name, T < 1, or a T so small that betas leave [0, 1] ("linear" needs T >= 20).
     """
-    _check_count("num_timesteps", num_timesteps)
+    check_count("num_timesteps", num_timesteps)
     if name == "linear":
         scale = 1000 / num_timesteps
         betas = np.linspace(scale * 0.0001, scale * 0.02, num_timesteps, dtype=np.float64)
@@ -84,7 +78,7 @@ def legacy_betas(name: str, *, beta_start: float, beta_end: float, num_timesteps
     Raises:
         ValueError: unknown name or num_timesteps < 1.
     """
-    _check_count("num_timesteps", num_timesteps)
+    check_count("num_timesteps", num_timesteps)
     if name == "quad":
         return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
     if name == "linear":
@@ -108,8 +102,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     Args:
         num_timesteps: T of the original process.
         section_counts: how many steps to keep of each of as many equal sections: a list, or a string like "10,15,20" or
-            "100". "ddimN" keeps N steps at an integer stride (Song et al. 2020); "fast27" is GLIDE's hand-made choice
-            for its upsampler.
+            "100". "ddimN" keeps N steps at an integer stride (Song et al. 2020); "fast27" is GLIDE's choice for its
+            upsampler, made by hand.
 
     Returns:
         The kept timesteps.
@@ -132,7 +126,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
                 f"got {section_counts!r}"
             )
         if section_counts == "fast27":
-            # The two noisiest steps are moved apart: GLIDE's authors saw DDIM artifacts from them.
+            # The noisiest step moves by two: GLIDE's authors saw DDIM artifacts.
             return (space_timesteps(num_timesteps, "10,10,3,2,2") - {num_timesteps - 1}) | {num_timesteps - 3}
         section_counts = _counts(section_counts.split(","), section_counts)
     if not section_counts:
@@ -182,8 +176,7 @@ class Schedule:
 
     Attributes:
         betas: float64 [T] in (0, 1], indexed by the (re-spaced) timestep, 0 being the least noisy.
-        timestep_map: int64 [T], the timestep of the original process that each one stands for; what the model is called
-            with.
+        timestep_map: int64 [T], the original process's timestep for each one; the model is called with it.
         original_num_timesteps: T of the original process.
 
     Raises:
@@ -211,6 +204,10 @@ class Schedule:
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "timestep_map", steps)
         object.__setattr__(self, "original_num_timesteps", self.original_num_timesteps or len(betas))
+
+    def __repr__(self) -> str:
+        steps = f"{self.num_timesteps} of {self.original_num_timesteps} timesteps"
+        return f"Schedule({steps}, betas {self.betas[0]:.3g} to {self.betas[-1]:.3g})"
 
     @classmethod
     def named(cls, name: str, num_timesteps: int = 1000) -> Schedule:
@@ -242,7 +239,7 @@ class Schedule:
 
     def zero_terminal_snr(self) -> Schedule:
         """The process whose √ᾱ are shifted to end at 0, pure noise, and scaled to begin as before (Lin et al. 2023,
-        https://arxiv.org/abs/2305.08891, algorithm 1). Its model predicts v: ε says nothing of x0 there.
+        https://arxiv.org/abs/2305.08891, algorithm 1). Its model predicts v: ε does not determine x0 there.
 
         Apply it before re-spacing. Solvers in noise-level space refuse it, because sigma is infinite at its end.
 
@@ -315,7 +312,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> Array:
-        """log β̃_t with entry 1 repeated at t = 0, where β̃ is 0 (a process of one step has only β_0 to put there)."""
+        """log β̃_t, where β̃_0 = 0 is replaced by β̃_1 (by β_0 in a process of one step)."""
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         return np.log(np.append(first, self.posterior_variance[1:]))
 
@@ -343,8 +340,3 @@ def _counts(texts: Sequence[str], section_counts: str) -> list[int]:
         raise ValueError(
             f"section_counts: got {section_counts!r}, expected '100', '10,15,20', 'ddim25' or the like, or 'fast27'"
         ) from None
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1")

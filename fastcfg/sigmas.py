@@ -1,7 +1,7 @@
 """Noise levels sigma of the variance-exploding form x = x0 + sigma*z, noisiest first, in float64 numpy.
 
 `karras`, `exponential` and `polyexponential` are k-diffusion's `get_sigmas_*`: n levels from sigma_max to sigma_min,
-and a 0 after them, as `beta` has it too. `flow` gives the times of flow matching, whose x is (1-sigma)*x0 + sigma*z.
+and a 0 after them; so does `beta`. `flow` gives the times of flow matching, where x is (1-sigma)*x0 + sigma*z.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schedule import Schedule
+from .utils.checks import check_count, check_finite
 
 __all__ = [
     "ALIGN_YOUR_STEPS",
@@ -31,7 +32,7 @@ Array = NDArray[np.float64]
 
 SPACINGS = ("linspace", "leading", "trailing", "sgm_uniform", "simple", "beta")
 
-# Optimised for ten steps, by the model that they were optimised for:
+# Optimised for ten steps of a model:
 # https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html
 ALIGN_YOUR_STEPS = {
     "sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
@@ -98,8 +99,8 @@ def beta(n: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: f
 
 
 def align_your_steps(n: int, model: str = "sd15") -> Array:
-    """Levels optimised for a model (Sabour et al. 2024, https://arxiv.org/abs/2404.14507): the ten published ones, for
-    another n interpolated in their logarithm.
+    """Levels optimised for a model (Sabour et al. 2024, https://arxiv.org/abs/2404.14507): the ten published ones,
+    interpolated in their logarithm for another n.
 
     Args:
         n: number of levels above 0, at least 1.
@@ -111,7 +112,7 @@ def align_your_steps(n: int, model: str = "sd15") -> Array:
     Raises:
         ValueError: n below 1 or an unknown model.
     """
-    _check_count(n)
+    check_count("n", n)
     if model not in ALIGN_YOUR_STEPS:
         raise ValueError(f"model: got {model!r}, expected one of {', '.join(ALIGN_YOUR_STEPS)}")
     known = np.log(ALIGN_YOUR_STEPS[model])
@@ -137,19 +138,18 @@ def flow(n: int, shift: float = 1.0) -> Array:
         >>> flow(4, shift=3.0).tolist()
         [1.0, 0.9, 0.75, 0.5, 0.0]
     """
-    _check_count(n)
-    if not 0 < shift < np.inf:
-        raise ValueError(f"shift: got {shift}, expected a finite value above 0")
+    check_count("n", n)
+    check_finite("shift", shift, above=0)
     t = np.arange(n, -1, -1) / n
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flow_mu(tokens: int, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
-    """mu of a dynamic shift, for `flow(n, shift=math.exp(mu))`: on the line through two pairs (tokens, mu), which are
-    FLUX's unless given (diffusers' `calculate_shift`).
+    """mu of a dynamic shift, for `flow(n, shift=math.exp(mu))`: on the line through two pairs (tokens, mu), by default
+    FLUX's (diffusers' `calculate_shift`).
 
     Args:
-        tokens: that the model sees of the picture: (height/16) (width/16) for FLUX.
+        tokens: the number of image tokens: (height/16) (width/16) for FLUX.
         low, high: the pairs, of different tokens.
     """
     return low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0])
@@ -236,16 +236,10 @@ def _incomplete_beta(x: Array, alpha: float, beta: float) -> Array:
     return total * x**alpha * math.gamma(alpha + beta) / (math.gamma(alpha) * math.gamma(beta))
 
 
-def _check_count(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n: got {n}, expected at least 1")
-
-
 def _check(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> None:
-    _check_count(n)
+    check_count("n", n)
     if not 0 < sigma_min <= sigma_max < np.inf:
         raise ValueError(
             f"sigma_min, sigma_max: got {sigma_min}, {sigma_max}, expected 0 < sigma_min <= sigma_max, both finite"
         )
-    if not 0 < rho < np.inf:
-        raise ValueError(f"rho: got {rho}, expected a finite value above 0")
+    check_finite("rho", rho, above=0)

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support.captured_loop", "support.machine_code")
+
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined. Tests that compile kernels do so in subprocesses without it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -28,6 +30,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked ``gpu`` where there is no CUDA device."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the current CUDA device where there is one."""
+    return torch.device("cpu") if request.param == "cpu" else torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture

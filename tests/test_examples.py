@@ -35,14 +35,26 @@ ELSEWHERE = {
 }
 OTHERS = {"diffusers": load_diffusers, "k_diffusion": load_k_diffusion}
 
-# What the blocks of a document take for granted.
+# What the blocks of a document take for granted. Every document with Python in it is here.
 MODEL = "import torch\nmodel = lambda x, t, **conditioning: torch.cat([x, x], dim=1)"
+LABELS = "labels = torch.ones(16, dtype=torch.int64)"
+PIPELINE = (
+    "from types import SimpleNamespace\nimport diffusers\n"
+    "pipeline = SimpleNamespace(scheduler=diffusers.DDIMScheduler())"
+)
+GLIDE = (
+    "import fastcfg\nfrom fastcfg.frontends.glide import create_gaussian_diffusion\n"
+    "model_fn, batch, model_kwargs = model, 1, {}\n"
+    "diffusion = create_gaussian_diffusion(steps=100, noise_schedule='linear', timestep_respacing='2')"
+)
 BEFORE = {
-    "README.md": f"{MODEL}\nlabels = torch.ones(16, dtype=torch.int64)",
-    "docs/compiler.md": f"{MODEL}\nfrom types import SimpleNamespace\nimport diffusers\n"
-    "pipeline = SimpleNamespace(scheduler=diffusers.DDIMScheduler())\n"
-    "from fastcfg.compiler import compile_sampler",
+    "CONTRIBUTING.md": "",
+    "README.md": f"{MODEL}\n{LABELS}",
+    "docs/compiler.md": f"{MODEL}\n{PIPELINE}\nfrom fastcfg.compiler import compile_sampler",
+    "docs/drop_ins.md": f"import k_diffusion.sampling\n{MODEL}\n{GLIDE}",
+    "docs/graphs.md": "",
     "docs/guidance.md": "from dataclasses import dataclass\nfrom fastcfg import GramGuidance",
+    "docs/index.md": f"{MODEL}\n{LABELS}",
     "docs/solvers.md": "from fastcfg import sigmas, solvers\nfrom fastcfg.solvers import Denoiser\n"
     "model = lambda x, t: -x",
 }
@@ -65,16 +77,24 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not runner.failures
 
 
+def blocks(name: str) -> list[str]:
+    """The Python of a document."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_every_document_with_python_is_run() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    names = {path.relative_to(ROOT).as_posix() for path in documents}
+    assert {name for name in names if blocks(name)} == set(BEFORE)
+
+
 @pytest.mark.parametrize("name", BEFORE)
 def test_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing := absent(BEFORE[name]):
+    source = [BEFORE[name], *(block.replace("model = ...", "...") for block in blocks(name))]
+    if missing := absent("\n".join(source)):
         pytest.skip(f"not installed: {missing}")
     monkeypatch.chdir(tmp_path)
-    text = (ROOT / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert blocks
     given: dict[str, Any] = {}
-    exec(BEFORE[name], given)
-    for block in blocks:
-        if "accelerate(" not in block:  # takes objects of guided-diffusion
-            exec(block.replace("model = ...", "..."), given)
+    for block in source:
+        exec(block, given)

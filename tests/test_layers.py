@@ -63,7 +63,7 @@ NARROWER = {
 }
 
 # The package itself: its public names, and what `python -m` runs. It stands outside the order.
-TOP = {"fastcfg", "fastcfg.__main__", "fastcfg.parity.__main__", "fastcfg._moved"}
+TOP = {"fastcfg", "fastcfg.__main__", "fastcfg._moved"}
 
 THIRD_PARTY_UIS = {"diffusers", "k_diffusion", "transformers"}
 

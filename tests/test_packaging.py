@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,30 @@ def test_uninstalled_checkout_imports_and_runs_pytest(checkout: Path, tmp_path: 
     body = "".join(f"    {line}\n" for line in lines)
     (checkout / "tests" / "test_import.py").write_text(f"def test_import():\n{body}")
     assert "1 passed" in run(python, "-m", "pytest", "-p", "no:cacheprovider", "-q", cwd=checkout)
+
+
+def test_a_checkout_without_symbolic_links_imports_the_kernels(checkout: Path, tmp_path: Path) -> None:
+    """As git makes one on Windows: the link is a text file with its target."""
+    python, copy = make_environment(tmp_path / "venv"), tmp_path / "fastcfg"
+    shutil.copytree(checkout, copy, symlinks=True)
+    link = copy / "fastcfg" / "kernels"
+    target = os.readlink(link)
+    link.unlink()
+    link.write_text(target)
+    check = "from fastcfg.kernels import guided_step; print(guided_step.__file__)"
+    assert run(python, "-c", kernel_imports() + check, cwd=copy) == str(copy / "kernels" / "guided_step.py")
+
+
+def test_the_supported_versions_agree() -> None:
+    """What setup.py requires, constraints.txt allows, `make test-oldest` runs with, and README and docs say."""
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("setup.py", "constraints.txt", "Makefile")}
+    torch, triton = re.findall(r"(?:torch|triton)>=([\d.]+)", texts["setup.py"])
+    ((lowest, above),) = re.findall(r"^triton>=([\d.]+),<3\.(\d+)$", texts["constraints.txt"], re.MULTILINE)
+    assert lowest == triton
+    assert f'"torch=={torch}.*" "triton=={triton}.*"' in texts["Makefile"]
+    said = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))]
+    assert set(re.findall(r"Triton ([\d.]+) to ([\d.]+\d)", "".join(said))) == {(triton, f"3.{int(above) - 1}")}
+    assert set(re.findall(r"torch ≥ ([\d.]+\d)", "".join(said))) == {torch}
 
 
 def test_import_fastcfg_imports_nothing_heavy_and_starts_no_cuda() -> None:

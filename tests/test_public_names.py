@@ -125,7 +125,7 @@ NAMES = {
     "fastcfg.training.shapes_config": "ShapesConfig",
     "fastcfg.training.shapes_task": "ShapesTask build_model",
     "fastcfg.training.task": "Task seed_for",
-    "fastcfg.training.train": "TrainResult draw_noise main make_task train",
+    "fastcfg.training.train": "TrainResult draw_noise make_task train",
     "fastcfg.upsampler": "Upsampler",
 }
 

@@ -206,3 +206,7 @@ def test_no_timesteps_are_refused(build: Callable[[], Any]) -> None:
 def test_an_unknown_legacy_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="name: unknown beta schedule 'cosine', expected one of quad, linear"):
         legacy_betas("cosine", beta_start=0.1, beta_end=0.2, num_timesteps=4)
+
+
+def test_the_repr_is_short() -> None:
+    assert repr(Schedule.named("linear").respace(50)) == "Schedule(50 of 1000 timesteps, betas 0.0001 to 0.33)"

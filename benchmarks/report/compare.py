@@ -10,13 +10,11 @@ example: python -m benchmarks compare benchmarks/results/cpu/bench.json results.
 
 from __future__ import annotations
 
-import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from fastcfg.cli.parser import Parser, UsageError
+from benchmarks.command import parser_of
 
 from .reading import load, spread, timed
 
@@ -73,15 +71,11 @@ def absolutes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status: 1 if something became worse, or somebody has gone."""
-    parser = Parser("python -m benchmarks compare", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = parser_of("compare", __doc__)
     parser.add_argument("old", metavar="OLD.json")
     parser.add_argument("new", metavar="NEW.json")
-    try:
-        arguments = parser.parse_args(argv)
-        old, new = load(arguments.old), load(arguments.new)
-    except UsageError as error:
-        print(f"compare: error: {error}", file=sys.stderr)
-        return 2
+    arguments = parser.parse_args(argv)
+    old, new = load(arguments.old), load(arguments.new)
     found, other = changes(old, new), differences(old, new)
     compared = sum(len(found[verdict]) for verdict in ("unchanged", "slower", "faster"))
     told = found | {"unchanged": [], "other conditions, so only ratios are compared": other}

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastcfg.cli.parser import UsageError
 
+SCHEMA = 1
 _LOOPS = ("fastcfg", "fastcfg inductor", "fastcfg captured", "fastcfg captured compiled")
 OURS = ("reference", "inductor", "triton", *_LOOPS)
 
@@ -18,7 +19,9 @@ def load(path: str | Path) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         for result in report["results"].values():
             _ = result["ratios"].items(), [found["status"] for found in result["providers"].values()]
-        _ = report["environment"]["device"], report["left"].items()
+        _ = report["environment"], report["left"].items(), report["finished"]
+        if (schema := report.get("schema")) != SCHEMA:
+            raise UsageError(f"{path}: got schema {schema}, expected {SCHEMA}")
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,29 +1,30 @@
-"""README.md's results from the committed ones: `python -m benchmarks readme [--check]`.
+"""The results in README.md and docs/results.md from the committed ones: `python -m benchmarks readme [--check]`.
 
-What stands between `<!-- results:NAME -->` and `<!-- end -->` is made from benchmarks/results/*/: "steps", "roofline"
-and "adherence" from cpu/, "gpu" from every other folder with a bench.json. Pictures go to docs/FOLDER/, the machine
-code of all kernels (static_roofline.json) to docs/roofline.md.
+Text between `<!-- results:NAME -->` and `<!-- end -->`, in whichever file has the mark, is made from
+benchmarks/results/*/: "steps", "roofline" and "adherence" from cpu/, "gpu" from every other folder with a bench.json.
+Pictures go to docs/FOLDER/, the machine code of all kernels (static_roofline.json) to docs/roofline.md.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.adherence import table as adherence
-from fastcfg.cli.parser import Parser, UsageError
+from benchmarks.command import parser_of
+from fastcfg.cli.parser import UsageError
 from fastcfg.utils.files import write_text
 
 from .plots import draw
 from .reading import case, condition, duration, fastest, load, number, timed
+from .summary import summary
 from .tables import roofline, table
 
 ROOT = Path(__file__).resolve().parents[2]
+FILES = ("README.md", "docs/results.md")
 SHAPES = ("pixel-64 b1", "pixel-64 b16", "latent-128 b1")
 RIVALS = ("guided-diffusion", "GLIDE", "diffusers", "k-diffusion")
 _BLOCK = re.compile(r"(<!-- results:(\w+) -->\n)(?:(?!<!-- ).*\n)*(?=<!-- end -->)")
@@ -70,37 +71,36 @@ def followed(report: dict[str, Any]) -> str:
     return told.format(**report["settings"]) + "\n".join(adherence(report))
 
 
-def generated(text: str, results: Path) -> str:
-    """A README's text with its blocks made anew; UsageError if it has no blocks, or a broken or unknown one."""
+def generated(text: str, results: Path, name: str = "README.md") -> str:
+    """A file's text with its blocks made again; UsageError for a broken or unknown block."""
     cpu = results / "cpu"
     others = sorted({*results.glob("*/bench.json")} - {cpu / "bench.json"})
     blocks = {
         "steps": lambda: steps(load(cpu / "bench.json")),
         "roofline": lambda: roofline(load(cpu / "bench.json")["roofline"], ["main"]),
         "adherence": lambda: followed(json.loads((cpu / "adherence.json").read_text(encoding="utf-8"))),
+        "summary": lambda: summary(load(cpu / "bench.json"), json.loads((cpu / "schedulers.json").read_text())),
         "gpu": lambda: "\n\n".join(steps(load(path)) for path in others) or _NO_GPU,
     }
     names = [match[1] for match in _BLOCK.findall(text)]
-    if not names or len(names) != text.count("<!-- results:") or not blocks.keys() >= set(names):
-        raise UsageError(f"README.md: got the blocks {names}, expected closed ones of {list(blocks)}")
+    if len(names) != text.count("<!-- results:") or not blocks.keys() >= set(names):
+        raise UsageError(f"{name}: got the blocks {names}, expected closed ones of {list(blocks)}")
     return _BLOCK.sub(lambda match: match[1] + blocks[match[2]]() + "\n", text)
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """The command for the checkout at `root`; its exit status."""
-    parser = Parser("python -m benchmarks readme", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README.md is out of date")
-    results, readme = root / "benchmarks" / "results", root / "README.md"
-    try:
-        check = parser.parse_args(argv).check
-        text = readme.read_text(encoding="utf-8")
-        new = generated(text, results)
-    except (UsageError, OSError) as error:
-        print(f"readme: error: {error}", file=sys.stderr)
-        return 2
+    parser = parser_of("readme", __doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a file is out of date")
+    check, results = parser.parse_args(argv).check, root / "benchmarks" / "results"
+    old = {name: (root / name).read_text(encoding="utf-8") for name in FILES if (root / name).exists()}
+    if not any("<!-- results:" in text for text in old.values()):
+        raise UsageError(f"got no block in {' or '.join(FILES)}, expected `<!-- results:NAME -->`")
+    new = {name: generated(text, results, name) for name, text in old.items()}
     if check:
-        return int(text != new)
-    write_text(readme, new)
+        return int(new != old)
+    for name, text in new.items():
+        write_text(root / name, text)
     roof = results / "static_roofline.json"
     if roof.exists():
         write_text(root / "docs" / "roofline.md", _ROOFLINE + roofline(json.loads(roof.read_text())) + "\n")

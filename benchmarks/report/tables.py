@@ -16,11 +16,8 @@ def terminal(report: dict[str, Any]) -> str:
     lines = [condition(report), *_overview(report)]
     for title, results in _blocks(report).items():
         heads = ["", "dtype", "fastest rival", "time", "fastcfg", "time", "ratio", "GB/s", "copy", "roof", "kernels"]
-        rows = _without_empty([heads, *map(_summary, results)])
         lines += ["", f"{title} (ratio: 20 to 80 % in brackets; times and kernels per row)"]
-        texts = ("", "dtype", "fastest rival", "fastcfg")
-        forms = [f"{'<' if c[0] in texts else '>'}{max(map(len, c))}" for c in zip(*rows, strict=True)]
-        lines += ["  ".join(map(format, row, forms)).rstrip() for row in rows]
+        lines += aligned(heads, map(_summary, results))
     for note in ["", *_notes(report)]:
         lines += wrap(note, 120, subsequent_indent="    ", break_on_hyphens=False) or [""]
     return "\n".join(lines) + "\n"
@@ -57,6 +54,15 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     kept = _without_empty([list(heads), *map(list, rows)])
     lines = ["| " + " | ".join(row) + " |" for row in kept]
     return "\n".join([lines[0], "|" + "---|" * len(kept[0]), *lines[1:]]) if lines[1:] else ""
+
+
+def aligned(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The same as lines of text, with numbers to the right."""
+    kept = _without_empty([list(heads), *map(list, rows)])
+    columns = list(zip(*kept, strict=True))
+    numbers = [all(cell[:1].isdigit() for cell in column[1:] if cell) for column in columns]
+    forms = [f"{'>' if right else '<'}{max(map(len, c))}" for right, c in zip(numbers, columns, strict=True)]
+    return ["  ".join(map(format, row, forms)).rstrip() for row in kept]
 
 
 def _blocks(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -3,39 +3,76 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from benchmarks.suite.cases import Provider
+from fastcfg.engine.loop import Run
 
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
-def counts(run: Callable[[], object]) -> dict[str, int | None]:
-    """Launches, copies and waits of one run, by torch's profiler, under the names of `counting.Counts`."""
+def profiled(
+    run: Callable[[], object], after: Callable[[], object] = lambda: None, cuda: bool = True
+) -> tuple[list[Any], list[Any]]:
+    """What torch's profiler sees of a run.
+
+    Args:
+        run: the calls to watch.
+        after: called when they are enqueued; its work on the device is seen too.
+        cuda: whether there is a GPU to watch.
+
+    Returns:
+        The host's events within `run`, and all of the device's.
+    """
     # A CUPTI that is torn down and comes back has crashed with graphs: torch.profiler says the same of Inductor's.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA][: 1 + cuda]
+    wait()
     with torch.profiler.profile(activities=activities) as profile:
         with torch.profiler.record_function("run"):
             run()
-        torch.cuda.synchronize()
+        after()
+        wait()
     events = list(profile.events())
     on_host = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     (span,) = [event.time_range for event in on_host if event.name == "run"]
-    called = [event.name for event in on_host if span.start <= event.time_range.start <= span.end]
-    done = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    within = [e for e in on_host if span.start <= e.time_range.start <= span.end and e.name != "run"]
+    return within, [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and e.name != "run"]
+
+
+def profiled_rows(run: Run, programs: int, cuda: bool) -> tuple[list[Any], list[Any]]:
+    """`profiled` of a sampling run, prepared, that consists of so many programs; the last copy is not within it."""
+    rows = run.rows()
+
+    def rest() -> None:
+        for _ in rows:
+            raise AssertionError(f"more than {programs} programs")
+
+    return profiled(lambda: [next(rows) for _ in range(programs)], rest, cuda)
+
+
+def calls(on_host: Iterable[Any]) -> Counter[str]:
+    """CUDA's functions among the host's events, by name without CUPTI's version."""
+    return Counter(event.name.partition("_v")[0] for event in on_host if event.name.startswith("cu"))
+
+
+def counts(run: Callable[[], object]) -> dict[str, int | None]:
+    """Launches, copies and waits of one run, under the names of `counting.Counts`."""
+    on_host, on_device = profiled(run)
+    done, called = [event.name for event in on_device], calls(on_host)
     return {
-        "dispatched": sum(name.startswith("aten::") for name in called),
+        "dispatched": sum(event.name.startswith("aten::") for event in on_host),
         # Copies and fills on the device are operations too, as `counting` has it.
-        "kernels": sum(name != "run" and not name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for name in done),
+        "kernels": sum(not name.startswith(("Memcpy HtoD", "Memcpy DtoH")) for name in done),
         "full_size": None,
         "host_copies": sum(name.startswith("Memcpy HtoD") for name in done),
         "reads": sum(name.startswith("Memcpy DtoH") for name in done),
-        "waits": sum(name.partition("_v")[0] in _WAITS for name in called),
+        "waits": sum(called[name] for name in _WAITS),
     }
 
 

@@ -1,4 +1,4 @@
-"""The file of results: written whole after every workload, so that nothing finished is lost, and gone on with later."""
+"""The file of results: written whole after every workload, so that nothing finished is lost, and resumed later."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report.reading import SCHEMA, load
 from fastcfg.utils.files import write_text
 
-SCHEMA = 1
 OUT_OF_TIME = "time budget used up"
-# A file is gone on with if these are the same; else its times would stand beside others'.
+# A file is resumed if these are the same; else its times would stand beside others'.
 _SAME = ("fastcfg", "python", "torch", "triton", "device", "device_type", "threads", "commit")
 
 
@@ -18,19 +18,19 @@ class Results:
     """Results of a run, in a file.
 
     Args:
-        path: the file. What it holds is gone on with if it is unfinished and of the same commit, machine and settings;
-            else it is kept beside it as previous.json.
+        path: the file. It is resumed if it is unfinished and of the same commit, machine and settings, else kept beside
+            the new one as previous.json.
         environment: of this run.
         settings: of this run.
-        fresh: start anew in any case.
+        fresh: never resume.
 
     Attributes:
-        report: what the file holds; docs/benchmarks.md describes it.
-        told: what was done with the file that was there; empty if there was none.
+        report: the file's content; docs/benchmarks.md describes it.
+        told: what was done with an earlier file; empty without one.
 
     Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read or written.
+        UsageError: an earlier file is no report, or cannot be read.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, environment: dict[str, Any], settings: dict[str, Any], fresh: bool = False) -> None:
@@ -47,14 +47,14 @@ class Results:
         }
         if not path.exists():
             return
-        old = read(path)
+        old = load(path)
         if not fresh and not old["finished"] and _key(old) == _key(self.report):
             self.report |= {name: old[name] for name in ("results", "roofline")}
-            self.told = f"going on with {path}: {len(old['results'])} results are there"
+            self.told = f"resuming {path}: {len(old['results'])} results are there"
         else:
             kept = path.with_name("previous.json")
             path.replace(kept)
-            self.told = f"the results that were there are now in {kept}"
+            self.told = f"the earlier results are now in {kept}"
 
     def add(self, name: str, record: dict[str, Any]) -> None:
         """Keep a result, and write the file."""
@@ -68,23 +68,6 @@ class Results:
     def write(self) -> None:
         """Write the file, whole or not at all."""
         write_text(self._path, json.dumps(self.report, indent=1, allow_nan=False) + "\n")
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A file of results.
-
-    Raises:
-        ValueError: something else.
-        OSError: it cannot be read.
-    """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        schema = report["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a file of results of `python -m benchmarks`") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: got schema {schema}, expected {SCHEMA}")
-    return dict(report)
 
 
 def _key(report: dict[str, Any]) -> list[Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import product
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # Samples without their batch.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -68,6 +71,8 @@ class Workload:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The model's dtype."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -100,7 +105,7 @@ def _registered() -> Iterator[Workload]:
     for family, batch, dtype, solver in product(
         SHAPES, (1, 4, 16, 64, 256), ("bfloat16", "float32", "float16"), SOLVERS
     ):
-        if batch * torch.Size(SHAPES[family]).numel() <= _LARGEST:
+        if batch * math.prod(SHAPES[family]) <= _LARGEST:
             yield Workload("step", solver, family, batch, dtype, 5 if dtype == "bfloat16" and batch < 64 else 8)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from fastcfg import __version__
 
 from . import bench, doctor, methods, parity, sample, train
-from .parser import Parser, UsageError, add_debug
+from .options import add_debug
+from .parser import Parser, UsageError
 
 __all__ = ["main"]
 
@@ -35,10 +36,7 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The command's parser; each subcommand sets `run`, a function of the parsed arguments."""
     parser = Parser(
-        prog="fastcfg",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="fastcfg", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
     add_debug(parser)

@@ -24,11 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the suite, in a process of its own.
-
-    Raises:
-        UsageError: there is no checkout around the package.
-    """
+    """Run the suite, in a process of its own; UsageError without a checkout around the package."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "__main__.py").exists():
         raise UsageError("bench: got an installed fastcfg, expected a checkout of its source, which has the benchmarks")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import STDOUT, add_command, add_json
 from .outputs import check_json, write_json
-from .parser import STDOUT, add_command, add_json
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ def examine() -> dict[str, Any]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backend = resolve_backend("auto", device)
-    checks = {
-        "fused_step": _checked(lambda: _check_step(device, backend)),
-        "checkpoint": _checked(_check_checkpoint),
-    }
+    checks = {"fused_step": _checked(lambda: _check_step(device, backend)), "checkpoint": _checked(_check_checkpoint)}
     driver, gpus = _gpus()  # after the step: NVML lists this process only once it uses the GPU
     return {
         "usable": all(check["ok"] for check in checks.values()),
@@ -108,13 +105,11 @@ def _gpus() -> tuple[str, list[dict[str, Any]]]:
 
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     driver, states = nvml_states([f"GPU-{gpu.uuid}" for gpu in found])
-    gpus = [
+    properties = (
         {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory / 2**30}
         for gpu in found
-    ]
-    for gpu, state in zip(gpus, states, strict=False):
-        gpu.update(state)
-    return driver, gpus
+    )
+    return driver, [gpu | state for gpu, state in zip(properties, states or [{}] * len(found), strict=True)]
 
 
 def _others(chosen: str, device: torch.device) -> dict[str, str]:
@@ -130,9 +125,9 @@ def _others(chosen: str, device: torch.device) -> dict[str, str]:
 
 
 def _graphs(device: torch.device) -> dict[str, Any]:
-    if device.type == "cuda":
-        return {"supported": True, "reason": "the step and the model are captured together where the model allows it"}
-    return {"supported": False, "reason": "CUDA graphs need a GPU; programs run eagerly"}
+    yes = "the step and the model are captured together where the model allows it"
+    supported = device.type == "cuda"
+    return {"supported": supported, "reason": yes if supported else "CUDA graphs need a GPU; programs run eagerly"}
 
 
 def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -151,13 +146,9 @@ def _check_step(device: torch.device, backend: str) -> dict[str, Any]:
     got = _one_step(device, backend, torch.float32)
     same = torch.equal(got, _one_step(cpu, "reference", torch.float32))
     error = float((got.double() - _one_step(cpu, "reference", torch.float64)).abs().max())
-    return {
-        "ok": error < _STEP_TOLERANCE,
-        "detail": f"{backend} on {device.type}, {error:.1e} from float64, "
-        + ("bit for bit the reference" if same else "not bit for bit the reference"),
-        "max_error": error,
-        "equals_reference": same,
-    }
+    bits = f"{'' if same else 'not '}bit for bit the reference"
+    detail = f"{backend} on {device.type}, {error:.1e} from float64, {bits}"
+    return {"ok": error < _STEP_TOLERANCE, "detail": detail, "max_error": error, "equals_reference": same}
 
 
 def _one_step(device: torch.device, backend: str, dtype: torch.dtype) -> torch.Tensor:
@@ -224,15 +215,11 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
         return [("gpu", "none that torch sees")]
     lines = [("gpu", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']:.0f} GiB")]
     if "power_limit_w" in gpu:
-        slowed = ", ".join(gpu["throttle_reasons"] or []) or "nothing"
+        shown = {name: f"{value:.0f}" if isinstance(value, int | float) else "?" for name, value in gpu.items()}
         lines += [
-            ("", f"{_number(gpu['power_w'])} of {_number(gpu['power_limit_w'])} W, {_number(gpu['temperature_c'])} C"),
-            ("", f"SM {_number(gpu['sm_clock_mhz'])} of {_number(gpu['sm_clock_max_mhz'])} MHz"),
-            ("", f"memory {_number(gpu['memory_clock_mhz'])} of {_number(gpu['memory_clock_max_mhz'])} MHz"),
-            ("", f"clocks held down by: {slowed}"),
+            ("", "{power_w} of {power_limit_w} W, {temperature_c} C".format_map(shown)),
+            ("", "SM {sm_clock_mhz} of {sm_clock_max_mhz} MHz".format_map(shown)),
+            ("", "memory {memory_clock_mhz} of {memory_clock_max_mhz} MHz".format_map(shown)),
+            ("", f"clocks held down by: {', '.join(gpu['throttle_reasons'] or []) or 'nothing'}"),
         ]
     return lines
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.0f}"

@@ -14,18 +14,13 @@ if TYPE_CHECKING:
 _PAGE, _INK, _FAINT = (255, 255, 255), (28, 30, 38), (110, 114, 125)
 _MARGIN, _GAP, _SECTION_GAP, _LABEL_GAP = 24, 6, 26, 14
 _TITLE_SIZE, _LABEL_SIZE, _FOOTER_SIZE = 22, 15, 13
-# Pixels that a row of pictures should come to, and the sides a picture may have.
+# The width to aim at for a row of pictures, and the largest side of a picture.
 _ROW_WIDTH, _LARGEST_TILE = 768, 256
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Pictures that belong together.
-
-    Attributes:
-        label: what stands left of them; may be empty.
-        pictures: uint8 [n, H, W, 3].
-    """
+    """Pictures, uint8 [n, H, W, 3], with a label to their left, which may be empty."""
 
     label: str
     pictures: np.ndarray
@@ -33,34 +28,20 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """Rows under one caption.
-
-    Attributes:
-        caption: what stands above them.
-        rows: the rows, all with as many pictures.
-    """
+    """Rows under one caption, all with the same number of pictures."""
 
     caption: str
     rows: Sequence[Row]
 
 
 def draw_grid(sections: Sequence[Section], footer: str, columns: int) -> Image.Image:
-    """Lay pictures out under their captions.
-
-    Args:
-        sections: what to show, from top to bottom.
-        footer: what stands below all of it.
-        columns: pictures side by side; further ones of a row go to the next line.
-
-    Returns:
-        The page, RGB.
-    """
+    """Lay sections out from top to bottom, with a footer and up to `columns` pictures side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
     fonts = [ImageFont.load_default(size) for size in (_TITLE_SIZE, _LABEL_SIZE, _FOOTER_SIZE)]
     title_font, label_font, footer_font = fonts
     size = sections[0].rows[0].pictures.shape[1]
-    # A whole multiple of the picture's size, so that all of its pixels come out equally large.
+    # A whole multiple of the picture's size, so that all of its pixels are equally large.
     tile = size * max(1, min(_ROW_WIDTH // columns, _LARGEST_TILE) // size)
     labels = [row.label for section in sections for row in section.rows]
     indent = max(int(label_font.getlength(label)) for label in labels)
@@ -69,7 +50,7 @@ def draw_grid(sections: Sequence[Section], footer: str, columns: int) -> Image.I
 
     lines = sum(-(-len(row.pictures) // columns) for section in sections for row in section.rows)
     texts = [footer, *(section.caption for section in sections)]
-    # Every word may need a line of its own; what is too much is cut off in the end.
+    # Every word may need its own line; surplus height is cropped at the end.
     words = sum(max(1, len(text.split())) for text in texts)
     height = lines * (tile + _GAP) + words * int(_TITLE_SIZE * 1.4) + len(texts) * (_SECTION_GAP + _LABEL_GAP)
     page = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), _PAGE)
@@ -92,17 +73,8 @@ def draw_grid(sections: Sequence[Section], footer: str, columns: int) -> Image.I
 
 
 def save_png(image: Image.Image, path: str, text: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-    """Write a PNG, whole or not at all, with texts and settings in its tEXt chunks.
-
-    Args:
-        image: the picture.
-        path: the file.
-        text: texts by keyword.
-        settings: written as JSON under the keyword "fastcfg".
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write a PNG, whole or not at all, with texts by keyword in its tEXt chunks, and the settings as JSON under
+    "fastcfg"."""
     from PIL.PngImagePlugin import PngInfo
 
     from fastcfg.utils.files import replacing
@@ -116,7 +88,7 @@ def save_png(image: Image.Image, path: str, text: Mapping[str, str], settings: M
 
 
 def _write(draw: Any, y: int, text: str, font: Any, ink: tuple[int, int, int], width: int) -> int:
-    """Write text in lines of at most `width`; returns where the next thing goes."""
+    """Write text in lines of at most `width`; returns the y below it."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .parser import add_command
+from .options import add_command
 
 if TYPE_CHECKING:
     from fastcfg.guidance import Guidance

@@ -8,13 +8,10 @@ from typing import Any
 
 
 def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
-    """Driver, and per GPU its power, clocks, temperature, why it is slowed down, and who uses it.
+    """The driver's version, and per GPU a dict of power, clocks, temperature, reasons for low clocks, users (None for
+    a value that NVML does not report); or the reason why there are none, and no dicts.
 
-    Args:
-        uuids: the GPUs', as torch knows them; CUDA and NVML number GPUs differently.
-
-    Returns:
-        The driver's version and a dict per GPU (None where the GPU does not tell); or why there are none, and no dicts.
+    GPUs are named by torch's UUIDs: CUDA and NVML number them differently.
     """
     try:
         import pynvml
@@ -26,7 +23,7 @@ def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
         return str(error), []
     try:
         return _text(pynvml.nvmlSystemGetDriverVersion()), [_state(pynvml, uuid) for uuid in uuids]
-    except pynvml.NVMLError as error:  # a part of a divided GPU has a UUID that NVML does not know
+    except pynvml.NVMLError as error:  # NVML does not know the UUID of a part of a divided GPU
         return str(error), []
     finally:
         pynvml.nvmlShutdown()
@@ -43,7 +40,7 @@ def _state(nvml: Any, uuid: str) -> dict[str, Any]:
     limit = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu)
     power = ask(nvml.nvmlDeviceGetPowerUsage, gpu)
     reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
-    memory = ask(nvml.nvmlDeviceGetMemoryInfo, gpu, nvml.nvmlMemory_v2)  # version 1 counts the driver's own
+    memory = ask(nvml.nvmlDeviceGetMemoryInfo, gpu, nvml.nvmlMemory_v2)  # version 1 includes the driver's own
     pids = [process.pid for process in ask(nvml.nvmlDeviceGetComputeRunningProcesses, gpu) or ()]
     return {
         "power_limit_w": None if limit is None else limit / 1000,
@@ -56,7 +53,7 @@ def _state(nvml: Any, uuid: str) -> dict[str, Any]:
         "throttle_reasons": None if reasons is None else _reasons(nvml, reasons),
         "utilization_percent": getattr(ask(nvml.nvmlDeviceGetUtilizationRates, gpu), "gpu", None),
         "memory_used_mib": None if memory is None else memory.used // 2**20,
-        # A container hides processes or gives other numbers: without ours in the list it says nothing.
+        # A container hides or renumbers processes: a list without this one says nothing.
         "other_processes": len(pids) - 1 if os.getpid() in pids else None,
     }
 

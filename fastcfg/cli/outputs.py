@@ -8,20 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .parser import STDOUT, UsageError
+from .options import STDOUT
+from .parser import UsageError
 
 
 def check_output(option: str, path: str, suffix: str) -> None:
-    """Make sure that a file can be written, by writing beside it.
-
-    Args:
-        option: the argument that names it.
-        path: the file.
-        suffix: the required end of its name.
-
-    Raises:
-        UsageError: another suffix, or no writable folder.
-    """
+    """Raise UsageError unless the file that an option names ends in a suffix and can be written."""
     target = Path(path)
     if target.suffix.lower() != suffix:
         raise UsageError(f"argument {option}: got {path!r}, expected a file name that ends in {suffix}")
@@ -33,15 +25,7 @@ def check_output(option: str, path: str, suffix: str) -> None:
 
 
 def check_folder(option: str, path: str) -> None:
-    """Make sure that a folder can be made, or written to if it exists.
-
-    Args:
-        option: the argument that names it.
-        path: the folder.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """Raise UsageError unless the folder that an option names can be made, or written to if it exists."""
     nearest = next(folder for folder in (Path(path).absolute(), *Path(path).absolute().parents) if folder.exists())
     if not nearest.is_dir():
         raise UsageError(f"argument {option}: got {path!r}, expected a folder ({nearest} is a file)")

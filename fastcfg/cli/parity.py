@@ -7,18 +7,9 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .options import STDOUT, add_command, add_device, add_json, add_option
 from .outputs import check_json, check_plot, write_json
-from .parser import (
-    STDOUT,
-    UsageError,
-    add_command,
-    add_device,
-    add_json,
-    any_integer,
-    choose_device,
-    integer,
-    usage_errors,
-)
+from .parser import UsageError, any_integer, choose_device, integer, usage_errors
 from .versions import commit, versions
 
 if TYPE_CHECKING:
@@ -41,7 +32,8 @@ loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick:
          float64 run and given to every backend (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
 
 An ulp is the spacing of a tensor's dtype at its largest value. A line of the table shows the worst shape and tensor of
-a backend, dtype and option set: whether all have the reference's bits, the largest and the RMS error, plain torch's
+a backend, dtype and option set: whether all have the reference's bits ("same code" where the reference on a CPU is
+compared with itself), the largest and the RMS error, plain torch's
 largest, the bound, and ok or FAILED.
 
 Exit status: 0 if everything is within bounds, 1 if something is not, 2 if the arguments cannot be used."""
@@ -74,18 +66,14 @@ def add_parser(commands: Any) -> None:
     parser = add_command(commands, "parity", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("--quick", action="store_true", help="small shapes, an analytic model")
     add_device(parser, "; a --model with weights runs where they are")
-    parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        choices=("triton", "inductor", "reference"),
-        action="append",
-        help="what to check: triton, inductor or reference; may be repeated (default: all that run here)",
-    )
-    parser.add_argument("--model", metavar="WHERE", help="PATH.py:function or module:function, see below")
-    parser.add_argument("--steps", metavar="N", type=integer(1), help="rows of --model to run (default: 5)")
-    parser.add_argument("--seed", metavar="N", type=any_integer, default=0, help="of inputs and noise (default: 0)")
+    backends = ("triton", "inductor", "reference")
+    text = f"what to check: {', '.join(backends)}; may be repeated (default: all that run here)"
+    add_option(parser, "--backend", "NAME", text, choices=backends, action="append")
+    add_option(parser, "--model", "WHERE", "PATH.py:function or module:function, see below")
+    add_option(parser, "--steps", "N", "rows of --model to run (default: 5)", type=integer(1))
+    add_option(parser, "--seed", "N", "of inputs and noise", type=any_integer, default=0)
     add_json(parser, "the findings")
-    parser.add_argument("--plot", metavar="FILE", help="PNG of the error along the trajectories; needs matplotlib")
+    add_option(parser, "--plot", "FILE", "PNG of the error along the trajectories; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -99,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     if abs(arguments.seed) >= 2**40:
         raise UsageError(f"argument --seed: got {arguments.seed}, expected an integer below 2**40")
 
-    from fastcfg.parity import as_json, plot, table
+    from fastcfg.parity import as_json, as_text, plot
 
     device, backends, seed = choose_device(arguments.device), arguments.backend or (), arguments.seed
     if arguments.model:
@@ -119,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     write_json(arguments.json, report)
     if arguments.json != STDOUT:
-        print("\n".join(table(findings)))
+        print("\n".join(as_text(findings)))
         for note in dict.fromkeys(f"{f.backend} {f.options}: {f.note}" for f in findings if f.note):
             print(f"note     {note}")
         for backend, reason in skipped.items():

@@ -1,4 +1,4 @@
-"""Argument parsing: errors of one line, types of arguments, and arguments that several commands share."""
+"""Argument parsing: errors of one line, and the types of arguments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
-
-# The value of --json without a FILE.
-STDOUT = "-"
+from typing import NoReturn
 
 
 class UsageError(Exception):
@@ -26,49 +23,12 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def usage_errors(label: str = "") -> Iterator[None]:
-    """Turn the ValueErrors and TypeErrors of the library's own checks of arguments into `UsageError`s.
-
-    Only around loading and checking: an error of the work itself is not the user's.
-    """
+    """Turn ValueErrors and TypeErrors of the library's checks into `UsageError`s. Only for loading and checking: an
+    error of the work itself is not the user's."""
     try:
         yield
     except (TypeError, ValueError) as error:
         raise UsageError(f"{label}{error}") from error
-
-
-def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str, epilog: str = ""
-) -> argparse.ArgumentParser:
-    """Add a subcommand; `run` gets the parsed arguments and returns the exit status."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=help, description=description, epilog=epilog, formatter_class=formatter
-    )
-    parser.set_defaults(run=run)
-    add_debug(parser, default=argparse.SUPPRESS)
-    return parser
-
-
-def add_debug(parser: argparse.ArgumentParser, default: Any = False) -> None:
-    """Add --debug."""
-    parser.add_argument("--debug", action="store_true", default=default, help="show the traceback of an error")
-
-
-def add_device(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """Add --device, which `choose_device` reads."""
-    parser.add_argument(
-        "--device",
-        metavar="NAME",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help=f"auto (a GPU if there is one), cpu or cuda{note} (default: %(default)s)",
-    )
-
-
-def add_json(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add --json [FILE], which `outputs.check_json` and `outputs.write_json` read."""
-    text = f"write {what} as JSON to FILE, or without a FILE to standard output and nothing else"
-    parser.add_argument("--json", metavar="FILE", nargs="?", const=STDOUT, help=text)
 
 
 def integer(least: int) -> Callable[[str], int]:
@@ -133,11 +93,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def choose_device(name: str) -> str:
-    """The device that --device names.
-
-    Raises:
-        UsageError: "cuda" where torch sees no GPU.
-    """
+    """The device that --device names; UsageError for "cuda" where torch sees no GPU."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():

@@ -9,19 +9,9 @@ import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from .options import STDOUT, add_command, add_device, add_json, add_option
 from .outputs import check_json, check_output, write_json
-from .parser import (
-    STDOUT,
-    add_command,
-    add_device,
-    add_json,
-    any_integer,
-    choose_device,
-    finite,
-    integer,
-    respacing,
-    several_finite,
-)
+from .parser import any_integer, choose_device, finite, integer, respacing, several_finite
 from .stages import Models, Request, Stages, add_arguments, load_stages
 from .versions import versions
 
@@ -69,62 +59,27 @@ def add_parser(commands: Any) -> None:
     text = "draw pictures from prompts"
     parser = add_command(commands, "sample", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES)
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; several make a grid of sections")
-    parser.add_argument(
-        "--negative-prompt",
-        "--negative",
-        metavar="PROMPT",
-        help="guide away from this instead of from the empty prompt",
-    )
-    parser.add_argument(
-        "--guidance", metavar="NAME", choices=METHODS, default="cfg", help=f"{', '.join(METHODS)} (default: cfg)"
-    )
-    parser.add_argument(
-        "--guidance-scale",
-        metavar="S",
-        type=several_finite,
-        action="append",
-        help="strength of the prompt: 0 ignores it, 1 is the plain conditional model; several, with commas between or "
-        "by repeating the option, make one grid row each (default: 3; 0.6 with a CFG++ solver)",
-    )
-    parser.add_argument(
-        "--steps",
-        metavar="N",
-        type=respacing,
-        help="steps; or GLIDE's respacings 10,15,20 (of so many equal sections), ddim50 or fast27 (default: 50, 100 "
-        "with --model glide)",
-    )
-    parser.add_argument(
-        "--solver", metavar="NAME", choices=SOLVERS, default="ddpm", help="see below (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--schedule",
-        metavar="NAME",
-        choices=(*LEVELS, *SPACINGS),
-        help=f"where the steps are: {', '.join(SPACINGS)}, or in noise-level space also {', '.join(LEVELS)} (default: "
-        "karras there)",
-    )
-    parser.add_argument(
-        "--eta",
-        metavar="E",
-        type=finite,
-        help="noise of the solvers that have it: for ddim 0 is none (the default) and 1 DDPM's",
-    )
-    parser.add_argument(
-        "--num-samples", metavar="N", type=integer(1), help="pictures per prompt (default: 16, 1 with --model glide)"
-    )
-    parser.add_argument(
-        "--seed", metavar="N", type=any_integer, default=0, help="first seed; -1 is a random one (default: %(default)s)"
-    )
-    parser.add_argument("--out", metavar="FILE", default="samples.png", help="PNG to write (default: %(default)s)")
+    text = "guide away from this instead of from the empty prompt"
+    parser.add_argument("--negative-prompt", "--negative", metavar="PROMPT", help=text)
+    add_option(parser, "--guidance", "NAME", ", ".join(METHODS), choices=METHODS, default="cfg")
+    text = "strength of the prompt: 0 ignores it, 1 is the plain conditional model; several, with commas between or by "
+    text += "repeating the option, make one grid row each (default: 3; 0.6 with a CFG++ solver)"
+    add_option(parser, "--guidance-scale", "S", text, type=several_finite, action="append")
+    text = "steps; or GLIDE's respacings 10,15,20 (of so many equal sections), ddim50 or fast27 (default: 50, 100 with "
+    add_option(parser, "--steps", "N", f"{text}--model glide)", type=respacing)
+    add_option(parser, "--solver", "NAME", "see below", choices=SOLVERS, default="ddpm")
+    text = f"where the steps are: {', '.join(SPACINGS)}, or in noise-level space also {', '.join(LEVELS)} (there the "
+    add_option(parser, "--schedule", "NAME", f"{text}default is karras)", choices=(*LEVELS, *SPACINGS))
+    text = "noise of the solvers that have it: for ddim 0 is none (the default) and 1 DDPM's"
+    add_option(parser, "--eta", "E", text, type=finite)
+    text = "pictures per prompt (default: 16, 1 with --model glide)"
+    add_option(parser, "--num-samples", "N", text, type=integer(1))
+    add_option(parser, "--seed", "N", "first seed; -1 is a random one", type=any_integer, default=0)
+    add_option(parser, "--out", "FILE", "PNG to write", default="samples.png")
     add_device(parser)
     backends = ("auto", "triton", "inductor", "reference")
-    parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        choices=backends,
-        default="auto",
-        help=f"implementation of the step: {', '.join(backends)} (default: %(default)s)",
-    )
+    text = f"implementation of the step: {', '.join(backends)}"
+    add_option(parser, "--backend", "NAME", text, choices=backends, default="auto")
     parser.add_argument("--no-graph", action="store_true", help="do not capture CUDA graphs")
     add_json(parser, "a summary")
     add_arguments(parser)

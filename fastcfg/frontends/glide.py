@@ -1,4 +1,4 @@
-"""Drop-in for GLIDE's `gaussian_diffusion`, `respace` and `model_creation`.
+"""Drop-in for GLIDE's `gaussian_diffusion`, `respace`, `model_creation` and `clip.model_creation`.
 
     from fastcfg.frontends.glide import create_model_and_diffusion    # was glide_text2im.model_creation
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..models.clip import CLIPModel, create_clip_model
 from ..models.glide import create_model, model_and_diffusion_defaults, model_and_diffusion_defaults_upsampler
 from ..models.text2im import HasVocabulary, Text2ImUNet
 from ..models.vocabulary import glide_tokenizer
@@ -37,9 +38,11 @@ CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "
 
 __all__ = [
     "CHECKPOINT_NAMES",
+    "CLIPModel",
     "GaussianDiffusion",
     "SpacedDiffusion",
     "betas_for_alpha_bar",
+    "create_clip_model",
     "create_gaussian_diffusion",
     "create_model",
     "create_model_and_diffusion",

@@ -1,4 +1,4 @@
-"""What every guidance spec says."""
+"""`Guidance`, the base of all specs, and `NoGuidance`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Guidance:
     """Base of the specs: branches with weights.
 
     Attributes:
-        branches: their names in batch order; those of the conditionings given to `Sampler.sample`.
+        branches: their names in batch order, which name the conditionings given to `Sampler.sample`.
         base: index of the branch that the delta form starts from; None for the sum form.
-        conditional: index of the branch whose variance channels are used.
+        conditional: index of the branch that provides the variance channels.
         unconditional: index of the branch that a_u multiplies (CFG++), None if there is none.
 
     Raises:
-        ValueError: fields that are not finite or out of their range, which the message tells.
+        ValueError: fields that are not finite or out of their range.
     """
 
-    # What specs may have as fields, described at `CFG`.
+    # Fields of some specs, see `CFG`; the defaults of the others.
     interval = (0.0, 1.0)
     rescale = 0.0
 
@@ -53,13 +53,13 @@ class Guidance:
 
     @property
     def fallback_weights(self) -> NDArray[np.float64]:
-        """float64 [K]: the weights of a sample that is the conditional branch's alone."""
+        """float64 [K]: the weights that leave a sample unguided, as the conditional branch has it."""
         weights = np.zeros(len(self.branches))
         weights[self.conditional] = self.base != self.conditional
         return weights
 
     def weights(self, table: StepTable, batch: int) -> NDArray[np.float64]:
-        """float64 [R, B, K]: the weights of each row and sample, in the form `base` says."""
+        """float64 [R, B, K]: the weights of each row and sample, in delta form, or in sum form without a base."""
         raise NotImplementedError
 
     def inside(self, table: StepTable) -> NDArray[np.bool_]:
@@ -71,7 +71,7 @@ class Guidance:
         return None
 
     def planned(self, table: StepTable, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """`GuidancePlan.planned` of weights in delta form: here with the base's, 1."""
+        """`GuidancePlan.planned` from weights in delta form: the base gets the weight 1."""
         planned = weights.copy()
         planned[..., self.base] = 1
         return planned
@@ -100,7 +100,7 @@ class Guidance:
         weights = self.weights(table, batch)
         weights[~self.inside(table)] = self.fallback_weights
         if self.mixer() is not None:
-            # As math.isclose, by which diffusers' guiders tell that a scale guides nothing.
+            # As math.isclose, with which diffusers' guiders decide that a scale guides nothing.
             unguided = np.asarray(np.isclose(weights, self.fallback_weights, rtol=1e-9, atol=0).all(axis=-1))
             weights[unguided] = self.fallback_weights
         active = [self._active(weights[i], table, i) for i in range(table.num_rows)]
@@ -109,20 +109,20 @@ class Guidance:
         planned, mix = self.planned(table, weights), self.mixer()
         if mix is not None:
             planned[unguided] = self.planned_fallback(planned.shape[-1])
-            # A method that looks at the branches looks at all of them.
+            # A method that uses the outputs uses those of all branches.
             for i in np.flatnonzero(~unguided.all(axis=1)):
                 active[i] = tuple(range(len(self.branches)))
         return GuidancePlan(weights, tuple(active), planned, mix, self.rescale, getattr(self, "momentum", None))
 
     def planned_fallback(self, columns: int) -> NDArray[np.float64]:
-        """float64 [P]: what is planned for a sample that is the conditional branch's alone."""
+        """float64 [P]: the planned weights that leave a sample unguided."""
         planned = np.zeros(columns)
         planned[self.base], planned[self.conditional] = 1, 1
         return planned
 
     def _active(self, weights: NDArray[np.float64], table: StepTable, row: int) -> tuple[int, ...]:
         """The branches to evaluate at a row with weights [B, K]."""
-        # What each branch counts for once the delta form is multiplied out.
+        # The weight of each branch once the delta form is multiplied out.
         total = weights.copy()
         if self.base is not None:
             total[:, self.base] = 1 - np.delete(weights, self.base, axis=1).sum(axis=1)
@@ -134,7 +134,7 @@ class Guidance:
         if needed.sum() > 1 and self.base is not None:
             needed[self.base] = True
         if needed.sum() == 0 or (needed.sum() == 1 and not (total[:, needed] == 1).all()):
-            # A branch that is evaluated alone is not weighted, so one with another weight than 1 needs company.
+            # A branch evaluated alone is not weighted, so one with a weight other than 1 needs a second.
             needed[:] = True
         return tuple(int(k) for k in np.flatnonzero(needed))
 

@@ -31,7 +31,7 @@ class CFG(Guidance):
             (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724); step i of N is inside if int(start*N) <= i <
             int(stop*N), as in diffusers' guiders.
         formulation: "standard", "original" (diffusers' `use_original_formulation`), or "sum": s*cond + (1 - s)*uncond.
-            They agree but for rounding.
+            They agree up to rounding.
         order: the branches along the batch. GLIDE and guided-diffusion put the conditional half first, diffusers the
             unconditional.
         rescale: φ of the last factor φ std(cond)/std(m) + 1 - φ, against overexposure (Lin et al. 2023, section 3.4,
@@ -69,7 +69,7 @@ class CFG(Guidance):
 
     @property
     def other(self) -> int:
-        """Index of the branch that the guidance leads away from."""
+        """Index of the branch that is guided away from."""
         return self.branches.index(self.names[1])
 
     @property
@@ -96,9 +96,9 @@ class AdaptiveCFG(CFG):
 
     Adaptive guidance (Castillo et al. 2023, https://arxiv.org/abs/2312.12487): late in a run the two branches point the
     same way, and guidance costs a forward that changes little. Until then it equals `CFG`. The cosine between the
-    branches is taken on the device after every model evaluation; a sample in which it has reached the threshold is
-    unguided from two rows later on, and when all samples are, the unconditional branch is not evaluated any more. The
-    host reads that decision one row late, so that the device never waits for it.
+    branches is taken on the device after every model evaluation; a sample that has reached the threshold is unguided
+    from two rows later on, and once all are, the unconditional branch is no longer evaluated. The host reads that
+    decision one row late, so that the device never waits for it.
 
     Attributes:
         threshold: the cosine, at most 1; the paper uses 0.991. Branches of norm 0 have none and do not agree.

@@ -21,11 +21,11 @@ class Compose(Guidance):
     Composable diffusion (Liu et al. 2022, https://arxiv.org/abs/2206.01714).
 
     Attributes:
-        scales: by branch name, one of them "cond" (whose variance channels are used); each as `CFG.scale`.
+        scales: by branch name, one of them "cond" (its variance channels are used); each as `CFG.scale`.
         interval, rescale: as `CFG`.
 
     Raises:
-        ValueError: no "cond" among the names or "uncond" among them.
+        ValueError: names without "cond" or with "uncond".
     """
 
     scales: Scales
@@ -96,12 +96,12 @@ class PerturbedCFG(CFG):
     perturbed).
 
     Perturbed-attention guidance (Ahn et al. 2024, https://arxiv.org/abs/2403.17377), skip-layer guidance (Stable
-    Diffusion 3.5) and their like; diffusers' PerturbedAttentionGuidance and SkipLayerGuidance. The branch "perturbed"
-    is run by `Sampler(branch_models={"perturbed": ...})`: any callable, such as one that calls the model with its
-    attention scores left out. Where only one of the two guides, only its branches are evaluated, and the base is that
-    branch ("standard") or cond ("original"). Up to three forwards, one pass.
+    Diffusion 3.5) and others; diffusers' PerturbedAttentionGuidance and SkipLayerGuidance. The branch "perturbed"
+    is run by `Sampler(branch_models={"perturbed": ...})`: any callable, such as one that calls the model without
+    its attention scores. Where only one of the two guides, only its branches are evaluated, and the base
+    is that branch ("standard") or cond ("original"). Up to three forwards, one pass.
 
-    Attributes (those of `CFG` beside; formulation "sum" is "standard"):
+    Attributes (with those of `CFG`; formulation "sum" is "standard"):
         perturbed_scale: s_p, as `CFG.scale`; 0 for none.
         perturbed_interval: step i of N is inside if int(start*N) < i < int(stop*N), as in diffusers' guiders.
     """

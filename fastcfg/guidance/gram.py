@@ -16,9 +16,9 @@ class GramGuidance(CFG):
     """Base of guidance that is a function of the Gram matrix: subclass it and write `mix`.
 
     A sample's vectors are u = uncond and d = cond - uncond; the output is w_u u + w_d d with the weights that `mix`
-    returns. Two forwards, two passes over the outputs. Samples whose scale guides nothing (1, or 0 with formulation
-    "original") and rows outside the interval are the conditional branch's, unseen by `mix`. Formulation "sum" is
-    "standard".
+    returns. Two forwards, two passes over the outputs. A sample with a scale that guides nothing (1, or 0 with
+    formulation "original"), and rows outside the interval, are the conditional branch's: `mix` does not see them.
+    Formulation "sum" is "standard".
 
     Example:
         Guidance of a bounded length: ||s d|| is at most that of uncond.
@@ -42,7 +42,7 @@ class GramGuidance(CFG):
     """
 
     def mix(self, gram: Tensor, planned: Tensor) -> Tensor:
-        """A row's weights. It is captured with the step: tensor operations alone, nothing read back to the host.
+        """Return a row's weights. It is captured with the step: only tensor operations, nothing read back to the host.
 
         Args:
             gram: float64 [B, 2, 2], the inner products of u and d, at the places of uncond and cond in `branches`.

@@ -1,5 +1,8 @@
-"""Guidance whose weights are formulas of the branches' norms and inner products: two forwards and two passes over the
-outputs per row, unless it is said otherwise. Attributes that are not described are those of `CFG`; so are errors."""
+"""Guidance with weights computed from the branches' norms and inner products.
+
+Two forwards and two passes over the outputs per row, unless a class says otherwise. Attributes that are not described,
+and errors, are those of `CFG`.
+"""
 
 from __future__ import annotations
 
@@ -86,8 +89,8 @@ class APG(GramGuidance):
 
     m = uncond + s (g' - (1 - η) proj_cond g') with g' = g min(1, norm_threshold / ||g||), where g is cond - uncond or,
     with momentum β, the running sum h <- (cond - uncond) + β h of the guided rows so far. Norms and projections are
-    over a whole sample. With momentum a tensor more is read twice and written once per row. Zeros are harmless: nothing
-    is projected onto a cond of norm 0, and a g of norm 0 stays 0.
+    over a whole sample. With momentum, one more tensor is read twice and written once per row. Nothing is projected
+    onto a cond of norm 0, and a g of norm 0 stays 0.
 
     Attributes:
         formulation: "standard", or "original" for cond in place of the first uncond.
@@ -119,8 +122,8 @@ class APGMix(APG):
     AdaptiveProjectedMixGuidance). The momentum is collected from the first guided row on.
 
     Attributes:
-        scale: that of the first steps.
-        apg_scale: that of the others, as `CFG.scale`.
+        scale: of the first steps.
+        apg_scale: of the others, as `CFG.scale`.
         apg_start_step: the last step with plain guidance.
     """
 
@@ -134,7 +137,7 @@ class APGMix(APG):
     def planned(self, table: StepTable, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         scale = scale_by_row("apg_scale", self.apg_scale, table, weights.shape[1])
         original = self.formulation == "original"
-        # As in diffusers a scale that guides nothing leaves the row to plain guidance.
+        # As in diffusers, a row with a scale that guides nothing gets plain guidance.
         projected = (table.steps > self.apg_start_step)[:, None] & ~np.isclose(scale, 1 - original, rtol=1e-9, atol=0)
         planned = super().planned(table, weights)
         planned[..., -1] = np.where(projected, scale, 0)
@@ -144,7 +147,7 @@ class APGMix(APG):
 
 @dataclass(frozen=True, eq=False)
 class PerpNeg(Guidance):
-    """Negative prompts that take nothing from the positive one (Armandpour et al. 2023,
+    """Negative prompts without their part along the positive one (Armandpour et al. 2023,
     https://arxiv.org/abs/2304.04968).
 
     m = uncond + s (e - Σ w_k (e_k - proj_e e_k)) with e = cond - uncond and e_k = negative_k - uncond. A forward for
@@ -183,7 +186,7 @@ class PerpNeg(Guidance):
         return _perp_neg
 
 
-# `GuidancePlan.mix` of these, for u = uncond and, at the place of cond, the difference from it.
+# `GuidancePlan.mix` of the classes above, for u = uncond and, in the place of cond, d = cond - uncond.
 
 
 def _zero_star(gram: Tensor, planned: Tensor, u: int, c: int) -> Tensor:

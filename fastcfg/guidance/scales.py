@@ -1,4 +1,4 @@
-"""Scales and intervals in the spellings that the specs take, checked."""
+"""The scales and intervals that specs take, checked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIMITS = {
 
 
 def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArray[np.float64]:
-    """float64 [R, B] of a scale in any of the spellings of `CFG.scale`."""
+    """float64 [R, B] of a scale in any of the forms of `CFG.scale`."""
     if callable(scale):
         steps: Any = table.steps
         rows = [_finite(name, scale(i / table.num_steps)) for i in steps]
@@ -51,7 +51,7 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
 
 
 def inside_interval(interval: Interval, table: StepTable) -> NDArray[np.bool_]:
-    """bool [R]: rows whose step lies in the interval."""
+    """bool [R]: the rows of steps in the interval."""
     first, last = (int(edge * table.num_steps) for edge in interval)
     return np.asarray((table.steps >= first) & (table.steps < last))
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from fastcfg.models.classifier import EncoderUNetModel
-from fastcfg.models.image_conditioned import (
+from .classifier import EncoderUNetModel
+from .image_conditioned import (
     InpaintText2ImUNet,
     SuperResInpaintText2ImUnet,
     SuperResModel,
     SuperResText2ImUNet,
 )
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.models.unet import UNetModel
+from .text2im import Text2ImUNet
+from .tokenizer import Tokenizer
+from .unet import UNetModel
 
 __all__ = [
     "EncoderUNetModel",

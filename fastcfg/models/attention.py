@@ -1,4 +1,4 @@
-"""Self-attention over the positions of a feature map, with the text's keys and values in front."""
+"""Self-attention over the positions of a feature map, and attention to text."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.models.nn import GroupNorm32, PointwiseConv1d, zero_module
+from .nn import GroupNorm32, PointwiseConv1d, zero_module
 
 
 class AttentionBlock(nn.Module):
     """Residual attention block of guided-diffusion and GLIDE.
 
-    An encoder's output adds keys and values, placed before the feature map's own.
-
     Args:
         channels: channels of the feature map.
-        num_heads: number of heads, used when `num_head_channels` is -1.
+        num_heads: number of heads if `num_head_channels` is -1.
         num_head_channels: channels per head, or -1.
-        encoder_channels: channels of the encoder's output; None for a block without one.
-        use_new_attention_order: the channels of `qkv` are all queries, then all keys, then all values, as in
-            guided-diffusion's `QKVAttention`. Otherwise each head's queries, keys and values follow one another
-            (`QKVAttentionLegacy`, and GLIDE), as those of `encoder_kv` always do.
+        encoder_channels: channels of an encoder's output, whose keys and values precede the feature map's; or None.
+        use_new_attention_order: the channels of `qkv` are all queries, then all keys, then all values (guided-diffusion
+            `QKVAttention`) instead of queries, keys and values head by head (`QKVAttentionLegacy`, GLIDE), which is
+            always the order of `encoder_kv`.
 
     Raises:
-        ValueError: `channels` cannot be divided into such heads.
+        ValueError: `channels` is not divisible into such heads.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class AttentionBlock(nn.Module):
 
         Args:
             x: [B, C, *spatial].
-            encoder_kv: [B, S, 2C], the layer `encoder_kv` applied to the encoder's output, for blocks that have one.
+            encoder_kv: [B, S, 2C], output of the layer `encoder_kv`, in blocks with an encoder.
 
         Returns:
             [B, C, *spatial], of the dtype of `x`.

@@ -1,4 +1,4 @@
-"""guided-diffusion's classifier of noised images: half a UNet, pooled."""
+"""guided-diffusion's classifier of noised images: the encoder of a UNet, pooled."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.models.nn import GroupNorm32, PointwiseConv1d, conv_nd, zero_module
-from fastcfg.models.unet_encoder import LayerOptions, UNetEncoder, weight_dtype
+from ..utils.checks import check_one_of
+from .nn import GroupNorm32, PointwiseConv1d, conv_nd, zero_module
+from .unet_encoder import LayerOptions, UNetEncoder, weight_dtype
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 
@@ -18,16 +19,13 @@ _SPATIAL_WIDTH = 2048
 
 
 class AttentionPool2d(nn.Module):
-    """What the mean position attends to among all positions and itself (guided-diffusion, class of the same name).
+    """Attention of the mean position to all positions and itself (guided-diffusion, class of the same name).
 
     Args:
-        spacial_dim: height and width of the feature map (upstream's spelling).
-        embed_dim: its channels.
-        num_heads_channels: channels per attention head.
+        spacial_dim: height and width of the feature map (the original's spelling).
+        embed_dim: channels of the feature map.
+        num_heads_channels: channels per attention head; ValueError unless a divisor of `embed_dim`.
         output_dim: channels of the output; `embed_dim` if None.
-
-    Raises:
-        ValueError: `embed_dim` cannot be divided into such heads.
     """
 
     def __init__(
@@ -45,10 +43,7 @@ class AttentionPool2d(nn.Module):
         self.c_proj = PointwiseConv1d(embed_dim, output_dim or embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool [B, embed_dim, spacial_dim, spacial_dim] to [B, output_dim]; ValueError for other sizes.
-
-        Only the mean's query is asked for, so only its attention is computed.
-        """
+        """Pool [B, embed_dim, spacial_dim, spacial_dim] to [B, output_dim]; ValueError for other sizes."""
         if x.shape[2:] != (self.spacial_dim, self.spacial_dim):
             raise ValueError(f"x: got features of {tuple(x.shape[2:])}, expected {(self.spacial_dim,) * 2}")
         tokens = x.flatten(2).transpose(1, 2)
@@ -56,6 +51,7 @@ class AttentionPool2d(nn.Module):
         tokens = tokens + self.positional_embedding.t().to(x.dtype)
         weight, bias = self.qkv_proj.weight.squeeze(-1), self.qkv_proj.bias
         channels = x.shape[1]
+        # Only the output of the mean's query is used.
         query = F.linear(tokens[:, :1], weight[:channels], bias[:channels])  # type: ignore[index]
         key, value = F.linear(tokens, weight[channels:], bias[channels:]).chunk(2, dim=2)  # type: ignore[index]
         h = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
@@ -69,31 +65,20 @@ class AttentionPool2d(nn.Module):
 class EncoderUNetModel(UNetEncoder):
     """Classifier of noised images (guided-diffusion `unet.EncoderUNetModel`), state-dict compatible with it.
 
+    Arguments are those of `UNetModel`, except:
+
     Args:
         image_size: height and width of the images; only "attention" depends on it.
-        in_channels: channels of the input.
-        model_channels: base width; a multiple of 32.
         out_channels: number of classes.
-        num_res_blocks: as in `UNetModel`, like what follows.
-        attention_resolutions: as there.
-        dropout: as there.
-        channel_mult: as there.
-        conv_resample: as there.
-        dims: 2: the pools are for images.
-        use_checkpoint: as there.
-        use_fp16: as there.
-        num_heads: as there.
-        num_head_channels: as there; "attention" needs it.
-        num_heads_upsample: without effect.
-        use_scale_shift_norm: as there.
-        resblock_updown: as there.
-        use_new_attention_order: as there.
-        pool: how the features become logits. "adaptive": their mean over the positions, projected; "attention":
+        dims: must be 2.
+        num_head_channels: required by "attention".
+        num_heads_upsample: has no effect.
+        pool: how features become logits. "adaptive": projection of their mean over positions; "attention":
             `AttentionPool2d`; "spatial": two layers on the means of every block's features; "spatial_v2": the same with
             a norm between the layers.
 
     Raises:
-        ValueError: an unknown pool, one without the options it needs, or what `UNetModel` refuses.
+        ValueError: an unknown pool or one without the options it needs; errors of `UNetModel`.
     """
 
     def __init__(
@@ -118,8 +103,7 @@ class EncoderUNetModel(UNetEncoder):
         use_new_attention_order: bool = False,
         pool: str = "adaptive",
     ) -> None:
-        if pool not in POOLS:
-            raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
+        check_one_of("pool", pool, POOLS)
         if dims != 2:
             raise ValueError(f"dims: got {dims!r}, expected 2")
         if pool == "attention" and num_head_channels == -1:
@@ -134,17 +118,9 @@ class EncoderUNetModel(UNetEncoder):
             resblock_updown=resblock_updown,
             use_new_attention_order=use_new_attention_order,
         )
-        super().__init__(
-            options,
-            in_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            None,
-            num_heads,
-            use_checkpoint,
-            use_fp16,
-        )
+        super().__init__(options, in_channels, num_res_blocks, attention_resolutions, channel_mult, None, num_heads)
+        self.use_checkpoint = use_checkpoint
+        self.use_fp16 = use_fp16
         self.image_size = image_size
         self.out_channels = out_channels
         self.pool = pool
@@ -174,14 +150,14 @@ class EncoderUNetModel(UNetEncoder):
         """Classify noised images.
 
         Args:
-            x: [B, in_channels, H, W]; H and W multiples of 2 per level but the first, and `image_size` for "attention".
+            x: [B, in_channels, H, W]; H and W multiples of 2 ** (levels - 1), for "attention" `image_size`.
             timesteps: [B], integer or float.
 
         Returns:
             Logits [B, out_channels], of the dtype of `x`.
 
         Raises:
-            ValueError: an argument's shape does not fit.
+            ValueError: a shape does not fit.
         """
         emb = self._embed(x, timesteps)
         if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):

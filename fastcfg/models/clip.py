@@ -1,4 +1,4 @@
-"""GLIDE's noised CLIP: encoders of noised images and of text, and the guidance by their likeness."""
+"""GLIDE's noised CLIP: encoders of noised images and of text, and guidance by their similarity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# CLIP's own, for pixels of 0 to 255.
+# CLIP's, for pixels of 0 to 255.
 _CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
 _CHANNEL_STDS = (68.50053285, 66.63215831, 70.32316309)
 
@@ -20,14 +20,14 @@ END_TOKEN = 49407
 
 
 class HasEncode(Protocol):
-    """What `CLIPModel` asks of a tokenizer."""
+    """A tokenizer, as far as `CLIPModel` uses it."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Ids of a text, without start and end."""
+        """Ids of a text in CLIP's vocabulary, without start and end token."""
 
 
 class LayerNorm(nn.Module):
-    """Layer norm computed in float32 whatever the dtype of input and weights."""
+    """Layer norm computed in float32 for any dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class LayerNorm(nn.Module):
 
 
 class Affine(nn.Module):
-    """A linear layer, with weights of the standard deviation given."""
+    """A linear layer with initial weights of the given standard deviation."""
 
     def __init__(self, n_in: int, n_out: int, std: float, use_bias: bool = True) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Affine(nn.Module):
 
 
 class AttentionResblock(nn.Module):
-    """Residual self-attention over tokens; causal ones see no later token."""
+    """Residual self-attention over tokens, causal or not."""
 
     def __init__(self, width: int, heads: int, blocks: int, causal: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class AttentionResblock(nn.Module):
 
 
 class FullyConnectedResblock(nn.Module):
-    """Residual MLP, four times as wide inside, with the exact GELU."""
+    """Residual MLP with the exact GELU and four times the width inside."""
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class TransformerBlock(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """Token and position embeddings, added."""
+    """Sum of token and position embeddings."""
 
     def __init__(self, n_vocab: int, n_context: int, width: int) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class TextEmbedding(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """Patches of an image, behind a token for its timestep."""
+    """A token for the timestep, followed by the patches of an image."""
 
     def __init__(self, image_size: int, patch_size: int, width: int, n_timestep: int) -> None:
         super().__init__()
@@ -126,12 +126,12 @@ class ImageEmbedding(nn.Module):
         )
         self.w_pos = nn.Parameter(torch.empty(1 + (image_size // patch_size) ** 2, width).normal_(std=std))
         self.ln = LayerNorm(width)
-        # Buffers, so that they move with the weights and no call copies them from the host.
+        # Buffers move with the weights: no call copies them from the host.
         for name, values in (("channel_means", _CHANNEL_MEANS), ("channel_stds", _CHANNEL_STDS)):
             self.register_buffer(name, torch.tensor(values).reshape(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor | None) -> Tensor:
-        # In float32: pixels of 0 to 255 have three bits after the point in float16.
+        # In float32: float16 has three bits after the point for pixels up to 255.
         x = (x.float() - self.channel_means.float()) / self.channel_stds.float()  # type: ignore[operator]
         patches = F.conv2d(x.to(self.patch_proj.dtype), self.patch_proj, stride=self.patch_size)
         first = self.pred_state.expand(len(x), -1) if t is None else F.embedding(t.long(), self.w_t)
@@ -139,7 +139,7 @@ class ImageEmbedding(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """One token's features, normed and projected."""
+    """Layer norm and projection of one token's features."""
 
     def __init__(self, width: int, n_embd: int) -> None:
         super().__init__()
@@ -168,24 +168,18 @@ class TextEncoder(nn.Module):
         super().__init__()
         width = n_head * n_head_state
         self.max_text_len = max_text_len
-        blocks: dict[str, nn.Module] = {"input": TextEmbedding(n_bpe_vocab, max_text_len, width)}
-        for index in range(n_xf_blocks):
-            blocks[f"block_{index}"] = TransformerBlock(width, n_head, n_xf_blocks, causal=True)
-        blocks["output"] = FeatureExtractor(width, n_embd)
-        self.blocks = nn.ModuleDict(blocks)
+        embedding = TextEmbedding(n_bpe_vocab, max_text_len, width)
+        self.blocks = _stack(embedding, width, n_head, n_xf_blocks, n_embd, causal=True)
 
     def forward(self, text: Tensor, text_len: Tensor) -> Tensor:
         """Encode padded texts.
 
         Args:
             text: [B, max_text_len] integer ids.
-            text_len: [B] integer lengths; the features of the last token count.
+            text_len: [B] integer lengths; the last token's features are used.
 
         Returns:
             [B, n_embd], of the dtype of the weights, not normalised.
-
-        Raises:
-            ValueError: a shape does not fit.
         """
         if text.ndim != 2 or text.shape[1] != self.max_text_len:
             raise ValueError(f"text: got shape {tuple(text.shape)}, expected [B, {self.max_text_len}]")
@@ -204,15 +198,9 @@ class ImageEncoder(nn.Module):
 
     Args:
         image_size: height and width of the images.
-        patch_size: height and width of a patch.
-        n_embd: width of the embedding.
-        n_head: attention heads.
-        n_xf_blocks: transformer blocks.
-        n_head_state: channels per attention head.
+        patch_size: height and width of a patch, a divisor of `image_size`.
+        n_embd, n_head, n_xf_blocks, n_head_state: see `TextEncoder`.
         n_timestep: number of timesteps; 0 for an encoder of clean images.
-
-    Raises:
-        ValueError: `image_size` is not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -231,11 +219,8 @@ class ImageEncoder(nn.Module):
         width = n_head * n_head_state
         self.image_size = image_size
         self.n_timestep = n_timestep
-        blocks: dict[str, nn.Module] = {"input": ImageEmbedding(image_size, patch_size, width, n_timestep)}
-        for index in range(n_xf_blocks):
-            blocks[f"block_{index}"] = TransformerBlock(width, n_head, n_xf_blocks, causal=False)
-        blocks["output"] = FeatureExtractor(width, n_embd)
-        self.blocks = nn.ModuleDict(blocks)
+        embedding = ImageEmbedding(image_size, patch_size, width, n_timestep)
+        self.blocks = _stack(embedding, width, n_head, n_xf_blocks, n_embd, causal=False)
 
     def forward(self, image: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """Encode noised images.
@@ -246,9 +231,6 @@ class ImageEncoder(nn.Module):
 
         Returns:
             [B, n_embd], of the dtype of the weights, not normalised.
-
-        Raises:
-            ValueError: a shape does not fit, or timesteps that are missing or not wanted.
         """
         expected = (3, self.image_size, self.image_size)
         if image.ndim != 4 or image.shape[1:] != expected:
@@ -267,20 +249,21 @@ class ImageEncoder(nn.Module):
 
 @dataclass
 class CLIPModel:
-    """GLIDE's CLIP (`clip.model_creation.CLIPModel`): how alike noised images and texts are.
+    """GLIDE's CLIP (`clip.model_creation.CLIPModel`): the similarity of noised images and texts.
 
     Attributes:
         text_encoder: the text encoder.
         image_encoder: the image encoder.
-        tokenizer: anything with `encode(text)` giving the ids of CLIP's vocabulary, without start and end.
-        logit_scale: logarithm of the factor of the likeness.
-        start_token: id set before every text.
-        end_token: id set behind every text.
+        tokenizer: a tokenizer with CLIP's vocabulary, needed for prompts.
+        logit_scale: logarithm of the similarity's factor.
+        start_token: id before every text.
+        end_token: id after every text.
 
     Example:
+        >>> from fastcfg.frontends.glide import create_clip_model, load_checkpoint
         >>> clip = create_clip_model(tokenizer=tokenizer)
-        >>> clip.image_encoder.load_state_dict(image_weights)
-        >>> clip.text_encoder.load_state_dict(text_weights)
+        >>> clip.image_encoder.load_state_dict(load_checkpoint("image-enc.pt"))
+        >>> clip.text_encoder.load_state_dict(load_checkpoint("text-enc.pt"))
         >>> cond_fn = clip.cond_fn(["a red circle"] * batch, grad_scale=3.0)
         >>> gradient = cond_fn(x, t)  # every step
     """
@@ -294,20 +277,14 @@ class CLIPModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the text encoder is."""
+        """The device of the text encoder."""
         return next(self.text_encoder.parameters()).device
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and lengths of texts, cut to what fits between start and end, and padded with zeros.
-
-        Args:
-            prompts: the texts.
-
-        Returns:
-            int64 [B, max_text_len] and [B], on the encoder's device.
+        """Ids and lengths of texts, cut to fit and padded with zeros: int64 [B, max_text_len] and [B], on `device`.
 
         Raises:
-            TypeError: one text instead of several.
+            TypeError: a string instead of several.
             ValueError: no text, or no tokenizer.
         """
         if isinstance(prompts, str):
@@ -323,38 +300,30 @@ class CLIPModel:
         return torch.tensor(padded, device=self.device), torch.tensor(lengths, device=self.device)
 
     def text_embeddings(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings of texts, float32 [B, n_embd] of length 1; raises what `encode_prompts` does."""
+        """Embeddings of texts, float32 [B, n_embd] of length 1; errors as `encode_prompts`."""
         return _normalised(self.text_encoder(*self.encode_prompts(prompts)))
 
     def image_embeddings(self, images: Tensor, t: Tensor) -> Tensor:
-        """Embeddings of noised images.
+        """Embeddings of noised images, float32 [B, n_embd] of length 1.
 
         Args:
             images: [B, 3, image_size, image_size], in [-1, 1].
-            t: [B], timesteps of the whole process.
-
-        Returns:
-            float32 [B, n_embd] of length 1.
-
-        Raises:
-            ValueError: as `ImageEncoder`.
+            t: [B], timesteps of the full schedule.
         """
         return _normalised(self.image_encoder((images + 1) * 127.5, t))
 
     def cond_fn(self, prompts: Sequence[str], grad_scale: float) -> Callable[..., Tensor]:
-        """The gradient that guides samples towards texts, which are encoded now.
+        """Encode texts and return the function whose gradient guides samples towards them.
 
         Args:
             prompts: one text per sample, or one for all.
             grad_scale: factor of the gradient.
 
         Returns:
-            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the scaled likeness of `x`, [B, 3, H, W],
-            and its texts, of the shape and dtype of `x`; other keyword arguments are ignored.
+            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the scaled similarity of `x` and its text,
+            like `x`, [B, 3, H, W]; other keyword arguments are ignored. ValueError for a batch of the wrong size.
 
-        Raises:
-            TypeError: as `encode_prompts`.
-            ValueError: likewise; and the function, for a batch of another size than `prompts`.
+        Errors of this method are those of `encode_prompts`.
         """
         with torch.no_grad():
             texts = self.text_embeddings(prompts)
@@ -364,19 +333,19 @@ class CLIPModel:
                 raise ValueError(f"x: got a batch of {len(x)}, expected {len(texts)}, one per prompt")
             with torch.enable_grad():
                 x = x.detach().requires_grad_(True)
-                likeness = math.exp(self.logit_scale) * (texts * self.image_embeddings(x, t)).sum()
-                (gradient,) = torch.autograd.grad(likeness, x)
+                similarity = math.exp(self.logit_scale) * (texts * self.image_embeddings(x, t)).sum()
+                (gradient,) = torch.autograd.grad(similarity, x)
             return gradient * grad_scale
 
         return cond_fn
 
 
 def create_clip_model(*, device: torch.device | str | None = None, tokenizer: HasEncode | None = None) -> CLIPModel:
-    """GLIDE's CLIP without weights (`clip.model_creation.create_clip_model` with its one configuration).
+    """GLIDE's CLIP with initial weights (`clip.model_creation.create_clip_model` with its only configuration).
 
     Args:
-        device: where to make it; None is torch's default device.
-        tokenizer: as `CLIPModel`.
+        device: device of the weights; None for torch's default device.
+        tokenizer: see `CLIPModel`.
     """
     with torch.device(torch.get_default_device() if device is None else device):
         return CLIPModel(
@@ -388,7 +357,13 @@ def create_clip_model(*, device: torch.device | str | None = None, tokenizer: Ha
         )
 
 
+def _stack(embedding: nn.Module, width: int, heads: int, blocks: int, n_embd: int, causal: bool) -> nn.ModuleDict:
+    """An encoder's layers, named as in the original."""
+    middle = {f"block_{index}": TransformerBlock(width, heads, blocks, causal) for index in range(blocks)}
+    return nn.ModuleDict({"input": embedding, **middle, "output": FeatureExtractor(width, n_embd)})
+
+
 def _normalised(features: Tensor) -> Tensor:
-    """Features in float32, of length 1."""
+    """Features scaled to length 1, in float32."""
     features = features.float()
     return features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-12)

@@ -1,16 +1,16 @@
-"""GLIDE's networks from its options: the model side of `glide_text2im.model_creation`."""
+"""GLIDE's networks from its options: the networks of `glide_text2im.model_creation`."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-from fastcfg.models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet, SuperResText2ImUNet
-from fastcfg.models.options import downsampling_factors, level_multiples
-from fastcfg.models.text2im import HasVocabulary, Text2ImUNet
+from .image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet, SuperResText2ImUNet
+from .options import downsampling_factors, level_multiples
+from .text2im import HasVocabulary, Text2ImUNet
 
 N_VOCAB = 50257
-"""Number of ids of GPT-2's vocabulary, GLIDE's."""
+"""Size of GPT-2's vocabulary, which GLIDE uses."""
 
 _CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
 
@@ -89,62 +89,28 @@ def create_model(
     *,
     tokenizer: HasVocabulary | None = None,
 ) -> Text2ImUNet:
-    """A model of GLIDE's options (`model_creation.create_model`).
+    """Make a model from GLIDE's options (`model_creation.create_model`).
+
+    Arguments are those of `Text2ImUNet`, except:
 
     Args:
-        image_size: height and width: 64, 128 or 256, or that of `channel_mult`.
+        image_size: height and width: 64, 128 or 256, or 2 ** (levels + 2) if `channel_mult` is given.
         num_channels: base width.
-        num_res_blocks: residual blocks per level.
-        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,4", for an image size of 2 to the
-            power of their number plus 2; empty for that of the size.
+        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,4"; empty for the size's default.
         attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
-        num_heads: as `UNetModel`.
-        num_head_channels: as there.
-        num_heads_upsample: as there.
-        use_scale_shift_norm: as there.
-        dropout: as there.
-        text_ctx: as `Text2ImUNet`.
-        xf_width: as there.
-        xf_layers: as there.
-        xf_heads: as there.
-        xf_final_ln: as there.
-        xf_padding: as there.
-        resblock_updown: as `UNetModel`.
-        use_fp16: as there: convert after loading weights.
-        cache_text_emb: as `Text2ImUNet`.
-        inpaint: the model sees the known part of the image and its mask.
-        super_res: the model sees a smaller image.
-        tokenizer: becomes the model's `tokenizer`; None stands for the size of GLIDE's vocabulary alone.
+        inpaint: the model also sees the known part of the image and its mask.
+        super_res: the model also sees a smaller image.
+        tokenizer: becomes the model's `tokenizer`; None for the size of GLIDE's vocabulary only.
 
     Returns:
-        A `Text2ImUNet`, or the subclass that sees the images asked for.
+        A `Text2ImUNet`, or the subclass for these images.
 
     Raises:
-        ValueError: an image size without default widths or that does not go with `channel_mult`, lists that are not of
-            positive integers, or what `Text2ImUNet` refuses.
+        ValueError: an image size without default or other than that of `channel_mult`, lists not of positive integers;
+            errors of `Text2ImUNet`.
     """
-    network, arguments = describe_model(
-        image_size=image_size,
-        num_channels=num_channels,
-        num_res_blocks=num_res_blocks,
-        channel_mult=channel_mult,
-        attention_resolutions=attention_resolutions,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        dropout=dropout,
-        text_ctx=text_ctx,
-        xf_width=xf_width,
-        xf_layers=xf_layers,
-        xf_heads=xf_heads,
-        xf_final_ln=xf_final_ln,
-        xf_padding=xf_padding,
-        resblock_updown=resblock_updown,
-        cache_text_emb=cache_text_emb,
-        inpaint=inpaint,
-        super_res=super_res,
-    )
+    options = {name: value for name, value in locals().items() if name not in ("use_fp16", "tokenizer")}
+    network, arguments = describe_model(**options)
     levels = len(arguments["channel_mult"])
     if channel_mult and image_size != 2 ** (levels + 2):
         raise ValueError(
@@ -169,11 +135,9 @@ def describe_model(
     super_res: bool,
     **others: Any,
 ) -> tuple[type[Text2ImUNet], dict[str, Any]]:
-    """The class and the arguments that options of `create_model` stand for, without `image_size`, `use_fp16` and the
-    tokenizer; `others` go by the same names.
+    """The class and the arguments for options of `create_model`, without `image_size`, `use_fp16` and the tokenizer.
 
-    Raises:
-        ValueError: as `create_model`, which alone, like GLIDE, ties the size to the number of levels.
+    `others` keep their names. Errors are those of `create_model`, which alone (as in GLIDE) ties size to levels.
     """
     multiples = level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult)
     arguments = {

@@ -1,16 +1,12 @@
-"""GLIDE's networks by GLIDE's own options, as checkpoints describe networks."""
+"""Descriptions of GLIDE's networks, as in checkpoints, from GLIDE's options."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from fastcfg.models.checkpoint import CheckpointMeta
-from fastcfg.models.glide import (
-    describe_model,
-    model_and_diffusion_defaults,
-    model_and_diffusion_defaults_upsampler,
-)
+from .checkpoint import CheckpointMeta
+from .glide import describe_model, model_and_diffusion_defaults, model_and_diffusion_defaults_upsampler
 
 GLIDE_BASE = model_and_diffusion_defaults()
 """Options of the 64-pixel network."""
@@ -18,25 +14,18 @@ GLIDE_BASE = model_and_diffusion_defaults()
 GLIDE_UPSAMPLER = model_and_diffusion_defaults_upsampler()
 """Options of the upsampler from 64 to 256 pixels."""
 
-# Options of the process, and those that tell how a network is run.
+# Options of the diffusion, and of how a network is run.
 _NOT_THE_NETWORK = ("diffusion_steps", "noise_schedule", "timestep_respacing", "use_fp16")
 
 
 def glide_network(options: Mapping[str, Any], **changes: Any) -> CheckpointMeta:
-    """What GLIDE's options describe (GLIDE `model_creation.create_model`), as a checkpoint says it.
+    """Describe the network of GLIDE's options, all given as in `GLIDE_BASE`, with `changes`.
 
-    `use_fp16` and `timestep_respacing` tell how to run a network, not what it is, and leave no trace.
-
-    Args:
-        options: all of GLIDE's options, as in `GLIDE_BASE`.
-        **changes: options that replace those.
-
-    Returns:
-        Network, arguments, schedule and image size; `meta.build(tokenizer)` makes the network.
+    `use_fp16` and `timestep_respacing` concern the running of a network and have no effect.
 
     Raises:
-        ValueError: options that GLIDE does not know, that are missing or of another type than GLIDE's, or an image size
-            whose `channel_mult` is not given.
+        ValueError: unknown or missing options, values of the wrong type, or an image size without default and without
+            `channel_mult`.
 
     Example:
         >>> glide_network(GLIDE_BASE, num_channels=64).model["model_channels"]
@@ -57,7 +46,7 @@ def glide_network(options: Mapping[str, Any], **changes: Any) -> CheckpointMeta:
     network, arguments = describe_model(
         **{name: value for name, value in values.items() if name not in _NOT_THE_NETWORK}
     )
-    # As a checkpoint's header stores them, so that a description equals the one read back.
+    # Lists as in the JSON of a checkpoint's header, so that a description equals the one read back.
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
     schedule, steps = values["noise_schedule"], values["diffusion_steps"]
     return CheckpointMeta(arguments, schedule, steps, values["image_size"], network=network.__name__)

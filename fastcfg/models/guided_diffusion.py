@@ -1,15 +1,18 @@
-"""guided-diffusion's networks from its options: the model side of `guided_diffusion.script_util`."""
+"""guided-diffusion's networks from its options: the networks of `guided_diffusion.script_util`."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from fastcfg.models.classifier import EncoderUNetModel
-from fastcfg.models.image_conditioned import SuperResModel
-from fastcfg.models.options import downsampling_factors, level_multiples
-from fastcfg.models.unet import UNetModel
+from .classifier import EncoderUNetModel
+from .image_conditioned import SuperResModel
+from .options import Multiples, downsampling_factors, level_multiples
+from .unet import UNetModel
 
 NUM_CLASSES = 1000
+
+_UNet = TypeVar("_UNet", bound=UNetModel)
 
 _CHANNEL_MULT = {
     64: (1, 2, 3, 4),
@@ -49,10 +52,7 @@ def classifier_defaults() -> dict[str, Any]:
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
-    """Default options of an image model and its diffusion process.
-
-    They are the scripts' defaults, of which some differ from those in the signature of `create_model`.
-    """
+    """Default options of an image model and its diffusion process, some unlike those of `create_model`."""
     return {
         "image_size": 64,
         "num_channels": 128,
@@ -104,49 +104,22 @@ def create_model(
     use_fp16: bool = False,
     use_new_attention_order: bool = False,
 ) -> UNetModel:
-    """An image model of guided-diffusion's options (`script_util.create_model`).
+    """Make an image model from guided-diffusion's options (`script_util.create_model`).
+
+    Arguments are those of `UNetModel`, except:
 
     Args:
-        image_size: height and width; 64, 128, 256 or 512 unless `channel_mult` is given.
+        image_size: height and width: 64, 128, 256 or 512 unless `channel_mult` is given.
         num_channels: base width.
-        num_res_blocks: residual blocks per level.
-        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,3,4"; empty for that of the size.
-        learn_sigma: the model learns its variance: six channels come out, not three.
-        class_cond: the model takes one of `NUM_CLASSES` classes.
-        use_checkpoint: as `UNetModel`, like the rest unless said otherwise.
+        channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,3,4"; empty for the size's default.
+        learn_sigma: the model learns its variance: it has six output channels, not three.
+        class_cond: the model is conditioned on `NUM_CLASSES` classes.
         attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
-        num_heads: as there.
-        num_head_channels: as there.
-        num_heads_upsample: as there.
-        use_scale_shift_norm: as there.
-        dropout: as there.
-        resblock_updown: as there.
-        use_fp16: as there: convert after loading weights.
-        use_new_attention_order: as there.
 
     Raises:
-        ValueError: an image size without default widths, lists that are not of positive integers, or what `UNetModel`
-            refuses.
+        ValueError: an image size without default, lists not of positive integers; errors of `UNetModel`.
     """
-    return UNetModel(
-        image_size,
-        in_channels=3,
-        model_channels=num_channels,
-        out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=downsampling_factors("attention_resolutions", image_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult),
-        num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        use_fp16=use_fp16,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_new_attention_order=use_new_attention_order,
-    )
+    return _make_unet(UNetModel, "image_size", _CHANNEL_MULT, **locals())  # the arguments by name
 
 
 def create_classifier(
@@ -159,21 +132,18 @@ def create_classifier(
     classifier_resblock_updown: bool,
     classifier_pool: str,
 ) -> EncoderUNetModel:
-    """A classifier of guided-diffusion's options (`script_util.create_classifier`).
+    """Make a classifier from guided-diffusion's options (`script_util.create_classifier`).
 
     Args:
         image_size: height and width: 64, 128, 256 or 512.
-        classifier_use_fp16: as `use_fp16` of `create_model`.
         classifier_width: base width.
         classifier_depth: residual blocks per level.
-        classifier_attention_resolutions: as `attention_resolutions` of `create_model`.
-        classifier_use_scale_shift_norm: as `UNetModel`.
-        classifier_resblock_updown: as `UNetModel`.
-        classifier_pool: as `EncoderUNetModel`.
+        classifier_attention_resolutions, classifier_use_fp16, classifier_use_scale_shift_norm,
+            classifier_resblock_updown: the options of `create_model` without "classifier_".
+        classifier_pool: `pool` of `EncoderUNetModel`.
 
     Raises:
-        ValueError: an image size without default widths, resolutions that are not positive integers, or what
-            `EncoderUNetModel` refuses.
+        ValueError: an image size without default, resolutions not positive integers; errors of `EncoderUNetModel`.
     """
     return EncoderUNetModel(
         image_size,
@@ -210,44 +180,42 @@ def sr_create_model(
     resblock_updown: bool,
     use_fp16: bool,
 ) -> SuperResModel:
-    """An upsampler of guided-diffusion's options (`script_util.sr_create_model`).
+    """Make an upsampler from guided-diffusion's options (`script_util.sr_create_model`).
+
+    Arguments are those of `create_model`, except:
 
     Args:
-        large_size: height and width of its output: 64, 256 or 512.
-        small_size: without effect: `low_res` may have any size.
-        num_channels: as `create_model`, like the rest.
-        num_res_blocks: as there.
-        learn_sigma: as there.
-        class_cond: as there.
-        use_checkpoint: as there.
-        attention_resolutions: as there.
-        num_heads: as there.
-        num_head_channels: as there.
-        num_heads_upsample: as there.
-        use_scale_shift_norm: as there.
-        dropout: as there.
-        resblock_updown: as there.
-        use_fp16: as there.
+        large_size: height and width of the output: 64, 256 or 512.
+        small_size: has no effect: `low_res` may have any size.
 
     Raises:
-        ValueError: a size without default widths, resolutions that are not positive integers, or what `UNetModel`
-            refuses.
+        ValueError: a size without default, resolutions not positive integers; errors of `UNetModel`.
     """
-    return SuperResModel(
-        large_size,
+    options = {name: value for name, value in locals().items() if name != "small_size"}
+    return _make_unet(SuperResModel, "large_size", _SUPER_RES_CHANNEL_MULT, **options)
+
+
+def _make_unet(
+    network: type[_UNet],
+    size_name: str,
+    multiples: Mapping[int, Multiples],
+    *,
+    num_channels: int,
+    attention_resolutions: str,
+    learn_sigma: bool,
+    class_cond: bool,
+    channel_mult: str = "",
+    **options: Any,
+) -> _UNet:
+    """Make a network from options of `create_model`; its size is the option `size_name`."""
+    size = options.pop(size_name)
+    return network(
+        size,
         in_channels=3,
         model_channels=num_channels,
         out_channels=6 if learn_sigma else 3,
-        num_res_blocks=num_res_blocks,
-        attention_resolutions=downsampling_factors("attention_resolutions", large_size, attention_resolutions),
-        dropout=dropout,
-        channel_mult=level_multiples("large_size", large_size, _SUPER_RES_CHANNEL_MULT),
+        attention_resolutions=downsampling_factors("attention_resolutions", size, attention_resolutions),
+        channel_mult=level_multiples(size_name, size, multiples, channel_mult),
         num_classes=NUM_CLASSES if class_cond else None,
-        use_checkpoint=use_checkpoint,
-        num_heads=num_heads,
-        num_head_channels=num_head_channels,
-        num_heads_upsample=num_heads_upsample,
-        use_scale_shift_norm=use_scale_shift_norm,
-        resblock_updown=resblock_updown,
-        use_fp16=use_fp16,
+        **options,
     )

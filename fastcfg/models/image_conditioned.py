@@ -1,4 +1,13 @@
-"""UNets that also see images: super-resolution of guided-diffusion and GLIDE, and GLIDE's inpainting."""
+"""UNets that also see images: super-resolution of guided-diffusion and GLIDE, and GLIDE's inpainting.
+
+In every `forward`:
+
+    low_res: [B, C, h, w] in [-1, 1], resized to the size of `x`.
+    inpaint_image: [B, C, H, W] in [-1, 1], used where the mask is 1; zeros if left out.
+    inpaint_mask: [B, 1, H, W], 1 where the image is known; zeros if left out.
+
+ValueError if `low_res` is missing or a shape does not fit.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.unet import UNetModel
+from .text2im import Text2ImUNet
+from .unet import UNetModel
 
 
 class SuperResModel(UNetModel):
-    """`UNetModel` that also sees a smaller image, resized to the output's size (guided-diffusion, class of this name).
+    """`UNetModel` that also sees a smaller image (guided-diffusion, class of the same name).
 
-    Args:
-        image_size: as `UNetModel`.
-        in_channels: the image's; the network's input has twice as many.
-        *args: further positional arguments of `UNetModel`.
-        **kwargs: its keyword arguments.
+    `in_channels` counts the image's channels; the network's input has twice as many.
     """
 
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any) -> None:
@@ -28,46 +33,20 @@ class SuperResModel(UNetModel):
     def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Apply the network.
-
-        Args:
-            x: [B, C, H, W].
-            timesteps: [B], integer or float.
-            low_res: [B, C, h, w], in [-1, 1]; taken as it is if it has the size of `x` already.
-            **kwargs: `y`, as for `UNetModel.forward`.
-
-        Returns:
-            [B, out_channels, H, W].
-
-        Raises:
-            ValueError: `low_res` is missing, or a shape does not fit.
-        """
+        """Apply the network, like `UNetModel.forward`; see the module for `low_res`."""
         return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
 
 
 class SuperResText2ImUNet(Text2ImUNet):
-    """`Text2ImUNet` that also sees a smaller image, resized to the output's size (GLIDE, class of the same name).
+    """`Text2ImUNet` that also sees a smaller image (GLIDE, class of the same name).
 
-    `in_channels` is the image's; the network's input has twice as many.
+    `in_channels` counts the image's channels; the network's input has twice as many.
     """
 
     def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Apply the network.
-
-        Args:
-            x: [B, C, H, W].
-            timesteps: [B], integer or float.
-            low_res: [B, C, h, w], in [-1, 1]; taken as it is if it has the size of `x` already.
-            **kwargs: the text, as for `Text2ImUNet.forward`.
-
-        Returns:
-            [B, out_channels, H, W].
-
-        Raises:
-            ValueError: `low_res` is missing, or a shape does not fit.
-        """
+        """Apply the network, like `Text2ImUNet.forward`; see the module for `low_res`."""
         return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
 
     @staticmethod
@@ -78,7 +57,7 @@ class SuperResText2ImUNet(Text2ImUNet):
 class InpaintText2ImUNet(Text2ImUNet):
     """`Text2ImUNet` that also sees the known part of the image and its mask (GLIDE, class of the same name).
 
-    `in_channels` is the image's; the network's input has twice as many and one more.
+    `in_channels` counts the image's channels; the network's input has twice as many and one more.
     """
 
     def forward(  # type: ignore[override]
@@ -89,21 +68,7 @@ class InpaintText2ImUNet(Text2ImUNet):
         inpaint_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Apply the network.
-
-        Args:
-            x: [B, C, H, W].
-            timesteps: [B], integer or float.
-            inpaint_image: [B, C, H, W] in [-1, 1]; zeros if left out.
-            inpaint_mask: [B, 1, H, W], 1 where the image is known; zeros if left out.
-            **kwargs: the text, as for `Text2ImUNet.forward`.
-
-        Returns:
-            [B, out_channels, H, W].
-
-        Raises:
-            ValueError: a shape does not fit.
-        """
+        """Apply the network, like `Text2ImUNet.forward`; see the module for the images."""
         return super().forward(torch.cat([x, *_known(x, inpaint_image, inpaint_mask)], dim=1), timesteps, **kwargs)
 
     @staticmethod
@@ -114,7 +79,7 @@ class InpaintText2ImUNet(Text2ImUNet):
 class SuperResInpaintText2ImUnet(Text2ImUNet):
     """Super-resolution and inpainting in one network (GLIDE, class of the same name).
 
-    `in_channels` is the image's; the network's input has three times as many and one more.
+    `in_channels` counts the image's channels; the network's input has three times as many and one more.
     """
 
     def forward(  # type: ignore[override]
@@ -126,22 +91,7 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
         low_res: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Apply the network; arguments as for `InpaintText2ImUNet.forward` and `SuperResText2ImUNet.forward`.
-
-        Args:
-            x: [B, C, H, W].
-            timesteps: [B], integer or float.
-            inpaint_image: [B, C, H, W] in [-1, 1]; zeros if left out.
-            inpaint_mask: [B, 1, H, W], 1 where the image is known; zeros if left out.
-            low_res: [B, C, h, w], in [-1, 1]; taken as it is if it has the size of `x` already.
-            **kwargs: the text, as for `Text2ImUNet.forward`.
-
-        Returns:
-            [B, out_channels, H, W].
-
-        Raises:
-            ValueError: `low_res` is missing, or a shape does not fit.
-        """
+        """Apply the network, like `Text2ImUNet.forward`; see the module for the images."""
         images = [x, *_known(x, inpaint_image, inpaint_mask), _resize(low_res, x)]
         return super().forward(torch.cat(images, dim=1), timesteps, **kwargs)
 
@@ -155,7 +105,7 @@ def _resize(low_res: Tensor | None, x: Tensor) -> Tensor:
     if low_res is None or low_res.ndim != 4 or low_res.shape[:2] != x.shape[:2]:
         got = "None" if low_res is None else f"shape {tuple(low_res.shape)}"
         raise ValueError(f"low_res: got {got}, expected [{x.shape[0]}, {x.shape[1]}, height, width]")
-    if low_res.shape == x.shape:  # what interpolation would give, to the bit
+    if low_res.shape == x.shape:  # interpolation would give the same bits
         return low_res
     return F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
 

@@ -1,4 +1,4 @@
-"""GLIDE's text-conditional networks from files, whichever of two formats those have."""
+"""GLIDE's text-conditional networks from checkpoints of fastcfg and from state dicts of GLIDE."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fastcfg.models.checkpoint import CheckpointMeta, has_header, load_checkpoint
-from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.models.vocabulary import read_tokenizer
-from fastcfg.models.weights import load_weights, read_state_dict
+from .checkpoint import CheckpointMeta, has_header, load_checkpoint
+from .glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from .text2im import Text2ImUNet
+from .tokenizer import Tokenizer
+from .vocabulary import read_tokenizer
+from .weights import load_weights, read_state_dict
 
-# What the first convolution of each network sees, by its number of channels.
+# The networks by the number of input channels of their first convolution.
 _FIRST = "input_blocks.0.0.weight"
 _KINDS = {
     3: {"inpaint": False, "super_res": False},
@@ -31,20 +31,18 @@ def load_network(
     tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Text2ImUNet, Tokenizer, CheckpointMeta]:
-    """Read a checkpoint that `save_checkpoint` wrote, or a state dict of GLIDE, such as its `base.pt`.
+    """Read a checkpoint of `save_checkpoint`, or a state dict of GLIDE such as its `base.pt`.
 
     Args:
-        path: the file. A state dict is safetensors if its name ends so, and else of `torch.save`, of which only tensors
-            are unpickled; its shapes tell which of the four networks it is.
-        tokenizer: of a state dict: a tokenizer, or what `read_tokenizer` takes. A checkpoint has its own.
-        options: of a state dict: GLIDE's options where they differ from its defaults for the network.
+        path: the file. A state dict is read by `read_state_dict`; its shapes determine the network.
+        tokenizer: for a state dict: a tokenizer, or an argument of `read_tokenizer`. A checkpoint has its own.
+        options: for a state dict: GLIDE's options that differ from its defaults for the network.
 
     Returns:
-        The network in eval mode, float32, on the CPU; its tokenizer; what describes it.
+        The network in eval mode, float32, on the CPU; its tokenizer; its description.
 
     Raises:
-        ValueError: the file is neither, the options or the tokenizer do not go with the weights, or options are given
-            for a checkpoint.
+        ValueError: the file is neither, options or tokenizer do not fit the weights, or a checkpoint with options.
         OSError: a file cannot be read.
 
     Example:
@@ -66,7 +64,7 @@ def load_network(
 
 
 def _kind(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Mapping[str, bool]:
-    """Which network the weights are of."""
+    """The network that weights are for."""
     first = weights.get(_FIRST)
     channels = 0 if first is None or first.ndim != 4 else first.shape[1]
     if channels not in _KINDS:

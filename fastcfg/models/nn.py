@@ -9,34 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
-_POOLS: dict[int, type[nn.AvgPool1d] | type[nn.AvgPool2d] | type[nn.AvgPool3d]] = {
-    1: nn.AvgPool1d,
-    2: nn.AvgPool2d,
-    3: nn.AvgPool3d,
-}
+# By number of spatial dimensions, less one.
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def conv_nd(dims: int, in_channels: int, out_channels: int, kernel_size: int, **kwargs: Any) -> nn.Module:
     """A convolution over `dims` (1, 2 or 3) spatial dimensions."""
-    if dims not in _CONVOLUTIONS:
+    if dims not in (1, 2, 3):
         raise ValueError(f"dims: got {dims!r}, expected 1, 2 or 3")
-    return _CONVOLUTIONS[dims](in_channels, out_channels, kernel_size, **kwargs)
+    return CONVOLUTIONS[dims - 1](in_channels, out_channels, kernel_size, **kwargs)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """Zero all parameters of `module` and return it: a residual branch that starts as the identity."""
+    """Zero all parameters of `module` and return it, so that its residual block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def convert_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...], dtype: torch.dtype) -> None:
-    """Cast weight and bias of every submodule of the given `kinds` to `dtype`; the rest keeps its dtype."""
+    """Cast the submodules of the given `kinds` to `dtype`."""
     for child in module.modules():
         if isinstance(child, kinds):
             child.to(dtype)
@@ -45,16 +38,15 @@ def convert_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...], dtype
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal timestep embedding of DDPM, as in guided-diffusion and GLIDE.
 
-    The frequencies are made on the device of `timesteps`: no copy from the host, so a CUDA graph can capture the call.
-
     Args:
-        timesteps: [B], integer or floating point, may be fractional.
+        timesteps: [B], integer or float, possibly fractional.
         dim: width of the embedding; an odd width ends in a zero.
         max_period: period of the slowest frequency.
 
     Returns:
         [B, dim] float32: cosines, then sines.
     """
+    # The frequencies are computed on the device: a CUDA graph cannot capture a copy from the host.
     half = dim // 2
     index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     frequencies = torch.exp(-math.log(max_period) * index / half)
@@ -64,7 +56,7 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm in 32 groups, computed in float32 whatever the dtype of input and weights."""
+    """Group norm in 32 groups, computed in float32 for any dtype."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)
@@ -75,7 +67,7 @@ class GroupNorm32(nn.GroupNorm):
 
 
 class LayerNorm32(nn.LayerNorm):
-    """Layer norm computed in float32 whatever the dtype of input and weights."""
+    """Layer norm computed in float32 for any dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
@@ -93,10 +85,7 @@ class PointwiseConv1d(nn.Conv1d):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by two, with a convolution behind it if `use_conv`.
-
-    With three spatial dimensions only the inner two are resized.
-    """
+    """Nearest-neighbour upsampling by two (the inner two of three dimensions), then a convolution if `use_conv`."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
         super().__init__()
@@ -109,10 +98,7 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Downsampling by two: a strided convolution if `use_conv`, else average pooling.
-
-    With three spatial dimensions only the inner two are resized.
-    """
+    """Downsampling by two (the inner two of three dimensions): a strided convolution if `use_conv`, or a mean."""
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
         super().__init__()
@@ -121,7 +107,7 @@ class Downsample(nn.Module):
         if use_conv:
             self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
         else:
-            self.op = _POOLS[dims](kernel_size=stride, stride=stride)  # type: ignore[arg-type]
+            self.op = _POOLS[dims - 1](kernel_size=stride, stride=stride)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)

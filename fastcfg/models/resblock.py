@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastcfg.models.nn import Downsample, GroupNorm32, Upsample, conv_nd, zero_module
+from .nn import Downsample, GroupNorm32, Upsample, conv_nd, zero_module
 
 
 class ResBlock(nn.Module):
     """Residual block of guided-diffusion and GLIDE.
 
     Args:
-        channels: channels in.
+        channels: input channels.
         emb_channels: width of the timestep embedding.
         dropout: dropout rate before the second convolution.
-        out_channels: channels out; `channels` if None.
-        use_scale_shift_norm: the embedding scales and shifts the second norm's output (FiLM) instead of being added
-            before it.
+        out_channels: output channels; `channels` if None.
+        use_scale_shift_norm: the embedding scales and shifts the second norm's output, instead of added to its input.
         dims: spatial dimensions, 1 to 3.
         up: upsample by two inside the block.
         down: downsample by two inside the block.
@@ -56,15 +55,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if out_channels == channels else conv_nd(dims, channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the block.
-
-        Args:
-            x: [B, channels, *spatial].
-            emb: [B, emb_channels].
-
-        Returns:
-            [B, out_channels, *spatial], resampled if the block resamples.
-        """
+        """Map features [B, channels, *spatial] and embedding [B, emb_channels] to [B, out_channels, *spatial]."""
         norm_in, activation, conv_in = self.in_layers
         h = conv_in(self.resample(activation(norm_in(x))))
         emb_out = self.emb_layers(emb).to(h.dtype)

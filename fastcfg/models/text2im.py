@@ -1,4 +1,4 @@
-"""Text-conditional UNets of GLIDE: base, super-resolution and inpainting."""
+"""The text-conditional UNet of GLIDE."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastcfg.models.nn import LayerNorm32, convert_modules
-from fastcfg.models.transformer import Transformer
-from fastcfg.models.unet import UNetModel
+from .nn import LayerNorm32, convert_modules
+from .transformer import Transformer
+from .unet import UNetModel
 
-# Upstream leaves the positional and padding embeddings uninitialised memory. CLIP's value serves training from scratch.
+# The original leaves positional and padding embeddings uninitialised. CLIP's value works for training from scratch.
 _POSITION_STD = 0.01
 
-# The forms text comes in, one of which a call is given: as tokens, encoded, and with all of its work done.
+# The forms of text, of which a call takes one: tokens, encoded by `get_text_emb`, and made ready by `precompute`.
 _TEXT = ("tokens", "mask", "xf_proj", "xf_out", "xf_kv")
 _FORMS = ({"tokens"}, {"tokens", "mask"}, {"xf_proj", "xf_out"}, {"xf_proj", "xf_kv"})
 
 
 class HasVocabulary(Protocol):
-    """What the network asks of a tokenizer."""
+    """A tokenizer, as far as the network uses it."""
 
     n_vocab: int
 
@@ -29,28 +29,28 @@ class HasVocabulary(Protocol):
 class Text2ImUNet(UNetModel):
     """A UNet conditioned on text (GLIDE `text2im_model.Text2ImUNet`), state-dict compatible with it.
 
-    A transformer encodes the tokens. Its output at the last position, projected, is added to the timestep embedding,
-    and every attention block attends to all of it. Positional and padding embeddings start as small normal values.
+    A transformer encodes the tokens. Its projected output at the last position is added to the timestep embedding, and
+    every attention block attends to its whole output.
 
     Args:
         text_ctx: number of text positions.
         xf_width: width of the text transformer; 0 for a network without text.
-        xf_layers: its blocks.
-        xf_heads: its attention heads.
-        xf_final_ln: a layer norm ends it.
-        tokenizer: anything with `n_vocab`; kept as `tokenizer`, for callers.
+        xf_layers: blocks of the transformer.
+        xf_heads: attention heads of a block.
+        xf_final_ln: the transformer ends with a layer norm.
+        tokenizer: any object with `n_vocab`; kept as an attribute for callers.
         in_channels: channels of the image; subclasses add those of their conditioning images.
         *args: further positional arguments of `UNetModel`, from `model_channels` on.
-        cache_text_emb: keep the encoded text of the last call, detached, and use it while tokens and mask stay equal.
-            Comparing them waits for the device; passing what `precompute` returns to `forward` does not.
+        cache_text_emb: reuse the encoded text of the last call, detached, while tokens and mask stay equal. Comparing
+            them waits for the device; the result of `precompute` avoids this.
         xf_ar: nonzero adds the layer `unemb` of GLIDE's auxiliary language-model loss, for its parameters only.
-        xf_padding: positions whose mask is False get a learned padding embedding.
+        xf_padding: positions with mask False get a learned padding embedding.
         share_unemb: `unemb` shares its weight with the token embedding.
-        image_size: as `UNetModel`.
+        image_size: see `UNetModel`.
         **kwargs: further keyword arguments of `UNetModel`.
 
     Example:
-        >>> from fastcfg.models.tokenizer import Tokenizer
+        >>> from .tokenizer import Tokenizer
         >>> tokenizer = Tokenizer.word_level(["a", "red", "circle"])
         >>> model = Text2ImUNet(
         ...     16, 64, 2, 2, True, tokenizer, xf_padding=True, in_channels=3, model_channels=32, out_channels=6,
@@ -104,7 +104,7 @@ class Text2ImUNet(UNetModel):
                 self.unemb.weight = self.token_embedding.weight
 
     def convert_to_fp16(self) -> None:
-        """Make convolutions and text matrices float16; norms, positional and padding embedding keep float32."""
+        """Cast convolutions and text matrices to float16; norms, positional and padding embedding stay float32."""
         super().convert_to_fp16()
         self._convert_text(torch.float16)
 
@@ -118,14 +118,14 @@ class Text2ImUNet(UNetModel):
 
         Args:
             tokens: [B, text_ctx] integer ids.
-            mask: [B, text_ctx] bool, True on real tokens; only used, and then needed, with `xf_padding`.
+            mask: [B, text_ctx] bool, True on real tokens; used by, and required with, `xf_padding`.
 
         Returns:
-            `xf_proj` [B, 4 * model_channels], the summary added to the timestep embedding, and `xf_out`
-            [B, xf_width, text_ctx], the features attended to: keyword arguments for `forward`.
+            Keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
+            `xf_out` [B, xf_width, text_ctx], attended to.
 
         Raises:
-            ValueError: wrong shape, or a mask that is missing or not bool.
+            ValueError: a wrong shape, or a mask that is missing or not bool.
         """
         self._check_text(tokens, mask)
         if self.cache is not None:
@@ -148,18 +148,15 @@ class Text2ImUNet(UNetModel):
         self.cache = None
 
     def precompute(self, **conditioning: Any) -> dict[str, Any]:
-        """Do the text's work, which no step changes, before the first.
+        """Do the computations on the text that are the same in every step.
 
         Args:
-            **conditioning: keyword arguments for `forward`: the text in any form it takes, and any others.
+            **conditioning: keyword arguments for `forward`: the text in any form, and any others.
 
         Returns:
-            Keyword arguments for `forward` that give the same output, to the bit in a batch of the same size: the text
-            as `xf_proj` [B, 4 * model_channels] and `xf_kv` [B, text_ctx, K], the keys and values of all attention
-            blocks side by side; the others as they came. Batches concatenate along B.
-
-        Raises:
-            ValueError: as `forward`, for the text.
+            Keyword arguments for `forward` that give the same output, bitwise in a batch of the same size: the text as
+            `xf_proj` [B, 4 * model_channels] and `xf_kv` [B, text_ctx, K], the keys and values of all attention blocks
+            side by side; the others unchanged. Batches can be concatenated along B. Errors as `forward`.
 
         Example:
             >>> text = model.precompute(tokens=tokens, mask=mask, low_res=low_res)
@@ -183,22 +180,20 @@ class Text2ImUNet(UNetModel):
         xf_out: Tensor | None = None,
         xf_kv: Tensor | None = None,
     ) -> Tensor:
-        """Apply the network to text given as tokens, or encoded by `get_text_emb`, or made ready by `precompute`.
+        """Apply the network to text as `tokens` and `mask`, or from `get_text_emb`, or from `precompute`.
 
         Args:
             x: [B, in_channels, H, W].
             timesteps: [B], integer or float.
-            tokens: [B, text_ctx] integer ids.
-            mask: [B, text_ctx] bool, True on real tokens.
-            xf_proj: [B, 4 * model_channels].
-            xf_out: [B, xf_width, text_ctx].
-            xf_kv: [B, text_ctx, K], K twice the channels of all attention blocks together.
+            tokens, mask: see `get_text_emb`.
+            xf_proj, xf_out: from `get_text_emb`.
+            xf_kv: from `precompute`, with `xf_proj`.
 
         Returns:
             [B, out_channels, H, W], of the dtype of `x`.
 
         Raises:
-            ValueError: shapes that do not fit, or text given in no form or in several.
+            ValueError: shapes that do not fit, or text in no form or several.
         """
         emb = self._embed(x, timesteps)
         if not self.xf_width:
@@ -220,7 +215,7 @@ class Text2ImUNet(UNetModel):
         xf_kv: Tensor | None,
         batch: int | None = None,
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """The text's summary, and the keys and values of every attention block, from text in any one form."""
+        """`xf_proj`, and the keys and values of every attention block, from text in any form."""
         values = (tokens, mask, xf_proj, xf_out, xf_kv)
         given = [name for name, value in zip(_TEXT, values, strict=True) if value is not None]
         if set(given) not in _FORMS:
@@ -247,7 +242,7 @@ class Text2ImUNet(UNetModel):
         return xf_proj, [block.encoder_kv(features) for block in blocks]  # type: ignore[misc]
 
     def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Raise ValueError unless tokens and mask fit the network."""
+        """Raise ValueError unless tokens and mask have the network's shapes and dtypes."""
         if tokens.ndim != 2 or tokens.shape[1] != self.text_ctx:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [B, {self.text_ctx}]")
         if self.xf_padding and (mask is None or mask.shape != tokens.shape or mask.dtype != torch.bool):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ..utils.files import write_text
 
 END_TOKEN = "<|endoftext|>"
 UNKNOWN_TOKEN = "<|unknown|>"
@@ -17,12 +18,12 @@ UNKNOWN_TOKEN = "<|unknown|>"
 class Tokenizer:
     """Tokenizer with GLIDE's interface (`glide_text2im.tokenizer.bpe.Encoder`), on the `tokenizers` library.
 
-    Text is lower-cased with `str.lower()` and neither stripped nor cleaned otherwise. No start or end token is added,
-    and no text is special: the characters of `<|endoftext|>` are encoded like any others. The empty text has no ids.
+    Text is lower-cased with `str.lower()` and otherwise unchanged. No start or end token is added, and no text is
+    special: `<|endoftext|>` is encoded like any other characters. The empty text has no ids.
 
     Attributes:
         n_vocab: number of ids.
-        end_token: id of `<|endoftext|>`, which is also the padding id.
+        end_token: id of `<|endoftext|>`, also used for padding.
 
     Example:
         >>> tokenizer = Tokenizer.word_level(["a", "red", "circle"])
@@ -35,14 +36,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Any) -> None:
-        """Wrap a `tokenizers.Tokenizer` whose vocabulary has `<|endoftext|>`; the other constructors make one.
-
-        Args:
-            backend: the tokenizer to wrap.
-
-        Raises:
-            ValueError: its vocabulary lacks `<|endoftext|>`.
-        """
+        """Wrap a `tokenizers.Tokenizer`; ValueError if its vocabulary lacks `<|endoftext|>`."""
         end_token = backend.token_to_id(END_TOKEN)
         if end_token is None:
             raise ValueError(f"backend: got a vocabulary without {END_TOKEN!r}, expected it to pad with")
@@ -53,15 +47,15 @@ class Tokenizer:
 
     @classmethod
     def from_gpt2_files(cls, encoder_json: str | os.PathLike[str], vocab_bpe: str | os.PathLike[str]) -> Tokenizer:
-        """GLIDE's tokenizer, from GPT-2's two vocabulary files.
+        """GLIDE's tokenizer, from GPT-2's two vocabulary files, each possibly gzipped (`.gz`).
 
         Args:
-            encoder_json: `encoder.json`, token to id; may be gzipped (`.gz`).
-            vocab_bpe: `vocab.bpe`, merges by rank after a version line; may be gzipped (`.gz`).
+            encoder_json: `encoder.json`, token to id.
+            vocab_bpe: `vocab.bpe`, merges by rank after a version line.
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: a file is not what it should be.
+            ValueError: a file is invalid.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers
@@ -86,13 +80,8 @@ class Tokenizer:
     def word_level(cls, vocabulary: Iterable[str]) -> Tokenizer:
         """A tokenizer of whole words and single punctuation marks, for small vocabularies.
 
-        Ids: 0 is `<|endoftext|>`, 1 stands for every unknown word, then come the words in the order given.
-
-        Args:
-            vocabulary: the words, lower-case and different from each other.
-
-        Raises:
-            ValueError: a word is repeated, or text could never contain it as one word.
+        Id 0 is `<|endoftext|>`, 1 every unknown word, then follow the words in the given order. ValueError for a
+        repeated word, or one that is not a lower-case word or punctuation mark.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import models, pre_tokenizers
@@ -111,11 +100,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Tokenizer:
-        """Read what `to_json` gives: the JSON format of the `tokenizers` library.
-
-        Raises:
-            ValueError: `text` is not such JSON, or its vocabulary lacks `<|endoftext|>`.
-        """
+        """Read the JSON format of `to_json`; ValueError for anything else."""
         from tokenizers import Tokenizer as Backend
 
         try:
@@ -126,12 +111,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Tokenizer:
-        """Read a file that `save` wrote.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: the file does not hold a tokenizer.
-        """
+        """Read a file of `save`; ValueError for any other file."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -142,44 +122,27 @@ class Tokenizer:
         return self._backend.to_str(pretty=True)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `to_json` to `path`, whole or not at all.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name)
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        """Write `to_json` to a file, whole or not at all."""
+        write_text(path, self.to_json())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the lower-cased text; unknown words of a word-level vocabulary all get the same id.
+        """Ids of the lower-cased text; all words unknown to a word-level vocabulary get the same id.
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` has lone surrogates, so it cannot be UTF-8.
+            ValueError: `text` has lone surrogates, which UTF-8 cannot encode.
         """
         return self._encode(text).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids: exact for byte-level vocabularies, words joined by spaces for word-level ones.
-
-        Raises:
-            ValueError: an id is not in the vocabulary.
-        """
+        """Text of the ids, with spaces between words for word-level vocabularies; ValueError for unknown ids."""
         for token in ids:
             if not 0 <= token < self.n_vocab:
                 raise ValueError(f"ids: got {token}, expected 0 to {self.n_vocab - 1}")
         return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def unknown_words(self, text: str) -> list[str]:
-        """The different words of the text that the vocabulary lacks, in order; none for byte-level vocabularies."""
+        """The words of the text that the vocabulary lacks, each once, in order; none for byte-level vocabularies."""
         encoding = self._encode(text)
         lowered = text.lower()
         words = [
@@ -190,15 +153,7 @@ class Tokenizer:
         return list(dict.fromkeys(words))
 
     def padded_tokens_and_mask(self, tokens: Sequence[int], text_ctx: int) -> tuple[list[int], list[bool]]:
-        """Cut or pad ids to a fixed length.
-
-        Args:
-            tokens: ids; what is beyond the first `text_ctx` is cut off.
-            text_ctx: the length wanted.
-
-        Returns:
-            `text_ctx` ids, padded with `end_token`, and as many booleans, True on real ids.
-        """
+        """Cut ids, or pad them with `end_token`, to `text_ctx` ids; also returns their mask, True on real ids."""
         kept = list(tokens[:text_ctx])
         padding = text_ctx - len(kept)
         return kept + [self.end_token] * padding, [True] * len(kept) + [False] * padding
@@ -215,14 +170,6 @@ class Tokenizer:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Contents of a UTF-8 file, unpacked if its name ends in .gz.
-
-    Args:
-        path: the file.
-
-    Raises:
-        OSError: the file cannot be read, or is not gzipped.
-        ValueError: it is not UTF-8.
-    """
+    """Contents of a UTF-8 file, unpacked if its name ends in `.gz`; ValueError if it is not UTF-8."""
     data = Path(path).read_bytes()
     return (gzip.decompress(data) if Path(path).suffix == ".gz" else data).decode("utf-8")

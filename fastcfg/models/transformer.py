@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.models.nn import LayerNorm32
+from .nn import LayerNorm32
 
 
 class MultiheadAttention(nn.Module):
-    """Self-attention over all positions; each head's channels hold its queries, keys and values one after the other."""
+    """Self-attention over all positions; the channels are queries, keys and values head by head."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class MultiheadAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide in between, with the exact GELU."""
+    """Two layers with the exact GELU and four times the width in between."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Attention, then MLP, each on the normed features and added to them."""
+    """Attention, then MLP, both residual and pre-norm."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -51,16 +51,7 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Text transformer of GLIDE (`xf.Transformer`).
-
-    Args:
-        width: width of the features.
-        layers: number of blocks.
-        heads: attention heads of a block.
-
-    Raises:
-        ValueError: `width` is not a multiple of `heads`.
-    """
+    """Text transformer of GLIDE (`xf.Transformer`); ValueError unless `width` is a multiple of `heads`."""
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()

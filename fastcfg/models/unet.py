@@ -1,4 +1,4 @@
-"""The UNet of guided-diffusion and GLIDE, with their parameter names and shapes."""
+"""The UNet of guided-diffusion and GLIDE, state-dict compatible with both."""
 
 from __future__ import annotations
 
@@ -7,42 +7,38 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastcfg.models.nn import GroupNorm32, conv_nd, zero_module
-from fastcfg.models.unet_encoder import LayerOptions, UNetBlock, UNetEncoder, weight_dtype
+from .nn import GroupNorm32, conv_nd, zero_module
+from .unet_encoder import LayerOptions, UNetBlock, UNetEncoder, weight_dtype
 
 
 class UNetModel(UNetEncoder):
     """UNet with attention, and embeddings of timestep and class (guided-diffusion `unet.UNetModel`).
 
-    Arguments are upstream's, in upstream's order; with `encoder_channels` it is GLIDE's `unet.UNetModel`. The last
-    convolution of every residual branch, the attention projections and the output convolution start at zero, as in
-    upstream.
+    Arguments are the original's, in its order; with `encoder_channels` it is GLIDE's `unet.UNetModel`. As in the
+    original, the last layers of all residual branches and of the network start at zero.
 
     Args:
-        image_size: size of the pictures it is meant for; kept as an attribute, any other that fits will do.
+        image_size: intended size of the pictures; kept as an attribute only.
         in_channels: channels of the input.
-        model_channels: base width; a multiple of 32, as norms have 32 groups.
-        out_channels: channels of the output: twice the image's when the variance is learned.
+        model_channels: base width; a multiple of the 32 groups of the norms.
+        out_channels: channels of the output: twice the image's if the variance is learned.
         num_res_blocks: residual blocks per level.
-        attention_resolutions: downsampling factors at which attention is used, e.g. (2, 4).
+        attention_resolutions: downsampling factors with attention, e.g. (2, 4).
         dropout: dropout rate in the residual blocks.
-        channel_mult: width of each level as a multiple of `model_channels`; one level per entry.
-        conv_resample: resampling layers have a convolution; without effect if `resblock_updown`.
+        channel_mult: width of each level as a multiple of `model_channels`.
+        conv_resample: resampling layers have a convolution; no effect with `resblock_updown`.
         dims: spatial dimensions, 1 to 3.
         num_classes: number of classes of a class-conditional model, or None.
         use_checkpoint: recompute activations in the backward pass to save memory.
-        use_fp16: kept as an attribute for callers that convert after loading weights, as upstream's do. Features follow
-            the dtype of the weights.
-        num_heads: attention heads, used when `num_head_channels` is -1.
+        use_fp16: kept as an attribute only, for callers that convert after loading weights, as the originals do.
+        num_heads: attention heads if `num_head_channels` is -1.
         num_head_channels: channels per attention head, or -1.
         num_heads_upsample: `num_heads` of the upsampling half, or -1 for the same.
-        use_scale_shift_norm: residual blocks are conditioned by scale and shift.
+        use_scale_shift_norm, use_new_attention_order, encoder_channels: see `ResBlock` and `AttentionBlock`.
         resblock_updown: residual blocks do the resampling.
-        use_new_attention_order: order of the attention's channels, as in `AttentionBlock`.
-        encoder_channels: channels of an encoder's output that the attention blocks also attend to, or None.
 
     Raises:
-        ValueError: channels not divisible by the 32 groups of the norms, or into the heads asked for.
+        ValueError: channels not divisible into 32 groups or the given heads.
     """
 
     def __init__(
@@ -81,16 +77,10 @@ class UNetModel(UNetEncoder):
             encoder_channels=encoder_channels,
         )
         super().__init__(
-            options,
-            in_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            num_classes,
-            num_heads,
-            use_checkpoint,
-            use_fp16,
+            options, in_channels, num_res_blocks, attention_resolutions, channel_mult, num_classes, num_heads
         )
+        self.use_checkpoint = use_checkpoint
+        self.use_fp16 = use_fp16
         self.image_size = image_size
         self.out_channels = out_channels
         heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
@@ -115,15 +105,15 @@ class UNetModel(UNetEncoder):
         """Apply the network.
 
         Args:
-            x: [B, in_channels, *spatial]; each size a multiple of 2 per level but the first.
+            x: [B, in_channels, *spatial]; sizes are multiples of 2 ** (levels - 1).
             timesteps: [B], integer or float.
-            y: [B] integer classes, exactly for class-conditional models.
+            y: [B] integer classes, for class-conditional models only.
 
         Returns:
             [B, out_channels, *spatial], of the dtype of `x`.
 
         Raises:
-            ValueError: an argument's shape does not fit, or `y` is missing or not wanted.
+            ValueError: a shape does not fit, or `y` is missing or unexpected.
         """
         return self._forward_blocks(x, self._embed(x, timesteps, y))
 
@@ -132,9 +122,9 @@ class UNetModel(UNetEncoder):
         yield from self.output_blocks  # type: ignore[misc]
 
     def _forward_blocks(self, x: Tensor, emb: Tensor, encoder_kv: Sequence[Tensor] | None = None) -> Tensor:
-        """The U itself; `out` runs in its own precision, which `convert_to_fp16` leaves at float32.
+        """Run all blocks and `out`, which `convert_to_fp16` leaves in float32.
 
-        `encoder_kv` has one entry for each attention block, in the order they run.
+        `encoder_kv` has one entry per attention block, in the order they run.
         """
         kv = None if encoder_kv is None else iter(encoder_kv)
         skips = []

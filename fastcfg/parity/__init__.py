@@ -1,25 +1,12 @@
 """Parity: whether fastcfg computes, on this device, what it says it computes. `fastcfg parity` runs it.
 
-The JSON of `--json` holds
+The JSON of `--json` has the keys
 
     ok            whether everything is within bounds
     environment   versions by name, platform, device, threads, commit (None if unknown)
     settings      device, quick, seed, backends, model, steps
     skipped       why backends are not checked, by name
-    findings      one object per comparison:
-
-    check         "step" (one fused step), "noise" (what is drawn), "loop" (50 rows), "model" (the user's own)
-    backend, dtype, options, way, shape, tensor, note    the case; `dtype` is the model's, the state is float32
-    bitwise       whether it has the bits of the float32 reference on the CPU; null where there are none to have
-    reference_ulp, allowed_ulp    its distance from the reference, and the distance allowed (0: the same bits); of a
-                  pipeline from its own scheduler's samples
-    error         {"max", "rms"}: the distance from the same in float64, relative to that's largest value; {"ulp",
-                  "rms_ulp"}: in ulps of the tensor's dtype, that is, in its spacing at the largest value
-    torch         the same of plain torch
-    trajectory, torch_trajectory    of loops: the largest relative error after every row
-    bound_ulp     the largest `error.ulp` allowed: `factor` (2; of a pipeline 4) times `torch.ulp`, at least 1; null
-                  without plain torch
-    ok, problem   whether it is within bounds, and what is not
+    findings      one object per comparison: the attributes of `Finding`, and its bound_ulp, ok and problem
 
 Numbers that are not finite are null.
 """
@@ -36,7 +23,8 @@ from ..ops.backend import interpreting
 from .findings import Error, Finding
 from .loops import Problem, check_loops, check_model
 from .pipelines import PipelineProblem, check_pipeline
-from .report import as_json, plot, table
+from .report import as_json, as_text, plot
+from .report import as_text as table
 from .steps import check_steps
 from .user import load_problem
 
@@ -46,6 +34,7 @@ __all__ = [
     "PipelineProblem",
     "Problem",
     "as_json",
+    "as_text",
     "check_loops",
     "check_model",
     "check_pipeline",
@@ -57,20 +46,20 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "inductor", "triton")
-# The first whose interpreter rounds a multiply-add once, as GPUs do.
+# The first Triton with an interpreter that rounds a multiply-add once, as GPUs do.
 _INTERPRETER = (3, 9)
 
 
 def runnable(device: torch.device, asked: Sequence[str] = (), quick: bool = False) -> tuple[list[str], dict[str, str]]:
-    """The backends that can be checked on a device, and why the others are not.
+    """The backends that can be checked on a device, and why the others are skipped.
 
     Args:
-        device: where they would run.
-        asked: some by name; they must run. Empty takes all that can.
-        quick: leave out what takes long unless it is asked for.
+        device: where they run.
+        asked: backends by name, which must run; empty takes all that can.
+        quick: leave out a backend that takes long unless it is asked for.
 
     Raises:
-        ValueError: one asked for that cannot run.
+        ValueError: one asked for cannot run.
     """
     if asked:
         return [resolve_backend(backend, device) for backend in dict.fromkeys(asked)], {}

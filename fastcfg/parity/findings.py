@@ -1,14 +1,15 @@
-"""What a check found, and when that is within bounds."""
+"""What a check found, and whether it is within bounds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-# What fastcfg may lose, in what plain torch loses; at least one ulp.
+# fastcfg's error may be twice plain torch's, and an ulp in any case.
 FACTOR, FLOOR = 2.0, 1.0
 
 
@@ -17,10 +18,8 @@ class Error:
     """A distance from the float64 result.
 
     Attributes:
-        max: the largest, relative to the largest value of the float64 result.
-        rms: the root of the mean square, likewise.
-        ulp: the largest in ulps of the tensor's dtype: its spacing at that value.
-        rms_ulp: the root of the mean square, likewise.
+        max, rms: the largest difference and the root mean square, relative to the largest value of the float64 result.
+        ulp, rms_ulp: the same in ulps of the tensor's dtype: its spacing at that value.
     """
 
     max: float
@@ -34,22 +33,24 @@ class Finding:
     """One comparison.
 
     Attributes:
-        check: "step", "noise", "loop" or "model".
+        check: "step" (one fused step), "noise" (what is drawn), "loop" (50 rows) or "model" (the user's own).
         backend: of fastcfg.
-        dtype: the model's.
+        dtype: the model's; the state is float32.
         options: what was run.
         way: "eager" or "captured".
         shape: [B, C, ...].
         tensor: what was compared: "x", "model_input", "x0" or "history".
-        bitwise: whether it is the float32 reference's bit for bit; None where nothing has its bits to show.
-        reference_ulp: the distance from that reference in ulps; None likewise.
-        allowed_ulp: the distance that is allowed; 0 asks for equal bits, None for nothing.
+        bitwise: whether it equals the float32 reference on the CPU bit for bit; None where that was not compared.
+        reference_ulp: the distance from that reference in ulps, of a pipeline from its own scheduler's samples; None
+            where that was not compared.
+        allowed_ulp: the largest such distance allowed: 0 asks for equal bits, None for nothing.
         error: from float64; None where only bits are compared.
-        torch: the same of plain torch.
+        torch: plain torch's error.
         trajectory: of loops, the largest relative error after every row.
-        torch_trajectory: the same of plain torch.
-        note: what else is to be said.
-        factor: what may be lost, in what plain torch loses.
+        torch_trajectory: plain torch's.
+        note: a remark.
+        factor: the error allowed, in errors of plain torch (2; of a pipeline 4).
+        same_code: whether the reference is compared with itself: equal bits show nothing.
     """
 
     check: str
@@ -68,10 +69,11 @@ class Finding:
     torch_trajectory: tuple[float, ...] = ()
     note: str = ""
     factor: float = FACTOR
+    same_code: bool = False
 
     @property
     def bound_ulp(self) -> float | None:
-        """The largest error allowed, in ulps; None without plain torch's to compare."""
+        """The largest error allowed, in ulps, at least 1; None without plain torch's to compare."""
         return None if self.torch is None else max(self.factor * self.torch.ulp, FLOOR)
 
     @property
@@ -88,7 +90,7 @@ class Finding:
 
     @property
     def load(self) -> float:
-        """The share of what is allowed that is used up; above 1 where something is out of bounds."""
+        """The share of the allowed error that is used up; infinite where something is out of bounds."""
         used = 0.0 if self.error is None or self.bound_ulp is None else self.error.ulp / self.bound_ulp
         return math.inf if self.problem else used
 
@@ -98,6 +100,22 @@ class Finding:
         size = "x".join(map(str, self.shape))
         return f"{self.check} {self.backend} {self.dtype} {self.options} {self.way}, {self.tensor} at {size}"
 
+    def along(self, states: Sequence[Tensor], truth: Sequence[Tensor], plain: Sequence[Tensor] | None) -> Finding:
+        """This finding with the largest errors along a trajectory, and along plain torch's if there is one."""
+        ours = [measure(got, want) for got, want in zip(states, truth, strict=True)]
+        others = [measure(got, want) for got, want in zip(plain, truth, strict=True)] if plain else []
+        return replace(
+            self,
+            error=_worst(ours),
+            torch=_worst(others) if others else None,
+            trajectory=tuple(error.max for error in ours),
+            torch_trajectory=tuple(error.max for error in others),
+        )
+
+
+def _worst(errors: Sequence[Error]) -> Error:
+    return Error(*(max(getattr(error, field.name) for error in errors) for field in fields(Error)))
+
 
 def spacing(largest: float, dtype: torch.dtype) -> float:
     """An ulp of a dtype at a value."""
@@ -106,7 +124,7 @@ def spacing(largest: float, dtype: torch.dtype) -> float:
 
 
 def measure(got: Tensor, truth: Tensor) -> Error:
-    """The distance of a tensor from the float64 one of its shape; infinite where it holds no numbers."""
+    """The distance of a tensor from the float64 one of its shape; infinite where it has values that are not finite."""
     truth = truth.to("cpu", torch.float64)
     largest = float(truth.abs().max())
     distance = got.to("cpu", torch.float64) - truth
@@ -118,6 +136,11 @@ def measure(got: Tensor, truth: Tensor) -> Error:
 
 
 def distance_in_ulps(got: Tensor, expected: Tensor) -> tuple[bool, float]:
-    """Whether two tensors have the same values, and how far they are apart in ulps at the largest."""
+    """Whether two tensors have the same values, and their distance in ulps at the largest."""
     expected = expected.to(got.device)
     return torch.equal(got, expected), measure(got, expected).ulp
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -19,7 +19,7 @@ from ..reference.plain import PlainTable, original_row
 from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import StepTable
-from .findings import Error, Finding, distance_in_ulps, measure
+from .findings import Finding, distance_in_ulps, dtype_name
 
 STEPS, SCALE, PROMPT = 50, 3.0, "a red circle above a blue square"
 
@@ -51,8 +51,7 @@ class Problem:
 
     def run(self, sampler: Sampler, seed: int, rows: int | None = None) -> list[Tensor]:
         """The states [B, C, ...] on the CPU after every row, from seeded recorded noise."""
-        by_name = {"cond": self.cond, "uncond": self.uncond, **(self.branches or {})}
-        given: dict[str, Any] = {name: _placed(value, sampler.device) for name, value in by_name.items()}
+        given: dict[str, Any] = self._conditions(sampler.device)
         given = {name: given.pop(name) for name in ("cond", "uncond")} | {"branches": given or None}
         steps = sampler.iterate(self.shape, **given, x_T=self.start(seed), noise=lambda row, _: self.noise(seed, row))
         return [step.x.cpu() for step in islice(steps, rows)]
@@ -66,26 +65,27 @@ class Problem:
         generator = torch.Generator().manual_seed(((seed << 20) + row + 1) % 2**63)
         return torch.randn(self.shape, generator=generator)
 
-    def conditionings(self, model: Model, device: torch.device, active: Sequence[int]) -> dict[str, Any]:
+    def packed(self, model: Model, device: torch.device, active: Sequence[int]) -> dict[str, Any]:
         """The keyword arguments of a model for some branches, one after the other along the batch; text is encoded."""
-        by_name = {"cond": self.cond, "uncond": self.uncond, **(self.branches or {})}
-        values = [_placed(by_name[self.guidance.branches[branch]], device) or {} for branch in active]
+        conditions = self._conditions(device)
+        values = [conditions[self.guidance.branches[branch]] or {} for branch in active]
         if hasattr(model, "precompute"):
             values = [model.precompute(**value) for value in values]
-        return {name: self._packed([value[name] for value in values]) for name in values[0]}
+        return {name: _along_batch([value[name] for value in values], self.shape[0]) for name in values[0]}
 
-    def _packed(self, values: list[Any]) -> Any:
-        batch = self.shape[0]
-        if not all(isinstance(v, Tensor) and v.ndim and len(v) in (1, batch) for v in values):
-            return values[0]
-        return torch.cat([v.expand(batch, *v.shape[1:]) for v in values])
+    def _conditions(self, device: torch.device) -> dict[str, dict[str, Any] | None]:
+        """Every branch's keyword arguments, with tensors on a device."""
+        by_name = {"cond": self.cond, "uncond": self.uncond, **(self.branches or {})}
+        return {
+            branch: given and {name: v.to(device) if isinstance(v, Tensor) else v for name, v in given.items()}
+            for branch, given in by_name.items()
+        }
 
 
-def _placed(given: dict[str, Any] | None, device: torch.device) -> dict[str, Any] | None:
-    """A branch's conditioning with its tensors on a device."""
-    if given is None:
-        return None
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in given.items()}
+def _along_batch(values: list[Any], batch: int) -> Any:
+    if not all(isinstance(v, Tensor) and v.ndim and len(v) in (1, batch) for v in values):
+        return values[0]
+    return torch.cat([v.expand(batch, *v.shape[1:]) for v in values])
 
 
 class Analytic(torch.nn.Module):
@@ -101,7 +101,6 @@ def standard(
     solver: str, quick: bool, device: torch.device
 ) -> tuple[Problem, Schedule, Callable[[torch.dtype], Model]]:
     """A loop of ddpm (learned range) or ddim with guidance; its schedule, and its model in a dtype."""
-    same: dict[str, Any] = {"options": {"clip": 1.0, "device": device}, "guidance": CFG(SCALE)}
     if quick:
         schedule = Schedule.named("squaredcos_cap_v2").respace(STEPS)
         given: dict[str, Any] = {"cond": {"y": torch.tensor([0.5, -0.3])}, "uncond": {"y": torch.zeros(1)}}
@@ -112,17 +111,17 @@ def standard(
     else:
         pipeline = TextToImage.load(device=device)
         schedule, size = pipeline.schedule.respace(STEPS), pipeline.meta.image_size
-        context = pipeline.model.text_ctx
         texts = [pipeline.tokenizer.encode(PROMPT), []]
-        read = [map(torch.tensor, pipeline.tokenizer.padded_tokens_and_mask(ids, context)) for ids in texts]
-        encoded = [{"tokens": tokens[None], "mask": mask[None]} for tokens, mask in read]
+        read = [pipeline.tokenizer.padded_tokens_and_mask(ids, pipeline.model.text_ctx) for ids in texts]
+        encoded = [{"tokens": torch.tensor([tokens]), "mask": torch.tensor([mask])} for tokens, mask in read]
         given, shape = {"cond": encoded[0], "uncond": encoded[1]}, (1, 3, size, size)
 
         def in_dtype(dtype: torch.dtype) -> Model:
             return TextToImage.load(device=device, dtype=dtype).model
 
     table = solvers.ddpm(schedule) if solver == "ddpm" else solvers.ddim(schedule)
-    return Problem(Analytic(), table, shape, **given, **same), schedule, in_dtype
+    options = {"clip": 1.0, "device": device}
+    return Problem(Analytic(), table, shape, **given, guidance=CFG(SCALE), options=options), schedule, in_dtype
 
 
 @torch.no_grad()
@@ -130,7 +129,7 @@ def original_loop(problem: Problem, schedule: Schedule, solver: str, dtype: torc
     """The states of the originals' loop in plain torch, state in float32."""
     device = problem.options["device"]
     x, states = problem.start(seed).to(device), []
-    given = problem.conditionings(problem.model, device, (0, 1))
+    given = problem.packed(problem.model, device, (0, 1))
     for row in range(problem.table.num_rows):
         t = torch.full((2 * len(x),), int(problem.table["t"][row]), device=device)
         output = problem.model(torch.cat([x, x]).to(dtype), t, **given)
@@ -162,23 +161,22 @@ def check_loops(
         for dtype in dtypes:
             own = replace(problem, model=in_dtype(dtype))
             plain = original_loop(own, schedule, solver, dtype, seed)
-            name = str(dtype).removeprefix("torch.")
             for backend in backends:
                 for way, graph in ways:
                     states = own.run(own.sampler(dtype=dtype, backend=backend, graph=graph), seed)
-                    found.append(
-                        compare_trajectories("loop", backend, name, solver, way, own.shape, states, truth, plain)
-                    )
+                    finding = Finding("loop", backend, dtype_name(dtype), solver, way, own.shape, "x")
+                    found.append(finding.along(states, truth, plain))
     return found
 
 
 def check_model(
     problem: Problem, backends: Sequence[str], rows: int, seed: int, progress: Callable[..., Any]
 ) -> list[Finding]:
-    """The first rows of a user's sampler.
+    """The first rows of a user's sampler, by every backend in three ways.
 
-    Teacher-forced: the model's outputs are recorded in a run with a float64 state, and given to every backend in place
-    of the model: what is compared is fastcfg's arithmetic alone. Free: the model runs on each backend's own states.
+    Teacher-forced: the model's outputs are recorded in a run with a float64 state, and every backend gets these in
+    place of the model, so that only fastcfg's arithmetic is compared. Free and captured: the model runs on each
+    backend's own states.
 
     Args:
         problem: the user's.
@@ -196,7 +194,6 @@ def check_model(
         kind = type(problem.guidance).__name__
         raise ValueError(f"guidance: got {kind}, expected one that does not look at the outputs, such as CFG")
     settings = {"dtype": base.dtype, "device": base.device, "batching": "batched", "graph": False}
-    name = str(base.dtype).removeprefix("torch.")
     recorder = _Recorder(problem.model)
     is_plain = isinstance(base.clip, Tensor | None) and base.denoised_fn is None and base.cond_fn is None
     try:
@@ -219,29 +216,28 @@ def check_model(
     runs = [(backend, way) for backend in backends for way in ("teacher-forced", "free", "captured")]
     found: list[Finding] = []
     for backend, way in progress(runs, desc="model"):
+        options, kind = ("free", way) if way == "captured" else (way, "eager")
+        finding = Finding("model", backend, dtype_name(base.dtype), options, kind, problem.shape, "x")
         if way == "teacher-forced":
             states = played(backend)
-            finding = compare_trajectories(
-                "model", backend, name, way, "eager", problem.shape, states, truth, plain or expected
-            )
             same, ulps = distance_in_ulps(torch.stack(states), torch.stack(expected))
-            # Bits follow from the recorded outputs, but for the learned variance's exponential.
+            # Recorded outputs leave the bits no freedom but the learned variance's exponential.
             allowed = None if base.table.learned_variance else 0.0
             note = "" if plain else "bound: the reference's own error, plain torch has no such options here"
-            found.append(replace(finding, bitwise=same, reference_ulp=ulps, allowed_ulp=allowed, note=note))
+            bits: dict[str, Any] = {"bitwise": same, "reference_ulp": ulps, "same_code": backend == "reference"}
+            finding = replace(finding, **bits, allowed_ulp=allowed, note=note)
+            found.append(finding.along(states, truth, plain or expected))
             continue
         sampler = problem.sampler(**settings | {"backend": backend, "graph": way == "captured"})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             states = problem.run(sampler, seed, rows)
-        note = ""
         if way == "captured":
             report = sampler.report()
             graph = report["graph"]
             note = f"ran eagerly: {report['graph_reason']}" if graph == "none" else f"graph: {graph}"
-        kind = "captured" if way == "captured" else "eager"
-        finding = compare_trajectories("model", backend, name, "free", kind, problem.shape, states, truth, free_plain)
-        found.append(replace(finding, note=note))
+            finding = replace(finding, note=note)
+        found.append(finding.along(states, truth, free_plain))
     return found
 
 
@@ -262,7 +258,7 @@ class _Recorder:
 
 
 class _Player:
-    """Gives recorded outputs one after the other."""
+    """Returns recorded outputs one after the other."""
 
     def __init__(self, recorder: _Recorder) -> None:
         self._outputs: Iterator[Tensor] = iter(recorder.outputs)
@@ -275,7 +271,7 @@ class _Player:
 def table_loop(
     problem: Problem, base: Sampler, model: Model, seed: int, rows: int, state: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """The first rows of a table in plain torch, by nothing of the engine's: the states after each.
+    """The first rows of a table in plain torch, without the engine's loop: the states after each.
 
     Args:
         problem: what is sampled, with a clip that is a number.
@@ -290,54 +286,19 @@ def table_loop(
     plan = guidance.plan(table, batch)
     x, states = problem.start(seed).to(device, state), []
     plain = PlainTable(table, x)
-    given = {active: problem.conditionings(model, device, active) for active in set(plan.active[:rows])}
+    given = {active: problem.packed(model, device, active) for active in set(plan.active[:rows])}
     bound = base.clip.to(x).expand(batch) if isinstance(base.clip, Tensor) else None
+    source = "tensor" if table.uses_noise else "none"
     for row, active in enumerate(plan.active[:rows]):
-        source = "tensor" if table.uses_noise else "none"
         spec = StepSpec.of(table, guidance, active, clip=bound is not None, noise_source=source)
         weights = torch.from_numpy(plan.weights[row][:, list(active)]).to(x)
         time = torch.full((len(active) * batch,), table["t"][row], device=device)
         time = time.long() if table.integer_time else time.float()
         entered = (float(table["c_in"][row]) * x).to(base.dtype).repeat(len(active), *[1] * (x.ndim - 1))
-        entered = entered.contiguous(memory_format=base.memory_format)
-        output = model(entered, time, **given[active])
+        output = model(entered.contiguous(memory_format=base.memory_format), time, **given[active])
         output = output[0] if isinstance(output, tuple) else output
         output = output.double() if state == torch.float64 else output
         noise = problem.noise(seed, row).to(x)
         x = plain(row, x, output, spec, weights=weights, bound=bound, noise=noise)["x"]
         states.append(x.cpu())
     return states
-
-
-def compare_trajectories(
-    check: str,
-    backend: str,
-    dtype: str,
-    options: str,
-    way: str,
-    shape: tuple[int, ...],
-    states: list[Tensor],
-    truth: list[Tensor],
-    plain: list[Tensor] | None,
-) -> Finding:
-    """The largest errors along two trajectories."""
-    ours = [measure(got, want) for got, want in zip(states, truth, strict=True)]
-    theirs = [measure(got, want) for got, want in zip(plain, truth, strict=True)] if plain else []
-    return Finding(
-        check,
-        backend,
-        dtype,
-        options,
-        way,
-        tuple(shape),
-        "x",
-        error=_worst(ours),
-        torch=_worst(theirs) if theirs else None,
-        trajectory=tuple(error.max for error in ours),
-        torch_trajectory=tuple(error.max for error in theirs),
-    )
-
-
-def _worst(errors: list[Error]) -> Error:
-    """The largest of each number along a trajectory."""
-    return Error(*(max(getattr(error, name) for error in errors) for name in ("max", "rms", "ulp", "rms_ulp")))

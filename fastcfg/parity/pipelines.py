@@ -1,5 +1,5 @@
-"""A diffusers pipeline's first steps: what its scheduler makes of the model's outputs, and what the fused step makes of
-the same outputs with the scheduler's compiled table."""
+"""A diffusers pipeline's first steps: its scheduler's samples, and the fused step's with the scheduler's compiled table
+and the same model outputs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ..compiler import compile_scheduler, scheduler_clip
 from ..engine.sampler import Sampler
-from .findings import Finding, distance_in_ulps
-from .loops import compare_trajectories
+from .findings import Finding, distance_in_ulps, dtype_name
 
-# Between the scheduler's samples and ours, in ulps of its dtype at the largest value, for every row; measured over 20
-# rows of twelve schedulers: 5.1 a row in float32 (DDIM; the others 2), 1 in float16 and bfloat16.
+# Between the scheduler's samples and ours, in ulps of its dtype at the largest value, per row; measured over 20 rows of
+# twelve schedulers: 5.1 in float32 (DDIM; the others 2), 1 in float16 and bfloat16.
 _ALLOWED_ULP = {torch.float32: 10.0, torch.float16: 3.0, torch.bfloat16: 3.0}
 # A table sums saved tensors where a scheduler recomputes: measured at most 2.5 times its error in float32.
 _FACTOR = 4.0
@@ -41,7 +40,7 @@ class PipelineProblem:
 
 @dataclass(eq=False)
 class _Recorded:
-    """What a scheduler was given and made.
+    """The calls of a scheduler.
 
     Attributes:
         settings: arguments of `set_timesteps`, by name.
@@ -49,7 +48,7 @@ class _Recorded:
         times: of the steps.
         outputs: the model's, after guidance.
         states: the sample before the first step, and after every one.
-        noise: what every step drew.
+        noise: each step's draw.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -69,8 +68,8 @@ def check_pipeline(
 ) -> list[Finding]:
     """The first rows of a pipeline, by every backend.
 
-    The pipeline runs until its scheduler has made so many steps. Then the fused step is given the same outputs, start
-    and noise (teacher-forced), and is compared with the scheduler's samples and with the table in float64.
+    The pipeline runs until its scheduler has made that many steps. The fused step gets the same outputs, start and
+    noise (teacher-forced), and is compared with the scheduler's samples and with the table in float64.
 
     Args:
         problem: the pipeline.
@@ -79,8 +78,8 @@ def check_pipeline(
         progress: wraps the list of backends, as tqdm does.
 
     Raises:
-        ValueError: a scheduler that is no table, a pipeline that fails, begins in the middle, or gives its scheduler's
-            steps arguments that change.
+        ValueError: a scheduler that is no table, or a pipeline that fails, begins in the middle, or changes the
+            arguments of its scheduler's steps.
     """
     scheduler = problem.pipeline.scheduler
     recorded = _record(problem, rows)
@@ -109,17 +108,15 @@ def check_pipeline(
         return [step.x.cpu() for step in islice(steps, len(recorded.times))]
 
     truth = run("reference", torch.float64)
-    theirs = [state.float().cpu() for state in recorded.states[1:]]
-    found, allowed = [], _ALLOWED_ULP[dtype] * len(theirs)
+    originals = [state.float().cpu() for state in recorded.states[1:]]
+    options, found = f"{type(problem.pipeline).__name__}, {table.name}", []
     for backend in progress(backends, desc="pipeline"):
         states = run(backend, torch.float32)
-        shape, name = tuple(start.shape), str(dtype).removeprefix("torch.")
-        options = f"{type(problem.pipeline).__name__}, {table.name}"
-        finding = compare_trajectories("model", backend, name, options, "eager", shape, states, truth, theirs)
-        apart = max(
-            distance_in_ulps(got.to(dtype), want.to(dtype))[1] for got, want in zip(states, theirs, strict=True)
-        )
-        found.append(replace(finding, reference_ulp=apart, allowed_ulp=allowed, factor=_FACTOR))
+        pairs = zip(states, originals, strict=True)
+        apart = max(distance_in_ulps(got.to(dtype), want.to(dtype))[1] for got, want in pairs)
+        finding = Finding("model", backend, dtype_name(dtype), options, "eager", tuple(start.shape), "x")
+        limits: dict[str, Any] = {"allowed_ulp": _ALLOWED_ULP[dtype] * len(originals), "factor": _FACTOR}
+        found.append(replace(finding, reference_ulp=apart, **limits).along(states, truth, originals))
     return found
 
 
@@ -177,7 +174,7 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
 
 @contextmanager
 def _recording_draws(scheduler: Any, noise: list[Tensor]) -> Iterator[None]:
-    """Context in which what a scheduler draws by diffusers' `randn_tensor` is kept."""
+    """Context in which a scheduler's draws by diffusers' `randn_tensor` are kept."""
     module: Any = inspect.getmodule(type(scheduler))
     draw = getattr(module, "randn_tensor", None)
     if draw is None:

@@ -1,4 +1,4 @@
-"""Findings as a table, as JSON and as a picture."""
+"""Findings as text, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..utils.files import replacing
 from .findings import Finding
 
 _HEADS = ("check", "backend", "dtype", "options", "way", "bitwise", "max ulp", "RMS ulp", "torch", "bound", "")
+_NUMBERS = range(6, 10)
 
 
 def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
@@ -21,29 +22,26 @@ def as_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def table(findings: Sequence[Finding]) -> list[str]:
-    """Lines of text: one per check, backend, dtype, option set and way, each with its worst shape and tensor."""
+def as_text(findings: Sequence[Finding]) -> list[str]:
+    """A table's lines: one per check, backend, dtype, option set and way, each with its worst shape and tensor."""
     groups: dict[tuple[str, ...], list[Finding]] = {}
     for f in findings:
         groups.setdefault((f.check, f.backend, f.dtype, f.options, f.way), []).append(f)
     rows: list[tuple[str, ...]] = [_HEADS]
     for key, group in groups.items():
         worst = max(group, key=lambda f: f.load)
-        bits = [f.bitwise for f in group if f.bitwise is not None]
-        error, plain = worst.error, worst.torch
-        rows.append(
-            (
-                *key,
-                "" if not bits else "yes" if all(bits) else "no",
-                "" if error is None else f"{error.ulp:.2f}",
-                "" if error is None else f"{error.rms_ulp:.2f}",
-                "" if plain is None else f"{plain.ulp:.2f}",
-                "" if worst.bound_ulp is None else f"{worst.bound_ulp:.2f}",
-                _verdict(group),
-            )
-        )
+        errors = (worst.error and worst.error.ulp, worst.error and worst.error.rms_ulp, worst.torch and worst.torch.ulp)
+        numbers = ("" if number is None else f"{number:.2f}" for number in (*errors, worst.bound_ulp))
+        rows.append((*key, _bits(group), *numbers, _verdict(group)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
     return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+
+
+def _bits(group: Sequence[Finding]) -> str:
+    compared = [f for f in group if f.bitwise is not None]
+    if not all(f.bitwise for f in compared):
+        return "no"
+    return "" if not compared else "same code" if all(f.same_code for f in compared) else "yes"
 
 
 def _verdict(group: Sequence[Finding]) -> str:
@@ -53,10 +51,8 @@ def _verdict(group: Sequence[Finding]) -> str:
 
 
 def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    return [
-        cell.rjust(width) if 6 <= i <= 9 else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
+    cells = enumerate(zip(row, widths, strict=True))
+    return [cell.rjust(width) if i in _NUMBERS else cell.ljust(width) for i, (cell, width) in cells]
 
 
 def plot(findings: Sequence[Finding], path: str | os.PathLike[str]) -> None:

@@ -20,7 +20,7 @@ from ..reference.plain import original_row, plain_row
 from ..schedule import Schedule
 from ..step import StepBuffers, StepSpec
 from ..table import COLUMNS, DEVICE_COLUMNS
-from .findings import Finding, distance_in_ulps, measure
+from .findings import Finding, distance_in_ulps, dtype_name, measure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((4, 3, 64, 64), (3, 5, 13, 29), (2, 4, 1000), (1, 3, 32, 32))
@@ -42,7 +42,7 @@ OPTIONS = {
 }
 _SCALE, _STEPS, _ROW = 3.0, 50, 20
 
-# The step's exponential may be 2 ulp off, in the kernels and in torch: up to 4 at the largest value, and a rounding.
+# The kernels' exponential and torch's may each be 2 ulp off: up to 4 at the largest value, and a rounding.
 LEARNED_ULP, LEARNED_ULP_ROUNDED = 5.0, 1.0
 
 
@@ -53,7 +53,7 @@ class Case:
     Attributes:
         options: name of the option set.
         dtype: the model's.
-        schedule: of ddpm and ddim; else None.
+        schedule: of ddpm and ddim, else None.
         table: float64 [R + 1, columns].
         row: the row to execute.
         output: the model's, in its dtype.
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def spec(self) -> StepSpec:
-        """Which of the terms exist."""
+        """Which terms exist."""
         return OPTIONS[self.options]
 
     def buffers(self, state: torch.dtype, model: torch.dtype, device: torch.device) -> StepBuffers:
@@ -87,13 +87,13 @@ class Case:
         )
 
     def written(self, buffers: StepBuffers) -> dict[str, Tensor]:
-        """What a step has written."""
+        """The buffers that a step writes, by name."""
         names = ("x", "model_input", *(["x0"] if self.spec.keep_x0 else []))
         found = {name: getattr(buffers, name) for name in names}
         return found | ({"history": buffers.history[: self.spec.history]} if buffers.history is not None else {})
 
     def plain(self) -> dict[str, Tensor]:
-        """The same of plain torch."""
+        """The same by plain torch."""
         given, spec, row = self.tensors, self.spec, self.table[self.row].float().tolist()
         x, noise = given["x"], given["noise"]
         if spec.noise_source == "philox":
@@ -141,7 +141,7 @@ def make_case(options: str, dtype: torch.dtype, shape: tuple[int, ...], seed: in
 
 
 def grid(backend: str, quick: bool, device: torch.device) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Option sets, dtypes and shapes for a backend; Inductor, which compiles each for seconds, varies one at a time."""
+    """Option sets, dtypes and shapes for a backend. Inductor compiles each for seconds: it varies one at a time."""
     small = quick or (backend == "triton" and device.type == "cpu")
     shapes = SMALL_SHAPES if small else SHAPES
     if backend == "inductor":
@@ -166,34 +166,35 @@ def check_step(case: Case, backend: str, device: torch.device) -> Iterator[Findi
     GuidedStep(spec, ours, backend)(case.output.to(device))
     ReferenceStep(spec, reference)(case.output)
     ReferenceStep(spec, exact)(case.output.double())
-    # A step that stands at another row than the reference has nothing right, whatever its numbers.
-    stands = torch.equal(ours.counter.cpu(), reference.counter)
-    stands = stands and torch.equal(ours.time.cpu(), reference.time)  # type: ignore[arg-type, union-attr]
+    # A step that ends at another row than the reference is wrong, whatever its numbers.
+    advanced = torch.equal(ours.counter.cpu(), reference.counter)
+    advanced = advanced and torch.equal(ours.time.cpu(), reference.time)  # type: ignore[arg-type, union-attr]
     expected, truth, plain = case.written(reference), case.written(exact), case.plain()
     for name, got in case.written(ours).items():
         same, ulps = distance_in_ulps(got.cpu(), expected[name])
         allowed = 0.0
-        if spec.learned_variance and name in ("x", "model_input") and stands:
+        if spec.learned_variance and name in ("x", "model_input") and advanced:
             allowed = LEARNED_ULP if got.dtype == torch.float32 else LEARNED_ULP_ROUNDED
         yield Finding(
             "step",
             backend,
-            _name(case.dtype),
+            dtype_name(case.dtype),
             case.options,
             "eager",
             tuple(case.tensors["x"].shape),
             name,
-            bitwise=same and stands,
+            bitwise=same and advanced,
             reference_ulp=ulps,
             allowed_ulp=allowed,
             error=measure(got, truth[name]),
             torch=measure(plain[name], truth[name]),
-            note="" if stands else "counter or time is wrong",
+            same_code=backend == "reference" and device.type == "cpu",
+            note="" if advanced else "counter or time is wrong",
         )
 
 
 def check_noise(backend: str, shape: tuple[int, ...], device: torch.device, seed: int) -> Iterator[Finding]:
-    """What a backend draws, at the start and in a step, against `fastcfg.reference.philox` on the CPU: bit for bit."""
+    """A backend's noise, at the start and in a step, against `fastcfg.reference.philox` on the CPU, bit for bit."""
     seeds = sample_seeds(seed + 2**63 - 2, shape[0])
     start = initial_noise(torch.empty(shape, device=device), seeds.to(device), backend)
     table = torch.zeros(4, len(DEVICE_COLUMNS), device=device)
@@ -207,18 +208,17 @@ def check_noise(backend: str, shape: tuple[int, ...], device: torch.device, seed
     }
     for name, (got, expected) in drawn.items():
         same, ulps = distance_in_ulps(got.cpu(), expected)
-        yield Finding(
-            "noise", backend, "float32", f"philox, {name}", "eager", shape, "x", same, reference_ulp=ulps, allowed_ulp=0
-        )
+        finding = Finding("noise", backend, "float32", f"philox, {name}", "eager", shape, "x", same, ulps, 0)
+        yield replace(finding, same_code=backend == "reference" and device.type == "cpu")
 
 
 def check_steps(backends: Sequence[str], device: torch.device, quick: bool, seed: int, progress: Any) -> list[Finding]:
-    """All of a device's steps.
+    """Steps and noise by every backend.
 
     Args:
         backends: of fastcfg.
         device: where they run.
-        quick: fewer and smaller ones.
+        quick: fewer and smaller cases.
         seed: of the inputs.
         progress: wraps the list of cases, as tqdm does.
     """
@@ -230,7 +230,3 @@ def check_steps(backends: Sequence[str], device: torch.device, quick: bool, seed
     for backend, options, dtype, shape in progress(cases, desc="steps"):
         found += check_step(make_case(options, dtype, shape, seed), backend, device)
     return found
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

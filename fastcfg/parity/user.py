@@ -22,23 +22,23 @@ _NAMES = ("model", "table", "sampler", "guidance", *_CALL, *_OPTIONS)
 
 
 def load_problem(source: str, device: torch.device | str) -> Problem | PipelineProblem:
-    """What a user's function returns, ready to sample.
+    """The result of a user's function, ready to sample.
 
     Args:
         source: "PATH.py:function" or "module:function". The function takes no arguments and returns a dictionary, or an
             object with such attributes: "model" and "table" (or a `Sampler` as "sampler"), "shape", and any of "cond",
             "uncond", "branches", "guidance", "clip", "denoised_fn", "cond_fn", "dtype" and "memory_format", as
             `Sampler` and `Sampler.sample` take them. Or {"pipeline": one of diffusers', "call": its arguments}.
-        device: of a model that tells none.
+        device: of a model without parameters.
 
     Raises:
-        ValueError: no such file, module or function, an error in it, or something else returned.
+        ValueError: no such file, module or function, an error in it, or another kind of result.
     """
-    place, _, name = source.rpartition(":")
-    if not place or not name:
+    module, _, name = source.rpartition(":")
+    if not module or not name:
         raise ValueError(f"--model: got {source!r}, expected PATH.py:function or module:function")
     try:
-        function: Callable[[], Any] = getattr(_import(place), name)
+        function: Callable[[], Any] = getattr(_import(module), name)
         returned = function()
     except Exception as error:
         raise ValueError(f"--model: {source!r} failed: {type(error).__name__}: {error}") from error
@@ -78,15 +78,14 @@ def load_problem(source: str, device: torch.device | str) -> Problem | PipelineP
     return problem
 
 
-def _import(place: str) -> Any:
-    """A module by the path of its file or by name; like scripts, files see their neighbours."""
-    if not place.endswith(".py"):
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        return importlib.import_module(place)
-    path = Path(place).resolve()
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+def _import(name: str) -> Any:
+    """A module by the path of its file or by name; like a script, it sees the files beside it."""
+    path = Path(name).resolve()
+    folder = str(path.parent) if name.endswith(".py") else os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
     sys.modules.setdefault(path.stem, module)

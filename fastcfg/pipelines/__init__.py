@@ -1,1 +1,1 @@
-"""From prompts to pictures: a model with its tokenizer and noise schedule, the upsampler, and inpainting."""
+"""From prompts to pictures: `text_to_image`, `upsampler`, and what they share."""

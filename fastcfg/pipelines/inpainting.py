@@ -1,4 +1,4 @@
-"""Pictures of which a part is known: checked, and put back at every step."""
+"""Partly known pictures: checks, and a function that restores the known pixels at every step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ __all__ = ["KnownPixels", "checked_inpainting"]
 
 
 def checked_inpainting(inpaint: Any, channels: int, size: int, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """A picture and its mask as the network takes them.
+    """Check a picture and its mask, and convert them for the network.
 
     Args:
         inpaint: (image, mask): [C, S, S] or [N, C, S, S] in [-1, 1]; [1, S, S] or [N, 1, S, S], of ones where the image
             is known and zeros elsewhere.
-        channels: C.
-        size: S.
-        batch: N.
-        device: where to put them.
+        channels, size, batch: C, S and N.
+        device: of the result.
 
     Returns:
         Image and mask, float32 [N or 1, ...].
@@ -47,18 +45,13 @@ def checked_inpainting(inpaint: Any, channels: int, size: int, batch: int, devic
 class KnownPixels:
     """A `denoised_fn` that puts the known pixels back (GLIDE's inpainting notebook): x0 (1 - mask) + image mask.
 
-    It is one function for all batches of up to `batch` samples, whose pictures it keeps in static buffers, so that a
-    sampler keeps its graphs.
+    One function serves all batches of up to `batch` samples, with their pictures in static buffers, so that a sampler
+    keeps its graphs.
 
     Args:
         batch: the largest batch.
-        channels: C.
-        size: height and width.
-        device: where the samples are.
-
-    Attributes:
-        batch: as given.
-        device: as given.
+        channels, size: C and S of the samples [N, C, S, S].
+        device: the samples' device.
     """
 
     @torch.inference_mode(False)
@@ -68,7 +61,7 @@ class KnownPixels:
         self._mask = torch.zeros(batch, 1, size, size, device=device)
 
     def load(self, image: Tensor, mask: Tensor, batch: int) -> None:
-        """Take the pictures of the next batch, [N or 1, C, S, S] and [N or 1, 1, S, S]."""
+        """Set the pictures of the next batch, [N or 1, C, S, S] and [N or 1, 1, S, S]."""
         self._image[:batch].copy_(image)
         self._mask[:batch].copy_(mask)
 

@@ -1,4 +1,7 @@
-"""Solvers: each builds a `StepTable` from a schedule or noise levels. One module per family, in the paper's symbols."""
+"""Solvers: each builds a `StepTable` from a `Schedule` or noise levels. One module per family, in the paper's symbols.
+
+All raise TypeError for anything else in the place of these. `by_name` builds them from names.
+"""
 
 from .cfg_pp import ddim_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from .consistency import lcm, tcd

@@ -1,9 +1,9 @@
 """Rows of exponential multistep methods, with or without a corrector.
 
 Between two levels of λ = -log σ the exact x is A x + ∫ k(λ) m(λ) dλ, with m the x0 (or the slope d) of the model. A
-method puts for m the polynomial through the m of some levels, so that a step is A x + sum_i w_i m_i. A corrector takes
-the step to a level again once the m there is known; x minus the predictor's terms is where it starts from, so that no
-state has to be saved for it.
+method replaces m by the polynomial through the m of some levels, so that a step is A x + sum_i w_i m_i. A corrector
+takes the step to a level again once the m there is known. It starts from x minus the predictor's terms, so no state has
+to be saved for it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def data_weights(λ: float, λ_to: float, known: Array, B: float, c: float = 1.0
 
 
 def orders(levels: Array, order: int, lower_order_final: bool) -> list[int]:
-    """The order of every step: what has been seen allows, 1 for a step to 0, and, if wanted, what is left to come."""
+    """The order of every step: limited by the steps before it, optionally by those left, and 1 for a step to 0."""
     N = len(levels) - 1
     most = [min(order, n + 1, N - n if lower_order_final else order) for n in range(N)]
     return [*most[:-1], most[-1] if levels[-1] > 0 else 1]
@@ -71,7 +71,6 @@ def multistep_table(
         slopes: whether m is d = (x - x0)/σ rather than x0.
         **columns: further ones.
     """
-    rows = np.arange(len(σ))
     on = np.zeros((1 + max(map(len, [*predictor, *corrector])), len(σ)))
     for n, weights in enumerate(predictor):
         on[: len(weights), n] += weights
@@ -79,14 +78,20 @@ def multistep_table(
             on[: len(corrector[n]), n] += A[n] * corrector[n]
             on[1 : 1 + len(predictor[n - 1]), n] -= A[n] * predictor[n - 1]
     ages = int(np.flatnonzero(on.any(axis=1)).max(initial=0))
-    # The m of row i goes where that of row i - ages, which it is the last to read, was.
-    slots = max(ages, 1)
-    a_h = np.zeros((3, len(σ)))
-    for age in range(1, ages + 1):
-        a_h[(rows - age) % slots, rows] = on[age]
     m_x, m_0 = (1 / σ, -1 / σ) if slopes else (np.zeros_like(σ), np.ones_like(σ))
-    saved: dict[str, Any] = {"k_x": m_x, "k_0": m_0, "slot": rows % slots} if ages else {}
-    a_h0, a_h1, a_h2 = a_h
-    return denoising_table(
-        denoiser, σ, σ[0], a_x=A + on[0] * m_x, a_0=on[0] * m_0, a_h0=a_h0, a_h1=a_h1, a_h2=a_h2, **saved, **columns
-    )
+    saved: dict[str, Any] = {"k_x": m_x, "k_0": m_0, **history(on[1 : ages + 1])} if ages else {}
+    return denoising_table(denoiser, σ, σ[0], a_x=A + on[0] * m_x, a_0=on[0] * m_0, **saved, **columns)
+
+
+def history(weights: Array) -> dict[str, Any]:
+    """The columns a_h0 to a_h2 and slot of rows that save one tensor each.
+
+    Args:
+        weights: [ages, R], of what the row before, the one before that, ... saved; up to 3 ages.
+    """
+    ages, rows = len(weights), np.arange(weights.shape[1])
+    # A row's tensor replaces that of `ages` rows before, which it is the last to read.
+    a_h = np.zeros((3, len(rows)))
+    for age in range(1, ages + 1):
+        a_h[(rows - age) % ages, rows] = weights[age - 1]
+    return {"a_h0": a_h[0], "a_h1": a_h[1], "a_h2": a_h[2], "slot": rows % ages if ages else -1}

@@ -69,11 +69,7 @@ _HIGHEST_UNCLIPPED = 15.0
 
 
 def solver_table(
-    solver: str,
-    schedule: Schedule,
-    steps: int | str = 50,
-    spacing: str | None = None,
-    eta: float | None = None,
+    solver: str, schedule: Schedule, steps: int | str = 50, spacing: str | None = None, eta: float | None = None
 ) -> StepTable:
     """The table of a named solver for a model that predicts ε, with learned variances, of a discrete process.
 

@@ -14,11 +14,7 @@ _SIGMA_DATA = 0.5
 
 
 def lcm(
-    schedule: Schedule,
-    *,
-    timestep_scaling: float = 10.0,
-    prediction: str = "epsilon",
-    rescale_timesteps: bool = False,
+    schedule: Schedule, *, timestep_scaling: float = 10.0, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
     """Multistep sampling of latent consistency models (Luo et al. 2023, https://arxiv.org/abs/2310.04378, algorithm 3).
 
@@ -28,14 +24,12 @@ def lcm(
         schedule: the process, re-spaced to the timesteps wanted, usually two to eight:
             `schedule.respace(fastcfg.schedule.consistency_timesteps(4))`.
         timestep_scaling: s of c_skip = 0.25/((s t)² + 0.25) and c_out = s t/√((s t)² + 0.25), t the original timestep.
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+        prediction, rescale_timesteps: as `ddim`.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first. The last row returns f.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, or timestep_scaling not above 0.
 
     Example:
@@ -86,7 +80,6 @@ def tcd(
         A table of one row per timestep. The last row adds no noise.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, gamma out of its range, or timesteps not as described.
     """
     check_schedule(schedule)

@@ -31,7 +31,6 @@ def ddpm(
         A table of `schedule.num_timesteps` rows, noisiest first. The last row adds no noise.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction or variance, or a schedule whose coefficients are not finite.
 
     Example:

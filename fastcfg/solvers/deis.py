@@ -17,18 +17,16 @@ def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, d
     them in the time t of the process.
 
     Args:
-        sigmas: noise levels [N + 1], see `fastcfg.sigmas`: finite, falling strictly, the last at least 0.
+        sigmas, denoiser: as `euler`, with its errors.
         order: the number of ε combined, 1 (`euler`) to 3, less in the first steps.
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them in fewer than 15
             steps. A step to 0 is of first order in any case.
-        denoiser: what the model predicts, by default D(x, σ).
 
     Returns:
         A table of N rows with order - 1 saved tensors. Its start is sigmas[0] times noise.
 
     Raises:
-        TypeError: denoiser not a Denoiser.
-        ValueError: sigmas not as described or unknown order.
+        ValueError: unknown order.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: got {order}, expected 1, 2 or 3")

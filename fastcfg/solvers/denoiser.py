@@ -123,9 +123,4 @@ def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
     if denoiser.prediction == "flow" and np.any(columns.get("s", 0)):
         raise ValueError("denoiser: got prediction 'flow' for steps that add noise, expected a solver without")
-    return StepTable.from_columns(
-        **denoiser.columns(σ),
-        integer_time=False,
-        initial_scale=float(σ_max),
-        **columns,
-    )
+    return StepTable.from_columns(**denoiser.columns(σ), integer_time=False, initial_scale=float(σ_max), **columns)

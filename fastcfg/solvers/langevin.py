@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..schedule import Schedule
 from ..table import StepTable
+from ..utils.checks import check_count
 from ._prediction import Array, check_schedule, x0_coefficients
 
 
@@ -42,14 +43,12 @@ def langevin(
         step_size: δ/(1-ᾱ), in (0, 4). Larger steps mix faster and leave more noise.
         denoise: end with a row that returns x0, without the last level's noise (Jolicoeur-Martineau et al. 2020,
             https://arxiv.org/abs/2009.05475).
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+        prediction, rescale_timesteps: as `ddim`.
 
     Returns:
-        A table of `steps_per_level` rows for each level, which share a step, and the row of `denoise` in the last one.
+        A table of `steps_per_level` rows for each level, which share a step; the row of `denoise` is in the last one.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, steps_per_level below 1, or step_size out of range.
 
     Example:
@@ -58,7 +57,7 @@ def langevin(
         (501, 100)
     """
     check_schedule(schedule)
-    _check_count("steps_per_level", steps_per_level)
+    check_count("steps_per_level", steps_per_level)
     levels = np.repeat(np.arange(schedule.num_timesteps)[::-1], steps_per_level)
     sizes = _sizes(step_size, len(levels))
     steps = schedule.num_timesteps - 1 - levels
@@ -80,25 +79,23 @@ def sgld(
     With guidance of scale γ they sample the density proportional to p(x_t)^(1-γ) p(x_t | y)^γ.
 
     Args:
-        schedule: the process, perhaps re-spaced.
+        schedule: the process, re-spaced or not.
         timestep: the level, an index into the schedule, 0 the least noisy.
         num_steps: Langevin steps.
         step_size: δ/(1-ᾱ), in (0, 4): one number, or one for each step, say a (b + i)^-c with 1/2 < c <= 1 to end
             without a bias.
         denoise: end with a row that returns x0.
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+        prediction, rescale_timesteps: as `langevin`.
 
     Returns:
         A table of `num_steps` rows, and the row of `denoise` in the last one's step.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, a timestep outside the schedule, num_steps below 1, or step sizes out of range
             or of another number.
     """
     check_schedule(schedule)
-    _check_count("num_steps", num_steps)
+    check_count("num_steps", num_steps)
     if not 0 <= timestep < schedule.num_timesteps:
         raise ValueError(f"timestep: got {timestep}, expected 0 ... {schedule.num_timesteps - 1}")
     sizes, levels = _sizes(step_size, num_steps), np.full(num_steps, timestep)
@@ -112,8 +109,8 @@ def predictor_corrector(
     https://arxiv.org/abs/2011.13456).
 
     Args:
-        predictor: a table of this package for the same schedule, such as `ddpm(schedule)` or `ddim(schedule)`. What the
-            model predicts is read off its rows.
+        predictor: a table of this package for the same schedule, such as `ddpm(schedule)` or `ddim(schedule)`; its rows
+            say what the model predicts.
         schedule: the process.
         corrector_steps: Langevin steps before each step of the predictor.
         step_size: δ/(1-ᾱ), in (0, 4).
@@ -136,7 +133,7 @@ def predictor_corrector(
     if not isinstance(predictor, StepTable):
         raise TypeError(f"predictor: got {type(predictor).__name__}, expected a StepTable")
     check_schedule(schedule)
-    _check_count("corrector_steps", corrector_steps)
+    check_count("corrector_steps", corrector_steps)
     (size,) = _sizes(step_size, 1)
     if (predictor["c_in"] != 1).any():
         raise ValueError(f"predictor: got the table {predictor.name} with c_in other than 1, expected one over x_t")
@@ -181,7 +178,7 @@ def _step(ᾱ: Array, step_size: Array, learned_variance: bool = False) -> dict[
 def _levels(predictor: StepTable, first: NDArray[np.int64], schedule: Schedule) -> NDArray[np.int64]:
     """The timestep at which each step of the predictor begins."""
     times = predictor["t"][first].tolist()
-    # Times that are floats need not be rescaled: those of `prk` are between two timesteps.
+    # Float times are not always rescaled ones: those of `prk` lie between two timesteps.
     for rescale in (not predictor.integer_time, False):
         level_of = {time: level for level, time in enumerate(schedule.model_timesteps(rescale).tolist())}
         if set(times) <= level_of.keys():
@@ -204,8 +201,3 @@ def _sizes(step_size: float | Sequence[float], num_steps: int) -> Array:
     if not ((sizes > 0) & (sizes < 4)).all():
         raise ValueError(f"step_size: got {step_size}, expected values in (0, 4)")
     return np.broadcast_to(sizes, num_steps)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: got {value}, expected at least 1")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
+from ._multistep import history
 from ._prediction import Array, check_schedule, epsilon_coefficients, level_coefficients, x0_coefficients
 
 # Weights of the newest ε first, by order.
@@ -26,21 +27,19 @@ def plms(
 ) -> StepTable:
     """Pseudo linear multistep: one model evaluation a step, the last `order` ε combined.
 
-    The first steps have the order that the ε seen so far allow, and order - 1 tensors are saved. The paper's warm-up,
-    three steps of `prk`, would need four, one more than a table has: within the third of them its start, the sum of its
-    ε so far and the ε of both steps before are all yet to be used.
+    The first steps have the order that the ε before them allow, and order - 1 tensors are saved. The paper's warm-up,
+    three steps of `prk`, would need four, one more than a table has: within the third, its start, the sum of its ε so
+    far and the ε of both steps before are all still needed.
 
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
         order: 1 (DDIM) to 4.
-        prediction: "epsilon", "x0", "v" or "previous_x".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
+        prediction, rescale_timesteps: as `ddim`.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown order or prediction.
 
     Example:
@@ -60,23 +59,15 @@ def plms(
     for row in range(len(rows)):
         b = ADAMS_BASHFORTH[min(row + 1, order)]
         weights[row, : len(b)] = b
-    # The ε of row i goes where that of row i - (order - 1), which it is the last to read, was.
-    slots = max(order - 1, 1)
-    a_h = np.zeros((3, len(rows)))
-    for age in range(1, order):
-        a_h[(rows - age) % slots, rows] = B * weights[:, age]
     return StepTable.from_columns(
         t=schedule.model_timesteps(rescale_timesteps)[::-1],
         p_x=p_x,
         p_m=p_m,
         a_x=A + B * weights[:, 0] * e_x,
         a_m=B * weights[:, 0] * e_m,
-        a_h0=a_h[0],
-        a_h1=a_h[1],
-        a_h2=a_h[2],
         k_x=e_x,
         k_m=e_m,
-        slot=rows % slots if order > 1 else -1,
+        **history((B[:, None] * weights[:, 1:order]).T),
         integer_time=not rescale_timesteps,
         name="plms",
     )
@@ -85,19 +76,18 @@ def plms(
 def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """Pseudo Runge-Kutta of fourth order, four model evaluations a step: glide-finetune's `prk_sample_loop`.
 
-    As there, the steps lead from t = T-2 to t = 0 (x_T is taken for x_{T-2}, and x_0 is returned as it is), and the
-    stages halfway between two timesteps take the mean of their ᾱ and of their model times, which are therefore floats.
+    As in that fork, the steps lead from t = T-2 to t = 0 (x_T is taken for x_{T-2}, and x_0 is returned unchanged), and
+    the stages halfway between two timesteps take the mean of their ᾱ and of their model times: times are floats.
 
     Args:
-        schedule: the process, re-spaced to the number of steps wanted plus 2.
+        schedule: the process, re-spaced to 2 more than the number of steps wanted.
         prediction: "epsilon", "x0" or "v".
         rescale_timesteps: give the model times in the range of a 1000-step process.
 
     Returns:
-        A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first, those of one step sharing its index.
+        A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first; the four of a step share its index.
 
     Raises:
-        TypeError: schedule not a Schedule.
         ValueError: unknown prediction, or fewer than 3 timesteps.
 
     Example:

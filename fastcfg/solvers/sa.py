@@ -20,28 +20,25 @@ def sa_solver(
     lower_order_final: bool = True,
     denoiser: Denoiser = RAW,
 ) -> StepTable:
-    """Stochastic Adams: a predictor and a corrector of the SDE whose noise is τ, one model evaluation a step.
+    """Stochastic Adams: a predictor and a corrector of the SDE with noise τ, one model evaluation a step.
 
     Equations 14 and 17 of the paper, with its authors' change of the weights where two x0 are combined; diffusers'
     `SASolverScheduler`. The corrector takes the predictor's noise again, so that it stays in x.
 
     Args:
-        sigmas: noise levels [N + 1], see `fastcfg.sigmas`: finite, falling strictly, the last at least 0.
+        sigmas, denoiser: as `euler`, with its errors.
         predictor_order: the number of x0 that a step combines, 1 to 3, less in the first steps.
-        corrector_order: the number that it combines when taken again, that at its end among them, 1 to 4.
+        corrector_order: the number it combines when taken again, the one at its end included, 1 to 4.
         tau: τ, one number or one for each of the N steps, at least 0: 0 is the ODE, 1 the noise of DDPM. diffusers'
             default is 1 at timesteps 200 to 800 and 0 elsewhere.
-        lower_order_final: whether the last steps are of lower order too, as diffusers takes them. A step to 0 is of
-            first order in any case.
-        denoiser: what the model predicts, by default D(x, σ).
+        lower_order_final: as `unipc`.
 
     Returns:
         A table of N rows with max(predictor_order, corrector_order - 1) saved tensors. Its start is sigmas[0] times
         noise.
 
     Raises:
-        TypeError: denoiser not a Denoiser.
-        ValueError: sigmas or tau not as described, or an unknown order.
+        ValueError: tau not as described, or an unknown order.
     """
     if predictor_order not in (1, 2, 3) or corrector_order not in (1, 2, 3, 4):
         got = f"{predictor_order}, {corrector_order}"

@@ -111,8 +111,8 @@ def dpm2(
     s_noise: float = 1.0,
     denoiser: Denoiser = RAW,
 ) -> StepTable:
-    """DPM-Solver-2 (Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithm 1) as k-diffusion takes it: the
-    midpoint method in σ, whose midpoint is that of log σ.
+    """DPM-Solver-2 (Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithm 1) as k-diffusion has it: the
+    midpoint method in σ, with the midpoint of log σ.
 
     Args, errors, result: as `heun`.
     """
@@ -165,7 +165,7 @@ def ancestral_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Arr
 def _churned_levels(
     sigmas: ArrayLike, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> tuple[Array, Array, Array, float]:
-    """(σ̂, σ', the standard deviation of the next step's churn) of every step, each [N], and that of the start."""
+    """(σ̂, σ', the standard deviation of the next step's churn) of every step, each [N], and the start's deviation."""
     at_least_0(s_churn=s_churn, s_tmin=s_tmin, s_noise=s_noise)
     if not s_tmax >= s_tmin:
         raise ValueError(f"s_tmax: got {s_tmax}, expected at least s_tmin {s_tmin}")
@@ -187,7 +187,7 @@ def _two_stages(
     name: str,
 ) -> StepTable:
     """Rows of steps from σ to σ_to, each [N]: an Euler step to σ_mid that saves a tensor, and the columns of the second
-    stage there, which a step to 0 has not."""
+    stage there; a step to 0 has no second stage."""
     first = {"a_x": σ_mid / σ, "a_0": 1 - σ_mid / σ, **saved}
     rows = 2 * len(σ) - (σ_to[-1] == 0)
 
@@ -207,5 +207,5 @@ def _two_stages(
 
 
 def _or_1(σ: Array) -> Array:
-    """σ, and 1 in place of the 0 of a stage that is not taken."""
+    """σ, with 1 in place of 0, at the end of a step that has no second stage."""
     return np.where(σ > 0, σ, 1.0)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..table import StepTable
+from ._multistep import history
 from ._prediction import Array
 from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
 
@@ -59,9 +60,9 @@ def dpmpp_2m_sde(
 def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
     """k-diffusion's three-step relative of SDE-DPM-Solver++ (https://arxiv.org/abs/2211.01095); it is in no paper.
 
-    As there, the curvature of x0 counts half of what third order takes (its second divided difference is used for its
-    second derivative), so at eta 0 it is of second order with a small error. The first two steps have the order that
-    the x0 seen so far allow.
+    As in k-diffusion, the curvature of x0 counts half of what third order takes (its second divided difference stands
+    for its second derivative), so at eta 0 it is of second order with a small error. The first two steps have the order
+    that the x0 before them allow.
 
     Args, errors: as `euler_ancestral`, with eta unbounded.
 
@@ -79,7 +80,7 @@ def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, d
     on_second = np.where(third, (φ_3 - φ_2 * r0) / (r0 + r1), 0.0)
     on_first = np.where(taken & (rows >= 1), φ_2 - on_second, 0.0)
     on_D_1, on_D_2 = on_second / r1 - on_first / r0, -on_second / r1
-    # Row i saves its x0 where D_2, which it is the last to read, was.
+    # Row i's x0 replaces D_2, which it is the last to read.
     odd = rows % 2 == 1
     return denoising_table(
         denoiser,
@@ -100,7 +101,7 @@ def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepT
     """Linear multistep: Adams-Bashforth for uneven steps, on the ODE dx/dσ = d of Karras et al. 2022
     (https://arxiv.org/abs/2206.00364).
 
-    The first steps have the order that the slopes seen so far allow.
+    The first steps have the order that the slopes before them allow.
 
     Args:
         sigmas, denoiser: as `euler`, with its errors.
@@ -126,23 +127,15 @@ def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepT
             others = np.delete(known, j)
             basis = np.prod((τ[:, None] - others) / (level - others), axis=1)
             weights[j, i] = (levels[i + 1] - levels[i]) / 2 * (node_weights @ basis)
-    # The d of row i goes where that of row i - (order - 1), which it is the last to read, was.
-    slots = max(order - 1, 1)
-    a_h = np.zeros((3, len(rows)))
-    for age in range(1, order):
-        a_h[(rows - age) % slots, rows] = weights[age]
     return denoising_table(
         denoiser,
         σ,
         σ[0],
         a_x=1 + weights[0] / σ,
         a_0=-weights[0] / σ,
-        a_h0=a_h[0],
-        a_h1=a_h[1],
-        a_h2=a_h[2],
         k_x=1 / σ,
         k_0=-1 / σ,
-        slot=rows % slots if order > 1 else -1,
+        **history(weights[1:order]),
         name="lms",
     )
 
@@ -159,8 +152,8 @@ def _dpmpp_2m(
 
 
 def _sde_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, Array, Array, Array, NDArray[np.bool_]]:
-    """σ; e^-h with h = (1 + eta)(λ' - λ); h, 1 for a step to 0; the noise's standard deviation; and whether the step is
-    not to 0. Each [N]."""
+    """σ; e^-h with h = (1 + eta)(λ' - λ); h, 1 for a step to 0; the noise's standard deviation; and whether the step
+    ends above 0. Each [N]."""
     at_least_0(eta=eta, s_noise=s_noise)
     levels = noise_levels(sigmas)
     σ, σ_to = levels[:-1], levels[1:]
@@ -170,6 +163,6 @@ def _sde_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, A
 
 
 def _ratio(h: Array, age: int) -> Array:
-    """h of the step `age` steps before over h, 1 where there is none."""
+    """h of the step `age` steps before, over h; 1 where there is none."""
     before = np.concatenate([h[:age], h[:-age]])[: len(h)]
     return before / h

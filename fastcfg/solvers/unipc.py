@@ -14,33 +14,26 @@ VARIANTS = ("bh1", "bh2")
 
 
 def unipc(
-    sigmas: ArrayLike,
-    *,
-    order: int = 2,
-    variant: str = "bh2",
-    lower_order_final: bool = True,
-    denoiser: Denoiser = RAW,
+    sigmas: ArrayLike, *, order: int = 2, variant: str = "bh2", lower_order_final: bool = True, denoiser: Denoiser = RAW
 ) -> StepTable:
     """UniP-p and UniC-p: every step is predicted from the last p x0, and taken again with the x0 seen at its end.
 
     Algorithms 1 to 4 of the paper, one model evaluation a step: the x0 that corrects a step also begins the next one.
-    It is diffusers' `UniPCMultistepScheduler`. B(h) counts only where two x0 are combined (equation 3 has a solution
-    without it elsewhere).
+    It is diffusers' `UniPCMultistepScheduler`. B(h) counts only where two x0 are combined; elsewhere the solution of
+    equation 3 does not contain it.
 
     Args:
-        sigmas: noise levels [N + 1], see `fastcfg.sigmas`: finite, falling strictly, the last at least 0.
+        sigmas, denoiser: as `euler`, with its errors.
         order: p, 1 to 3, less in the first steps.
         variant: B(h): "bh1" is -h, "bh2" is e^-h - 1, in λ = -log σ.
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them. A step to 0 is of
             first order in any case.
-        denoiser: what the model predicts, by default D(x, σ).
 
     Returns:
         A table of N rows with p saved tensors. Its start is sigmas[0] times noise.
 
     Raises:
-        TypeError: denoiser not a Denoiser.
-        ValueError: sigmas not as described, unknown order or variant.
+        ValueError: unknown order or variant.
 
     Example:
         >>> from fastcfg import sigmas

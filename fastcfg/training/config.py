@@ -1,21 +1,31 @@
-"""What every training recipe says: everything a run's result depends on, as a JSON file."""
+"""The settings common to all training recipes. A recipe determines a run's result and is stored as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
+
+_RANGES: dict[str, Callable[[Any], bool]] = {
+    "at least 0": lambda value: value >= 0,
+    "at least 1": lambda value: value >= 1,
+    "at least 2": lambda value: value >= 2,
+    "a positive number": lambda value: math.isfinite(value) and value > 0,
+    "0 <= value < 1": lambda value: 0 <= value < 1,
+    "0 <= value <= 1": lambda value: 0 <= value <= 1,
+}
 
 _Recipe = TypeVar("_Recipe", bound="TrainConfig")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run, whatever it is trained on; ``ShapesConfig`` and ``FolderConfig`` add theirs.
+    """Settings of a run, whatever it trains on; `ShapesConfig` and `FolderConfig` add their own.
 
-    The learning rate rises over ``warmup_steps``, stays, and falls as half a cosine to 0 over the last ``decay_steps``.
-    A run under way can therefore be given another length on resuming, as long as its decay has not begun.
+    The learning rate rises linearly over `warmup_steps`, stays, and falls to 0 as half a cosine over the last
+    `decay_steps`. A run can therefore be resumed with another length as long as its decay has not begun.
 
     Attributes:
         steps: optimizer steps of the whole run.
@@ -26,27 +36,23 @@ class TrainConfig:
         weight_decay: AdamW's decoupled weight decay.
         beta2: AdamW's second moment decay.
         grad_clip: largest norm of the gradient.
-        ema_decay: decay of the weight average that is saved.
-        mse_weight_cap: see ``HybridLoss``.
-        noisy_share: share of pictures diffused to the last 15 % of the steps, where layouts are decided, on top of
-            those that chance puts there.
+        ema_decay: decay of the averaged weights, see `EMA`.
+        mse_weight_cap: see `HybridLoss`.
+        noisy_share: share of pictures moved to the last 15 % of the diffusion, where layouts are decided.
         bf16: run the model under bfloat16 autocast.
-        channels_last: lay pictures and convolution weights out channels-last.
-        accumulate: parts a batch is split into, computed one after the other, so that only one part's activations need
-            memory. The gradient is the whole batch's.
-        shards: parts each of these is split into, each computed by a thread of its own. On a CPU two threads with a
-            core each, meeting once per step, bear other load far better than one on two cores, which waits for both in
-            every layer: beside one busy process, 60 pictures per second against 8.
+        channels_last: store pictures and convolution weights channels-last.
+        accumulate: parts of a batch computed one after the other, to save memory; gradients are summed.
+        shards: parts of each of these computed by one thread each. Two single-core threads that meet once per step bear
+            other load better than two cores that meet in every layer: 60 pictures/s against 8 beside one busy process.
         seed: seed of initial weights, data, noise and dropout.
-        model: the network, in the words of the recipe's kind.
+        model: options of the network.
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value out of range.
     """
 
-    # Settings that leave the result as it is, so that a run may go on with others.
+    # Settings that do not change the result: a resumed run may have other values.
     FREE: ClassVar[frozenset[str]] = frozenset()
-    # What ``model`` says where a recipe leaves it out.
     DEFAULT_MODEL: ClassVar[dict[str, Any]] = {}
 
     steps: int = 10000
@@ -68,30 +74,25 @@ class TrainConfig:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        self._check("at least 1", "steps", "batch_size", "accumulate")
         require("accumulate", self.accumulate, self.accumulate <= self.batch_size, "1 to batch_size")
         most = self.batch_size // self.accumulate
         expected = "1 to batch_size" if self.accumulate == 1 else f"1 to batch_size / accumulate = {most}"
         require("shards", self.shards, 1 <= self.shards <= most, expected)
         if self.shards > 1 and self.model.get("dropout"):
             raise ValueError(f"shards: got {self.shards} with dropout, expected 1: threads share the random generator")
-        for name in ("learning_rate", "grad_clip"):
-            value = getattr(self, name)
-            require(name, value, math.isfinite(value) and value > 0, "a positive number")
-        for name in ("warmup_steps", "decay_steps", "weight_decay", "seed"):
-            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("ema_decay", "beta2"):
-            require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "0 <= value < 1")
-        require("noisy_share", self.noisy_share, 0 <= self.noisy_share <= 1, "0 <= value <= 1")
-        require("mse_weight_cap", self.mse_weight_cap, self.mse_weight_cap >= 1, "at least 1")
+        self._check("a positive number", "learning_rate", "grad_clip")
+        self._check("at least 0", "warmup_steps", "decay_steps", "weight_decay", "seed")
+        self._check("0 <= value < 1", "ema_decay", "beta2")
+        self._check("0 <= value <= 1", "noisy_share")
+        self._check("at least 1", "mse_weight_cap")
 
     def at(self: _Recipe, step: int) -> _Recipe:
-        """The settings that hold at a step."""
+        """The settings in force at a step."""
         return self
 
     def starts(self) -> set[int]:
-        """The steps from which other settings may hold than before."""
+        """The steps at which settings may change."""
         return {0}
 
     def learning_rate_at(self, step: int) -> float:
@@ -107,13 +108,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls: type[_Recipe], values: dict[str, Any]) -> _Recipe:
-        """Make a recipe from JSON values; what is left out keeps its default, inside ``model`` too.
-
-        Args:
-            values: attributes by name.
-
-        Returns:
-            The recipe.
+        """Make a recipe from JSON values by name; missing ones keep their default, inside `model` too.
 
         Raises:
             ValueError: unknown names, values of the wrong type or out of range.
@@ -137,18 +132,14 @@ class TrainConfig:
             checked["model"] = {**cls.DEFAULT_MODEL, **checked["model"]}
         return cls(**checked)
 
+    def _check(self, expected: str, *names: str) -> None:
+        """Raise ValueError unless the settings named are in the range `expected`."""
+        for name in names:
+            value = getattr(self, name)
+            require(name, value, _RANGES[expected](value), expected)
+
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Raise ValueError unless ``holds``.
-
-    Args:
-        name: the setting.
-        value: what it was given.
-        holds: whether that will do.
-        expected: what would.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise ValueError ("name: got value, expected ...") unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")

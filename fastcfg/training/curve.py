@@ -1,4 +1,4 @@
-"""The loss curve of a run: the log's lines, thinned, as a picture and as numbers."""
+"""The loss curve of a run: its log, averaged over stretches, as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastcfg.utils.files import replacing
+from ..utils.files import replacing
 
 _POINTS = 200
 _LINES = {
@@ -21,30 +21,19 @@ _LINES = {
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read a log of one JSON object per line.
-
-    Args:
-        path: the log.
-
-    Returns:
-        Its entries.
-
-    Raises:
-        ValueError: a line is not JSON.
-        OSError: the file cannot be read.
-    """
+    """Read a log of one JSON object per line; ValueError for a line that is not JSON."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def thin(entries: Sequence[dict[str, float]], points: int = _POINTS) -> dict[str, list[float]]:
-    """Average a log over at most ``points`` stretches of equal length.
+    """Average a log over at most `points` stretches of equal length.
 
     Args:
         entries: a log's entries, all with the same numeric keys.
         points: most points to keep.
 
     Returns:
-        By key the stretches' means, to 6 significant digits; ``step`` is each stretch's last step.
+        By key the stretches' means, to 6 significant digits; `step` is each stretch's last step.
     """
     stretches = np.array_split(np.arange(len(entries)), min(points, len(entries))) if entries else []
     curve: dict[str, list[float]] = {}
@@ -58,15 +47,7 @@ def thin(entries: Sequence[dict[str, float]], points: int = _POINTS) -> dict[str
 
 
 def plot(entries: Sequence[dict[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draw the loss curve as a PNG; needs matplotlib.
-
-    Args:
-        entries: a log's entries.
-        path: the file to write, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Draw the loss curve of a log as a PNG, written whole or not at all; needs matplotlib."""
     from matplotlib.figure import Figure
 
     curve = thin(entries)

@@ -1,8 +1,7 @@
 """The hybrid loss of Improved DDPM (Nichol & Dhariwal 2021) for a model that predicts noise and a learned variance.
 
-The noise is learned by mean squared error. The variance is learned through the variational bound, into which the
-predicted noise enters detached, so that the bound never pulls at the mean (guided-diffusion: `RESCALED_MSE` with
-`LEARNED_RANGE`).
+The noise is learned by mean squared error, the variance by the variational bound with the predicted noise detached, so
+that the bound does not change the mean (guided-diffusion: `RESCALED_MSE` with `LEARNED_RANGE`).
 """
 
 from __future__ import annotations
@@ -14,20 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastcfg.schedule import Schedule
+from ..schedule import Schedule
 
+_SCHEDULE_TABLES = (
+    *("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
+    *("sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "posterior_mean_coef2"),
+)
 _HALF_BIN = 1.0 / 255.0
 _SMALLEST_PROBABILITY = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class LossTerms:
-    """Per-sample losses, each float ``[B]``.
+    """Losses of each sample, float [B].
 
     Attributes:
-        loss: what training minimises: ``mse_weight * mse + vlb``.
+        loss: the training loss, `mse_weight * mse + vlb`.
         mse: mean squared error of the noise.
-        vlb: the variational bound's term at t in bits per dimension, times T / 1000.
+        vlb: the term of the variational bound at t in bits per dimension, times T / 1000.
     """
 
     loss: Tensor
@@ -36,17 +39,14 @@ class LossTerms:
 
 
 class HybridLoss:
-    """Loss of a model with outputs ``[B, 2C, ...]``: noise, then the variance's place between its bounds in [-1, 1].
+    """Loss of a model with output [B, 2C, ...]: the noise, then the variance's position between its bounds.
 
     Args:
-        schedule: the diffusion process trained on.
-        mse_weight_cap: the squared error is weighted by ``min(1 / alphas_cumprod, mse_weight_cap)``. 1 is the plain
-            loss. Uncapped it is the squared error of v; a cap in between gives the noisy steps, where a picture's
-            layout is decided, more of a say.
-        dtype: of the tables and so of the result.
-
-    Raises:
-        ValueError: ``mse_weight_cap`` below 1.
+        schedule: the schedule of the diffusion.
+        mse_weight_cap: the squared error has the weight `min(1 / alphas_cumprod, mse_weight_cap)`: 1 is the plain loss,
+            infinity the squared error of v; values between favour the noisy steps, where the layout is decided.
+            ValueError below 1.
+        dtype: dtype of tables and result.
 
     Example:
         >>> loss = HybridLoss(Schedule.named("squaredcos_cap_v2", 1000))
@@ -59,13 +59,7 @@ class HybridLoss:
         if not mse_weight_cap >= 1.0:
             raise ValueError(f"mse_weight_cap: got {mse_weight_cap}, expected at least 1")
         self.num_timesteps = schedule.num_timesteps
-        arrays = {
-            "sqrt_alphas_cumprod": schedule.sqrt_alphas_cumprod,
-            "sqrt_one_minus_alphas_cumprod": schedule.sqrt_one_minus_alphas_cumprod,
-            "sqrt_recip_alphas_cumprod": schedule.sqrt_recip_alphas_cumprod,
-            "sqrt_recipm1_alphas_cumprod": schedule.sqrt_recipm1_alphas_cumprod,
-            "posterior_mean_coef1": schedule.posterior_mean_coef1,
-            "posterior_mean_coef2": schedule.posterior_mean_coef2,
+        arrays = {name: getattr(schedule, name) for name in _SCHEDULE_TABLES} | {
             "min_log_variance": schedule.posterior_log_variance_clipped,
             "max_log_variance": np.log(schedule.betas),
             "mse_weight": np.minimum(1.0 / schedule.alphas_cumprod, mse_weight_cap),
@@ -73,34 +67,19 @@ class HybridLoss:
         self._tables = {name: torch.from_numpy(np.array(values)).to(dtype) for name, values in arrays.items()}
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Diffuse ``x_start`` to step ``t`` with the given noise.
-
-        Args:
-            x_start: clean samples ``[B, C, ...]``.
-            t: steps, int64 ``[B]``.
-            noise: like ``x_start``.
-
-        Returns:
-            x_t, like ``x_start``.
-        """
+        """Diffuse samples [B, C, ...] to the timesteps `t`, int64 [B], with noise of the same shape."""
         signal = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         return signal + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
     def __call__(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
-        """Compute the loss.
+        """Compute the loss of every sample.
 
         Args:
-            model_output: ``[B, 2C, ...]``.
-            x_start: clean samples ``[B, C, ...]`` in [-1, 1].
-            x_t: diffused samples, like ``x_start``.
-            t: steps, int64 ``[B]``.
-            noise: what x_t was made with, like ``x_start``.
-
-        Returns:
-            The per-sample terms.
-
-        Raises:
-            ValueError: ``model_output`` has not twice the channels of ``x_start``.
+            model_output: [B, 2C, ...]; ValueError for another shape.
+            x_start: clean samples [B, C, ...] in [-1, 1].
+            x_t: the samples diffused by `q_sample`, like `x_start`.
+            t: timesteps, int64 [B].
+            noise: the noise in `x_t`, like `x_start`.
         """
         expected = (x_start.shape[0], 2 * x_start.shape[1], *x_start.shape[2:])
         if tuple(model_output.shape) != expected:
@@ -112,7 +91,7 @@ class HybridLoss:
         return LossTerms(loss=weight * mse + vlb, mse=mse, vlb=vlb)
 
     def _vlb(self, epsilon: Tensor, fraction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The bound's term at t in bits per dimension: a KL divergence; at t = 0 the likelihood of 8-bit values."""
+        """The bound's term in bits per dimension: a KL divergence, or at t = 0 the likelihood of 8-bit values."""
         predicted_start = (
             self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
             - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
@@ -130,7 +109,7 @@ class HybridLoss:
         return self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """A table's entries at t, shaped to multiply ``like``."""
+        """Entries of a table at t, shaped to multiply `like`."""
         return self._tables[name].to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
 

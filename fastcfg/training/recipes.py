@@ -1,4 +1,4 @@
-"""From JSON to the recipe of its kind."""
+"""Recipes from JSON, whichever task they are for."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastcfg.training.config import TrainConfig
-from fastcfg.training.folder.config import FolderConfig
-from fastcfg.training.shapes.config import ShapesConfig
+from .config import TrainConfig
+from .folder.config import FolderConfig
+from .shapes.config import ShapesConfig
 
 
 def make_recipe(values: dict[str, Any]) -> TrainConfig:
-    """Make a recipe from JSON values: with ``data`` one for a folder of pictures, otherwise one for shapes.
-
-    Args:
-        values: settings by name.
-
-    Returns:
-        The recipe.
+    """Make a recipe from JSON values by name: a `FolderConfig` if they include `data`, otherwise a `ShapesConfig`.
 
     Raises:
         ValueError: unknown names, values of the wrong type or out of range.
@@ -29,18 +23,7 @@ def make_recipe(values: dict[str, Any]) -> TrainConfig:
 
 
 def read_recipe(path: str | os.PathLike[str]) -> TrainConfig:
-    """Read a recipe from a JSON file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        ValueError: not JSON, or not a recipe.
-        OSError: the file cannot be read.
-    """
+    """Read a recipe from a JSON file; ValueError if it is not JSON, or not a recipe."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

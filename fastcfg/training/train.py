@@ -1,8 +1,7 @@
-"""The training loop: one for every task."""
+"""The training loop, common to all tasks."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -13,47 +12,46 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastcfg.models.checkpoint import save_checkpoint
-from fastcfg.schedule import Schedule
-from fastcfg.training import curve
-from fastcfg.training.config import TrainConfig
-from fastcfg.training.ema import EMA
-from fastcfg.training.folder.config import FolderConfig
-from fastcfg.training.folder.task import FolderTask
-from fastcfg.training.losses import HybridLoss
-from fastcfg.training.recipes import read_recipe
-from fastcfg.training.shapes.config import ShapesConfig
-from fastcfg.training.shapes.task import ShapesTask
-from fastcfg.training.state import load_state, save_state
-from fastcfg.training.task import Task, seed_for
-from fastcfg.utils.files import replacing, write_text
+from ..models.checkpoint import save_checkpoint
+from ..schedule import Schedule
+from ..utils.files import replacing, write_text
+from ..utils.progress import progress_bar
+from . import curve
+from .config import TrainConfig
+from .ema import EMA
+from .folder.config import FolderConfig
+from .folder.task import FolderTask
+from .losses import HybridLoss
+from .shapes.config import ShapesConfig
+from .shapes.task import ShapesTask
+from .state import HasState, load_state, save_state
+from .task import Task, seed_for
 
 RECIPE, STATE, CHECKPOINT, LOG, PLOT = "recipe.json", "state.pt", "model.safetensors", "log.jsonl", "loss_curve.png"
 GLIDE = "glide.pt"
 
-# The part of the diffusion that `noisy_share` adds to.
+# The last part of the diffusion, to which `noisy_share` moves pictures.
 _NOISY = 0.15
 
-# Writing takes at most about this share of a run: the state of a network of GLIDE's size is 6 GB.
+# Largest share of a run spent on saving, about: the state of a network of GLIDE's size is 6 GB.
 _SAVING_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run left behind.
+    """The result of a run.
 
     Attributes:
-        steps: steps made in all, resumed ones included.
+        steps: number of steps made, those before resuming included.
         seconds: time they took.
         loss: mean loss of the last tenth of the logged steps.
-        checkpoint: the averaged weights.
-        glide: the same as a state dict that GLIDE's own code loads, or None, see ``Task``.
+        checkpoint: file of the averaged weights.
+        glide: file of the same weights as a state dict for GLIDE's own code, or None, see `Task`.
     """
 
     steps: int
@@ -64,18 +62,15 @@ class TrainResult:
 
 
 def make_task(config: TrainConfig, run: str | os.PathLike[str] | None = None) -> Task:
-    """The task of a recipe.
+    """The task of a recipe, on the CPU.
 
     Args:
         config: the recipe.
-        run: folder of the run that is resumed: initial weights are then not read, as the state has later ones.
-
-    Returns:
-        The task, on the CPU.
+        run: folder of a run to resume: initial weights are not read, as its state has later ones.
 
     Raises:
         ValueError: the recipe does not fit its network, weights or data.
-        TypeError: a recipe of no known kind.
+        TypeError: a recipe of unknown kind.
         OSError: a file cannot be read.
     """
     if isinstance(config, ShapesConfig):
@@ -96,28 +91,23 @@ def train(
     stop_after: int | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> TrainResult:
-    """Train by a recipe. Writes into ``out_dir``: recipe, log, loss curve, state, and the averaged weights.
+    """Train by a recipe. Writes into `out_dir`: recipe, log, loss curve, state, and the averaged weights.
 
-    State and weights are also written every ``save_seconds``, or more rarely where that takes long, so an interrupted
-    run loses little: ``resume=True`` goes on from the state, and the result is the same as without the interruption:
-    bit for bit on a CPU, while kernels of a GPU may add in another order each time.
+    State and weights are also written every `save_seconds`, or less often if writing is slow. A run resumed from its
+    state gives the same result as an uninterrupted one: bit for bit on a CPU; GPU kernels may add in another order.
 
     Args:
         config: the recipe.
         out_dir: folder to write to, made if missing.
-        resume: go on from the state in ``out_dir``.
+        resume: continue from the state in `out_dir`.
         progress: show a progress bar on stderr.
-        device: where to train.
+        device: device to train on.
         save_seconds: time between writes.
-        stop_after: stop once this many steps are made in all, as an interruption would.
+        stop_after: stop when this many steps have been made in all, as if interrupted.
         tell: called with a line about the data, before the first step.
 
-    Returns:
-        The result.
-
     Raises:
-        ValueError: a recipe that does not fit the network, the data or the state; a folder that holds a run, without
-            ``resume``.
+        ValueError: the recipe does not fit the network, data or state; `out_dir` holds a run and `resume` is False.
         OSError: the folder cannot be written to, or data or weights cannot be read.
 
     Example:
@@ -133,8 +123,7 @@ def train(
     with contextlib.closing(_Run(config, task, torch.device(device))) as run:
         step, seconds, log = 0, 0.0, []
         if resume:
-            parts = (run.model, run.heads, run.ema, run.optimizer)
-            step, seconds = load_state(out / STATE, config, task.fingerprint, *parts)
+            step, seconds = load_state(out / STATE, config, task.fingerprint, run.parts)
             log = curve.read_log(out / LOG)[:step]
         if tell and task.summary:
             tell(task.summary)
@@ -144,7 +133,8 @@ def train(
         end = config.steps if stop_after is None else min(stop_after, config.steps)
         started = saved = time.monotonic()
         pause = save_seconds
-        with _progress_bar(step, config.steps, progress) as bar, open(out / LOG, "a", encoding="utf-8") as log_file:
+        bar = progress_bar(progress, total=config.steps, initial=step, mininterval=1.0)
+        with bar, open(out / LOG, "a", encoding="utf-8") as log_file:
             while step < end:
                 entry = run.step(step)
                 step += 1
@@ -170,15 +160,15 @@ def train(
 
 
 def draw_noise(num_timesteps: int, noisy_share: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Draw the steps of the diffusion to train at, and the noise, from torch's CPU generator whatever the device.
+    """Draw timesteps and noise for a batch of pictures, always from torch's CPU generator.
 
     Args:
         num_timesteps: length T of the diffusion.
-        noisy_share: see ``TrainConfig``.
-        shape: shape of the batch's pictures.
+        noisy_share: see `TrainConfig`.
+        shape: the batch's [B, C, H, W].
 
     Returns:
-        Steps, int64 ``[B]``, and noise, float32 of ``shape``.
+        Timesteps, int64 [B], and noise, float32 of `shape`.
     """
     t = torch.randint(num_timesteps, shape[:1])
     noise = torch.randn(shape)
@@ -207,6 +197,12 @@ class _Run:
             betas=(0.9, config.beta2),
             weight_decay=config.weight_decay,
         )
+        self.parts: dict[str, HasState] = {
+            "model": self.model,
+            "heads": self.heads,
+            "ema": self.ema,
+            "optimizer": self.optimizer,
+        }
         self.num_timesteps = task.meta.num_timesteps
         self.loss = HybridLoss(Schedule.named(task.meta.schedule, self.num_timesteps), config.mse_weight_cap)
         threads = max(torch.get_num_threads() // config.shards, 1)
@@ -215,7 +211,7 @@ class _Run:
     def step(self, step: int) -> dict[str, float]:
         """Make one optimizer step; returns the log entry."""
         config = self.config.at(step)
-        self._start_anew(self.task.before(step))
+        self._restart(self.task.before(step))
         learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -241,8 +237,8 @@ class _Run:
         values["grad_norm"] = norm
         return {"step": step + 1, **{name: float(f"{value.item():.5g}") for name, value in values.items()}}
 
-    def _start_anew(self, parameters: list[nn.Parameter]) -> None:
-        """Forget average and optimizer state of parameters that were set anew."""
+    def _restart(self, parameters: list[nn.Parameter]) -> None:
+        """Restart average and optimizer state of parameters that were set to new values."""
         changed = set(parameters)
         self.ema.reset((name, parameter) for name, parameter in self.model.named_parameters() if parameter in changed)
         for parameter in parameters:
@@ -251,7 +247,7 @@ class _Run:
     def _shard(
         self, shard: dict[str, Tensor], trained: list[nn.Parameter], config: TrainConfig
     ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """A shard's part of the batch's mean losses, the weighted sum first, and the sum's gradient."""
+        """A shard's share of the batch's mean losses, their weighted sum first, and the gradient of that sum."""
         x_start, t, noise = shard["images"], shard["t"], shard["noise"]
         x_t = self.loss.q_sample(x_start, t, noise)
         if config.channels_last:
@@ -272,7 +268,7 @@ class _Run:
         return {name: part.detach() for name, part in parts.items()}, gradients
 
     def save(self, out: Path, step: int, seconds: float) -> None:
-        """Write the averaged weights, then the state: where there is a state, there are weights."""
+        """Write the averaged weights, then the state: wherever there is a state there are weights."""
         averaged = self.task.empty_model()
         averaged.load_state_dict({name: value.cpu() for name, value in self.ema.shadow.items()}, assign=True)
         recipe = {**dataclasses.asdict(self.config), "steps_made": step}
@@ -280,8 +276,7 @@ class _Run:
         if self.task.glide:
             with replacing(out / GLIDE) as temporary:
                 torch.save(dict(averaged.state_dict()), temporary)
-        parts = (self.model, self.heads, self.ema, self.optimizer)
-        save_state(out / STATE, self.config, self.task.fingerprint, step, seconds, *parts)
+        save_state(out / STATE, self.config, self.task.fingerprint, step, seconds, self.parts)
 
     def close(self) -> None:
         """End the threads."""
@@ -290,32 +285,6 @@ class _Run:
 
 
 def _split(tensors: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """At most ``parts`` parts of the rows of all tensors."""
+    """At most `parts` parts of the rows of all tensors."""
     chunks = zip(*(tensor.chunk(parts) for tensor in tensors.values()), strict=True)
     return [dict(zip(tensors, chunk, strict=True)) for chunk in chunks]
-
-
-def _progress_bar(step: int, steps: int, show: bool) -> Any:
-    """A tqdm bar over steps."""
-    from tqdm import tqdm
-
-    return tqdm(total=steps, initial=step, unit="step", disable=not show, mininterval=1.0)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Train from the command line: ``python -m fastcfg.training.train --recipe recipe.json --out DIR``."""
-    parser = argparse.ArgumentParser(description="Train a model by a recipe.")
-    parser.add_argument("--recipe", required=True, help="JSON file of a recipe's settings")
-    parser.add_argument("--out", required=True, help="folder to write to")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in the folder")
-    arguments = parser.parse_args(argv)
-    try:
-        result = train(read_recipe(arguments.recipe), arguments.out, resume=arguments.resume)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"train: {error}\n")
-    print(f"{result.steps} steps in {result.seconds / 60:.1f} min, loss {result.loss:.4f}: {result.checkpoint}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

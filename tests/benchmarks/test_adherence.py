@@ -12,6 +12,7 @@ import torch
 from support.tiny_checkpoint import write_tiny_checkpoint
 
 from benchmarks import adherence
+from benchmarks.__main__ import main
 from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.training.shapes.data import evaluation_prompts
 from fastcfg.training.shapes.scenes import VOCABULARY, render_batch
@@ -44,7 +45,7 @@ def painter(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def run(*arguments: str) -> int:
-    return adherence.main(["--num-prompts", str(PROMPTS), "--device", "cpu", *arguments])
+    return main(["adherence", "--num-prompts", str(PROMPTS), "--device", "cpu", *arguments])
 
 
 def test_what_follows_its_prompt_is_counted(

@@ -20,7 +20,7 @@ from support.fake_nvml import FakeNvml
 from support.tiny_checkpoint import write_tiny_checkpoint
 
 import fastcfg.utils.files
-from benchmarks import gpu_session, short_kernels
+from benchmarks import gpu_session, host_time, short_kernels
 from benchmarks.__main__ import main
 from benchmarks.gpu_session import BUDGET, Stage, limits
 from benchmarks.gpu_state import GpuMonitor
@@ -56,7 +56,8 @@ def test_stages_fail_hang_and_are_skipped_and_the_others_run(
         "x": [{"status": "skipped"}],
     }
     xml = (
-        '<testsuites><testsuite><testcase classname="a" name="one"/>'
+        '<testsuites><testsuite><testcase classname="a" name="one">'
+        '<properties><property name="us" value="3"/></properties></testcase>'
         '<testcase classname="a" name="two"><failure message="2 == 3">long</failure></testcase>'
         '<testcase classname="a" name="three"><skipped message="no"/></testcase></testsuite></testsuites>'
     )
@@ -124,6 +125,7 @@ def test_stages_fail_hang_and_are_skipped_and_the_others_run(
     assert stages["tests"]["summary"] == {
         "counts": {"passed": 1, "failure": 1, "skipped": 1},
         "failures": {"a::two": "2 == 3"},
+        "recorded": {"one": {"us": "3"}},
     }
     assert "/no/such/program" in stages["no program"]["reason"]
     assert json.loads((out / "big.json").read_text()) == {"rows": [{"a": 0.3333}] * 8_000}
@@ -342,18 +344,28 @@ def test_a_trace_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().out.count("idle_us") == 2
 
 
+def test_host_time_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(host_time, "RUNS", 2)
+    assert main(["host_time", "--json", str(tmp_path / "host_time.json")]) == 0
+    results = json.loads((tmp_path / "host_time.json").read_text())["results"]
+    assert list(results) == ["beside a replay, philox", "beside a replay, torch"]
+    philox, drawn = (times["host_us"]["least"] for times in results.values())
+    assert 0 < philox < drawn
+
+
 BARE = """
 import sys
-for name in ("tqdm", "safetensors", "tokenizers", "diffusers", "k_diffusion", "scipy", "torchsde", "torchdiffeq"):
+for name in ("safetensors", "tokenizers", "diffusers", "k_diffusion", "scipy", "torchsde", "torchdiffeq"):
     sys.modules[name] = None  # as if it were not installed
-from benchmarks import bench, trace
+from benchmarks.__main__ import main as bench
 from benchmarks.suite import providers
 from benchmarks.suite.architectures import ARCHITECTURES
 from fastcfg.cli import main
 assert main(["doctor"]) == 0
 assert main(["parity", "--quick", "--backend", "reference", "--device", "cpu"]) == 0
-assert bench.main(["--only", "op/guidance-blend", "--budget", "0.001s", "--out", "out", "--device", "cpu"]) == 0
-assert trace.main(["--json", "trace.json"]) == 0
+assert bench(["--only", "op/guidance-blend", "--budget", "0.001s", "--out", "out", "--device", "cpu"]) == 0
+assert bench(["trace", "--json", "trace.json"]) == 0
 print({name: made.problem() for name, made in ARCHITECTURES.items() if made.problem()})
 """
 

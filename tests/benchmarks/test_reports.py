@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.__main__ import main
 from benchmarks.report import plots, readme
 from benchmarks.report.reading import OURS, duration, load, spread
 from benchmarks.report.tables import markdown, terminal
+from fastcfg.cli.parser import UsageError
 
 pytestmark = pytest.mark.quick
 
@@ -77,6 +79,7 @@ def report() -> Report:
     rows = [row | {"registers": 93, "spills": 0, "stack_bytes": 0, "gpus": gpus}]
     facts = {"torch": "2.13.0", "device": "AMD EPYC", "device_type": "cpu", "threads": 1, "commit": "abc123"}
     return {
+        "schema": 1,
         "finished": True,
         "environment": facts,
         "settings": {"seconds": 1.0},
@@ -249,6 +252,7 @@ def test_absolute_times_are_told_on_the_same_device_only(
         '{"results": 3}',
         '{"results": {}}',
         '{"results": {}, "environment": {"device": ""}}',
+        '{"results": {}, "environment": {}, "left": {}, "finished": true, "schema": 2}',
     ],
 )
 def test_what_is_no_report_is_an_error(
@@ -259,7 +263,7 @@ def test_what_is_no_report_is_an_error(
     new.write_text(text)
     assert load(old) == report
     assert main(["compare", str(old), str(new)]) == 2
-    assert "new.json: not a report of" in capsys.readouterr().err
+    assert re.search("new.json: (not a report of|got schema 2)", capsys.readouterr().err)
     assert main(["compare", str(old), str(tmp_path / "absent.json")]) == 2
     assert "absent.json: No such file" in capsys.readouterr().err
 
@@ -400,20 +404,32 @@ def test_a_gpus_results_get_a_table(report: Report, checkout: Path) -> None:
         "<!-- results:steps -->\nnever closed\n<!-- results:gpu -->\n<!-- end -->\n",
     ],
 )
-def test_broken_blocks_are_errors(text: str, checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_blocks_are_errors(text: str, checkout: Path) -> None:
     (checkout / "README.md").write_text(text)
-    assert readme.main(["--check"], checkout) == 2
-    assert "expected closed ones of" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="expected"):
+        readme.main([], checkout)
     assert (checkout / "README.md").read_text() == text
 
 
-def test_missing_results_are_errors(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_results_are_errors(checkout: Path) -> None:
     for name in ("adherence.json", "bench.json"):
         (checkout / "benchmarks" / "results" / "cpu" / name).unlink()
-        assert readme.main(["--check"], checkout) == 2
-        told = capsys.readouterr().err
-        assert "No such file" in told
-        assert name in told
+        with pytest.raises((UsageError, OSError), match=rf"{name}.*No such file|No such file.*{name}"):
+            readme.main(["--check"], checkout)
+
+
+def test_blocks_may_stand_in_either_file(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "draw", lambda *arguments: None)
+    text, other = (checkout / "README.md").read_text(), checkout / "docs" / "results.md"
+    other.parent.mkdir()
+    for first, second in (("no blocks\n", text), (text, "no blocks\n")):
+        (checkout / "README.md").write_text(first)
+        other.write_text(second)
+        assert readme.main(["--check"], checkout) == 1
+        assert readme.main([], checkout) == 0
+        assert readme.main(["--check"], checkout) == 0
+        found = [path for path in (checkout / "README.md", other) if "512 prompts" in path.read_text()]
+        assert found == [other if second == text else checkout / "README.md"]
 
 
 def test_few_turns_are_not_judged(report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,96 +18,31 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
+from support import faulty_workers as workers
+from support.faulty_workers import nothing, provider
 
 from benchmarks import bench
+from benchmarks.__main__ import main
+from benchmarks.report.reading import load
 from benchmarks.suite import engine, measure, originals, providers, workloads
 from benchmarks.suite.cases import NotHereError, Provider, StepCase
 from benchmarks.suite.measure import Turns
 from benchmarks.suite.providers import COPY, Entry, Job
-from benchmarks.suite.results import OUT_OF_TIME, Results, read
+from benchmarks.suite.results import OUT_OF_TIME, Results
 from benchmarks.suite.roof import add_shares
 from benchmarks.suite.runner import OutOfTimeError, Runner, Worker
 from benchmarks.suite.worker import serve
-from benchmarks.suite.workloads import Workload, registry, select
+from benchmarks.suite.workloads import registry, select
+from fastcfg.cli.parser import UsageError
 from fastcfg.parity.steps import check_step, make_case
 from fastcfg.reference import originals as reference_originals
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 4, 4)
 NAMES = [f"op/{name}/pixel-64/b16/float32" for name in ("guidance-blend", "predict-x0")]
+COMMAND = ["--seconds", "0.05", "--quiet", "--device", "cpu", "--only"]
 
-
-def nothing(*_: Any) -> None:
-    """Announces nothing."""
-
-
-# Faults, in the worker as well: it imports this module.
-
-
-def provider(run: Callable[[Any], Any] = nothing, value: float = 1.0) -> Callable[[Any], Provider]:
-    return lambda case: Provider(nothing, run, lambda: torch.full((2,), value))
-
-
-def out_of_memory(draw: bool) -> None:
-    raise MemoryError("no more")
-
-
-def fail_drawing(draw: bool) -> None:
-    if draw:
-        raise ImportError("no source of noise")
-
-
-def crash(draw: bool) -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def crash_late(draw: bool, count: list[int] = [0]) -> None:  # noqa: B006 - counts calls
-    count[0] += 1
-    if count[0] > 2:
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def hang(draw: bool) -> None:
-    time.sleep(1000)
-
-
-FAULTS = {
-    "steady": Entry(provider()),
-    "own": Entry(provider(), own=True),
-    "wrong": Entry(provider(value=1.01)),
-    "no numbers": Entry(provider(value=float("nan"))),
-    "out of memory": Entry(provider(out_of_memory)),
-    "absent": Entry(provider(), problem="needs a GPU"),
-    "not to be counted": Entry(provider(fail_drawing)),
-    "crashing": Entry(provider(crash)),
-    "crashing late": Entry(provider(crash_late)),
-}
-
-
-def faulty_job(entries: dict[str, Entry]) -> Callable[[Workload, torch.device], Job]:
-    return lambda workload, device: Job(
-        (2,), lambda seed: None, lambda: torch.ones(2, dtype=torch.float64), lambda: 1e-5, 8, 1, entries
-    )
-
-
-def serve_faults(*arguments: Any) -> None:
-    measure.job = faulty_job(FAULTS)
-    serve(*arguments)
-
-
-def serve_hanging(*arguments: Any) -> None:
-    measure.job = faulty_job({"steady": Entry(provider()), "hanging": Entry(provider(hang))})
-    serve(*arguments)
-
-
-def serve_hanging_by_name(*arguments: Any) -> None:
-    Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
-    serve_hanging(*arguments)
-
-
-def serve_slowly(*arguments: Any) -> None:
-    measure.job = faulty_job({"steady": Entry(provider(lambda draw: time.sleep(0.2))), "own": FAULTS["own"]})
-    serve(*arguments)
+# Processes
 
 
 def run(runner: Runner, name: str = NAMES[0]) -> dict[str, Any]:
@@ -119,7 +53,7 @@ def run(runner: Runner, name: str = NAMES[0]) -> dict[str, Any]:
 
 
 def test_faults_are_reported_and_the_rest_goes_on() -> None:
-    found = run(Runner("cpu", 1, 0.01, target=serve_faults))[NAMES[0]]["providers"]
+    found = run(Runner("cpu", 1, 0.01, target=workers.serve_faults))[NAMES[0]]["providers"]
     assert {name: entry["status"] for name, entry in found.items()} == {
         "steady": "ok",
         "own": "ok",
@@ -128,63 +62,51 @@ def test_faults_are_reported_and_the_rest_goes_on() -> None:
         "out of memory": "failed",
         "absent": "absent",
         "not to be counted": "ok",
+        "hanging": "failed",
         "crashing": "failed",
-        "crashing late": "failed",
     }
     assert {name for name, entry in found.items() if "us" in entry} == {"steady", "own", "not to be counted"}
     assert found["wrong"]["reason"] == "1.0e-02 from the exact result, more than 1.0e-05"
     assert "inf from the exact result" in found["no numbers"]["reason"]
     assert "out of memory" in found["out of memory"]["reason"]
-    for name in ("crashing", "crashing late"):
-        assert found[name]["reason"] == "crashed (SIGSEGV)"
+    assert "took too long" in found["hanging"]["reason"]
+    assert found["crashing"]["reason"] == "crashed (SIGSEGV)"
 
 
-def serve_elsewhere(*arguments: Any) -> None:
-    def job(workload: Workload, device: torch.device) -> Job:
-        raise {NAMES[0]: NotHereError("diffusers is not installed"), NAMES[1]: KeyError("x")}[workload.name]
+def test_the_worker_says_what_cannot_be_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(workload: str, device: torch.device) -> Job:
+        raise {"a": NotHereError("diffusers is not installed"), "b": KeyError("x")}[workload]
 
-    measure.job = job
-    serve(*arguments)
+    monkeypatch.setattr(measure, "job", job)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    todo, said = iter([("a", {}), ("b", {})]), []
+
+    def recv() -> Any:
+        try:
+            return next(todo)
+        except StopIteration:
+            raise EOFError from None
+
+    serve(SimpleNamespace(recv=recv, send=said.append), SimpleNamespace(), SimpleNamespace(), "cpu", None, 0.01)  # type: ignore[arg-type]
+    assert said == [("not here", "diffusers is not installed", None), ("error", "KeyError: 'x'", None)]
 
 
-def test_what_cannot_be_set_up_says_why() -> None:
-    runner = Runner("cpu", 1, 0.01, target=serve_elsewhere)
+def test_what_cannot_be_set_up_raises() -> None:
+    runner = Runner("cpu", 1, 0.01, target=workers.serve_errors)
     with pytest.raises(NotHereError, match="diffusers is not installed"):
         list(runner.run(registry()[NAMES[0]]))
     with pytest.raises(RuntimeError, match="KeyError: 'x'"):
         run(runner, NAMES[1])
 
 
-def test_one_that_hangs_is_stopped_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.suite.runner._PATIENCE", 15.0)
-    found = run(Runner("cpu", 1, 0.01, target=serve_hanging))[NAMES[0]]["providers"]
-    assert "took too long" in found["hanging"]["reason"]
-    assert found["steady"]["status"] == "ok"
-
-
-def serve_once(pipe: Any, *_: Any) -> None:
-    name = pipe.recv()[0].name
-    pipe.send(("record", name, {"turns": 1}))
-    pipe.send(("done", "", None))
-
-
-def serve_and_hang(pipe: Any, *_: Any) -> None:
-    pipe.send(("record", pipe.recv()[0].name, {"turns": 1}))
-    time.sleep(1000)
-
-
-def serve_nothing(*_: Any) -> None:
-    os._exit(3)
-
-
 def test_a_process_that_dies_without_work_is_replaced() -> None:
-    runner = Runner("cpu", 1, 0.01, target=serve_once)
+    runner = Runner("cpu", 1, 0.01, target=workers.serve_one)
     assert dict(runner.run(registry()[NAMES[0]]))
     assert runner._worker is not None
     runner._worker.process.join()
     assert run(runner, NAMES[1])
     with pytest.raises(RuntimeError, match=r"setting it up: ended its process .exit status 3."):
-        run(Runner("cpu", 1, 0.01, target=serve_nothing))
+        run(Runner("cpu", 1, 0.01, target=workers.serve_nothing))
 
 
 @pytest.mark.parametrize("others", [True, False])
@@ -207,10 +129,10 @@ def test_the_limit_is_a_providers_and_not_the_workloads(others: bool, monkeypatc
 
 
 def test_an_error_of_the_command_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner.__init__, "__defaults__", (None, serve_and_hang))
+    monkeypatch.setattr(Runner.__init__, "__defaults__", (None, workers.serve_half))
     monkeypatch.setattr(Results, "add", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     before = set(multiprocessing.active_children())
-    assert bench.main(["--only", NAMES[0], "--out", str(tmp_path), "--quiet", "--device", "cpu"]) == 2
+    assert main([*COMMAND, NAMES[0], "--out", str(tmp_path)]) == 2
     assert set(multiprocessing.active_children()) == before
 
 
@@ -219,76 +141,60 @@ def test_half_a_workload_is_left_undone(tmp_path: Path, monkeypatch: pytest.Monk
     records = [(f"{name}/{noise}", {"turns": 1}) for noise in ("given", "drawn")]
     monkeypatch.setattr(Runner, "run", lambda *_: iter(records))
     monkeypatch.setattr(Results, "add", lambda results, *_: seen.append(dict(results.report["left"])))
-    arguments = bench.parser().parse_args(["--only", name, "--out", str(tmp_path), "--quiet", "--device", "cpu"])
+    arguments = bench.parser().parse_args([*COMMAND, name, "--out", str(tmp_path)])
     assert bench.run(arguments, [registry()[name]], {})["left"] == {}
     assert seen == [{name: "not begun"}, {}]
 
 
 def test_the_deadline_stops_what_runs() -> None:
-    runner = Runner("cpu", 1, 0.01, time.monotonic() + 3.0, target=serve_hanging)
     begin = time.monotonic()
-    with pytest.raises(OutOfTimeError):
-        run(runner)
+    runner = Runner("cpu", 1, 0.01, begin + 0.5, target=workers.serve_half)
+    for _ in range(2):
+        with pytest.raises(OutOfTimeError):
+            run(runner)
     assert time.monotonic() - begin < 60
-    with pytest.raises(OutOfTimeError):
-        run(runner)
     assert runner._worker is None
 
 
-def faulty_main(folder: str, serving: str) -> int:
-    """The command with providers of this module, for a process of its own."""
-    sys.modules.setdefault("test_benchmark_suite", sys.modules[__name__])
-    Runner.target = globals()[serving]  # type: ignore[method-assign, assignment]
-    Runner.__init__.__defaults__ = (None, globals()[serving])  # type: ignore[misc]
-    return bench.main(["--only", *NAMES, "--out", folder, "--seconds", "0.3", "--quiet", "--device", "cpu"])
+CODE = """
+from support import faulty_workers
+from benchmarks import bench
+from benchmarks.suite.runner import Runner
+Runner.__init__.__defaults__ = (None, faulty_workers.serve_once_and_hang)
+bench.main({!r})
+"""
 
 
-def started(folder: Path, serving: str) -> subprocess.Popen[str]:
-    code = f"import test_suite as t; raise SystemExit(t.faulty_main({str(folder)!r}, {serving!r}))"
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And its own process, which hangs, ends too."""
+    folder, hanging = tmp_path / "out", tmp_path / "hanging"
+    command = [*COMMAND, *NAMES, "--out", str(folder)]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HANGING": str(hanging), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE.format(command)], env=os.environ | paths, stdout=subprocess.PIPE, text=True
     )
-
-
-def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_goes_on(tmp_path: Path) -> None:
-    file = tmp_path / "bench.json"
-    process = started(tmp_path, "serve_slowly")
-    while process.poll() is None and not (file.exists() and read(file)["results"]):
+    while process.poll() is None and not hanging.exists():
         time.sleep(0.05)
     process.kill()
-    process.communicate()
-    killed = read(file)
+    process.communicate(timeout=30)  # the output's end: no process has it open any more
+    killed = load(folder / "bench.json")
     assert list(killed["results"]) == NAMES[:1]
     assert not killed["finished"]
     assert killed["left"] == {NAMES[1]: "not begun"}
 
-    process = started(tmp_path, "serve_slowly")
-    told = process.communicate()[0]
-    assert process.returncode == 0, told
-    assert "going on with" in told
-    whole = read(file)
+    monkeypatch.setattr(Runner.__init__, "__defaults__", (None, workers.serve_steadily))
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "resuming" in err
+    whole = load(folder / "bench.json")
     assert whole["finished"]
     assert whole["results"][NAMES[0]] == killed["results"][NAMES[0]]
     assert list(whole["results"]) == NAMES
     assert whole["left"] == {}
-    assert NAMES[0].split("/")[1] in told
-    assert (tmp_path / "bench.md").exists()
-
-
-def test_a_run_that_is_killed_takes_its_process_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "pid"
-    monkeypatch.setenv("PID_FILE", str(file))
-    process = started(tmp_path, "serve_hanging_by_name")
-    while process.poll() is None and not (file.exists() and file.read_text()):
-        time.sleep(0.05)
-    time.sleep(1.0)  # it gets to work
-    process.kill()
-    # The output's end: nobody holds it any more.
-    process.communicate(timeout=30)
+    assert NAMES[0].split("/")[1] in out
+    assert (folder / "bench.md").exists()
 
 
 def results(folder: Path, commit: str = "a", fresh: bool = False) -> Results:
@@ -296,18 +202,18 @@ def results(folder: Path, commit: str = "a", fresh: bool = False) -> Results:
 
 
 def test_only_an_unfinished_file_of_the_same_run_is_gone_on_with(tmp_path: Path) -> None:
-    first = results(tmp_path)
-    first.add("x", {"turns": 1})
-    assert results(tmp_path).report["results"] == {"x": {"turns": 1}}
+    first, record = results(tmp_path), {"turns": 1, "providers": {}, "ratios": {}}
+    first.add("x", record)
+    assert results(tmp_path).report["results"] == {"x": record}
     for other in ({"commit": "b"}, {"fresh": True}):
         first.write()
         assert results(tmp_path, **other).report["results"] == {}  # type: ignore[arg-type]
-        assert read(tmp_path / "previous.json")["results"] == {"x": {"turns": 1}}
+        assert load(tmp_path / "previous.json")["results"] == {"x": record}
     first.report["finished"] = True
     first.write()
     assert "previous.json" in results(tmp_path).told
     (tmp_path / "bench.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a file of results"):
+    with pytest.raises(UsageError, match="not a report"):
         results(tmp_path)
 
 
@@ -527,7 +433,7 @@ def test_ratios_are_taken_turn_by_turn() -> None:
     turns.take = lambda draw: setattr(turns, "made", 9)  # type: ignore[method-assign, assignment]
     # The first is not counted. A machine that becomes slower in between changes times, not their ratio.
     turns.whole = {"own": [9.0, 1.0, 10.0, 100.0], "other": [1.0, 3.0, 30.0, 300.0], COPY: [1.0, 1.0, 1.0, 1.0]}
-    work = faulty_job({"own": FAULTS["own"], "other": FAULTS["steady"], COPY: FAULTS["steady"]})(None, CPU)  # type: ignore[arg-type]
+    work = workers.faulty_job({name: Entry(nothing, own=name == "own") for name in made})(None, CPU)
     found = measure._timed(work, made, {}, False, 0.0, turns)
     assert found["ratios"] == {"own": {"other": {"p20": 3.0, "p50": 3.0, "p80": 3.0}}}
     assert found["providers"]["own"]["us"]["p50"] == 10.0
@@ -588,21 +494,20 @@ def test_selection() -> None:
         (["--budget", "4 fortnights"], "--budget: got '4 fortnights'"),
         (["--threads", "0"], "--threads: got '0'"),
         (["--colour"], "unrecognized arguments: --colour"),
-        (["--compare", "absent.json", "absent.json"], "absent.json"),
     ],
 )
 def test_bad_arguments_are_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measuring began"))
-    assert bench.main(arguments) == 2
+    assert main(arguments) == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--list"]) == 0
+    assert main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(registry())
     assert lines[0] == "step/ddpm/pixel-64/b1/float32"
@@ -610,7 +515,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_budget_of_nothing_names_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--only", NAMES[0], "--out", str(tmp_path), "--budget", "0.001s", "--quiet", "--device", "cpu"]
-    assert bench.main(arguments) == 0
+    assert main(arguments) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
     assert report["left"] == {NAMES[0]: OUT_OF_TIME}
     assert not report["finished"]

@@ -19,7 +19,7 @@ from fastcfg.solvers import ddim, ddpm
 
 SHAPE = (2, 3, 8, 8)
 SIZE = 2 * 3 * 8 * 8
-SCHEDULE = Schedule.named("linear", 1000).respace(5)
+SCHEDULE = Schedule.named("linear", 1000).respace(3)
 
 # By the start of the operation's name: memory, numbers from the host, joins, conversions, and reading back.
 FORBIDDEN = (
@@ -163,8 +163,9 @@ def test_the_reference_loop_passes_over_the_state_so_often(name: str, count: int
 
 
 @interpreted
-@pytest.mark.parametrize("noise", ["philox", "torch"])
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    ("name", "noise"), [(n, noise) for n in TABLES for noise in ("philox", "torch")[: 1 + TABLES[n].uses_noise]]
+)
 def test_the_fused_loop_is_one_operation(name: str, noise: str) -> None:
     rows, storages = record_rows(TABLES[name], noise_source=noise, backend="triton")
     assert_nothing_new(rows, storages)
@@ -174,9 +175,8 @@ def test_the_fused_loop_is_one_operation(name: str, noise: str) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["ddim", "learned range"])
-def test_the_fused_loop_with_dynamic_thresholding_is_two_operations(name: str) -> None:
-    rows, storages = record_rows(TABLES[name], clip=DynamicThreshold(0.9), backend="triton")
+def test_the_fused_loop_with_dynamic_thresholding_is_two_operations() -> None:
+    rows, storages = record_rows(TABLES["learned range"], clip=DynamicThreshold(0.9), backend="triton")
     assert_nothing_new(rows, storages)
     for row in rows:
         names = [call.name for call in row if not call.is_view]
@@ -198,12 +198,12 @@ def test_a_run_sees_the_allocations_it_is_asked_about() -> None:
 
 
 @pytest.mark.parametrize("noise", ["philox", "torch"])
-def test_three_hundred_calls_leave_no_tensors_behind(noise: str) -> None:
+def test_thirty_calls_leave_no_tensors_behind(noise: str) -> None:
     sampler = Sampler(Stub(2, 6), ddpm(SCHEDULE.respace(2)), guidance=CFG(3.0), clip=1.0, noise_source=noise)
     conditioning = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.zeros(2)}}
 
     before = 0
-    for call in range(302):
+    for call in range(32):
         if call == 2:
             before = len(live_tensors())
         sampler.sample(SHAPE, branches=conditioning, seed=call)

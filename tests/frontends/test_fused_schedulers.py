@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import schedulers
 from benchmarks.suite.foreign import load_diffusers
+from fastcfg.cli.parser import UsageError
 from fastcfg.compiler import scheduler_clip
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends._fused import fall_through as _fall_through
@@ -232,7 +233,7 @@ def test_the_benchmark_times_both_in_turns(tmp_path: Any, capsys: pytest.Capture
         assert name in said
         assert 0 < row["ratio"][0] <= row["ratio"][1] <= row["ratio"][2]
         assert min(row["original_s"], row["fused_s"], report["copy_s"]) > 0
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="--turns: got '1'"):
         schedulers.main(["--turns", "1"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastcfg.frontends import glide
 from fastcfg.models.clip import CLIPModel, ImageEncoder, TextEncoder, create_clip_model
 
 pytestmark = pytest.mark.quick
@@ -53,6 +55,14 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     assert (got - want).abs().max() < tolerance
+
+
+def test_weights_and_model_come_through_glides_door(clip: CLIPModel, recorded: Recorded, tmp_path: Path) -> None:
+    assert (glide.create_clip_model, glide.CLIPModel) == (create_clip_model, CLIPModel)
+    torch.save(clip.image_encoder.state_dict(), tmp_path / "image-enc.pt")
+    again = ImageEncoder(**recorded.case["image_encoder"])
+    again.load_state_dict(glide.load_checkpoint(tmp_path / "image-enc.pt"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), clip.image_encoder.parameters(), strict=True))
 
 
 def test_prompts(clip, recorded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -288,3 +289,28 @@ def test_tables_take_the_originals_steps(stem: str, case: dict[str, Any]) -> Non
 def test_bad_options_are_refused(build: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(SCHEDULES["linear"], **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(solvers.__all__) - {"Denoiser"}))
+def test_what_is_no_schedule_and_no_levels_is_refused(name: str) -> None:
+    build: Any = getattr(solvers, name)
+    parameters = inspect.signature(build).parameters
+    for wrong in (50, None, "linear", SCHEDULES["linear"]):
+        arguments: dict[str, Any] = {
+            "timestep": 3,
+            "num_steps": 2,
+            "timesteps": [9, 4],
+            "predictor": solvers.ddim(SCHEDULES["linear"]),
+        }
+        arguments = {key: value for key, value in arguments.items() if key in parameters}
+        if "schedule" in parameters:
+            if wrong is SCHEDULES["linear"]:
+                continue
+            expected = rf"schedule: got {type(wrong).__name__}, expected a Schedule \(see Schedule.named\)"
+            arguments["schedule"] = wrong
+        else:
+            expected = r"sigmas: got .*\(see fastcfg.sigmas\)"
+            arguments["sigmas"] = wrong
+        with pytest.raises((TypeError, ValueError), match=expected) as caught:
+            build(**arguments)
+        assert isinstance(caught.value, TypeError) or wrong in (50, None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.trees import assert_equal_trees
 from torch import nn
 
 from fastcfg.models.checkpoint import load_checkpoint
@@ -23,7 +24,7 @@ from fastcfg.training.shapes.layout import LayoutHead
 from fastcfg.training.shapes.reading import ReadingHeads, train_reading
 from fastcfg.training.shapes.task import build_model
 from fastcfg.training.task import seed_for
-from fastcfg.training.train import LOG, PLOT, RECIPE, STATE, draw_noise, main, train
+from fastcfg.training.train import LOG, PLOT, RECIPE, STATE, draw_noise, train
 
 MODEL = {
     "xf_width": 32,
@@ -50,34 +51,21 @@ TINY = ShapesConfig.from_dict(
 )
 
 
+# For comparisons of whole runs: half the pictures, half the time.
+SMALL = dataclasses.replace(TINY, batch_size=2)
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint(path)[0].state_dict()
 
 
-def assert_equal_trees(a: object, b: object) -> None:
-    """Nested containers hold bitwise equal tensors and equal numbers."""
-    if isinstance(a, dict):
-        assert isinstance(b, dict)
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal_trees(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert isinstance(b, (list, tuple))
-        for left, right in zip(a, b, strict=True):
-            assert_equal_trees(left, right)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole = train(TINY, tmp_path / "whole", progress=False)
-    train(TINY, tmp_path / "parts", progress=False, stop_after=3)
+    whole = train(SMALL, tmp_path / "whole", progress=False)
+    train(SMALL, tmp_path / "parts", progress=False, stop_after=3)
     # Lines logged after the last written state, as a killed run leaves them, are made again.
     with open(tmp_path / "parts" / LOG, "a", encoding="utf-8") as log:
         log.write(json.dumps({"step": 4, "loss": -1.0}) + "\n")
-    parts = train(TINY, tmp_path / "parts", progress=False, resume=True)
+    parts = train(SMALL, tmp_path / "parts", progress=False, resume=True)
     assert (whole.steps, whole.loss) == (parts.steps, parts.loss) == (6, whole.loss)
     states = [torch.load(tmp_path / name / STATE, weights_only=True) for name in ("whole", "parts")]
     for state in states:
@@ -85,8 +73,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert_equal_trees(*states)
     assert_equal_trees(weights(whole.checkpoint), weights(parts.checkpoint))
     assert (tmp_path / "whole" / LOG).read_text() == (tmp_path / "parts" / LOG).read_text()
-    other = train(dataclasses.replace(TINY, seed=4), tmp_path / "other", progress=False)
-    assert other.loss != whole.loss
+    train(dataclasses.replace(SMALL, seed=4), tmp_path / "other", progress=False, stop_after=1)
+    first, other = (curve.read_log(tmp_path / name / LOG)[0] for name in ("whole", "other"))
+    assert other["loss"] != first["loss"]
 
 
 def test_a_run_is_what_its_recipe_says_written_out(tmp_path: Path) -> None:
@@ -110,11 +99,11 @@ def test_a_run_is_what_its_recipe_says_written_out(tmp_path: Path) -> None:
         t, noise = torch.randint(1000, (4,)), torch.randn(4, 3, 32, 32)
         late = 1000 - torch.randint(150, (4,)) - 1
         t = torch.where(torch.rand(4) < 0.4, late, t)
-        x_t = hybrid.q_sample(batch.images, t, noise)
-        text = model.get_text_emb(batch.tokens, batch.mask)
-        terms = hybrid(model(x_t, t, **text), batch.images, x_t, t, noise)
-        named = layout(batch.colours, batch.shapes).sum()
-        read = reading(text["xf_out"], batch.at_words, batch.about)[0] * 4
+        x_t = hybrid.q_sample(batch["images"], t, noise)
+        text = model.get_text_emb(batch["tokens"], batch["mask"])
+        terms = hybrid(model(x_t, t, **text), batch["images"], x_t, t, noise)
+        named = layout(batch["colours"], batch["shapes"]).sum()
+        read = reading(text["xf_out"], batch["at_words"], batch["about"])[0] * 4
         loss = (terms.loss.sum() + config.layout_weight * named + config.reading_weight * read) / 4
         optimizer.zero_grad()
         loss.backward()
@@ -156,6 +145,7 @@ def test_saving_takes_a_twentieth_of_a_run(
     assert calls == saves
 
 
+@pytest.mark.usefixtures("loss_curve")
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     config = dataclasses.replace(TINY, steps=2, bf16=True, channels_last=True)
     result = train(config, tmp_path / "new" / "run", progress=False)
@@ -183,10 +173,10 @@ def test_shards_only_change_rounding(tmp_path: Path) -> None:
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, steps=40, learning_rate=4e-3, warmup_steps=3, decay_steps=10)
+    config = dataclasses.replace(SMALL, steps=24, learning_rate=6e-3, warmup_steps=3, decay_steps=6)
     train(config, tmp_path, progress=False)
     errors = [entry["mse"] for entry in curve.read_log(tmp_path / LOG)]
-    # Noise predicted as zero has an error of 1. Measured: 0.94 at first, 0.15 at the end.
+    # Noise predicted as zero has an error of 1. Measured: 0.90 at first, 0.16 at the end.
     assert np.mean(errors[:3]) > 0.85
     assert np.mean(errors[-10:]) < 0.3
 
@@ -202,36 +192,8 @@ def test_average_follows_its_formula() -> None:
         decay = min(0.5, (1 + update) / (10 + update))
         expected = decay * expected + (1 - decay) * model.weight.detach()
     torch.testing.assert_close(ema.shadow["weight"], expected)
-    target = nn.Linear(2, 1, bias=False)
-    ema.copy_to(target)
-    assert torch.equal(target.weight, ema.shadow["weight"])
     with pytest.raises(ValueError, match=r"decay: got 1.0, expected 0 <= decay < 1"):
         EMA(model, 1.0)
-
-
-def test_dropped_captions_are_empty_and_as_many_as_asked() -> None:
-    config = dataclasses.replace(TINY, batch_size=500, cond_drop=0.15)
-    tokenizer = build_model(config).tokenizer
-    batches = [ShapesData(config, tokenizer).batch(step) for step in range(6)]
-    dropped = torch.cat([~batch.mask.any(dim=1) for batch in batches])
-    # Binomial: the standard deviation is 0.0065.
-    assert abs(dropped.float().mean().item() - 0.15) < 0.02
-    empty = tokenizer.padded_tokens_and_mask([], config.model["text_ctx"])[0]
-    assert (torch.cat([batch.tokens for batch in batches])[dropped] == torch.tensor(empty)).all()
-    never = ShapesData(dataclasses.replace(config, cond_drop=0.0), tokenizer).batch(0)
-    assert never.mask.any(dim=1).all()
-
-
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    tokenizer = build_model(TINY).tokenizer
-    first, second = ShapesData(TINY, tokenizer), ShapesData(TINY, tokenizer)
-    second.batch(0)
-    assert torch.equal(first.batch(5).images, second.batch(5).images)
-    assert torch.equal(first.batch(5).tokens, second.batch(5).tokens)
-    assert not torch.equal(first.batch(5).images, first.batch(6).images)
-    reseeded = ShapesData(dataclasses.replace(TINY, seed=4), tokenizer)
-    assert not torch.equal(first.batch(5).images, reseeded.batch(5).images)
-    assert first.batch(5).images.shape == (4, 3, 32, 32)
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
@@ -244,8 +206,8 @@ def test_learning_rate_rises_stays_and_falls() -> None:
 
 
 def test_a_run_can_be_given_another_length_before_its_decay(tmp_path: Path) -> None:
-    train(TINY, tmp_path, progress=False, stop_after=2)
-    longer = dataclasses.replace(TINY, steps=5, decay_steps=1)
+    train(SMALL, tmp_path, progress=False, stop_after=2)
+    longer = dataclasses.replace(SMALL, steps=5, decay_steps=1)
     whole = train(longer, tmp_path / "whole", progress=False)
     resumed = train(longer, tmp_path, progress=False, resume=True)
     assert_equal_trees(weights(whole.checkpoint), weights(resumed.checkpoint))
@@ -254,13 +216,13 @@ def test_a_run_can_be_given_another_length_before_its_decay(tmp_path: Path) -> N
 
 
 def test_reading_lessons_happen_once_where_the_recipe_says(tmp_path: Path) -> None:
-    plain = dataclasses.replace(TINY, steps=5)
-    lessons = dataclasses.replace(plain, reading_batch_size=8, stages=[{"at": 3, "reading_steps": 2}])
-    assert [lessons.lessons_at(step) for step in range(5)] == [0, 0, 0, 2, 0]
+    plain = dataclasses.replace(SMALL, steps=4)
+    lessons = dataclasses.replace(plain, reading_batch_size=8, stages=[{"at": 2, "reading_steps": 2}])
+    assert [lessons.lessons_at(step) for step in range(4)] == [0, 0, 2, 0]
     assert dataclasses.replace(lessons, reading_steps=7).lessons_at(0) == 7
     whole = weights(train(lessons, tmp_path / "whole", progress=False).checkpoint)
     before = dataclasses.replace(lessons, stages=[])
-    for name, config, stop in (("before", before, 2), ("at", lessons, 3), ("after", lessons, 4)):
+    for name, config, stop in (("before", before, 1), ("at", lessons, 2), ("after", lessons, 3)):
         train(config, tmp_path / name, progress=False, stop_after=stop)
         assert_equal_trees(whole, weights(train(lessons, tmp_path / name, progress=False, resume=True).checkpoint))
     without = weights(train(plain, tmp_path / "without", progress=False).checkpoint)
@@ -270,19 +232,20 @@ def test_reading_lessons_happen_once_where_the_recipe_says(tmp_path: Path) -> No
 
 
 def test_stages_change_settings_on_the_way(tmp_path: Path) -> None:
-    stages = [{"at": 2, "layout_weight": 0.5}, {"at": 4, "noisy_share": 0.9, "layout_weight": 0.2}]
-    staged = dataclasses.replace(TINY, stages=stages)
-    settings = [(staged.at(step).layout_weight, staged.at(step).noisy_share) for step in range(6)]
-    assert settings == [(0.03, 0.0)] * 2 + [(0.5, 0.0)] * 2 + [(0.2, 0.9)] * 2
+    stages = [{"at": 1, "layout_weight": 0.5}, {"at": 3, "noisy_share": 0.9, "layout_weight": 0.2}]
+    plain = dataclasses.replace(SMALL, steps=4)
+    staged = dataclasses.replace(plain, stages=stages)
+    settings = [(staged.at(step).layout_weight, staged.at(step).noisy_share) for step in range(4)]
+    assert settings == [(0.03, 0.0)] + [(0.5, 0.0)] * 2 + [(0.2, 0.9)]
     whole = weights(train(staged, tmp_path / "whole", progress=False).checkpoint)
-    train(TINY, tmp_path / "parts", progress=False, stop_after=2)
-    first = dataclasses.replace(TINY, stages=stages[:1])
-    train(first, tmp_path / "parts", progress=False, resume=True, stop_after=4)
+    train(plain, tmp_path / "parts", progress=False, stop_after=1)
+    first = dataclasses.replace(plain, stages=stages[:1])
+    train(first, tmp_path / "parts", progress=False, resume=True, stop_after=3)
     assert_equal_trees(whole, weights(train(staged, tmp_path / "parts", progress=False, resume=True).checkpoint))
     with pytest.raises(ValueError, match=r"resume: got a recipe with noisy_share = 0.0, expected the state's 0.9"):
         train(first, tmp_path / "parts", progress=False, resume=True)
-    plain = weights(train(TINY, tmp_path / "plain", progress=False).checkpoint)
-    assert not torch.equal(plain["out.2.weight"], whole["out.2.weight"])
+    unstaged = weights(train(plain, tmp_path / "plain", progress=False).checkpoint)
+    assert not torch.equal(unstaged["out.2.weight"], whole["out.2.weight"])
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.15), (0.6, 0.66)])
@@ -335,21 +298,19 @@ def test_bad_recipes_are_refused(values: object, message: str) -> None:
         make_recipe(values)  # type: ignore[arg-type]
 
 
-def test_recipe_file_round_trip_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_file_round_trip_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "recipe.json"
     path.write_text(TINY.to_json())
     assert read_recipe(path) == TINY
     path.write_text('{"steps": 1')
-    with pytest.raises(SystemExit) as stop:
-        main(["--recipe", str(path), "--out", str(tmp_path / "out")])
-    assert stop.value.code == 2
-    assert "not JSON" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"recipe .*json: got a file that is not JSON"):
+        read_recipe(path)
     with pytest.raises(ValueError, match=r"model: got .*expected arguments of Text2ImUNet"):
         build_model(ShapesConfig.from_dict({"model": {"depth": 3}}))
 
 
 def test_dropout_needs_one_shard_and_is_reproducible(tmp_path: Path) -> None:
-    config = dataclasses.replace(TINY, steps=2, shards=1, model={**TINY.model, "dropout": 0.5})
+    config = dataclasses.replace(SMALL, steps=2, shards=1, model={**TINY.model, "dropout": 0.5})
     losses = [train(config, tmp_path / name, progress=False).loss for name in ("a", "b")]
     assert losses[0] == losses[1]
 

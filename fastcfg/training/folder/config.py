@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from fastcfg.training.config import TrainConfig, require
+from ...utils.checks import check_one_of
+from ..config import TrainConfig, require
 
 CROPS = ("random", "centre")
 
@@ -14,39 +15,38 @@ CROPS = ("random", "centre")
 class FolderConfig(TrainConfig):
     """A recipe for a folder. The same recipe, folder, machine and versions of torch and Pillow give the same weights.
 
-    The learning rate suits pretrained weights. From scratch GLIDE's own is 1e-4.
+    The default learning rate suits pretrained weights; from scratch GLIDE uses 1e-4.
 
     Attributes:
-        data: the folder; pictures in its subfolders count, captions are the lines of ``NAME.txt`` beside ``NAME.png``.
-        init: weights to start from: a checkpoint of fastcfg, which brings its own network and tokenizer, or a state
-            dict of GLIDE as ``.pt`` or ``.safetensors``; empty for random weights.
-        tokenizer: folder with GPT-2's ``encoder.json`` and ``vocab.bpe``, or a tokenizer as JSON; empty for GLIDE's.
-        uncond_p: probability that a caption is dropped, so that the network learns to do without, in [0, 1).
-        skip_uncaptioned: leave pictures without a caption out, instead of training on them unconditionally.
-        side_x: width of the pictures trained on; 0 for the network's own size, which is also what the checkpoint says
-            of pictures that are not square.
-        side_y: their height, likewise.
-        crop: random, or centre for the largest crop in the middle.
-        resize_ratio: smallest share of the largest crop's area that a random crop has, in (0, 1].
+        data: the folder, searched with its subfolders; the captions of `NAME.png` are the lines of `NAME.txt`.
+        init: initial weights: a checkpoint of fastcfg, with its own network and tokenizer, or a state dict of GLIDE as
+            `.pt` or `.safetensors`; empty for random weights.
+        tokenizer: folder with GPT-2's `encoder.json` and `vocab.bpe`, or a tokenizer as JSON; empty for GLIDE's.
+        uncond_p: probability of dropping a caption, which trains the unconditional model, in [0, 1).
+        skip_uncaptioned: leave out pictures without a caption instead of training on them unconditionally.
+        side_x: width of the pictures trained on; 0 for the network's size, which non-square pictures keep in `meta`.
+        side_y: their height.
+        crop: "random", or "centre" for the largest crop in the middle.
+        resize_ratio: smallest area of a random crop, as a share of the largest crop's, in (0, 1].
         random_hflip: mirror half of the pictures.
-        upsample: train the upsampler, whose ``low_res`` is made from the picture.
-        upscale_factor: how much larger than ``low_res`` the upsampler's pictures are.
-        freeze_transformer: leave the text transformer and its projection as they are.
-        freeze_diffusion: leave the UNet as it is, but for the layers that attend to the text.
-        use_checkpoint: compute activations twice instead of keeping them.
-        workers: threads that decode pictures ahead; without influence on the result.
-        model: GLIDE's options where they differ from its defaults, see ``GLIDE_BASE`` and ``GLIDE_UPSAMPLER``; nothing
-            where ``init`` is a checkpoint of fastcfg.
+        upsample: train the upsampler, with `low_res` made from the picture.
+        upscale_factor: ratio of the sizes of the upsampler's pictures and `low_res`.
+        freeze_transformer: do not train the text transformer and its projection.
+        freeze_diffusion: do not train the UNet, except the layers that attend to the text.
+        use_checkpoint: recompute activations in the backward pass to save memory.
+        workers: threads that decode pictures ahead; the result does not depend on it.
+        model: GLIDE's options that differ from its defaults, `GLIDE_BASE` or `GLIDE_UPSAMPLER`; empty if `init` is a
+            checkpoint of fastcfg.
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value out of range.
 
     Example:
         >>> FolderConfig(data="pictures", init="base.pt", uncond_p=0.2).learning_rate
         1e-05
     """
 
-    # Where the pictures lie is free, what they are is not: the state knows them.
+    # The place of the pictures may change; the state has a fingerprint of their contents.
     FREE: ClassVar[frozenset[str]] = frozenset({"data", "workers"})
 
     batch_size: int = 8
@@ -76,10 +76,9 @@ class FolderConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("data", self.data, bool(self.data), "a folder of pictures")
-        require("uncond_p", self.uncond_p, 0 <= self.uncond_p < 1, "0 <= value < 1")
-        require("crop", self.crop, self.crop in CROPS, f"one of {', '.join(CROPS)}")
+        self._check("0 <= value < 1", "uncond_p")
+        check_one_of("crop", self.crop, CROPS)
         require("resize_ratio", self.resize_ratio, 0 < self.resize_ratio <= 1, "0 < value <= 1")
-        for name in ("side_x", "side_y"):
-            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        require("upscale_factor", self.upscale_factor, self.upscale_factor >= 2, "at least 2")
-        require("workers", self.workers, self.workers >= 1, "at least 1")
+        self._check("at least 0", "side_x", "side_y")
+        self._check("at least 2", "upscale_factor")
+        self._check("at least 1", "workers")

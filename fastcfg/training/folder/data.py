@@ -1,4 +1,4 @@
-"""Batches of a folder, decoded ahead in threads: a step's depends only on the folder, the seed and the step."""
+"""Batches of a folder, decoded ahead in threads: a batch depends only on folder, seed and step."""
 
 from __future__ import annotations
 
@@ -13,40 +13,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.folder.config import FolderConfig
-from fastcfg.training.folder.pictures import PictureFolder, PictureReader, to_array
+from ...models.tokenizer import Tokenizer
+from .config import FolderConfig
+from .pictures import PictureFolder, PictureReader, to_array
 
-# Steps decoded ahead of the one that is computed.
+# Number of steps decoded ahead. In threads, as Pillow decodes without the GIL: `DataLoader` gives the same batches from
+# processes, which take longer to start and turn a picture's error into a traceback.
 _AHEAD = 2
 
 
 class _Sample(NamedTuple):
-    """One row of a batch, its picture as float32 ``[3, H, W]``."""
+    """One row of a batch, its picture as float32 [3, H, W]."""
 
     image: np.ndarray
     low_res: np.ndarray | None
     tokens: Sequence[int]
     mask: Sequence[bool]
-    unreadable: Sequence[str]  # what was skipped on the way to it
+    unreadable: Sequence[str]  # messages about the pictures skipped before it
 
 
 class FolderData:
     """Random access to the batches of a run.
 
-    Every picture comes once in each pass over the folder, in an order of the pass's own. One that cannot be read is
-    replaced by the next of that order that can. Dropped captions, the choice among several, crop and mirroring are
-    drawn anew each time.
+    Each pass over the folder has every picture once, in an order of its own. A picture that cannot be read is replaced
+    by the next readable one. Dropped captions, the choice of a caption, crop and mirroring are drawn for every row.
 
     Args:
         config: the recipe.
-        folder: what was found.
+        folder: the pictures.
         tokenizer: encodes the captions.
         text_ctx: number of text positions.
-        size: width and height of the pictures.
-
-    Raises:
-        ValueError: the size does not go with ``upscale_factor``.
+        size: width and height of the pictures; ValueError unless multiples of `upscale_factor`, if it is used.
     """
 
     def __init__(
@@ -72,20 +69,15 @@ class FolderData:
         self._ahead: dict[int, list[Future[_Sample]]] = {}
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Make the batch of a step, and begin with those after it.
-
-        Args:
-            step: the step, counted from 0.
+        """Return the batch of a step, counted from 0, and start on the next ones.
 
         Returns:
-            ``images``, float32 ``[B, 3, H, W]`` in [-1, 1]; ``tokens``, int64 ``[B, text_ctx]``, and ``mask``, bool,
-            alike: all padding and all False where there is no caption or it was dropped; for the upsampler
-            ``low_res``, float32 ``[B, 3, H / upscale_factor, W / upscale_factor]``.
-
-        A picture that cannot be read is named in a warning, once.
+            `images`, float32 [B, 3, H, W] in [-1, 1]; `tokens`, int64 [B, text_ctx], and `mask`, bool [B, text_ctx]:
+            all padding and all False for a missing or dropped caption; for the upsampler `low_res`, float32
+            [B, 3, H / upscale_factor, W / upscale_factor].
 
         Raises:
-            ValueError: no picture of the folder can be read.
+            ValueError: no picture of the folder can be read. (Each unreadable picture gives one warning.)
         """
         for other in [other for other in self._ahead if not step <= other <= step + _AHEAD]:
             for future in self._ahead.pop(other):
@@ -108,7 +100,7 @@ class FolderData:
         return {**batch, "low_res": torch.from_numpy(np.stack(low_res))} if low_res else batch
 
     def close(self) -> None:
-        """End the threads; what was decoded ahead is lost."""
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _sample(self, step: int, row: int) -> _Sample:
@@ -116,11 +108,11 @@ class FolderData:
         rng = np.random.default_rng([self._config.seed, step, row])
         dropped, choice = rng.random() < self._config.uncond_p, rng.random()
         pictures = self._pictures
-        passes, place = divmod(step * self._config.batch_size + row, len(pictures))
+        passes, index = divmod(step * self._config.batch_size + row, len(pictures))
         order = self._order(passes)
         unreadable: list[str] = []
         for later in range(len(pictures)):
-            picture = pictures[order[(place + later) % len(pictures)]]
+            picture = pictures[order[(index + later) % len(pictures)]]
             try:
                 image = self._reader.read(picture.path, rng)
             except ValueError as error:
@@ -133,7 +125,7 @@ class FolderData:
         raise ValueError(f"data: got {len(pictures)} pictures in {self._config.data}, none of which can be read")
 
     def _shrink(self, image: Image.Image) -> np.ndarray | None:
-        """What the upsampler sees: the picture made smaller, rounded to 8 bits as sampled ones are."""
+        """The upsampler's input: the picture made smaller, rounded to 8 bits like sampled pictures."""
         if self._low_size is None:
             return None
         return to_array(image.resize(self._low_size, Image.Resampling.BICUBIC))

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions beside them: what is in it, and the sample that a draw makes of one picture."""
+"""A folder of pictures with captions in text files, and a reader that crops pictures at random."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Picture:
 
     Attributes:
         path: its file.
-        captions: the lines of its ``.txt`` that are not blank, stripped; none where there is no such file.
+        captions: the stripped non-blank lines of its `.txt`; none without such a file.
     """
 
     path: Path
@@ -29,22 +29,20 @@ class Picture:
 
 
 class PictureFolder:
-    """The pictures of a folder and its subfolders, in the order of their names, with the captions beside them.
+    """The pictures of a folder and its subfolders, sorted by name, with their captions.
 
     Args:
         folder: the folder.
-        skip_uncaptioned: leave pictures without a caption out.
+        skip_uncaptioned: leave out pictures without a caption.
 
     Attributes:
-        pictures: those to train on.
-        uncaptioned: how many pictures have no caption.
-        skipped: how many of them were left out.
-        fingerprint: SHA-256 of names and sizes of the pictures and of their captions. A picture that was replaced by
-            one of exactly as many bytes is not noticed.
+        pictures: the pictures to train on.
+        uncaptioned: number of pictures found without a caption.
+        skipped: number of these left out.
+        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions.
 
     Raises:
         ValueError: no such folder, no pictures in it, two that share a caption file, or a caption that is not UTF-8.
-        OSError: a file cannot be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, skip_uncaptioned: bool = False) -> None:
@@ -70,28 +68,22 @@ class PictureFolder:
             raise ValueError(f"data: got {os.fspath(folder)} with {got}, expected files named {kinds} and their .txt")
 
     def summary(self) -> str:
-        """How many pictures and captions there are, in words."""
-        told = f"{len(self.pictures)} pictures"
+        """The numbers of pictures and captions, in words."""
+        words = f"{len(self.pictures)} pictures"
         if self.skipped:
-            told += f", {self.skipped} without a caption left out"
+            words += f", {self.skipped} without a caption left out"
         elif self.uncaptioned:
-            told += f", {self.uncaptioned} without a caption (trained on unconditionally)"
-        return told
+            words += f", {self.uncaptioned} without a caption (trained on unconditionally)"
+        return words
 
 
 class PictureReader:
-    """Reads pictures and cuts them to one size; safe to call from several threads.
+    """Reads pictures and crops them to one size, `width` by `height`; safe to call from several threads.
 
-    A picture is turned as its EXIF data say, put on white where it is transparent, cropped, and resized bicubically
-    with antialiasing. (torchvision's `RandomResizedCrop`, which glide-finetune uses, takes the share of the whole
-    picture's area instead, so long pictures always lose their ends, and resizes bilinearly.)
-
-    Args:
-        width: width wanted.
-        height: height wanted.
-        crop: "random", or "centre" for the largest crop of that shape in the picture's middle.
-        resize_ratio: smallest share of the largest crop's area that a random crop has; it lies anywhere.
-        random_hflip: mirror half of the pictures.
+    A picture is turned by its EXIF orientation, composed on white if transparent, cropped, and resized bicubically with
+    antialiasing. (torchvision's `RandomResizedCrop`, used by glide-finetune, crops a share of the whole picture's area
+    instead, so that long pictures always lose their ends, and resizes bilinearly.) The other arguments are those of
+    `FolderConfig`.
     """
 
     def __init__(self, width: int, height: int, crop: str, resize_ratio: float, random_hflip: bool) -> None:
@@ -101,65 +93,50 @@ class PictureReader:
         self._flip = random_hflip
 
     def read(self, path: Path, rng: np.random.Generator) -> Image.Image:
-        """Read a picture and cut it to size.
+        """Read a picture as RGB and crop it; ValueError if it cannot be read.
 
-        Args:
-            path: its file.
-            rng: draws crop and mirroring: four numbers, whether they are used or not.
-
-        Returns:
-            An RGB picture of the size asked for.
-
-        Raises:
-            ValueError: it cannot be read.
+        `rng` draws crop and mirroring: always four numbers, used or not.
         """
-        place, flip = rng.random(3), bool(rng.random() < 0.5)
+        position, flip = rng.random(3), bool(rng.random() < 0.5)
         try:
             with Image.open(path) as file:
-                # JPEG decodes at a half, quarter or eighth of its size in less time: 12 megapixels to a 64-pixel crop
-                # take 0.32 s at full size.
+                # JPEG decodes faster at a half, quarter or eighth of its size: 12 megapixels for a 64-pixel crop take
+                # 0.32 s at full size.
                 file.draft(None, self._enough(file.size))
                 picture = _on_white(ImageOps.exif_transpose(file))
-        except Exception as error:  # Pillow raises whatever its decoders meet in a damaged file
+        except Exception as error:  # Pillow passes on any exception of its decoders
             raise ValueError(f"data: got {path}, which cannot be read ({error}), expected a picture") from error
-        picture = picture.resize(self._size, Image.Resampling.BICUBIC, box=self._box(picture.size, place))
+        picture = picture.resize(self._size, Image.Resampling.BICUBIC, box=self._box(picture.size, position))
         return ImageOps.mirror(picture) if self._flip and flip else picture
 
     def _enough(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size at which a picture, turned or not, still has twice the pixels that its smallest crop must have."""
+        """The size at which a picture, turned or not, still has twice the resolution its smallest crop needs."""
         width, height = self._size
         least = min(min(size) / max(width, height), min(size[0] / width, size[1] / height))
         least *= self._resize_ratio**0.5 if self._random else 1.0
         return math.ceil(2 * size[0] / least), math.ceil(2 * size[1] / least)
 
-    def _box(self, size: tuple[int, int], place: np.ndarray) -> tuple[float, float, float, float]:
+    def _box(self, size: tuple[int, int], position: np.ndarray) -> tuple[float, float, float, float]:
         """The crop: left, upper, right and lower edge."""
         width, height = size
         scale = min(width / self._size[0], height / self._size[1])
         x = y = 0.5
         if self._random:
-            area, x, y = place.tolist()
+            area, x, y = position.tolist()
             scale *= (self._resize_ratio + (1 - self._resize_ratio) * area) ** 0.5
         crop_width, crop_height = scale * self._size[0], scale * self._size[1]
         left, upper = x * (width - crop_width), y * (height - crop_height)
-        # Rounding must not carry the edge beyond the picture: resize refuses that.
+        # resize refuses an edge that rounding puts beyond the picture.
         return left, upper, min(left + crop_width, width), min(upper + crop_height, height)
 
 
 def to_array(picture: Image.Image) -> np.ndarray:
-    """Pixels of an RGB picture.
-
-    Args:
-        picture: the picture.
-
-    Returns:
-        float32 ``[3, H, W]`` in [-1, 1].
-    """
+    """Pixels of an RGB picture, float32 [3, H, W] in [-1, 1]."""
     return np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
-    """The picture as RGB; what is transparent shows white."""
+    """The picture as RGB, composed on white."""
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
         return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
@@ -170,13 +147,13 @@ def _on_white(picture: Image.Image) -> Image.Image:
 
 
 def _is_picture(path: Path, root: Path) -> bool:
-    """Whether a path looks like a picture; what is hidden below the root (macOS writes `._name.jpg`) does not."""
+    """Whether a path is a picture by its name, and not hidden below the root (macOS writes `._name.jpg`)."""
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 
 
 def _check_stems(names: Sequence[str]) -> None:
-    """Raise ValueError where two pictures would share a caption."""
+    """Raise ValueError if two pictures share a caption file."""
     seen: dict[str, str] = {}
     for name in names:
         stem = name.rpartition(".")[0]
@@ -186,7 +163,7 @@ def _check_stems(names: Sequence[str]) -> None:
 
 
 def _read_captions(path: Path) -> tuple[str, ...]:
-    """The lines of a caption file that are not blank."""
+    """The non-blank lines of a caption file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -9,52 +9,42 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastcfg.models.checkpoint import CheckpointMeta, has_header, load_checkpoint
-from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
-from fastcfg.models.image_conditioned import SuperResText2ImUNet
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.models.vocabulary import read_tokenizer
-from fastcfg.models.weights import load_weights, read_state_dict
-from fastcfg.training.config import TrainConfig
-from fastcfg.training.folder.config import FolderConfig
-from fastcfg.training.folder.data import FolderData
-from fastcfg.training.folder.pictures import PictureFolder
-from fastcfg.training.task import seed_for
+from ...models.checkpoint import CheckpointMeta, has_header, load_checkpoint
+from ...models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from ...models.image_conditioned import SuperResText2ImUNet
+from ...models.text2im import Text2ImUNet
+from ...models.tokenizer import Tokenizer
+from ...models.vocabulary import read_tokenizer
+from ...models.weights import load_weights, read_state_dict
+from ..task import Task, seed_for
+from .config import FolderConfig
+from .data import FolderData
+from .pictures import PictureFolder
 
 _TRANSFORMER = (
     *("transformer.", "transformer_proj.", "token_embedding.", "final_ln."),
     *("positional_embedding", "padding_embedding"),
 )
-# The layers of the attention blocks that take in the text: they must follow a transformer that moves.
+# The attention blocks' layers for the text: they must follow a transformer that is trained.
 _TEXT_ATTENTION = ".encoder_kv."
 
 
-class FolderTask:
-    """The ``Task`` of a folder.
+class FolderTask(Task):
+    """The `Task` of a folder: no heads, and the averaged weights also for GLIDE's own code.
 
     Args:
         config: the recipe.
-        resumed: checkpoint of the run that goes on: network and tokenizer are taken from there, and the state brings
-            the weights, so that ``init`` and ``tokenizer`` are not needed a second time.
-
-    Attributes:
-        model: see ``Task``.
-        heads: none.
-        meta: see ``Task``.
-        fingerprint: of pictures and captions.
-        summary: how many pictures and captions there are.
-        glide: True.
+        resumed: checkpoint of the run to resume, which replaces `init` and `tokenizer`.
 
     Raises:
-        ValueError: weights, options, tokenizer or data are not what they should be or do not go together.
+        ValueError: weights, options, tokenizer or data are invalid or do not go together.
         OSError: a file cannot be read.
     """
 
     glide = True
 
     def __init__(self, config: FolderConfig, resumed: Path | None = None) -> None:
-        # First, as it takes less time to find out than loading a network does.
+        # First: errors in the folder are found faster than a network is loaded.
         folder = PictureFolder(config.data, skip_uncaptioned=config.skip_uncaptioned)
         self.model, self.meta = _network(config, resumed)
         tokenizer = self.model.tokenizer
@@ -69,36 +59,18 @@ class FolderTask:
         self.model.cache_text_emb = False
         self.model.train()
         _freeze(self.model, config)
-        self.heads: nn.Module = nn.ModuleList()
+        self.heads = nn.ModuleList()
         self._data = FolderData(config, folder, tokenizer, self.model.text_ctx, size)
         self.fingerprint = f"{len(folder.pictures)} pictures, SHA-256 {folder.fingerprint}"
         self.summary = f"{config.data}: {folder.summary()}"
 
-    def empty_model(self) -> Text2ImUNet:
-        """See ``Task``."""
-        return self.meta.build(self.model.tokenizer)
-
-    def batch(self, step: int) -> Mapping[str, Tensor]:
-        """See ``Task``; with ``low_res`` for the upsampler."""
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """See `FolderData.batch`."""
         return self._data.batch(step)
 
-    def before(self, step: int) -> list[nn.Parameter]:
-        """Nothing."""
-        return []
-
     def conditioning(self, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The picture to be made larger, for the upsampler."""
+        """See `Task`."""
         return {"low_res": shard["low_res"]} if "low_res" in shard else {}
-
-    def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
-        """None."""
-        return []
-
-    def losses(
-        self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
-    ) -> dict[str, tuple[float, Tensor]]:
-        """Nothing beside the noise."""
-        return {}
 
     def close(self) -> None:
         """End the decoding threads."""
@@ -106,7 +78,7 @@ class FolderTask:
 
 
 def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, CheckpointMeta]:
-    """The network with its initial weights, its tokenizer as attribute, and what describes it."""
+    """The network with its initial weights and tokenizer, and its description."""
     if config.init and resumed is None and not Path(config.init).is_file():
         raise ValueError(f"init: got {config.init}, which is not a file, expected weights to start from")
     checkpoint = resumed or (Path(config.init) if config.init and has_header(config.init) else None)
@@ -139,7 +111,7 @@ def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, C
 
 
 def _freeze(model: Text2ImUNet, config: FolderConfig) -> None:
-    """Let the parameters that are not trained go without gradient, the same that glide-finetune freezes."""
+    """Turn off the gradient of the parameters that glide-finetune freezes."""
     for name, parameter in model.named_parameters():
         text = name.startswith(_TRANSFORMER)
         frozen = config.freeze_transformer if text else config.freeze_diffusion and _TEXT_ATTENTION not in name

@@ -1,4 +1,4 @@
-"""The embedded model's task: captioned pictures of coloured shapes, drawn on the fly."""
+"""The embedded model's task: captioned pictures of coloured shapes, drawn as training goes."""
 
 from .scenes import Scene, SceneObject, caption, render, render_batch, render_named, sample_scene, shape_coverage
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
-from fastcfg.training.config import TrainConfig, require
-from fastcfg.training.shapes.scenes import MAX_CAPTION_WORDS
+from ..config import TrainConfig
+from .scenes import MAX_CAPTION_WORDS
 
-# Constructor arguments of Text2ImUNet; attention_resolutions are downsampling factors, as there.
+# Arguments of Text2ImUNet.
 _DEFAULT_MODEL: dict[str, Any] = {
     "text_ctx": MAX_CAPTION_WORDS,
     "xf_width": 128,
@@ -29,7 +28,7 @@ _DEFAULT_MODEL: dict[str, Any] = {
     "resblock_updown": False,
 }
 
-# What may change on the way; the rest is built into the network, the optimizer or the data.
+# Settings that stages may change; the others are built into network, optimizer or data.
 _STAGED = {"reading_steps", "reading_weight", "layout_weight", "noisy_share"}
 
 
@@ -38,22 +37,22 @@ class ShapesConfig(TrainConfig):
     """A recipe for captioned shapes. The same recipe on the same machine and torch version gives the same weights.
 
     Attributes:
-        cond_drop: probability that a caption is replaced by the empty one, in [0, 1).
+        cond_drop: probability of replacing a caption by the empty one, in [0, 1).
         two_objects: share of pictures with two objects.
         name_sizes: probability that a caption names an object's size.
         schedule: name of the noise schedule.
         num_timesteps: its length T.
-        reading_steps: steps of training the text transformer alone to read captions, see ``train_reading``, before all
-            else, or before the stage that says so; 0 for none.
+        reading_steps: steps of training the text transformer alone (`train_reading`) before the first step, or before a
+            stage with this setting.
         reading_batch_size: captions per such step.
-        reading_rate: its learning rate.
-        reading_weight: weight of the loss of reading each batch's captions, so that it is not forgotten; 0 for none.
-        layout_weight: weight of the layout loss, see ``LayoutHead``; 0 for none.
-        stages: changes on the way: each an object of the step it starts ``at`` and settings that hold from there on.
-        model: constructor arguments of ``Text2ImUNet``.
+        reading_rate: learning rate of such a step.
+        reading_weight: weight of the loss of reading the batch's captions; 0 for none.
+        layout_weight: weight of the layout loss, see `LayoutHead`; 0 for none.
+        stages: changes during the run, each an object of the step it starts `at` and the new settings.
+        model: arguments of `Text2ImUNet`.
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value out of range.
 
     Example:
         >>> ShapesConfig(steps=1000, seed=1).learning_rate_at(0) < ShapesConfig().learning_rate
@@ -81,15 +80,11 @@ class ShapesConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_timesteps", "reading_batch_size"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        rate = self.reading_rate
-        require("reading_rate", rate, math.isfinite(rate) and rate > 0, "a positive number")
-        for name in ("reading_steps", "reading_weight", "layout_weight"):
-            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        require("cond_drop", self.cond_drop, 0 <= self.cond_drop < 1, "0 <= value < 1")
-        for name in ("two_objects", "name_sizes"):
-            require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "0 <= value <= 1")
+        self._check("at least 1", "num_timesteps", "reading_batch_size")
+        self._check("a positive number", "reading_rate")
+        self._check("at least 0", "reading_steps", "reading_weight", "layout_weight")
+        self._check("0 <= value < 1", "cond_drop")
+        self._check("0 <= value <= 1", "two_objects", "name_sizes")
         for stage in self.stages:
             if type(stage) is not dict or type(stage.get("at")) is not int or set(stage) - {"at"} - _STAGED:
                 expected = f"'at', a step, and some of {', '.join(sorted(_STAGED))}"
@@ -97,7 +92,7 @@ class ShapesConfig(TrainConfig):
             ShapesConfig.from_dict({name: value for name, value in stage.items() if name != "at"})
 
     def at(self, step: int) -> ShapesConfig:
-        """The settings that hold at a step: those of the stages begun, over the recipe's own; without stages."""
+        """The settings in force at a step, with those of the stages begun and no stages of their own."""
         changes: dict[str, Any] = {}
         for stage in sorted(self.stages, key=lambda stage: stage["at"]):
             if stage["at"] <= step:
@@ -105,10 +100,10 @@ class ShapesConfig(TrainConfig):
         return dataclasses.replace(self, stages=[], **changes)
 
     def starts(self) -> set[int]:
-        """The steps at which a stage starts, and the first."""
+        """Step 0 and the steps at which a stage starts."""
         return {0, *(stage["at"] for stage in self.stages)}
 
     def lessons_at(self, step: int) -> int:
-        """How many steps of reading lessons come right before a step."""
+        """Number of reading steps right before a step."""
         stages = [{"at": 0, "reading_steps": self.reading_steps}, *self.stages]
         return sum(stage.get("reading_steps", 0) for stage in stages if stage["at"] == step)

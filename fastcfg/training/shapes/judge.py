@@ -1,7 +1,7 @@
-"""Does a picture show the scene it was asked for? Classical vision, no network, numpy only.
+"""Judge whether a picture shows a scene, by classical vision in numpy.
 
-Foreground is what differs from the background, objects are its connected components, an object's colour is the nearest
-palette entry of its core, its shape the best overlap with the renderer's own shapes over position and scale.
+Objects are the connected components of the pixels that differ from the background. An object's colour is the palette
+entry nearest to its core; its shape is the one with the best overlap over position and scale.
 """
 
 from __future__ import annotations
@@ -11,16 +11,7 @@ import itertools
 
 import numpy as np
 
-from fastcfg.training.shapes.scenes import (
-    BACKGROUND,
-    COLOURS,
-    IMAGE_SIZE,
-    PALETTE,
-    RELATIONS,
-    SHAPES,
-    Scene,
-    shape_coverage,
-)
+from .scenes import BACKGROUND, COLOURS, IMAGE_SIZE, PALETTE, RELATIONS, SHAPES, Scene, shape_coverage
 
 _PALETTE = np.array([PALETTE[name] for name in COLOURS], dtype=np.float32)
 _BACKGROUND = np.array(BACKGROUND, dtype=np.float32)
@@ -39,8 +30,8 @@ class Finding:
     """One object found in a picture.
 
     Attributes:
-        colour: nearest palette colour, None where the object is not of one palette colour.
-        shape: best matching shape, None where none overlaps well.
+        colour: nearest palette colour, or None if the object is not of one palette colour.
+        shape: best matching shape, or None if none overlaps well.
         centre: centroid (x, y) in pixels.
         overlap: overlap with the best shape, in [0, 1].
     """
@@ -53,13 +44,13 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What of a scene a picture gets right, under the assignment of found to wanted objects that gets most right.
+    """The correct parts of a picture, under the best assignment of found to wanted objects.
 
     Attributes:
         colours: every object has its colour.
         shapes: every object has its shape.
-        relation: the objects lie as asked; True where the scene asks nothing.
-        count: as many objects as asked.
+        relation: the objects are arranged as wanted; True for a scene without relation.
+        count: the number of objects is right; if not, all others are False.
     """
 
     colours: bool
@@ -69,25 +60,15 @@ class Verdict:
 
     @property
     def correct(self) -> bool:
-        """Whether everything is right at once, each colour on its own shape."""
+        """Whether everything is right."""
         return self.colours and self.shapes and self.relation and self.count
 
 
 def judge(image: np.ndarray, scene: Scene) -> Verdict:
-    """Compare a picture with the scene it should show.
-
-    Args:
-        image: float ``[3, 32, 32]`` in [-1, 1].
-        scene: what the picture should show.
-
-    Returns:
-        The verdict. With the wrong number of objects nothing but ``count`` is looked at and all else is False.
-
-    Raises:
-        ValueError: ``image`` has another shape.
+    """Compare a picture, float [3, 32, 32] in [-1, 1], with the scene it should show; ValueError for other shapes.
 
     Example:
-        >>> from fastcfg.training.shapes.scenes import Scene, SceneObject, render
+        >>> from .scenes import Scene, SceneObject, render
         >>> scene = Scene((SceneObject("star", "red", "large"),))
         >>> judge(render(scene, np.random.default_rng(0)), scene).correct
         True
@@ -110,17 +91,7 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
 
 
 def find_objects(image: np.ndarray) -> list[Finding]:
-    """List the objects of a picture, largest first.
-
-    Args:
-        image: float ``[3, 32, 32]`` in [-1, 1].
-
-    Returns:
-        The objects found; specks are left out.
-
-    Raises:
-        ValueError: ``image`` has another shape.
-    """
+    """List the objects of a picture, largest first, without specks; argument and error as for `judge`."""
     if image.shape != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"image: got shape {tuple(image.shape)}, expected (3, {IMAGE_SIZE}, {IMAGE_SIZE})")
     rgb = (np.clip(np.asarray(image, dtype=np.float32), -1, 1).transpose(1, 2, 0) + 1) * 127.5
@@ -132,13 +103,10 @@ def find_objects(image: np.ndarray) -> list[Finding]:
 
 
 def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Label the 4-connected components of a mask.
-
-    Args:
-        mask: bool ``[H, W]``.
+    """Label the 4-connected components of a mask, bool [H, W].
 
     Returns:
-        Labels int64 ``[H, W]``, 0 outside the mask and 1 to n inside, and n.
+        Labels, int64 [H, W], 0 outside the mask and 1 to n inside; and n.
     """
     height, width = mask.shape
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
@@ -158,7 +126,7 @@ def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
-    """Colour, shape and place of one component."""
+    """Colour, shape and position of one component."""
     member = labels == label
     inner = ~_dilate(~member)
     core = rgb[inner if inner.any() else member]
@@ -166,8 +134,8 @@ def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
     gaps = np.linalg.norm(core[:, None] - _PALETTE, axis=2)
     nearest = int(np.linalg.norm(typical - _PALETTE, axis=1).argmin())
     uniform = np.mean(gaps[:, nearest] < _COLOUR_DISTANCE) > 0.8
-    # Anti-aliased edges: how far each pixel has gone from the background to the object's colour. The rim just outside
-    # the component belongs to it; other objects do not.
+    # Anti-aliased edges: the position of each pixel between background and object colour. The rim just outside the
+    # component belongs to it; other objects do not.
     span = typical - _BACKGROUND
     alpha = np.clip((rgb - _BACKGROUND) @ span / (span @ span), 0, 1)
     alpha *= _dilate(member) & ((labels == 0) | member)
@@ -198,9 +166,7 @@ def _match_shape(alpha: np.ndarray) -> tuple[str, float, tuple[float, float]]:
         radius = np.sqrt(total / area)
         tries = list(itertools.product(_SCALES, _SHIFTS, _SHIFTS))
         radii = np.array([radius * scale for scale, _, _ in tries])
-        centres = np.array(
-            [(x + dx, y + dy - offset * radius * scale) for scale, dx, dy in tries],
-        )
+        centres = np.array([(x + dx, y + dy - offset * radius * scale) for scale, dx, dy in tries])
         template = shape_coverage(shape, centres, radii)
         overlaps = np.minimum(template, alpha).sum(axis=(1, 2)) / np.maximum(template, alpha).sum(axis=(1, 2))
         if overlaps.max() > best_overlap:
@@ -209,7 +175,7 @@ def _match_shape(alpha: np.ndarray) -> tuple[str, float, tuple[float, float]]:
 
 
 def _relation_holds(order: tuple[Finding, ...], relation: str | None) -> bool:
-    """Whether the first object lies on its side of the second, more along the relation's axis than across it."""
+    """Whether the first object is on the right side of the second, more along the relation's axis than across it."""
     if relation is None:
         return True
     direction = RELATIONS[relation]

@@ -1,9 +1,8 @@
-"""A second task beside the noise: name what lies where, from the features the text is attended from.
+"""The layout loss: name colour and shape at every cell of the last attention block's feature map.
 
 The error of the noise says little about which colour goes with which shape, or which object lies on which side: at the
-noisy steps where that is decided, a wrong layout costs a few percent. Naming the colour and the shape at every cell of
-the last attention block's feature map says it plainly, so the network learns it in a fraction of the steps. The two
-linear heads are dropped after training.
+noisy steps where this is decided, a wrong layout costs a few percent. With the layout loss the network learns it in a
+fraction of the steps. The two linear heads are dropped after training.
 """
 
 from __future__ import annotations
@@ -15,22 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.models.attention import AttentionBlock
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.training.shapes.scenes import COLOURS, SHAPES
+from ...models.attention import AttentionBlock
+from ...models.text2im import Text2ImUNet
+from .scenes import COLOURS, SHAPES
 
-# Below this part of its area a cell counts as background.
+# A cell covered less than this is background.
 _OCCUPIED = 0.25
 
 
 class LayoutHead(nn.Module):
-    """Reads colour and shape at every cell of a network's last attention block.
+    """Reads colour and shape from the last attention block of a network, which several threads may call at once.
 
-    Args:
-        model: the network to listen to; may be called by several threads at once.
-
-    Raises:
-        ValueError: the network has no attention block.
+    ValueError if the network has no attention block.
     """
 
     def __init__(self, model: Text2ImUNet) -> None:
@@ -50,14 +45,13 @@ class LayoutHead(nn.Module):
         self._heard.features = output
 
     def forward(self, colours: Tensor, shapes: Tensor) -> Tensor:
-        """Score the names given from this thread's last call of the network.
+        """Score the features of this thread's last call of the network.
 
         Args:
-            colours: per pixel index of the colour plus 1, 0 on the background, int64 ``[B, H, W]``.
-            shapes: likewise the shape.
+            colours, shapes: names of every pixel, int64 [B, H, W], see `render_named`.
 
         Returns:
-            Mean cross-entropy of both names over the cells, ``[B]``.
+            Mean cross-entropy of both names over the cells, [B].
         """
         features = self.norm(self._heard.features.float())
         self._heard.features = None
@@ -70,7 +64,7 @@ class LayoutHead(nn.Module):
 
 
 def _most_common(names: Tensor, cells: int, choices: int) -> Tensor:
-    """The name that fills most of each cell, int64 ``[B, cells, cells]``."""
+    """The name that fills most of each cell, int64 [B, cells, cells]."""
     areas = F.adaptive_avg_pool2d(F.one_hot(names, choices).movedim(-1, 1).float(), cells)
     areas[:, 0] = torch.where(areas[:, 0] <= 1 - _OCCUPIED, 0.0, 2.0)
     return areas.argmax(dim=1)

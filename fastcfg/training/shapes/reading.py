@@ -1,10 +1,10 @@
-"""Teaching the text transformer to read before the picture network listens to it.
+"""Reading lessons: train the text transformer on captions alone, before the picture network uses it.
 
-A picture network soon learns which colours and shapes a caption names, but for long draws them in any combination:
-nothing of what it attends to says which colour belongs to which shape, or where. So the transformer is first trained
-alone, on captions only, to say at every word of an object what that object is and where it lies, and at its last
-position (the one that is added to the timestep embedding) what the whole scene is. This takes a minute where pictures
-take hours. A little of the same loss goes on beside the pictures', or what these do not use yet is soon forgotten.
+A picture network soon learns which colours and shapes a caption names, but draws them in any combination for long,
+because the features it attends to do not say which colour belongs to which shape, or where. The lessons train the
+transformer to name, at every word of an object, the object and its place, and at the last position (added to the
+timestep embedding) the whole scene. They take a minute where pictures take hours. The same loss, with a small weight
+during training, keeps the transformer from forgetting what the pictures do not use yet.
 """
 
 from __future__ import annotations
@@ -17,31 +17,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.shapes.config import ShapesConfig
-from fastcfg.training.shapes.scenes import COLOURS, SHAPES, SIZE_WORDS, SIZES, Scene, caption, sample_scene
+from ...models.text2im import Text2ImUNet
+from ...models.tokenizer import Tokenizer
+from .config import ShapesConfig
+from .scenes import COLOURS, SHAPES, SIZE_WORDS, SIZES, Scene, caption, sample_scene
 
 IGNORED = -100
-# Answers asked for at each word of an object: its colour, shape, size (or not said) and place (or anywhere).
+# Choices at each word of an object: its colour, shape, size (or unnamed) and place (or anywhere).
 _WORD_CHOICES = (len(COLOURS), len(SHAPES), len(SIZES) + 1, 5)
-# Answers asked for at the last position: the arrangement (one object, beside, atop, any), then colour and shape of the
-# left or upper object, and of the right or lower one.
+# Choices at the last position: the arrangement (one object, beside, atop, any), then colour and shape of the left or
+# upper object, and of the right or lower one.
 _SCENE_CHOICES = (4, len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES))
 _PLACES = {"left of": (0, 1), "right of": (1, 0), "above": (2, 3), "below": (3, 2)}
 _ANYWHERE = 4
 
 
 def reading_targets(text: str, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """What a reader of a caption should answer.
-
-    Args:
-        text: a caption of the scene.
-        scene: the scene.
+    """The answers expected for a caption of a scene.
 
     Returns:
-        Answers at each word, int64 ``[words, 4]``, and about the scene, int64 ``[5]``, as indices; ``IGNORED`` where
-        there is nothing to ask.
+        Indices at each word, int64 [words, 4], and about the scene, int64 [5]; `IGNORED` where nothing is asked.
     """
     words = text.split()
     at_words = np.full((len(words), len(_WORD_CHOICES)), IGNORED)
@@ -73,11 +68,7 @@ def reading_targets(text: str, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ReadingHeads(nn.Module):
-    """Linear readers of the text transformer's features, dropped after training.
-
-    Args:
-        width: width of the features.
-    """
+    """Linear heads on the text transformer's features of the given width, dropped after training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,13 +79,11 @@ class ReadingHeads(nn.Module):
         """Score the answers read from the features.
 
         Args:
-            features: ``xf_out`` of the network, ``[B, width, text_ctx]``.
-            at_words: answers at each word, int64 ``[B, text_ctx, 4]``.
-            about: answers about the scene, int64 ``[B, 5]``.
+            features: `xf_out` of the network, [B, width, text_ctx].
+            at_words, about: the expected answers, see `batch_targets`.
 
         Returns:
-            The sum of the questions' mean cross-entropies, and the share of right answers. A question nobody is asked
-            counts nothing.
+            The sum of the mean cross-entropies of all questions asked, and the share of right answers.
         """
         features = features.transpose(1, 2).float()
         word_loss, word_right = _score(self.word(features), at_words, _WORD_CHOICES)
@@ -103,11 +92,7 @@ class ReadingHeads(nn.Module):
 
 
 def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHeads, float]:
-    """Train the model's text transformer to read captions, by ``config.reading_steps`` steps of its own.
-
-    Args:
-        model: the network; its text layers but ``transformer_proj`` are changed in place.
-        config: the recipe.
+    """Train the model's text layers except `transformer_proj`, in place, by `config.reading_steps` reading steps.
 
     Returns:
         The heads, and the share of right answers in the last step.
@@ -137,7 +122,7 @@ def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHead
 
 
 def reading_parameters(model: Text2ImUNet) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters of the layers that read: all that ``xf_out`` depends on."""
+    """Names and parameters of the layers that `xf_out` depends on."""
     prefixes = ("transformer.", "final_ln.", "token_embedding.", "positional_embedding", "padding_embedding")
     return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes)]
 
@@ -155,16 +140,7 @@ def _batch(model: Text2ImUNet, config: ShapesConfig, step: int) -> tuple[Tensor,
 
 
 def batch_targets(captions: Sequence[str], scenes: Sequence[Scene], text_ctx: int) -> tuple[Tensor, Tensor]:
-    """``reading_targets`` of many captions, as ``ReadingHeads`` takes them.
-
-    Args:
-        captions: the captions; nothing is asked about an empty one.
-        scenes: their scenes.
-        text_ctx: number of text positions.
-
-    Returns:
-        Answers at each word, int64 ``[B, text_ctx, 4]``, and about the scene, int64 ``[B, 5]``.
-    """
+    """`reading_targets` of many captions, int64 [B, text_ctx, 4] and [B, 5]; nothing is asked about empty captions."""
     at_words = np.full((len(scenes), text_ctx, len(_WORD_CHOICES)), IGNORED)
     about = np.full((len(scenes), len(_SCENE_CHOICES)), IGNORED)
     for row, (text, scene) in enumerate(zip(captions, scenes, strict=True)):
@@ -175,7 +151,7 @@ def batch_targets(captions: Sequence[str], scenes: Sequence[Scene], text_ctx: in
 
 
 def _score(logits: Tensor, answers: Tensor, choices: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Sum of the questions' cross-entropies, and the mean share of right answers."""
+    """Sum of the cross-entropies of all questions, and the mean share of right answers."""
     losses, right = [], []
     for part, wanted in zip(logits.split(list(choices), dim=-1), answers.unbind(dim=-1), strict=True):
         asked = wanted != IGNORED

@@ -1,7 +1,7 @@
-"""Captioned pictures of coloured shapes: the data set the embedded checkpoint is trained on.
+"""Captioned pictures of coloured shapes: the data set of the embedded checkpoint.
 
-Everything is numpy and deterministic: a scene, its picture and its caption depend only on the generators handed in.
-Pictures are drawn from signed distances, so edges are anti-aliased by pixel coverage at sub-pixel positions.
+Scenes, pictures and captions depend only on the random generators passed in. Pictures are drawn from signed distances:
+edges are anti-aliased by pixel coverage at sub-pixel positions. A picture is float32 [3, 32, 32] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+
+from ...utils.checks import check_one_of
 
 IMAGE_SIZE = 32
 BACKGROUND = (22, 24, 34)
@@ -23,10 +25,10 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 245),
 }
 RADII: dict[str, float] = {"small": 4.2, "large": 6.0}
-"""Radius in pixels of the circle of each size; the other shapes are scaled to look as large."""
+"""Radius in pixels of a circle of each size; the other shapes are scaled to look equally large."""
 
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Where the first object lies, seen from the second, in image coordinates (x to the right, y down)."""
+"""Direction of the first object from the second, in image coordinates (x to the right, y down)."""
 
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _RELATION_PHRASES: dict[str | None, tuple[str, ...]] = {
@@ -87,13 +89,7 @@ MAX_CAPTION_WORDS = 16
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """One coloured shape.
-
-    Attributes:
-        shape: one of ``SHAPES``.
-        colour: one of ``COLOURS``.
-        size: one of ``SIZES``.
-    """
+    """A coloured shape: one of `SHAPES`, one of `COLOURS` and one of `SIZES`."""
 
     shape: str
     colour: str
@@ -101,17 +97,16 @@ class SceneObject:
 
     def __post_init__(self) -> None:
         for argument, known in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
-            if getattr(self, argument) not in known:
-                raise ValueError(f"{argument}: got {getattr(self, argument)!r}, expected one of {', '.join(known)}")
+            check_one_of(argument, getattr(self, argument), known)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a picture shows: one object, or two and where the first lies seen from the second.
+    """The contents of a picture: one object, or two and the position of the first relative to the second.
 
     Attributes:
         objects: one or two objects.
-        relation: one of ``RELATIONS`` for two objects; None for one object, or for two in any arrangement.
+        relation: one of `RELATIONS` for two objects; None for one object or any arrangement of two.
 
     Example:
         >>> scene = Scene((SceneObject("circle", "red", "large"), SceneObject("square", "blue", "small")), "above")
@@ -127,24 +122,19 @@ class Scene:
             raise ValueError(f"objects: got {len(self.objects)}, expected 1 or 2")
         allowed = (None, *RELATIONS) if len(self.objects) == 2 else (None,)
         if self.relation not in allowed:
-            raise ValueError(
-                f"relation: got {self.relation!r} with {len(self.objects)} object(s), "
-                f"expected one of {', '.join(map(repr, allowed))}"
-            )
+            got, expected = f"{self.relation!r} with {len(self.objects)} object(s)", ", ".join(map(repr, allowed))
+            raise ValueError(f"relation: got {got}, expected one of {expected}")
 
 
 def sample_scene(rng: np.random.Generator, two_objects: float = 0.75, related: float = 0.92) -> Scene:
     """Draw a random scene.
 
-    Two objects never share both shape and colour: no caption could tell them apart.
+    Two objects never share both shape and colour: a caption could not distinguish them.
 
     Args:
         rng: the generator to draw from.
         two_objects: probability of two objects.
-        related: probability that two objects have a relation; otherwise they lie in any arrangement.
-
-    Returns:
-        The scene.
+        related: probability that two objects have a relation.
     """
     count = 2 if rng.random() < two_objects else 1
     objects: list[SceneObject] = []
@@ -159,18 +149,10 @@ def sample_scene(rng: np.random.Generator, two_objects: float = 0.75, related: f
 
 
 def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> str:
-    """Describe a scene in words of ``VOCABULARY``, in one of many phrasings.
+    """Describe a scene in one of many phrasings, in lower-case words of `VOCABULARY`, at most `MAX_CAPTION_WORDS`.
 
-    Colours and shapes are always named, and so is the relation; each object's size with probability ``name_sizes``.
-    The two objects come in either order ("a red circle above a blue square", "a blue square below a red circle").
-
-    Args:
-        scene: what to describe.
-        rng: the generator to draw the phrasing from.
-        name_sizes: probability that an object's size is named.
-
-    Returns:
-        The caption, lower case, at most ``MAX_CAPTION_WORDS`` words.
+    Colours, shapes and the relation are always named, each object's size with probability `name_sizes`. The two objects
+    come in either order ("a red circle above a blue square", "a blue square below a red circle").
     """
     objects, relation = scene.objects, scene.relation
     if len(objects) == 2 and rng.random() < 0.5:
@@ -191,41 +173,21 @@ def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> 
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draw a scene at random positions that keep its relation.
-
-    Args:
-        scene: what to draw.
-        rng: the generator to draw the positions from.
-
-    Returns:
-        The picture, float32 ``[3, 32, 32]`` in [-1, 1].
-    """
+    """Draw a scene at random positions that satisfy its relation, float32 [3, 32, 32]."""
     return render_batch([scene], rng)[0]
 
 
 def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarray:
-    """Draw many scenes at once; shapes of one kind are rasterised together.
-
-    Args:
-        scenes: what to draw, at least one.
-        rng: the generator to draw the positions from.
-
-    Returns:
-        The pictures, float32 ``[len(scenes), 3, 32, 32]`` in [-1, 1].
-    """
+    """Draw one or more scenes at once, float32 [len(scenes), 3, 32, 32]."""
     return render_named(scenes, rng)[0]
 
 
 def render_named(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw many scenes and name every pixel.
-
-    Args:
-        scenes: what to draw, at least one.
-        rng: the generator to draw the positions from.
+    """Draw one or more scenes and name the colour and shape of every pixel.
 
     Returns:
-        The pictures as of ``render_batch``; per pixel the index of its colour in ``COLOURS`` plus 1, or 0 where no
-        object covers half of it, int64 ``[len(scenes), 32, 32]``; likewise the index of its shape in ``SHAPES`` plus 1.
+        The pictures of `render_batch`; the index of each pixel's colour in `COLOURS` plus 1, or 0 where no object
+        covers half of it, int64 [len(scenes), 32, 32]; and in the same way the index of its shape in `SHAPES`.
     """
     owners, items, centres = [], [], []
     for index, scene in enumerate(scenes):
@@ -257,12 +219,12 @@ def shape_coverage(shape: str, centres: np.ndarray, radii: np.ndarray) -> np.nda
     """Rasterise one kind of shape at sub-pixel positions.
 
     Args:
-        shape: one of ``SHAPES``.
-        centres: centres ``[N, 2]`` as (x, y) in pixels; pixel (0, 0) spans 0 to 1.
-        radii: radii ``[N]`` in pixels.
+        shape: one of `SHAPES`.
+        centres: [N, 2] as (x, y) in pixels; pixel (0, 0) spans 0 to 1.
+        radii: [N], in pixels.
 
     Returns:
-        The part of every pixel covered, float32 ``[N, 32, 32]`` in [0, 1].
+        The covered part of every pixel, float32 [N, 32, 32] in [0, 1].
     """
     grid = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
     scale = np.asarray(radii, dtype=np.float32)[:, None, None]
@@ -291,7 +253,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.n
 
 
 def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres of a scene's objects: apart along the relation's axis, nearly level across it."""
+    """Centres of a scene's objects: apart along the axis of the relation, nearly level across it."""
     half = [np.array(_HALF_EXTENTS[item.shape]) * RADII[item.size] for item in scene.objects]
     low, high = _MARGIN, IMAGE_SIZE - _MARGIN
     first = rng.random(4)

@@ -1,4 +1,4 @@
-"""Training from scratch on captioned shapes, reading and naming what lies where on the way."""
+"""Training from scratch on captioned shapes, with reading lessons and the layout loss."""
 
 from __future__ import annotations
 
@@ -8,33 +8,27 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastcfg.models.checkpoint import CheckpointMeta
-from fastcfg.models.text2im import Text2ImUNet
-from fastcfg.models.tokenizer import Tokenizer
-from fastcfg.training.config import TrainConfig
-from fastcfg.training.shapes.config import ShapesConfig
-from fastcfg.training.shapes.data import ShapesData
-from fastcfg.training.shapes.layout import LayoutHead
-from fastcfg.training.shapes.reading import ReadingHeads, reading_parameters, train_reading
-from fastcfg.training.shapes.scenes import IMAGE_SIZE, VOCABULARY
-from fastcfg.training.task import seed_for
+from ...models.checkpoint import CheckpointMeta
+from ...models.text2im import Text2ImUNet
+from ...models.tokenizer import Tokenizer
+from ..config import TrainConfig
+from ..task import Task, seed_for
+from .config import ShapesConfig
+from .data import ShapesData
+from .layout import LayoutHead
+from .reading import ReadingHeads, reading_parameters, train_reading
+from .scenes import IMAGE_SIZE, VOCABULARY
 
-# Captions are short and their meaning hangs on word order, so places start as loud as words; the constructor leaves
-# them a hundred times quieter.
+# Captions are short and depend on word order, so positions start as large as words; the constructor makes them a
+# hundred times smaller.
 _TEXT_INIT_STD = 0.3
 
 
 def build_model(config: ShapesConfig) -> Text2ImUNet:
-    """The network of a recipe with its initial weights, which depend on the recipe's seed alone.
-
-    Args:
-        config: the recipe.
-
-    Returns:
-        The network in train mode on the CPU, its tokenizer as attribute.
+    """The network of a recipe in train mode on the CPU; its initial weights depend on the recipe's seed only.
 
     Raises:
-        ValueError: the recipe's ``model`` does not describe a network.
+        ValueError: `config.model` does not describe a network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
@@ -47,26 +41,8 @@ def build_model(config: ShapesConfig) -> Text2ImUNet:
     return model.train()
 
 
-class ShapesTask:
-    """The ``Task`` of shapes.
-
-    Args:
-        config: the recipe.
-
-    Attributes:
-        model: see ``Task``.
-        heads: a ``LayoutHead`` and ``ReadingHeads``.
-        meta: see ``Task``.
-        fingerprint, summary: empty.
-        glide: False.
-
-    Raises:
-        ValueError: the recipe's ``model`` does not describe a network.
-    """
-
-    fingerprint = ""
-    summary = ""
-    glide = False
+class ShapesTask(Task):
+    """The `Task` of shapes, with a `LayoutHead` and `ReadingHeads`; ValueError as `build_model`."""
 
     def __init__(self, config: ShapesConfig) -> None:
         self._config = config
@@ -75,22 +51,17 @@ class ShapesTask:
             torch.manual_seed(seed_for(config.seed, "layout"))
             self._layout = LayoutHead(self.model)
             self._reading = ReadingHeads(self.model.xf_width)
-        self.heads: nn.Module = nn.ModuleList([self._layout, self._reading])
+        self.heads = nn.ModuleList([self._layout, self._reading])
         self.meta = CheckpointMeta(config.model, config.schedule, config.num_timesteps, IMAGE_SIZE)
         assert isinstance(self.model.tokenizer, Tokenizer)
         self._data = ShapesData(config, self.model.tokenizer)
 
-    def empty_model(self) -> Text2ImUNet:
-        """See ``Task``."""
-        with torch.device("meta"):
-            return build_model(self._config)
-
-    def batch(self, step: int) -> Mapping[str, Tensor]:
-        """See ``Task``."""
-        return vars(self._data.batch(step))
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """See `ShapesData.batch`."""
+        return self._data.batch(step)
 
     def before(self, step: int) -> list[nn.Parameter]:
-        """Train the text transformer alone, where the recipe says so."""
+        """Give reading lessons at the steps the recipe asks for them."""
         steps = self._config.lessons_at(step)
         if not steps:
             return []
@@ -98,12 +69,8 @@ class ShapesTask:
         self._reading.load_state_dict(heads.state_dict())
         return [*(parameter for _, parameter in reading_parameters(self.model)), *self._reading.parameters()]
 
-    def conditioning(self, shard: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """None."""
-        return {}
-
     def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
-        """The heads whose losses count."""
+        """The heads with a nonzero weight."""
         assert isinstance(config, ShapesConfig)
         layout = list(self._layout.parameters()) if config.layout_weight else []
         return layout + (list(self._reading.parameters()) if config.reading_weight else [])
@@ -111,7 +78,7 @@ class ShapesTask:
     def losses(
         self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
     ) -> dict[str, tuple[float, Tensor]]:
-        """The losses of layout and reading."""
+        """The layout loss and the reading loss."""
         assert isinstance(config, ShapesConfig)
         layout = reading = text["xf_out"].new_zeros((), dtype=torch.float32)
         if config.layout_weight:
@@ -120,6 +87,3 @@ class ShapesTask:
             rows = len(shard["tokens"])
             reading = self._reading(text["xf_out"], shard["at_words"], shard["about"])[0] * rows
         return {"layout": (config.layout_weight, layout), "reading": (config.reading_weight, reading)}
-
-    def close(self) -> None:
-        """Nothing works ahead."""

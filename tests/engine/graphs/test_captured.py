@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,11 +23,11 @@ from support.captured_cases import (
     gradient,
     halve,
 )
+from support.captured_loop import REPRESENTED
 from support.pairwise import pairwise
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from benchmarks.captured.rig import REPRESENTED
 from fastcfg import CFG, AdaptiveCFG, DynamicThreshold, Sampler, solvers
 from fastcfg.ops import triton_problem
 
@@ -65,7 +64,7 @@ def forbidden(case: Any) -> bool:
 def cases() -> list[Any]:
     """Every pair of options, but for Inductor, which compiles for seconds, and for the interpreter and Philox in plain
     torch, which are slow: a few cases stand for each."""
-    found, left, philox = [], {"reference": 1000, "inductor": 3, "triton": 8}, 16
+    found, left, philox = [], {"reference": 1000, "inductor": 3, "triton": 5}, 16
     for case in pairwise(FACTORS, forbidden):
         slow = case["clip"] == "threshold" or TABLES[str(case["table"])].num_rows > 6 or case["noise"] == "philox"
         if not left[str(case["backend"])] or (slow and case["backend"] == "triton"):
@@ -152,13 +151,6 @@ def test_rows_with_fewer_branches_end_a_graph_of_several() -> None:
     assert torch.equal(draw(several), draw(one))
 
 
-def test_unguided_rows_run_the_batch_alone() -> None:
-    sampler, model = build(CFG(3.0, interval=(0.2, 0.7)), graph=False)
-    draw(sampler)
-    assert model.log.sizes == [B, 2 * B, 2 * B, B, B]
-    assert sampler.report()["branches"] == [1, 2, 2, 1, 1]
-
-
 @pytest.mark.parametrize(("batching", "sizes"), [("batched", [4] * 5), ("serial", [2] * 10), ("auto", [4] * 5)])
 def test_branches_run_together_or_one_by_one(batching: str, sizes: list[int]) -> None:
     sampler, model = build(graph=False, batching=batching)
@@ -186,31 +178,7 @@ def test_buffers_begin_at_any_row() -> None:
         assert torch.equal(buffers.model_input, torch.cat([want, want]))
 
 
-# What needs no new capture
-
-
-def test_scales_conditioning_clip_and_seeds_change_without_a_capture() -> None:
-    sampler, _ = build(CFG(3.0), table="ddpm learned_range")
-    draw(sampler)
-    changes: list[Callable[[], dict[str, Any]]] = [
-        lambda: setattr(sampler, "guidance", CFG(np.linspace(1.5, 4, 5)[:, None])) or {},
-        lambda: setattr(sampler, "guidance", CFG([2.0, 5.0])) or {},
-        lambda: setattr(sampler, "clip", 0.5) or {},
-        lambda: {"seed": 7},
-        lambda: {"branches": {"cond": {"y": torch.tensor([0.2, 0.1])}, "uncond": {"y": torch.ones(2)}}},
-        lambda: {"x_T": torch.ones(SHAPE)},
-    ]
-    results = [draw(sampler)]
-    for change in changes:
-        overrides = change()
-        results.append(draw(sampler, **overrides))
-        fresh, _ = build(sampler.guidance, table="ddpm learned_range", clip=sampler.clip)
-        assert torch.equal(results[-1], draw(fresh, **overrides))
-        assert sampler.report()["captures"] == 1
-    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(results))
-
-
-# What does
+# What needs a new capture
 
 
 def configure(sampler: Sampler, **options: Any) -> None:
@@ -268,88 +236,6 @@ def test_torchs_settings_are_captured() -> None:
     finally:
         torch.set_float32_matmul_precision(precision)
     assert sampler.report()["captures"] == 3
-
-
-# Weights
-
-
-class Lora(nn.Module):
-    def __init__(self, base: nn.Conv2d) -> None:
-        super().__init__()
-        self.base, self.down = base, nn.Conv2d(3, 3, 1, bias=False)
-        nn.init.constant_(self.down.weight, 0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.down(x)
-
-
-def replaced_data(model: Model) -> None:
-    model.conv.weight.data = model.conv.weight.data * 0.5
-
-
-def new_parameter(model: Model) -> None:
-    model.conv.weight = nn.Parameter(model.conv.weight.detach() * 0.5)
-
-
-def loaded_by_assignment(model: Model) -> None:
-    model.load_state_dict({k: 0.5 * v for k, v in model.state_dict().items()}, assign=True)
-
-
-def lora(model: Model) -> None:
-    model.conv = Lora(model.conv)
-
-
-def moved_buffer(model: Model) -> None:
-    model.shift = model.shift * 3
-
-
-def patched_forward(model: Model) -> None:
-    forward = model.conv.forward
-    model.conv.forward = lambda x: 0.5 * forward(x)
-
-
-def hook(model: Model) -> None:
-    model.conv.register_forward_hook(lambda module, args, output: 0.5 * output)
-
-
-REPLACING = [replaced_data, new_parameter, loaded_by_assignment, lora, moved_buffer, patched_forward, hook]
-
-
-def scaled_in_place(model: Model) -> None:
-    with torch.no_grad():
-        model.conv.weight.mul_(0.5)
-
-
-def loaded(model: Model) -> None:
-    model.load_state_dict({k: 0.5 * v for k, v in model.state_dict().items()})
-
-
-def trained(model: Model) -> None:
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
-
-
-@pytest.mark.parametrize("change", [*REPLACING, scaled_in_place, loaded, trained], ids=lambda change: change.__name__)
-@pytest.mark.parametrize("wrapped", [False, True], ids=["module", "function"])
-def test_changed_weights_act_at_the_next_call(change: Callable[[Model], None], wrapped: bool) -> None:
-    model, fresh = Model(), Model()
-    samplers = [
-        Sampler(
-            (lambda x, t, y, net=net: net(x, t, y)) if wrapped else net, TABLES["ddim"], guidance=CFG(3.0), graph=True
-        )
-        for net in (model, fresh)
-    ]
-    first = draw(samplers[0])
-    assert torch.equal(draw(samplers[0]), first)
-    change(model)
-    change(fresh)
-    second = draw(samplers[0])
-    assert torch.equal(second, draw(samplers[1]))
-    assert not torch.equal(second, first)
-    report = samplers[0].report()
-    assert report["captures"] == (2 if change in REPLACING else 1)
-    assert bool(report["recaptured"]) == (change in REPLACING)
 
 
 def test_numbers_changed_in_python_act_at_the_next_call() -> None:

@@ -21,9 +21,9 @@ from fastcfg.training.shapes.task import build_model
 
 TINY = ShapesConfig.from_dict(
     {
-        "reading_steps": 100,
+        "reading_steps": 60,
         "reading_batch_size": 64,
-        "reading_rate": 3e-3,
+        "reading_rate": 1e-2,
         "model": {
             "xf_width": 64,
             "xf_layers": 2,
@@ -77,7 +77,7 @@ def test_it_learns_to_read_and_touches_nothing_else() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     untaught = train_reading(build_model(TINY), dataclasses.replace(TINY, reading_steps=1))[1]
     _, taught = train_reading(model, TINY)
-    # Measured: 0.22 and 0.73.
+    # Measured: 0.22 and 0.72.
     assert untaught < 0.35
     assert taught > 0.6
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}

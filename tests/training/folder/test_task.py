@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import GOLDEN, ROOT
 from support.picture_folder import OPTIONS, draw_folder, tiny_config
+from support.trees import assert_equal_trees
 from torch import Tensor
 
 from fastcfg.models import SuperResText2ImUNet, Text2ImUNet, Tokenizer
@@ -39,19 +40,6 @@ def state(run: Path) -> dict[str, Any]:
     return values
 
 
-def assert_equal_trees(a: Any, b: Any) -> None:
-    """Nested containers hold bitwise equal tensors and equal numbers."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal_trees(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        for left, right in zip(a, b, strict=True):
-            assert_equal_trees(left, right)
-    else:
-        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-
 def initial(config: FolderConfig) -> dict[str, Tensor]:
     """The weights that a run starts from."""
     task = FolderTask(config)
@@ -64,10 +52,10 @@ def moved(model: dict[str, Tensor], start: dict[str, Tensor]) -> set[str]:
 
 
 def test_the_loss_falls(tmp_path: Path, folder: Path) -> None:
-    config = tiny_config(folder, steps=30, batch_size=6, learning_rate=6e-3, warmup_steps=3, crop="centre")
+    config = tiny_config(folder, steps=20, batch_size=6, learning_rate=8e-3, warmup_steps=3, crop="centre")
     train(config, tmp_path / "run", progress=False)
     errors = [entry["mse"] for entry in curve.read_log(tmp_path / "run" / LOG)]
-    # Noise predicted as zero has an error of 1. Measured: 0.92 at first, 0.17 at the end.
+    # Noise predicted as zero has an error of 1. Measured: 0.89 at first, 0.19 at the end.
     assert np.mean(errors[:3]) > 0.8
     assert np.mean(errors[-10:]) < 0.3
 
@@ -98,13 +86,11 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path, folder: Path) -> None
     before = (tmp_path / "run" / STATE).read_bytes()
     caption = (folder / "0.txt").read_text()
     (folder / "0.txt").write_text("the red picture")
-    with pytest.raises(
-        ValueError, match=r"resume: got data that are not those of the state .*added, removed or changed"
-    ):
+    with pytest.raises(ValueError, match=r"resume: got data of .*, expected the state's .*added, removed or changed"):
         train(config, tmp_path / "run", progress=False, resume=True)
     (folder / "0.txt").write_text(caption)
     Image.new("RGB", (5, 5)).save(folder / "new.png")
-    with pytest.raises(ValueError, match=r"resume: got data that are not those of the state"):
+    with pytest.raises(ValueError, match=r"resume: got data of 7 pictures, .*, expected the state's 6 pictures,"):
         train(config, tmp_path / "run", progress=False, resume=True)
     (folder / "new.png").unlink()
     for changes, message in (
@@ -119,6 +105,7 @@ def test_resuming_on_other_data_is_refused(tmp_path: Path, folder: Path) -> None
     assert train(config, tmp_path / "run", progress=False, resume=True).steps == 5
 
 
+@pytest.mark.usefixtures("loss_curve")
 def test_what_a_run_leaves_behind(tmp_path: Path, folder: Path) -> None:
     told: list[str] = []
     (folder / "1.txt").unlink()

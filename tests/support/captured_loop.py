@@ -1,20 +1,15 @@
-"""A small model and samplers of it, for the checks."""
+"""A small network, samplers of it on any device, and what tests of the captured loop assert."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.captured.registry import require
-from fastcfg import APG, CFG, AdaptiveCFG, CFGZeroStar, Compose, Guidance, Sampler, Schedule, StepTable, solvers
+from fastcfg import APG, CFG, AdaptiveCFG, CFGZeroStar, Compose, Guidance, Sampler, StepTable, solvers
 from fastcfg.engine.loop import Run
-
-SCHEDULE = Schedule.named("squaredcos_cap_v2", 100).respace(5)
+from support.captured_cases import SCHEDULE
 
 TABLES: dict[str, StepTable] = {
     "ddim": solvers.ddim(SCHEDULE, eta=0.5),
@@ -30,15 +25,13 @@ TABLES: dict[str, StepTable] = {
     "sgld": solvers.sgld(SCHEDULE, 3, 5),
 }
 
-# Rows like those above, one family a module: heun and dpmpp_3m_sde, with two stages and with two saved tensors, stand
-# for all of noise-level space, ddim for distilled models. (tests/support/captured_cases.py has a_u of CFG++.)
+# Modules whose rows resemble those of a table above: heun (two rows a step) and dpmpp_3m_sde (two saved tensors) stand
+# for all noise-level solvers, ddim for distilled models. support/captured_cases.py has the column a_u of CFG++.
 _FAMILIES = ("cfg_pp", "consistency", "deis", "sa", "sigma", "sigma_multistep", "unipc")
 REPRESENTED = {
     name for name in solvers.__all__ if getattr(solvers, name).__module__.removeprefix("fastcfg.solvers.") in _FAMILIES
 }
 REPRESENTED |= {"Denoiser"}
-
-_PLAIN = solvers.ddim(SCHEDULE)
 
 GUIDANCES: dict[str, Guidance | None] = {
     "none": None,
@@ -50,16 +43,17 @@ GUIDANCES: dict[str, Guidance | None] = {
     "zero star": CFGZeroStar(3.0, (0.0, 0.7)),
 }
 
+_PLAIN = solvers.ddim(SCHEDULE)
 _VALUES = {"cond": (0.8, -0.5), "uncond": (0.0, 0.0), "image": (0.3, 0.2)}
 
 
 class Conv(nn.Module):
-    """Two or more convolutions and a linear layer, sensitive to all that they are given; the same weights every time.
+    """Convolutions and a linear layer, sensitive to all inputs; the same weights every time.
 
     Args:
         variance: whether the output has variance channels.
-        width: channels inside.
-        depth: convolutions of that width between the first and the last.
+        width: inner channels.
+        depth: convolutions between the first and the last.
     """
 
     def __init__(self, variance: bool = False, width: int = 8, depth: int = 0) -> None:
@@ -74,16 +68,19 @@ class Conv(nn.Module):
             for parameter in self.parameters():
                 parameter.normal_(0, 0.3, generator=generator)
 
+    def embed(self, t: Tensor) -> Tensor:
+        """[B, 4] of the times [B]."""
+        return torch.cos(t[:, None].to(self.frequencies.dtype) * self.frequencies)
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """ε, and variance channels if it has them: x [B, 3, H, W], t [B], y [B]."""
-        times = t[:, None].to(x.dtype) * self.frequencies.to(x.dtype)
-        embedded = self.time(torch.cos(times)) + y[:, None].to(x.dtype)
+        embedded = self.time(self.embed(t)) + y[:, None].to(x.dtype)
         inner = torch.tanh(self.first(x) + embedded[:, :, None, None])
         return torch.tanh(self.last(self.middle(inner)))
 
 
 def conv(device: torch.device, table: StepTable | None = None, **options: Any) -> Conv:
-    """The model for a table (without variances if there is none), in eval mode on a device."""
+    """The network for a table (without variance channels if there is none), in eval mode on a device."""
     return Conv(table is not None and table.learned_variance, **options).to(device).eval()
 
 
@@ -92,10 +89,18 @@ def shape_on(device: torch.device) -> tuple[int, ...]:
     return (4, 3, 64, 64) if device.type == "cuda" else (2, 3, 8, 8)
 
 
-def build(device: torch.device, model: Any = None, table: StepTable | None = None, **options: Any) -> Sampler:
-    """A sampler of DDIM without noise with a graph (`graph=True`), CFG(3) and clip 1, unless told otherwise."""
+def build(
+    device: torch.device,
+    model: Any = None,
+    table: StepTable | None = None,
+    rows_per_graph: int = 1,
+    noise_source: str = "philox",
+    **options: Any,
+) -> Sampler:
+    """A captured sampler of DDIM without noise, with CFG(3) and clip 1, unless options say otherwise."""
     table = _PLAIN if table is None else table
     given: dict[str, Any] = {"guidance": CFG(3.0), "clip": 1.0, "graph": True, "device": device, **options}
+    given |= {"steps_per_graph": rows_per_graph, "noise": noise_source}
     return Sampler(conv(device, table) if model is None else model, table, **given)
 
 
@@ -108,8 +113,7 @@ def conditions(sampler: Sampler, batch: int) -> dict[str, dict[str, Tensor]]:
 def draw(sampler: Sampler, seed: int = 0, shape: tuple[int, ...] | None = None, **options: Any) -> Tensor:
     """Samples of a seed."""
     shape = shape_on(sampler.device) if shape is None else shape
-    given: Mapping[str, Any] = {"branches": conditions(sampler, shape[0]), "seed": seed, **options}
-    return sampler.sample(shape, **given)
+    return sampler.sample(shape, **{"branches": conditions(sampler, shape[0]), "seed": seed, **options})
 
 
 def prepare(sampler: Sampler, seed: int = 0, keep_x0: bool = False) -> Run:
@@ -118,19 +122,25 @@ def prepare(sampler: Sampler, seed: int = 0, keep_x0: bool = False) -> Run:
     return sampler._prepare(shape, keep_x0, branches=conditions(sampler, shape[0]), seed=seed)
 
 
-def require_captured(sampler: Sampler) -> None:
-    """Raise AssertionError unless every set of branches was run by a graph."""
+def assert_captured(sampler: Sampler) -> None:
+    """Assert that a graph ran every set of branches."""
     kind = "cuda" if sampler.device.type == "cuda" else "stand-in"
-    for program in sampler.report()["programs"]:
-        require(program["graph"] == kind, f"graph {program['graph']!r} in place of {kind!r}: {program['reason']}")
+    programs = sampler.report()["programs"]
+    assert [program["graph"] for program in programs] == [kind] * len(programs), [p["reason"] for p in programs]
 
 
-@contextmanager
-def no_eager_runs() -> Iterator[None]:
-    """Context in which a model that is not captured raises AssertionError, with the reason."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="running eagerly")
-        try:
-            yield
-        except UserWarning as warning:
-            raise AssertionError(str(warning)) from warning
+def assert_same(got: Tensor, want: Tensor, what: str = "") -> None:
+    """Assert that two tensors are finite and equal bit for bit."""
+    assert want.isfinite().all(), f"{what}: values that are not finite"
+    torch.testing.assert_close(got, want, rtol=0, atol=0, msg=lambda text: f"{what}: {text}")
+
+
+def assert_captured_equals_eager(device: torch.device, table: StepTable, **options: Any) -> None:
+    """Assert that two captured runs have the bits and the numbers of branches of eager ones."""
+    model = conv(device, table)
+    eager, captured = (build(device, model, table, **options, graph=graph) for graph in (False, True))
+    for seed in (5, 6):
+        assert_same(draw(captured, seed), draw(eager, seed), f"{options}, seed {seed}")
+    assert_captured(captured)
+    counts = [sampler.report()["branches"] for sampler in (captured, eager)]
+    assert counts[0] == counts[1], f"{options}: branches {counts[0]} captured, {counts[1]} eager"
