@@ -83,12 +83,8 @@ def refused(what: str) -> Iterator[None]:
 
 
 def with_rounding(response: Response, shorter: Response, what: str) -> Response:
-    """The response with its rounding, estimated from a second run on basis vectors of another length (not a power of
-    two).
-
-    Raises:
-        ValueError: the coefficients differ by more than rounding, or some are not finite.
-    """
+    """The response with its rounding, estimated from a run on basis vectors of another length (not a power of two).
+    Raises ValueError if the coefficients differ by more than rounding, or some are not finite."""
     if not np.isfinite(response.states).all():
         raise ValueError(f"{what} with samples that are not finite, expected finite ones")
     largest = np.maximum(np.abs(response.states).max(axis=1), 1.0)
@@ -128,18 +124,10 @@ def verify(
     rounding: float,
     what: str,
 ) -> list[Tensor]:
-    """Check a table against the original's run on random inputs; returns x0 of every row.
+    """Raise ValueError unless a table reproduces the original's run on random inputs; returns x0 of every row.
 
-    Args:
-        table, draws: the table, and the coefficients of every row's draws.
-        outputs, drawn, states: of the original's run, float64: the model's outputs and the noise of every row, and the
-            states at the start and after every row.
-        clip: of x0.
-        rounding: of the original's coefficients.
-        what: the original, for the message.
-
-    Raises:
-        ValueError: the table does not reproduce the run.
+    `draws` are the coefficients of every row's draws; `outputs`, `drawn` and `states` the run's in float64: the model's
+    outputs and the noise of every row, and the states at the start and after every row.
     """
     predicted, plain = [], PlainTable(table, states[0])
     bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip

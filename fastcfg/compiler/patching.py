@@ -27,13 +27,8 @@ _BROWNIAN_TREE = "BrownianTreeNoiseSampler"
 def drawing(
     sampler: Any, draw: Callable[[Tensor | None], Tensor], brownian_tree: Callable[..., Any] | None = None
 ) -> Iterator[None]:
-    """Context in which a scheduler's or sampling function's noise comes from `draw`.
-
-    Args:
-        sampler: the scheduler or function. Names are replaced in its class's (or its) module.
-        draw: called with an uninitialised tensor of the shape and dtype to draw.
-        brownian_tree: replaces k-diffusion's class of that name, where the function's module has it.
-    """
+    """Context in which a scheduler or sampling function draws from `draw`, called with an uninitialised tensor of the
+    shape and dtype. `brownian_tree` replaces k-diffusion's class in the function's module."""
 
     def randn_tensor(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         return draw(torch.empty(tuple(shape), dtype=dtype))

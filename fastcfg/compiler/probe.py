@@ -121,17 +121,8 @@ def record(
 
 
 def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, first: int = 0) -> Response:
-    """Run a scheduler, with timesteps set, on basis vectors.
-
-    Args:
-        scheduler: an object of diffusers' protocol; a copy is run.
-        variance: the value of the model's variance channels; None for a model without.
-        length: of the basis vectors. Linear steps do not depend on it.
-        first: index of the timestep the run begins with.
-
-    Raises:
-        ValueError: it draws noise more than `MAX_DRAWS` times per step.
-    """
+    """Run a scheduler, with timesteps set, on basis vectors of a length, from `timesteps[first]` on. `variance` is the
+    value of the model's variance channels, None for a model without."""
     timesteps = scheduler.timesteps[first:]
     calls = len(timesteps)
     size = 1 + (1 + MAX_DRAWS) * calls

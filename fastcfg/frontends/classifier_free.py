@@ -61,13 +61,8 @@ class ClassifierFree:
 
 
 def split_by_branch(model_kwargs: Mapping[str, Any], batch: int, *, halves: bool) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of a model by branch of a `Sampler`.
-
-    Args:
-        model_kwargs: tensors with `batch` samples, and values all samples share.
-        batch: of the call.
-        halves: the tensors are [conditional; unconditional] instead of conditional.
-    """
+    """Keyword arguments of a model by branch of a `Sampler`: tensors of `batch` samples, which are [conditional;
+    unconditional] with `halves`, and values all samples share."""
     cond: dict[str, Any] = {}
     uncond: dict[str, Any] = {}
     for name, value in model_kwargs.items():

@@ -62,15 +62,7 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
 
 
 class _SamplerCall:
-    """A call of a sampling function.
-
-    Args:
-        sample_fn: the function.
-        arguments: of the call, by name.
-
-    Raises:
-        FallThroughError: the original must make the call.
-    """
+    """A call of a sampling function, arguments by name. Raises `FallThroughError` if the original must make it."""
 
     def __init__(self, sample_fn: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
         options = dict(arguments)
