@@ -26,11 +26,7 @@ class _Selection:
     compiled: Compiled
     first: int
     options: Mapping[str, Any]
-
-    @property
-    def stateful(self) -> bool:
-        """Whether the table saves tensors."""
-        return self.compiled.table.num_history > 0
+    stateful: bool  # whether the table saves tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +104,8 @@ class _Tables:
         compiled = self.compiled(0, options)
         # Methods of several steps have no history where a run begins, wherever that is.
         first = position if compiled.table.num_history else 0
-        self.selection = _Selection(self.compiled(first, options) if first else compiled, first, options)
+        compiled = self.compiled(first, options) if first else compiled
+        self.selection = _Selection(compiled, first, options, stateful=compiled.table.num_history > 0)
         return self.selection
 
 
