@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,12 @@ from .conditioning import Conditioning
 __all__ = ["BranchSet", "Buffers"]
 
 
+@dataclass(eq=False)
 class BranchSet:
     """The branches that some rows evaluate, with their packed conditioning and blend weights.
 
     Attributes:
-        active: the branches.
+        packed: the conditioning, by keyword [n*B, ...].
         padded: [R + 2, B, P], the planned weights; the last two rows are padding, written but never read: see
             `Agreement`.
         schedule: those of the run's rows.
@@ -31,14 +32,11 @@ class BranchSet:
         computed: what computes them; None where they are the schedule.
     """
 
-    def __init__(
-        self, active: tuple[int, ...], conditioning: Conditioning, padded: Tensor, weights: Tensor | None
-    ) -> None:
-        self.active = active
-        self.padded, self.schedule = padded, padded[:-DELAY]
-        self.weights = self.schedule if weights is None else weights
-        self.packed = conditioning.allocate(len(active))
-        self.computed: BranchWeights | None = None
+    packed: dict[str, Tensor]
+    padded: Tensor
+    schedule: Tensor
+    weights: Tensor
+    computed: BranchWeights | None = None
 
 
 class Buffers:
@@ -175,14 +173,15 @@ class Buffers:
         dtype, device = options.config.state_dtype, options.device
         padded = torch.zeros((rows + DELAY, batch, columns), dtype=torch.float64 if computes else dtype, device=device)
         vectors = len(active) + (options.momentum is not None)
-        weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if computes else None
-        branch_set = BranchSet(active, conditioning, padded, weights)
+        schedule = padded[:-DELAY]
+        weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if computes else schedule
+        branch_set = BranchSet(conditioning.allocate(len(active)), padded, schedule, weights)
         if computes or (len(active) > 1 and plan.agreement is not None):
-            branch_set.computed = self._branch_weights(branch_set, plan)
+            branch_set.computed = self._branch_weights(active, branch_set, plan)
         return branch_set
 
-    def _branch_weights(self, branch_set: BranchSet, plan: GuidancePlan) -> BranchWeights:
-        options, buffers, active = self.options, self.step, branch_set.active
+    def _branch_weights(self, active: tuple[int, ...], branch_set: BranchSet, plan: GuidancePlan) -> BranchWeights:
+        options, buffers = self.options, self.step
         base = len(active) - 1 if options.base is None else active.index(options.base)
         conditional = active.index(options.conditional)
         readers: list[Agreement | Mixing] = []

@@ -16,7 +16,7 @@ from ..table import StepTable
 from ..utils import checks
 from ..utils.identity import Alike
 from .conditioning import Conditioning
-from .config import NO_CAPTURE, SamplerConfig
+from .config import SamplerConfig
 from .noise import NoiseSource
 from .staleness import torch_settings
 
@@ -59,41 +59,6 @@ class ProgramOptions:
     noise_source: str
     keep_x0: bool
     rows_per_graph: int
-
-    @classmethod
-    def of(
-        cls,
-        config: SamplerConfig,
-        table: StepTable,
-        guidance: Guidance,
-        plan: GuidancePlan,
-        clip: Tensor | DynamicThreshold | None,
-        source: NoiseSource,
-        keep_x0: bool,
-        branch_models: Mapping[str, Callable[..., Any]],
-        **functions: Callable[..., Any] | None,
-    ) -> ProgramOptions:
-        """Options of a call; functions are model, denoised_fn and cond_fn."""
-        # Where every row is looked at, every row is a program of its own.
-        by_row = keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE
-        return cls(
-            config=config,
-            table=table,
-            **{name: Alike(function) for name, function in functions.items()},
-            branch_models=tuple((name, Alike(model)) for name, model in sorted(branch_models.items())),
-            branches=guidance.branches,
-            base=guidance.base,
-            conditional=guidance.conditional,
-            unconditional=guidance.unconditional,
-            mix=Alike(plan.mix),
-            rescale=plan.rescale,
-            momentum=plan.momentum,
-            clip=isinstance(clip, Tensor),
-            threshold=clip if isinstance(clip, DynamicThreshold) else None,
-            noise_source="none" if not table.uses_noise else "tensor" if source.fill else "philox",
-            keep_x0=keep_x0,
-            rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
-        )
 
     @property
     def device(self) -> torch.device:

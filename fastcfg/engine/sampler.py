@@ -16,7 +16,7 @@ from ..utils.checks import check_count
 from ..utils.identity import Alike
 from .call import Call, ProgramOptions, check_functions, check_shape, clip_bounds
 from .conditioning import Conditioning, check_conditioning
-from .config import COMPILE_MODES, SamplerConfig
+from .config import COMPILE_MODES, NO_CAPTURE, SamplerConfig
 from .loop import Preview, Previews, ProgressBar, Run, Step
 from .noise import NoiseSource, Recording, make_source
 from .program_cache import ProgramCache
@@ -307,9 +307,27 @@ class Sampler:
         if x_T is not None and tuple(x_T.shape) != shape:
             raise ValueError(f"x_T: got shape {tuple(x_T.shape)}, expected {shape}")
         source = make_source(config, table, shape, noise, seed, generator, x_T)
-        functions = {"model": self.model, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
-        options = ProgramOptions.of(
-            config, table, guidance, plan, clip, source, keep_x0, self.branch_models, **functions
+        # Where every row is looked at, every row is a program of its own.
+        by_row = keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE
+        options = ProgramOptions(
+            config=config,
+            table=table,
+            model=Alike(self.model),
+            denoised_fn=Alike(denoised_fn),
+            cond_fn=Alike(cond_fn),
+            branch_models=tuple((name, Alike(model)) for name, model in sorted(self.branch_models.items())),
+            branches=guidance.branches,
+            base=guidance.base,
+            conditional=guidance.conditional,
+            unconditional=guidance.unconditional,
+            mix=Alike(plan.mix),
+            rescale=plan.rescale,
+            momentum=plan.momentum,
+            clip=isinstance(clip, Tensor),
+            threshold=clip if isinstance(clip, DynamicThreshold) else None,
+            noise_source="none" if not table.uses_noise else "tensor" if source.fill else "philox",
+            keep_x0=keep_x0,
+            rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
         )
         bounds = clip if isinstance(clip, Tensor) else None
         call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, x_T)
