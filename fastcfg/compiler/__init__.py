@@ -10,7 +10,7 @@ is used.
     probe        run a scheduler on basis vectors
     reduction    coefficients of a whole run -> rows with few saved tensors
     assembly     rows -> a table, its noise (`Compiled`), and the proof that it reproduces the original
-    cache        compiled results, by the numbers a scheduler holds
+    cache        compiled results, by a scheduler's class and attributes
     scheduler    `compile_scheduler`: all of it, with the clip and learned variances
     sampler      `compile_sampler`: the same for functions of k-diffusion's form
     rehearsal    what an original draws, returns and gives to callbacks, seen on a small example

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +30,7 @@ class Compiled:
 
     Attributes:
         table: s is the joint deviation of a row's draws, initial_scale that of the start.
-        draws: per row the coefficients of the draws after its model call, 0 for a draw whose value is not used:
+        draws: per row the coefficients of the draws after its model call, 0 for an unused draw:
             s * z = sum_k draws[row][k] * z_k; with learned variances, the coefficients at v = 0.
         start: the share of the given x in the first state.
         start_draws: coefficients of the draws before the first model call: x_T = start*x + sum_k start_draws[k] * z_k.
@@ -68,20 +69,29 @@ def _weighted_sum(draw: Callable[[], Tensor], weights: Sequence[float]) -> Tenso
     return total
 
 
-def with_rounding(response: Response, shorter: Response, what: str) -> Response:
-    """The response with its rounding, estimated from a second run on basis vectors of another length (not a power of
-    two).
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Context in which any exception of an original becomes a ValueError: it cannot be compiled."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{what}, which does not run on basis vectors ({type(error).__name__}: {error}), expected linear steps"
+        ) from error
 
-    Raises:
-        ValueError: the coefficients differ by more than rounding, or some are not finite.
-    """
+
+def with_rounding(response: Response, shorter: Response, what: str) -> Response:
+    """The response with its rounding, estimated from a run on basis vectors of another length (not a power of two).
+    Raises ValueError if the coefficients differ by more than rounding, or some are not finite."""
     if not np.isfinite(response.states).all():
-        raise ValueError(f"{what}, whose samples are not finite, expected finite ones")
+        raise ValueError(f"{what} with samples that are not finite, expected finite ones")
     largest = np.maximum(np.abs(response.states).max(axis=1), 1.0)
     error = np.abs(response.states - shorter.states).max(axis=1) / largest
     if (error > TOLERANCE).any():
         row = int((error > TOLERANCE).argmax()) - 1
-        raise ValueError(f"{what}, whose step {row} has coefficients that depend on the sample, expected linear steps")
+        raise ValueError(f"{what}: step {row} has coefficients that depend on the sample, expected linear steps")
     return replace(response, rounding=ROUNDING if error.max() < ROUNDING else ROUNDING_FLOAT32)
 
 
@@ -114,23 +124,10 @@ def verify(
     rounding: float,
     what: str,
 ) -> list[Tensor]:
-    """Check a table against the original's run on random inputs.
+    """Raise ValueError unless a table reproduces the original's run on random inputs; returns x0 of every row.
 
-    Args:
-        table: the table.
-        draws: the coefficients of every row's draws.
-        outputs: the model's, float64 [B, C or 2C, ...], one per row.
-        drawn: the noise of every row, float64 [B, C, ...].
-        states: the original's, float64: the start, and after every row.
-        clip: of x0.
-        rounding: of the original's coefficients.
-        what: the original, for the message.
-
-    Returns:
-        x0 of every row.
-
-    Raises:
-        ValueError: the table does not reproduce the run.
+    `draws` are the coefficients of every row's draws; `outputs`, `drawn` and `states` the run's in float64: the model's
+    outputs and the noise of every row, and the states at the start and after every row.
     """
     predicted, plain = [], PlainTable(table, states[0])
     bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip

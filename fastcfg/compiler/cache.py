@@ -1,4 +1,4 @@
-"""Compiled results, shared by schedulers that hold the same numbers."""
+"""Compiled results, shared by schedulers with equal attributes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ _results: LRU[Any] = LRU(64)
 
 
 def cached_for(owner: Any, further: Any, make: Callable[[], Result]) -> Result:
-    """The result for an equal object, or what `make` returns.
-
-    Args:
-        owner: compared by its class, the version of the class's library and all attributes.
-        further: what else the result depends on.
-        make: () -> the result. Its exceptions are raised and not cached.
-    """
+    """The cached result for an equal owner and equal further arguments, or the result of `make`. Owners are compared by
+    class, version of the class's library and all attributes."""
     try:
         key = (type(owner), _version(type(owner).__module__), value_key(vars(owner)), value_key(further))
     except NoValueError:

@@ -1,7 +1,7 @@
 """Replacements for the functions an original draws and converts with, while it is run to be compiled.
 
-They act in the current thread only. torch's own functions are intercepted by function modes, which belong to a thread;
-names in other modules are replaced for all threads, by functions that pass every other thread on to the original.
+They act in the current thread: names are replaced for all threads, under one lock, by functions that pass every other
+thread on to the original. (torch's function modes, which belong to a thread, make compiling three times as slow.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import BaseTorchFunctionMode, TorchFunctionMode
 
 __all__ = ["draw_function", "drawing", "in_float64"]
 
@@ -27,29 +26,42 @@ _BROWNIAN_TREE = "BrownianTreeNoiseSampler"
 def drawing(
     sampler: Any, draw: Callable[[Tensor | None], Tensor], brownian_tree: Callable[..., Any] | None = None
 ) -> Iterator[None]:
-    """Context in which a scheduler's or sampling function's noise comes from `draw`.
-
-    Args:
-        sampler: the scheduler or function, in whose modules names are replaced.
-        draw: called with an uninitialised tensor of the shape and dtype to draw.
-        brownian_tree: replaces k-diffusion's class of that name, where the function's module has it.
-    """
+    """Context in which a scheduler or sampling function draws from `draw`, called with an uninitialised tensor of the
+    shape and dtype. `brownian_tree` replaces k-diffusion's class in the function's module."""
 
     def randn_tensor(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         return draw(torch.empty(tuple(shape), dtype=dtype))
 
+    def randn(*size: Any, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return draw(torch.empty(*(size or (options["size"],)), dtype=dtype))
+
+    def randn_like(input: Tensor, **_: Any) -> Tensor:
+        return draw(input)
+
     functions: list[tuple[Any, str, Callable[..., Any]]]
     functions = [(module, "randn_tensor", randn_tensor) for module in _modules(type(sampler))]
+    functions += [(torch, "randn", randn), (torch, "randn_like", randn_like)]
     if brownian_tree is not None:
         functions.append((inspect.getmodule(sampler), _BROWNIAN_TREE, brownian_tree))
-    with _replaced(functions), _Draws(draw):
+    with _replaced(functions):
         yield
 
 
-def in_float64() -> TorchFunctionMode:
+@contextmanager
+def in_float64() -> Iterator[None]:
     """Context in which float64 samples keep their dtype. Schedulers that compute half-precision samples in float32 do
     so by converting every sample, which would round the coefficients read off a float64 run."""
-    return _InFloat64()
+
+    def widest(convert: Callable[..., Any]) -> Callable[..., Any]:
+        def converted(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            result = convert(values, *args, **kwargs)
+            narrowed = isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64
+            return values if narrowed and values.dtype == torch.float64 and values.ndim == 4 else result
+
+        return converted
+
+    with _replaced([(Tensor, name, widest(getattr(Tensor, name))) for name in ("to", "float", "type")]):
+        yield
 
 
 def draw_function(scheduler_class: type) -> Callable[..., Tensor]:
@@ -60,34 +72,6 @@ def draw_function(scheduler_class: type) -> Callable[..., Tensor]:
             if draw is not None:
                 return draw
     return torch.randn
-
-
-class _Draws(BaseTorchFunctionMode):
-    def __init__(self, draw: Callable[[Tensor | None], Tensor]) -> None:
-        super().__init__()
-        self._draw = draw
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.randn:
-            size = args or (kwargs["size"],)
-            return self._draw(torch.empty(*size, dtype=kwargs.get("dtype")))
-        if func is torch.randn_like:
-            return self._draw(args[0] if args else kwargs["input"])
-        # The base class makes the call: a warning torch raises in it is then not attributed to this file.
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-class _InFloat64(BaseTorchFunctionMode):
-    _CONVERSIONS = (Tensor.to, Tensor.float, Tensor.type)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
-        if func not in self._CONVERSIONS or not isinstance(result, Tensor):
-            return result
-        values = args[0]
-        narrowed = result.is_floating_point() and result.dtype != torch.float64
-        return values if narrowed and values.dtype == torch.float64 and values.ndim == 4 else result
 
 
 @contextmanager
@@ -106,13 +90,13 @@ def _replaced(functions: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Itera
         try:
             for owner, name, function in functions:
                 if hasattr(owner, name):
-                    originals.append((owner, name, getattr(owner, name)))
-                    setattr(owner, name, for_this_thread(function, originals[-1][-1]))
+                    originals.append((owner, name, vars(owner).get(name)))
+                    setattr(owner, name, for_this_thread(function, getattr(owner, name)))
             yield
         finally:
             active = False
-            for owner, name, original in reversed(originals):
-                setattr(owner, name, original)
+            for owner, name, own in reversed(originals):
+                delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def _modules(kind: type) -> Iterator[Any]:

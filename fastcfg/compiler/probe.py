@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -65,73 +65,92 @@ def normal_sample(generator: torch.Generator, channels: int = 3) -> Tensor:
     return torch.empty(2, channels, 4, 4, dtype=torch.float64).normal_(generator=generator)
 
 
-def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, first: int = 0) -> Response:
-    """Run a scheduler whose timesteps are set.
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A scheduler's run in float64.
 
-    Args:
-        scheduler: an object of diffusers' protocol; a copy is run.
-        variance: the value of the model's variance channels; None for a model without.
-        length: of the basis vectors. Linear steps do not depend on it.
-        first: index of the timestep the run begins with.
-
-    Raises:
-        ValueError: a step draws noise more than `MAX_DRAWS` times.
+    Attributes:
+        outputs, inputs: the model's, one per step.
+        states: the first sample, and that of every step.
+        drawn: the draws of noise of every step.
+        predictions, converted, further: the values of `pred_original_sample`, of `convert_model_output` and of the
+            second field that steps returned, as many as there were.
     """
-    scheduler = copy.deepcopy(scheduler)
-    timesteps = scheduler.timesteps[first:]
-    calls, drawn = len(timesteps), 0
-    size = 1 + (1 + MAX_DRAWS) * calls
+
+    outputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    drawn: list[list[Tensor]] = field(default_factory=list)
+    predictions: list[Tensor] = field(default_factory=list)
+    converted: list[Tensor] = field(default_factory=list)
+    further: list[Tensor] = field(default_factory=list)
+
+
+def record(
+    scheduler: Any, first: int, start: Tensor, output: Callable[[int], Tensor], noise: Callable[[int], Tensor]
+) -> Recording:
+    """Run a copy of a scheduler from `timesteps[first]` on; output and noise are called with the number of the call and
+    of the draw."""
+    scheduler, run = copy.deepcopy(scheduler), Recording(states=[start])
 
     def draw(like: Tensor | None) -> Tensor:
-        nonlocal drawn
-        drawn += 1
-        if drawn > MAX_DRAWS * calls:
-            raise ValueError(f"scheduler: got more than {MAX_DRAWS} draws of noise per step, expected at most that")
-        return basis_vector(size, calls + drawn, length)
+        run.drawn[-1].append(noise(sum(map(len, run.drawn))))
+        return run.drawn[-1][-1]
 
-    converted: list[Tensor] = []
     convert = getattr(scheduler, "convert_model_output", None)
     if convert is not None:
 
         def recorded(*args: Any, **kwargs: Any) -> Tensor:
-            result: Tensor = convert(*args, **kwargs)
-            converted.append(result)
-            return result
+            run.converted.append(convert(*args, **kwargs))
+            return run.converted[-1]
 
         scheduler.convert_model_output = recorded
-    x, inputs, predictions, further, draws = basis_vector(size, 0, length), [], [], [], [0]
-    states = [x]
     with drawing(scheduler, draw), in_float64(), torch.no_grad():
-        for i, t in enumerate(timesteps):
-            inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
-            output = basis_vector(size, 1 + i, length)
-            if variance is not None:
-                output = torch.cat([output, torch.full_like(output, variance)], dim=1)
-            result = scheduler.step(output, t, x)
-            x = result.prev_sample
-            states.append(x)
+        for i, t in enumerate(scheduler.timesteps[first:]):
+            x = run.states[-1]
+            run.drawn.append([])
+            run.inputs.append(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x)
+            run.outputs.append(output(i))
+            result = scheduler.step(run.outputs[-1], t, x)
+            run.states.append(result.prev_sample.double())
             prediction = getattr(result, "pred_original_sample", None)
-            predictions += [] if prediction is None else [prediction]
-            further += second_value(result)
-            draws.append(drawn)
+            run.predictions.extend([] if prediction is None else [prediction])
+            if isinstance(result, Mapping):
+                run.further.extend(value.double() for value in list(result.values())[1:2])
+    return run
+
+
+def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, first: int = 0) -> Response:
+    """Run a scheduler, with timesteps set, on basis vectors of a length, from `timesteps[first]` on. `variance` is the
+    value of the model's variance channels, None for a model without."""
+    timesteps = scheduler.timesteps[first:]
+    calls = len(timesteps)
+    size = 1 + (1 + MAX_DRAWS) * calls
+
+    def output(call: int) -> Tensor:
+        vector = basis_vector(size, 1 + call, length)
+        return vector if variance is None else torch.cat([vector, torch.full_like(vector, variance)], dim=1)
+
+    def noise(draw: int) -> Tensor:
+        if draw >= MAX_DRAWS * calls:
+            raise ValueError(f"scheduler: got more than {MAX_DRAWS} draws of noise per step, expected at most that")
+        return basis_vector(size, 1 + calls + draw, length)
+
+    run = record(scheduler, first, basis_vector(size, 0, length), output, noise)
+    drawn = np.cumsum([0, *map(len, run.drawn)]).tolist()
 
     def coefficients(vectors: list[Tensor]) -> Array:
-        used = torch.stack([vector.double().reshape(-1)[: 1 + calls + drawn] for vector in vectors])
+        used = torch.stack([vector.double().reshape(-1)[: 1 + calls + drawn[-1]] for vector in vectors])
         found: Array = used.numpy() / length
         return found
 
     return Response(
-        coefficients(states),
-        coefficients(inputs),
+        coefficients(run.states),
+        coefficients(run.inputs),
         timesteps.double().cpu().numpy(),
         not timesteps.is_floating_point(),
-        tuple(draws),
-        coefficients(predictions) if len(predictions) == calls else None,
-        coefficients(converted) if len(converted) == calls else None,
-        coefficients(further) if len(further) == calls else None,
+        tuple(drawn),
+        coefficients(run.predictions) if len(run.predictions) == calls else None,
+        coefficients(run.converted) if len(run.converted) == calls else None,
+        coefficients(run.further) if len(run.further) == calls else None,
     )
-
-
-def second_value(result: Any) -> list[Tensor]:
-    """The value a step returns beside the sample, float64, in a list; empty if it returns none."""
-    return [value.double() for value in list(result.values())[1:2]] if isinstance(result, Mapping) else []

@@ -6,7 +6,7 @@ and the draws of noise. Let s_i be the sample before model call i, and e_i the u
     s_{i+1} = a_x s_i + a_m e_i + sum_j a_h[j] h_j + (its own draws)
 
 where the h_j were saved by earlier rows, each as h = k_x s_r + k_m e_r for one row r < i. Reducing a run means finding
-tensors h, at most three at a time, that make every one of these equations hold to rounding; the coefficients are then
+tensors h, at most three at a time, that satisfy all of these equations up to rounding; the coefficients are then
 a least-squares solution without residual.
 
 An example is DPM-Solver++ 2M, written for a denoiser (m = x0) at sigma = 4, 2, 1, where every step halves sigma:
@@ -20,7 +20,7 @@ Row 0 needs nothing saved: s_1 = 1/2 s_0 + 1/2 e_0. Row 1 does, since s_2 is not
 of row 0 is enough, and there is a choice: saving the output (h = e_0) gives s_2 = 1/2 s_1 + 3/4 e_1 - 1/4 e_0, the
 formula above; saving the state (h = s_0) gives s_2 = 0 s_1 + 3/4 e_1 + 1/4 s_0. Such choices, one tensor per row, are
 the *families* that `reduce` tries; it prefers few saved tensors, then terms that cancel little. A method whose saved
-tensors belong to no family known beforehand (UniPC, with its corrector) still shows them: what is saved at row r lies
+tensors belong to no family known beforehand (UniPC, with its corrector) still reveals them: row r's tensor lies
 in the plane of s_r and e_r and, beside the state, in the span of what later samples need (`_needed_later`).
 """
 
@@ -71,8 +71,8 @@ def reduce(response: Response, clipped: bool = True, start: float = 1.0) -> Rows
 
     Args:
         response: the run on basis vectors.
-        clipped: whether x0 is clipped or thresholded, and with it what is saved of it. Then the first family that fits
-            is taken. Otherwise, of those that save the fewest tensors, the first whose terms are not much larger than
+        clipped: whether x0 is clipped or thresholded, also where it is saved. Then the first family that fits
+            is taken. If not: of the families that save the fewest tensors, the first with terms not much larger than
             their sum, since that is what rounding costs; states and outputs come first, as copies lose nothing.
             (Heun's last stage multiplies the difference of two x0 by 8, that of two states by a half; but the states a
             run starts from are a hundred times as large as those where it ends.)
@@ -130,8 +130,8 @@ def _needed_later(response: Response, outputs: Array, futures: list[Array]) -> A
     """The family of what later rows need: for every row a sum of its state and output, in whatever proportion.
 
     A row's tensor is the line in which the plane of its state and output meets the spans of as many later calls as have
-    one in common. Near the end these spans hold sums of several rows' tensors, so tensors already found that are still
-    saved are added to them.
+    one in common. Near the end these spans contain sums of several rows' tensors, so found tensors that are still saved
+    are added to them.
     """
     states, family, saved = response.states, np.zeros_like(outputs), max(map(len, futures)) - 1
     distance = _DISTANCE * response.rounding
@@ -151,7 +151,7 @@ def _needed_later(response: Response, outputs: Array, futures: list[Array]) -> A
 
 
 def _futures(response: Response) -> Iterator[Array]:
-    """For every call orthonormal vectors that span what later samples need of what is known by then."""
+    """For every call orthonormal vectors that span the known part of later samples."""
     calls, states = response.calls, response.states
     states = states / np.maximum(np.abs(states).max(axis=1, keepdims=True), 1e-300)
     reached = np.logical_or.accumulate(states != 0)

@@ -1,4 +1,4 @@
-"""Rehearsals: an original run once on a small example, to see what it asks for and returns besides its samples.
+"""Rehearsals: one run of an original on a small example, to see its draws, arguments and replies.
 
 A table says what a step computes. A drop-in must also draw noise in the original's dtypes, return the original's class,
 and give callbacks and noise samplers the original's arguments.
@@ -57,13 +57,11 @@ def rehearse_step(
     output_dtype: torch.dtype,
     sample_dtype: torch.dtype,
 ) -> StepRehearsal:
-    """Run one step of a scheduler whose timesteps are set.
+    """Run one step of a copy of a scheduler in the host's memory.
 
     Args:
-        scheduler: an object of diffusers' protocol in the host's memory; a copy is run.
-        compiled: its table.
-        first: index of the timestep of the table's row 0.
-        options: further arguments of `step`, as `step_options` of `compile_timesteps`.
+        scheduler: its timesteps are set.
+        compiled, first, options: its table, the index of the timestep of its row 0, and its `step_options`.
         output_dtype, sample_dtype: of the model's output and of the sample.
 
     Raises:
@@ -121,17 +119,12 @@ def compile_and_rehearse(
     given_noise: bool,
     options: Mapping[str, Any],
 ) -> tuple[Compiled, SamplerRehearsal]:
-    """`trace_sampler` and a rehearsal in the dtypes of a call; results are cached.
+    """`trace_sampler` and a rehearsal with the dtypes of sigmas and x of a call; results are cached.
 
-    Args:
-        sample_fn: as for `trace_sampler`.
-        levels, level_dtype: the sigmas.
-        x_dtype: of the x that it is called with.
-        given_noise: whether it is called with a `noise_sampler`.
-        options: its further arguments: numbers, strings, None.
+    `given_noise` says whether the call has a `noise_sampler`. Options are numbers, strings or None.
 
     Raises:
-        ValueError: it cannot be compiled, or fails on the example.
+        ValueError: the function cannot be compiled, or fails on the example.
     """
 
     def make() -> tuple[Compiled, SamplerRehearsal]:

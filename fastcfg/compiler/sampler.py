@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..table import StepTable
-from .assembly import Compiled, columns, verify, with_rounding
+from .assembly import Compiled, columns, refused, verify, with_rounding
 from .patching import drawing, in_float64
 from .probe import MAX_DRAWS, Response, basis_vector, normal_sample
 from .reduction import reduce
@@ -62,16 +62,10 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
         raise ValueError(f"sigmas: got {levels.tolist()}, expected positive levels, of which the last may be 0")
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     what = f"sample_fn: got {name}"
-    try:
+    with refused(what):
         long, short = (_respond(sample_fn, levels, options, length) for length in (1.0, 0.3))
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{what}, which does not run on basis vectors ({type(error).__name__}: {error}), expected linear steps"
-        ) from error
     if len(short.times) != len(long.times):
-        raise ValueError(f"{what}, whose model calls depend on the samples, expected linear steps")
+        raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
     (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.3)
     response = with_rounding(response, shorter, what)
     initial_scale = math.hypot(start * float(levels[0]), *start_draws)
@@ -86,7 +80,7 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
     )
     trial = _run_on_random_inputs(sample_fn, levels, options, table)
     if len(trial.times) != len(table):
-        raise ValueError(f"{what}, whose model calls depend on the samples, expected linear steps")
+        raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
     verify(table, rows.draws, trial.outputs, trial.drawn[1:], trial.states, None, response.rounding, what)
     return Compiled(table, rows.draws, start, start_draws)
 
@@ -154,7 +148,7 @@ class _Recording:
         early = slice(1 + calls, 1 + calls + counts[0])
         start, added = float(states[0, 0]), states[0, early]
         if not start:
-            raise ValueError("sample_fn: got one whose first model input lacks x, expected one that starts from x")
+            raise ValueError("sample_fn: got a first model input that lacks x, expected one that contains it")
         states[:, 0] /= start
         if np.abs(states[:, early] - np.outer(states[:, 0], added)).max(initial=0.0) > 1e-9 * np.abs(states).max():
             raise ValueError(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..table import NO_NOISE, StepTable
 from ..utils.identity import view_index
-from .assembly import TOLERANCE, Compiled, columns, distance, verify, with_rounding
+from .assembly import TOLERANCE, Compiled, columns, distance, refused, verify, with_rounding
 from .cache import cached_for
 from .patching import drawing, in_float64
-from .probe import Array, Response, normal_sample, respond, second_value
+from .probe import Array, Recording, Response, normal_sample, record, respond
 from .reduction import reduce
 
 __all__ = ["NextTimestep", "StepWithOptions", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
@@ -66,7 +65,7 @@ def compile_scheduler(
         raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, expected an integer of at least 1")
     _check_protocol(scheduler)
     original = copy.deepcopy(scheduler)
-    with _running(original):
+    with refused(f"scheduler: got {type(scheduler).__name__}"):
         original.set_timesteps(num_inference_steps, **set_timesteps)
     return compile_timesteps(original, step_options=step_options, clipped=clipped).table
 
@@ -74,17 +73,12 @@ def compile_scheduler(
 def compile_timesteps(
     scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None, clipped: bool = False
 ) -> Compiled:
-    """`compile_scheduler` for a scheduler whose timesteps are set, with its draws of noise.
+    """`compile_scheduler` for a scheduler with timesteps set, together with its draws of noise.
 
     Results are cached by the scheduler's attributes and the version of its library.
 
-    Args:
-        scheduler, step_options, clipped: as for `compile_scheduler`.
-        first: index of the timestep the run begins with. It is above 0 for image-to-image, where methods of several
-            steps begin without history.
-
-    Raises:
-        ValueError: as `compile_scheduler`.
+    Other arguments and exceptions are those of `compile_scheduler`; `first` is the index of the timestep the run begins
+    with, above 0 for image-to-image, where methods of several steps begin without history.
     """
     _check_protocol(scheduler)
     if not 0 <= first < len(scheduler.timesteps):
@@ -118,29 +112,15 @@ def _check_protocol(scheduler: Any) -> None:
         raise ValueError(f"scheduler: got {type(scheduler).__name__} with a Brownian tree, expected independent draws")
 
 
-@contextmanager
-def _running(scheduler: Any) -> Iterator[None]:
-    """Context in which any exception of a scheduler becomes a ValueError: it cannot be compiled."""
-    try:
-        yield
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"scheduler: got {type(scheduler).__name__}, which does not run on basis vectors "
-            f"({type(error).__name__}: {error}), expected one of linear steps"
-        ) from error
-
-
 def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], clipped: bool) -> Compiled:
     original = copy.deepcopy(scheduler)
     if step_options:
         original.step = StepWithOptions(original, step_options)
     learned = "learned" in str(original.config.get("variance_type"))
-    with _running(original):
+    what = f"scheduler: got {type(scheduler).__name__}"
+    with refused(what):
         linear = _without_clip(original)
         response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.3))
-    what = f"scheduler: got {type(scheduler).__name__}"
     response = with_rounding(response, shorter, what)
     clip = scheduler_clip(original)
     clipped = clipped or clip is not None
@@ -256,46 +236,15 @@ def _learned_variance(
     }
 
 
-@dataclass(frozen=True, eq=False)
-class _RandomInputs:
-    """A scheduler's run on random outputs, in float64.
-
-    Attributes:
-        outputs: the model outputs of every step.
-        drawn: the noise of every step.
-        states: the first sample, and that of every step.
-        further: the second values returned.
-    """
-
-    outputs: list[Tensor]
-    drawn: list[list[Tensor]]
-    states: list[Tensor]
-    further: list[Tensor]
-
-
-def _run_on_random_inputs(scheduler: Any, first: int, table: StepTable) -> _RandomInputs:
+def _run_on_random_inputs(scheduler: Any, first: int, table: StepTable) -> Recording:
     generator = torch.Generator().manual_seed(0)
-
-    def draw(like: Tensor | None) -> Tensor:
-        trial.drawn[-1].append(normal_sample(generator))
-        return trial.drawn[-1][-1]
-
     channels = 6 if table.learned_variance else 3
     outputs = [normal_sample(generator, channels).clamp(-1.5, 1.5) for _ in range(len(table))]
-    trial = _RandomInputs(outputs, [], [normal_sample(generator) * table.initial_scale], [])
-    original = copy.deepcopy(scheduler)
-    with drawing(original, draw), in_float64(), torch.no_grad():
-        for t, output in zip(original.timesteps[first:], outputs, strict=True):
-            trial.drawn.append([])
-            if hasattr(original, "scale_model_input"):
-                original.scale_model_input(trial.states[-1], t)
-            result = original.step(output, t, trial.states[-1])
-            trial.states.append(result.prev_sample.double())
-            trial.further.extend(second_value(result))
-    return trial
+    start = normal_sample(generator) * table.initial_scale
+    return record(scheduler, first, start, outputs.__getitem__, lambda draw: normal_sample(generator))
 
 
-def _further(response: Response, trial: _RandomInputs, predicted: list[Tensor]) -> tuple[str, Array | None]:
+def _further(response: Response, trial: Recording, predicted: list[Tensor]) -> tuple[str, Array | None]:
     """`further` and `sums` of `Compiled`."""
     if not trial.further:
         return "none", None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.conditioning import Shared
+from ..utils.checks import check_finite
 
 
 class ClassifierFree:
-    """GLIDE's `model_fn`: guides a model on a batch whose halves are the conditional and the unconditional samples.
+    """GLIDE's `model_fn`: guides a model on a batch [conditional; unconditional].
 
     A call does what the notebook's function does: both halves get the first half's x, the first C output channels are
     blended as uncond + s (cond - uncond), and all 2B samples are returned. The loops of `fastcfg.frontends` recognise
@@ -36,10 +36,8 @@ class ClassifierFree:
     def __init__(self, model: Callable[..., Any], guidance_scale: float) -> None:
         if not callable(model):
             raise TypeError(f"model: got {type(model).__name__}, expected a callable")
-        if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale: got {guidance_scale!r}, expected a finite number")
         self.model = model
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = check_finite("guidance_scale", guidance_scale)
 
     def __call__(self, x_t: Tensor, ts: Tensor, **kwargs: Any) -> Tensor:
         """Args: x_t: [2B, C, ...]; ts: [2B]; **kwargs: for the model. Returns [2B, C or 2C, ...].
@@ -63,13 +61,8 @@ class ClassifierFree:
 
 
 def split_by_branch(model_kwargs: Mapping[str, Any], batch: int, *, halves: bool) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of a model by branch of a `Sampler`.
-
-    Args:
-        model_kwargs: tensors with `batch` samples, and values all samples share.
-        batch: of the call.
-        halves: the tensors are [conditional; unconditional] instead of conditional.
-    """
+    """Keyword arguments of a model by branch of a `Sampler`: tensors of `batch` samples, which are [conditional;
+    unconditional] with `halves`, and values all samples share."""
     cond: dict[str, Any] = {}
     uncond: dict[str, Any] = {}
     for name, value in model_kwargs.items():

@@ -88,8 +88,6 @@ class GaussianDiffusion(Process):
     Args:
         betas: [T] in (0, 1].
 
-    Attributes: as `fastcfg.frontends.guided_diffusion.GaussianDiffusion`, without the types.
-
     Raises:
         ValueError: betas that are not a process (also an AssertionError, as in the original), or a single one (also an
             IndexError).
@@ -124,15 +122,11 @@ class GaussianDiffusion(Process):
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """GLIDE's `SpacedDiffusion`: a process that keeps some timesteps of another.
-
-    Args:
-        use_timesteps: the timesteps to keep.
-        **kwargs: arguments of the `GaussianDiffusion` they belong to.
+    """GLIDE's `SpacedDiffusion`: the steps `use_timesteps` of a `GaussianDiffusion` with arguments kwargs.
 
     Attributes:
-        use_timesteps: as a set.
-        timestep_map: as a sorted list.
+        use_timesteps: a set.
+        timestep_map: the same as a sorted list.
         original_num_steps: T of the other process.
     """
 

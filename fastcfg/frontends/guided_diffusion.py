@@ -124,13 +124,6 @@ class GaussianDiffusion(Process):
         loss_type: of `training_losses`.
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
-    Attributes:
-        num_timesteps: T.
-        betas, alphas_cumprod, alphas_cumprod_prev, alphas_cumprod_next, sqrt_alphas_cumprod,
-        sqrt_one_minus_alphas_cumprod, log_one_minus_alphas_cumprod, sqrt_recip_alphas_cumprod,
-        sqrt_recipm1_alphas_cumprod, posterior_variance, posterior_log_variance_clipped, posterior_mean_coef1,
-        posterior_mean_coef2: float64 [T].
-
     Raises:
         ValueError: betas that are not a process (also an AssertionError, as in the original), or a single one (also an
             IndexError).
@@ -232,15 +225,11 @@ class GaussianDiffusion(Process):
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """guided-diffusion's `SpacedDiffusion`: a process that keeps some timesteps of another.
-
-    Args:
-        use_timesteps: the timesteps to keep.
-        **kwargs: arguments of the `GaussianDiffusion` they belong to.
+    """guided-diffusion's `SpacedDiffusion`: the steps `use_timesteps` of a `GaussianDiffusion` with arguments kwargs.
 
     Attributes:
-        use_timesteps: as a set.
-        timestep_map: as a sorted list.
+        use_timesteps: a set.
+        timestep_map: the same as a sorted list.
         original_num_steps: T of the other process.
     """
 

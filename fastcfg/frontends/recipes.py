@@ -24,8 +24,8 @@ def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], scale: f
         scale: strength of the guidance (`--classifier_scale`).
 
     Returns:
-        A function (x, t, y int64 [B]) -> [B, C, ...], for the loops' `cond_fn`; `model_kwargs` must hold y. It takes
-        its labels by `gather`, so that a CUDA graph can hold it.
+        A function (x, t, y int64 [B]) -> [B, C, ...], for the loops' `cond_fn`; `model_kwargs` must contain y. It
+        selects by `gather`, which a CUDA graph can capture.
 
     Example:
         >>> cond_fn = classifier_gradient(lambda x, t: x.flatten(1)[:, :10], scale=2.0)
@@ -46,7 +46,7 @@ def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], scale: f
 
 
 def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
-    """[N, C, H, W] in [-1, 1] as the scripts' bytes, uint8 [N, H, W, C]: scaled and cut off, not rounded."""
+    """[N, C, H, W] in [-1, 1] as the scripts' bytes, uint8 [N, H, W, C]: scaled and truncated, not rounded."""
     if samples.ndim != 4:
         raise ValueError(f"samples: got shape {tuple(samples.shape)}, expected [N, C, H, W]")
     scaled = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8)
@@ -56,15 +56,15 @@ def to_uint8(samples: Tensor) -> NDArray[np.uint8]:
 def save_samples(
     path: str | os.PathLike[str], samples: Tensor | NDArray[np.uint8], labels: Tensor | None = None
 ) -> None:
-    """Write a batch as the scripts do and guided-diffusion's evaluator reads it, whole or not at all.
+    """Write a batch as the scripts do, for guided-diffusion's evaluator; an error leaves no partial file.
 
     Args:
         path: an `.npz` file.
-        samples: [N, C, H, W] in [-1, 1], or what `to_uint8` gave; becomes `arr_0`, uint8 [N, H, W, C].
+        samples: [N, C, H, W] in [-1, 1], or the result of `to_uint8`; becomes `arr_0`, uint8 [N, H, W, C].
         labels: int64 [N]; becomes `arr_1`.
 
     Raises:
-        ValueError: another suffix, samples that are no images, or another number of labels.
+        ValueError: another suffix, samples that are not images, or another number of labels.
         OSError: the file cannot be written.
     """
     if Path(path).suffix != ".npz":
@@ -82,10 +82,10 @@ def save_samples(
 
 
 def load_samples(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor | None]:
-    """Read a batch back: float32 [N, C, H, W] in [-1, 1] (what `super_res_sample.py` conditions on), and its labels.
+    """Read a batch back: float32 [N, C, H, W] in [-1, 1] (the input of `super_res_sample.py`), and its labels.
 
     Raises:
-        ValueError: the file holds no such batch.
+        ValueError: the file does not contain such a batch.
         OSError: it cannot be read.
     """
     try:

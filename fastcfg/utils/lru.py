@@ -13,7 +13,7 @@ Value = TypeVar("Value")
 class LRU(Generic[Value]):
     """A thread-safe mapping of at most `capacity` entries; a new entry drops the least recently used one.
 
-    Values are never None. Copies and pickles are empty: what is cached is built again where it is needed.
+    Values are never None. Copies and pickles are empty: the contents are rebuilt on demand.
     """
 
     def __init__(self, capacity: int) -> None:

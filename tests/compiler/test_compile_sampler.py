@@ -202,10 +202,10 @@ def test_what_is_added_before_the_first_model_call_is_the_start() -> None:
     ("function", "message"),
     [
         (squared, "step 11 has coefficients"),
-        (halving, "whose model calls depend on the samples"),
+        (halving, "with model calls that depend on the samples"),
         (branching, "its table differs by .* in row 11"),
         (anchored, "reuses the noise drawn before its first model call"),
-        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input lacks x"),
+        (lambda model, x, sigmas: euler(model, 0 * x, sigmas), "first model input that lacks x"),
         (forgetless, "needs 5 saved tensors, expected at most 3"),
         (lambda model, x: x, "does not run on basis vectors"),
     ],

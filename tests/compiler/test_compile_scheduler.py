@@ -243,7 +243,7 @@ def test_what_is_no_table_is_refused_and_why(step: Any, message: str) -> None:
     ("name", "config", "message"),
     [
         ("PNDMScheduler", {}, "needs 4 saved tensors"),  # its Runge-Kutta warm-up
-        ("UniPCMultistepScheduler", {"solver_type": "bh1", "predict_x0": False}, "whose samples are not finite"),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1", "predict_x0": False}, "with samples that are not finite"),
         ("DPMSolverSDEScheduler", {}, "with a Brownian tree"),
         ("CogVideoXDPMScheduler", {}, "missing 2 required positional arguments"),
         ("DDPMWuerstchenScheduler", {}, "does not run on basis vectors"),

@@ -95,11 +95,7 @@ def fused_guider(original: type) -> type:
 
 
 class _FusedBlend:
-    """The blend of a guider: a `Blender` for its attributes and the predictions' shape, rebuilt when they change.
-
-    Args:
-        original: the guider's class before it was fused.
-    """
+    """The blend of a guider: a `Blender` for its attributes and the predictions' shape, rebuilt when they change."""
 
     def __init__(self, original: type) -> None:
         owner = next(kind for kind in original.__mro__ if "forward" in vars(kind))
@@ -108,11 +104,7 @@ class _FusedBlend:
         self._blender: Blender | None = None
 
     def __call__(self, guider: Any, predictions: Mapping[str, Tensor]) -> Tensor | None:
-        """The guided prediction; None if there is nothing to blend.
-
-        Raises:
-            FallThroughError: the original must blend.
-        """
+        """The guided prediction; None if there is nothing to blend."""
         step = _number(guider, "_step")
         if step == 0 and self._blender is not None:
             self._blender.begin()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...compiler import Compiled, SamplerRehearsal, compile_and_rehearse
+from ...compiler import compile_and_rehearse
 from ...engine.noise import NoiseSource
 from ...engine.sampler import Sampler, Step
 from ...utils.identity import Alike
@@ -53,7 +52,7 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
         try:
             if missing:
                 raise FallThroughError(f"it has no argument {missing[0]}")
-            call = _SamplerCall.of(sample_fn, bound.arguments)
+            call = _SamplerCall(sample_fn, bound.arguments)
         except FallThroughError as error:
             log_once(name, str(error))
             return sample_fn(*args, **kwargs)
@@ -62,40 +61,18 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
     return sample
 
 
-@dataclass(eq=False)
 class _SamplerCall:
-    """A call of a sampling function.
+    """A call of a sampling function, arguments by name. Raises `FallThroughError` if the original must make it."""
 
-    Attributes:
-        model, x, sigmas, extra_args, callback, disable: as given.
-        noise_sampler: the caller's, the function's own Brownian tree, or None for `torch.randn_like`.
-        compiled, rehearsal: of the function with these arguments.
-    """
-
-    model: Callable[..., Any]
-    x: Tensor
-    sigmas: Tensor
-    extra_args: dict[str, Any]
-    callback: Callable[[dict[str, Any]], object] | None
-    disable: bool | None
-    noise_sampler: Callable[..., Tensor] | None
-    compiled: Compiled
-    rehearsal: SamplerRehearsal
-    _arguments: Iterator[tuple[Any, ...] | None] = field(init=False)
-
-    @classmethod
-    def of(cls, sample_fn: Callable[..., Tensor], arguments: dict[str, Any]) -> _SamplerCall:
-        """The call with these arguments.
-
-        Raises:
-            FallThroughError: the original must make it.
-        """
+    def __init__(self, sample_fn: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
         options = dict(arguments)
         for name, parameter in inspect.signature(sample_fn).parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
                 options |= options.pop(name)
         given = {name: options.pop(name, None) for name in _ENGINE}
-        x, sigmas, noise_sampler = (given[name] for name in ("x", "sigmas", "noise_sampler"))
+        self.model, self.x, sigmas = given["model"], given["x"], given["sigmas"]
+        self.extra_args, self.callback, self.disable = given["extra_args"] or {}, given["callback"], given["disable"]
+        x = self.x
         if not isinstance(x, Tensor) or x.ndim < 3 or not x.numel() or not x.dtype.is_floating_point:
             raise FallThroughError("x is not a floating tensor [B, C, ...] with elements")
         if not isinstance(sigmas, Tensor):
@@ -103,25 +80,25 @@ class _SamplerCall:
         for name, value in options.items():
             if not isinstance(value, bool | int | float | str | None):
                 raise FallThroughError(f"{name} is a {type(value).__name__}")
+        # The caller's, the function's own Brownian tree, or None for `torch.randn_like`.
+        self.noise_sampler = given["noise_sampler"]
         levels = tuple(sigmas.detach().double().cpu().tolist())
-        own_noise, options = noise_sampler is not None, dict(sorted(options.items()))
+        kind = (levels, sigmas.dtype, x.dtype, self.noise_sampler is not None, dict(sorted(options.items())))
         try:
-            compiled, rehearsal = compile_and_rehearse(sample_fn, levels, sigmas.dtype, x.dtype, own_noise, options)
+            self.compiled, self.rehearsal = compile_and_rehearse(sample_fn, *kind)
         except ValueError as error:
             raise FallThroughError(str(error)) from error
-        if given["callback"] is not None and not rehearsal.plain_callbacks:
+        if self.callback is not None and not self.rehearsal.plain_callbacks:
             raise FallThroughError("its callbacks are given other tensors than the model's")
-        if rehearsal.tree is not None:
-            args, keywords = rehearsal.tree
+        if self.rehearsal.tree is not None:
+            args, keywords = self.rehearsal.tree
             make: Any = inspect.getmodule(sample_fn).BrownianTreeNoiseSampler  # type: ignore[union-attr]
-            noise_sampler = make(x, *args, **keywords)
-        given |= {"noise_sampler": noise_sampler, "extra_args": dict(given["extra_args"] or {})}
-        return cls(**given, compiled=compiled, rehearsal=rehearsal)
+            self.noise_sampler = make(x, *args, **keywords)
+        self._arguments = iter(self.rehearsal.draws)
 
     def run(self, sampler: Sampler) -> Tensor:
         """The samples."""
         compiled, x = self.compiled, self.x
-        self._arguments = iter(self.rehearsal.draws)
         start = x.to(sampler.state_dtype)
         if compiled.start != 1.0:
             start = start * compiled.start
@@ -165,7 +142,7 @@ class _SamplerCall:
         def called(step: Step) -> None:
             nonlocal before
             if step.row in prepared:
-                function(prepared[step.row] | {"x": before.to(x.dtype), "denoised": step.x0.to(x.dtype)})  # type: ignore[misc]
+                function(prepared[step.row] | {"x": before.to(x.dtype), "denoised": step.x0.to(x.dtype)})
             before = step.x
 
         return called

@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compiler import (
-    Compiled,
-    NextTimestep,
-    StepRehearsal,
-    compile_timesteps,
-    rehearse_step,
-    scheduler_clip,
-)
+from ...compiler import Compiled, NextTimestep, StepRehearsal, compile_timesteps, rehearse_step, scheduler_clip
 from ...ops.stepper import Stepper
 from ...utils.identity import view_index
 from ...utils.lru import LRU
@@ -28,32 +21,18 @@ __all__ = ["FusedSteps"]
 
 @dataclass(frozen=True, eq=False)
 class _Selection:
-    """A compiled table in use.
-
-    Attributes:
-        compiled: the table.
-        first: the position in `timesteps` of its row 0.
-        options: the arguments of `step` it was compiled with.
-    """
+    """A compiled table in use: its row 0 is at position `first`, and `options` are the arguments of `step`."""
 
     compiled: Compiled
     first: int
     options: Mapping[str, Any]
-
-    @property
-    def stateful(self) -> bool:
-        """Whether the table saves tensors."""
-        return self.compiled.table.num_history > 0
+    stateful: bool  # whether the table saves tensors
 
 
 @dataclass(frozen=True, eq=False)
 class _Memory:
-    """What the next run takes over if it has the same table.
-
-    Attributes:
-        steppers: by table, shape and dtype, each with its saved tensors.
-        rehearsals: by the dtypes of output and sample.
-    """
+    """Steppers by table, shape and dtype, and rehearsals by dtypes: the next run takes them over if it has the same
+    table."""
 
     steppers: LRU[Stepper] = field(default_factory=lambda: LRU(4))
     rehearsals: LRU[StepRehearsal] = field(default_factory=lambda: LRU(4))
@@ -93,12 +72,8 @@ class _Positions:
 
 
 class _Tables:
-    """Chooses the table of a step.
-
-    Attributes:
-        twin: the scheduler as it was before it was fused, in the host's memory: the object that is compiled.
-        selection: the table in use.
-    """
+    """Chooses the table of a step. What is compiled is `twin`, a copy of the scheduler in the host's memory with its
+    class before it was fused."""
 
     def __init__(self, scheduler: Any, original: type) -> None:
         self._scheduler = scheduler
@@ -129,21 +104,23 @@ class _Tables:
         compiled = self.compiled(0, options)
         # Methods of several steps have no history where a run begins, wherever that is.
         first = position if compiled.table.num_history else 0
-        self.selection = _Selection(self.compiled(first, options) if first else compiled, first, options)
+        compiled = self.compiled(first, options) if first else compiled
+        self.selection = _Selection(compiled, first, options, stateful=compiled.table.num_history > 0)
         return self.selection
 
 
 class FusedSteps:
-    """`step` and `scale_model_input` of a scheduler, by its compiled table.
+    """`step` and `scale_model_input` of a scheduler, by its compiled table. Methods raise `FallThroughError` where the
+    original must run.
 
     Args:
-        scheduler: an instance of a fused class whose timesteps are set and which has made no step.
+        scheduler: an instance of a fused class, with timesteps set and before its first step.
         original: the class that was fused.
         options: the arguments of `step` in the run before.
 
     Attributes:
         timesteps: the scheduler's; when they are replaced, these steps have ended.
-        options: those of the last step.
+        options: the arguments of the last step.
     """
 
     def __init__(self, scheduler: Any, original: type, options: Mapping[str, Any]) -> None:
@@ -158,24 +135,13 @@ class FusedSteps:
         self._fallen = ""
 
     def compile(self, before: FusedSteps | None = None) -> None:
-        """Compile a run from the first timestep, with the options of the run before.
-
-        Args:
-            before: earlier steps, which hand on their memory if they had the same table.
-
-        Raises:
-            FallThroughError: the scheduler cannot be compiled.
-        """
+        """Compile a run from the first timestep with the options of the run before, and take over its memory."""
         self._whole = self._tables.compiled(0, self.options)
         if before is not None and before._whole is self._whole:
             self._memory, self._scales = before._memory, before._scales
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
-        """`scale_model_input`.
-
-        Raises:
-            FallThroughError: there is no table, or the timestep is not in it.
-        """
+        """`scale_model_input`."""
         position = self._positions.find(timestep)
         if not self._scales:
             self._scales = self._tables.compiled(0, self.options).table["c_in"].tolist()
@@ -188,7 +154,6 @@ class FusedSteps:
         """`step`, with all further arguments by name.
 
         Raises:
-            FallThroughError: the original must make this step and all that follow.
             ValueError: an output that does not fit the sample, or options that change while tensors are saved.
         """
         options = dict(options)

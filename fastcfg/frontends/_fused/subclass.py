@@ -20,12 +20,7 @@ def is_fused(candidate: type) -> bool:
 
 def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type], type]) -> type:
     """A subclass with the original's name and module, so that saved objects load where fastcfg is not installed.
-
-    Args:
-        original: the class.
-        methods: by name.
-        again: a module's function that makes the subclass from the original, for pickles of it and its instances.
-    """
+    Pickles of it and its instances call `again`, a function of a module, with the original."""
 
     def reduce(self: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != STATE}

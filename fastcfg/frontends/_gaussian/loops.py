@@ -101,11 +101,7 @@ class LoopCall:
 
 
 def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall:
-    """A call with the originals' arguments and the engine's.
-
-    Raises:
-        TypeError, ValueError: an unknown keyword of the engine's, or arguments that do not fit.
-    """
+    """A call with the originals' arguments and the engine's."""
     if unknown := sorted(set(engine) - set(_ENGINE)):
         raise TypeError(
             f"sampling loop: got unexpected {', '.join(unknown)}, "
@@ -115,8 +111,7 @@ def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall
 
 
 class LoopRunner:
-    """Runs loops on the engine. Samplers, and with them buffers and graphs, are kept for later calls with the same
-    model and solver."""
+    """Runs loops on the engine. Samplers, with their buffers and graphs, are kept by model and solver."""
 
     def __init__(self) -> None:
         self._samplers: LRU[Sampler] = LRU(4)
@@ -162,13 +157,8 @@ class LoopRunner:
 def step_by_step(
     step: Callable[..., dict[str, Tensor]], times: Iterable[int], call: LoopCall
 ) -> Iterator[dict[str, Tensor]]:
-    """The originals' loop over their own steps: the same calls, draws and roundings.
-
-    Args:
-        step: called as step(model, x, t, **arguments of the originals, noise=a function of x).
-        times: indices of the steps, in order.
-        call: the call.
-    """
+    """The originals' loop over their own steps: the same calls, draws and roundings. A step is called as
+    step(model, x, t, **arguments of the originals, noise=a function of x)."""
     indices, shape = list(times), tuple(call.shape)
     source = _originals_noise(call)
     x = source.start() if call.noise is None else call.noise
@@ -217,7 +207,7 @@ def _draw(source: NoiseSource, step: int, x: Tensor) -> Tensor:
 
 
 def _thresholded(call: LoopCall) -> Function | None:
-    """denoised_fn followed by the threshold, whose result the clamp leaves alone."""
+    """denoised_fn followed by the threshold; the clamp leaves the result unchanged."""
     function, threshold = call.denoised_fn, call.threshold
     if threshold is None:
         return function

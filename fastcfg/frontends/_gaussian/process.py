@@ -42,7 +42,7 @@ _LOOP = list(inspect.signature(LoopCall).parameters.values())[:10]
 def _sampling_loop(
     solver: str, *, takes_eta: bool = False
 ) -> Callable[[Callable[[Any, LoopCall], Result]], Callable[..., Result]]:
-    """Give a method of a `LoopCall` the signature of the originals' loops, and **engine for what they lack."""
+    """Give a method of a `LoopCall` the signature of the originals' loops, plus **engine."""
     parameters = [
         inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
         *_LOOP[: 10 if takes_eta else 9],
@@ -65,7 +65,7 @@ def _sampling_loop(
 
 
 class Process:
-    """A Gaussian diffusion process with the originals' methods; base of the frontends' classes.
+    """A Gaussian diffusion process with the originals' attributes and methods; base of the frontends' classes.
 
     Attributes:
         num_timesteps: T.
@@ -211,7 +211,7 @@ class Process:
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
     def _ddim_reverse_sample(self, eta: float, model: Model, x: Tensor, t: Tensor, *args: Any) -> dict[str, Tensor]:
-        """`ddim_reverse_sample`, whose arguments differ between the originals; args as for `_shifted`."""
+        """`ddim_reverse_sample`: its signature differs between the originals. args as for `_shifted`."""
         deterministic(eta)
         p = self._shifted(model, x, t, *args)
         return {"sample": originals.ddim_reverse_sample(self._schedule, p, x, t), "pred_xstart": p["pred_xstart"]}
@@ -237,7 +237,7 @@ class Process:
 
         Args:
             model: called as model(x, times, **model_kwargs): a network, any function, or `fastcfg.ClassifierFree`,
-                whose unconditional samples the engine does not compute twice.
+                with which the engine runs half the batch.
             shape: (B, C, ...), with `ClassifierFree` of the doubled batch.
             noise: x_T; drawn by default.
             clip_denoised: clamp x0 to [-1, 1].

@@ -48,12 +48,7 @@ def betas_for_alpha_bar(
 
 
 def named_betas(name: str, known: tuple[str, ...], num_timesteps: int) -> NDArray[np.float64]:
-    """Betas by a name that an original knows.
-
-    Raises:
-        UnknownScheduleError: another name.
-        AssertionValueError: too few timesteps.
-    """
+    """Betas by one of the names an original knows."""
     if name not in known:
         raise UnknownScheduleError(f"unknown beta schedule: {name}")
     try:
@@ -70,12 +65,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 
 def make_schedule(betas: Any, timestep_map: Any = None, original_num_timesteps: int = 0) -> Schedule:
-    """A schedule from betas.
-
-    Raises:
-        AssertionValueError: betas that are not one-dimensional, or outside (0, 1].
-        IndexValueError: a single beta.
-    """
+    """A schedule from betas: one-dimensional, in (0, 1], and at least two."""
     try:
         schedule = Schedule(betas, timestep_map, original_num_timesteps)
     except ValueError as error:
@@ -86,7 +76,7 @@ def make_schedule(betas: Any, timestep_map: Any = None, original_num_timesteps: 
 
 
 def check_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise TypeError unless the options are those of an original's `..._defaults()`, all of them."""
+    """Raise TypeError unless the options have the same names as an original's `..._defaults()`."""
     if set(options) != set(defaults):
         wrong = ", ".join(sorted(set(options) ^ set(defaults)))
         raise TypeError(f"options: got {wrong} missing or unknown, expected {', '.join(defaults)}")
