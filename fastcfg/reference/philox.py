@@ -9,9 +9,11 @@ Every floating-point operation is specified down to the rounding: this file and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+
+from ..utils.checks import as_integer
 
 __all__ = ["INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "sample_seeds"]
 
@@ -38,12 +40,16 @@ def sample_seeds(seed: int | Sequence[int], batch: int) -> torch.Tensor:
     """
     if isinstance(seed, torch.Tensor):
         seed = seed.tolist()
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
-    if not all(isinstance(s, int) for s in seeds):
+    first = as_integer(seed)
+    if first is not None:
+        seed = range(first, first + batch)
+    seeds = [as_integer(one) for one in seed] if isinstance(seed, Iterable) else [None]
+    known = [one for one in seeds if one is not None]
+    if len(known) != len(seeds):
         raise TypeError(f"seed: got {seed!r}, expected an integer or a sequence of integers")
-    if len(seeds) != batch:
-        raise ValueError(f"seed: got {len(seeds)} seeds, expected one per sample ({batch})")
-    return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in seeds], dtype=torch.int64)
+    if len(known) != batch:
+        raise ValueError(f"seed: got {len(known)} seeds, expected one per sample ({batch})")
+    return torch.tensor([(one + 2**63) % 2**64 - 2**63 for one in known], dtype=torch.int64)
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
