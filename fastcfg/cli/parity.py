@@ -28,7 +28,7 @@ steps    one fused step on seeded random inputs, by every backend that runs here
 loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick: an analytic one), from the same
          recorded noise, against the loop in float64, with the same bound along the trajectory.
 --model  your own model or sampler, instead of both: its first rows, once with the model's outputs recorded in the
-         float64 run and given to everybody (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
+         float64 run and given to every backend (teacher-forced: fastcfg's arithmetic alone), once free, once captured.
 
 An ulp is the spacing of a tensor's dtype at its largest value. A line of the table is the worst shape and tensor of a
 backend, dtype and option set: whether all have the reference's bits ("same code" where the reference on a CPU is
@@ -99,7 +99,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check and tell."""
+    """Run the checks and print or write the findings."""
     if arguments.json not in (None, STDOUT):
         check_output("--json", arguments.json, ".json")
     if arguments.plot:

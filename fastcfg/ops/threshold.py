@@ -26,8 +26,7 @@ class QuantileBound(RowOperation):
         backend: "auto", "triton", "inductor" (which runs the reference here) or "reference".
 
     Raises:
-        ValueError: buffers whose shape, dtype, device or layout does not fit the spec, samples of more than 2**24
-            elements, or a backend that cannot run.
+        ValueError: buffers that do not fit the spec, samples of more than 2**24 elements, or a backend that cannot run.
 
     Example:
         >>> from fastcfg import Schedule, solvers
