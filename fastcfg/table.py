@@ -185,8 +185,8 @@ class StepTable:
         return bool(self["a_u"].any())
 
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows rounded once, what that takes from p_x, p_m and a_x, and a
-        last row of defaults for the final step's look ahead."""
+        """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows rounded once, with the rests of p_x, p_m and a_x, and a
+        last row of defaults that the final step looks ahead to."""
         end = np.array([[_DEFAULTS.get(name, 0.0) for name in COLUMNS]])
         exact = torch.from_numpy(np.concatenate([self.rows, end]))
         rest = (exact - exact.to(dtype).double())[:, [_INDEX[name] for name in _IN_TWO_PARTS]]

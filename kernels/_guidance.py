@@ -1,5 +1,4 @@
-"""The guided output of K branches and the x0 it predicts, as the fused step computes them, from memory: shared by every
-kernel that needs them."""
+"""The guided output of K branches, loaded and blended as in the fused step: shared by the kernels."""
 
 import triton
 import triton.language as tl
@@ -21,11 +20,11 @@ def blend(
     SCALED: tl.constexpr,
     MOMENTUM: tl.constexpr,
 ):
-    """The blend of one sample's branches in float32, by its K weights, and the branch UNCONDITIONAL itself.
+    """One sample's branches blended in float32 by its K weights, and the branch UNCONDITIONAL itself.
 
-    BASE is the branch that the delta form starts from, or -1 for the weighted sum; without an UNCONDITIONAL branch (-1)
-    the second result is the first. SCALED weights the base as well, MOMENTUM adds the tensor at `momentum_ptrs` with a
-    weight that follows the branches'.
+    BASE is the branch that differences are measured from, or -1 for the weighted sum; without an UNCONDITIONAL branch
+    (-1) the second result is the first. SCALED weights the base too, MOMENTUM adds the tensor at `momentum_ptrs` with
+    the weight after the branches'.
     """
     if BASE < 0:
         for k in tl.static_range(BRANCHES):

@@ -1,4 +1,4 @@
-"""How the elementwise kernels walk over a batch: a flat grid, some programs per sample, offsets within it."""
+"""The elementwise kernels' way through a batch: a flat grid, some programs per sample, offsets within the sample."""
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ def blocks_per_sample(size):
 
 @triton.jit
 def locate(size, blocks, BLOCK: tl.constexpr):
-    """This program's sample (int64), the offsets of its elements within the sample, and which of them exist."""
+    """This program's sample (int64), its elements' offsets within the sample, and the mask of those that exist."""
     pid = tl.program_id(0)
     offs = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
     return (pid // blocks).to(tl.int64), offs, offs < size
@@ -22,7 +22,7 @@ def locate(size, blocks, BLOCK: tl.constexpr):
 
 @triton.jit
 def model_offsets(offs, channels, spatial, CHANNELS_LAST: tl.constexpr):
-    """Where the elements `offs` of [C, ...] lie in a sample of `channels` channels as the model laid it out."""
+    """The elements' offsets in a sample of `channels` channels in the model's layout, for `offs` in [C, ...]."""
     if CHANNELS_LAST:
         offs = (offs % spatial) * channels + offs // spatial
     return offs

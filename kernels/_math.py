@@ -1,7 +1,7 @@
 """Value functions shared by the kernels: no loads, no stores.
 
-They mirror `fastcfg.reference` operation by operation. Multiply-adds are explicit `tl.fma`, and kernels are launched
-with contraction off, so that the compiler rounds where these lines round and nowhere else.
+They mirror `fastcfg.reference` operation by operation. Multiply-adds are explicit `tl.fma` and kernels are launched
+with contraction off: the compiler rounds where these lines round and nowhere else.
 """
 
 import triton
@@ -29,7 +29,7 @@ def predict_x0(x, m, p_x, p_m):
 
 @triton.jit
 def predict_x0_closely(x, m, p_x, p_m, p_x_rest, p_m_rest):
-    """The same for coefficients in two parts, of which the rest is what rounding has taken from the first."""
+    """`predict_x0` for coefficients in two parts: a rest is what rounding took from the first part."""
     zeros = tl.zeros_like(x)
     rest = tl.fma(p_x_rest + zeros, x, p_m_rest * m)
     return tl.fma(p_x + zeros, x, tl.fma(p_m + zeros, m, rest))
@@ -90,7 +90,7 @@ def normal4(group, row, stream, seed):
     r0, r1, r2, r3 = philox4x32(group, zero + row.to(tl.uint32), zero + stream, zero, k0, k1)
     z0, z1 = box_muller(r0, r1)
     z2, z3 = box_muller(r2, r3)
-    # The four columns live in one thread's registers, so these selections cost nothing.
+    # The four columns are in one thread's registers: these selections cost nothing.
     column = tl.arange(0, 4)[None, :]
     low = tl.where(column == 0, z0[:, None], z1[:, None])
     high = tl.where(column == 2, z2[:, None], z3[:, None])

@@ -53,8 +53,8 @@ def launch_blend(output, weights, base, scaled, momentum, out):
     Args:
         output: the branches along the batch.
         weights: float32 [B, K], or [B, K + 1] with momentum.
-        base: index of the branch that the delta form starts from; -1 for the weighted sum.
-        scaled: whether the base is weighted, too.
+        base: index of the branch that differences are measured from; -1 for the weighted sum.
+        scaled: whether the base is weighted too.
         momentum: float32 [B, C, ...], contiguous; None for none.
         out: the blend.
     """

@@ -1,9 +1,9 @@
 """The Gram matrix and the sums of every sample's vectors, in one pass over the model's output: the base branch's, the
 other branches' differences from it, and the momentum.
 
-Differences are taken before anything is multiplied: products of cond and uncond would leave the norm of their
-difference to cancellation. A program adds its block up in a tree, the second kernel the blocks' results in float64 in a
-fixed order; blocks are of one length. Bytes per element, bfloat16, K = 2: 2*2 read; momentum 4 read, 4 written.
+Differences are taken before products: computed from products of cond and uncond, the norm of their difference would be
+lost to cancellation. A program adds up its block in a tree, the second kernel the blocks' results in float64 in a fixed
+order; all blocks have one length. Bytes per element, bfloat16, K = 2: 2*2 read; momentum 4 read, 4 written.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ._layout import locate, model_offsets
 
-# Twice those of the other passes: what a program adds up across threads costs as much as its elements.
+# Twice the other passes' block: adding up across threads costs a program as much as its elements.
 BLOCK = 2048
 
 
@@ -80,7 +80,7 @@ def _gram_sum_kernel(partial_ptr, out_ptr, blocks, NUMBERS: tl.constexpr, COLUMN
 
 
 def partial_shape(vectors, batch, size):
-    """The shape of the blocks' results: float32 [B, blocks, V, V + 1]."""
+    """The shape of the float32 blocks' results, [B, blocks, V, V + 1]."""
     return batch, -(-size // BLOCK), vectors, vectors + 1
 
 
@@ -119,9 +119,9 @@ def launch_gram(output, size, spatial, base, conditional, momentum, decay, parti
 
     Args:
         output: the model's output [K*B, C or 2C, ...], contiguous or channels-last.
-        size, spatial: elements of a sample's first C channels, and of one of them.
+        size, spatial: elements of a sample's first C channels, and of one channel.
         base: the branch that differences are measured from.
-        conditional: another, whose difference the momentum takes up.
+        conditional: the branch whose difference the momentum accumulates.
         momentum: float32 [B, C, ...], contiguous, rewritten: decay*h + difference for a number decay; None for none.
         partial: memory of `partial_shape`.
         out: the result.

@@ -41,15 +41,15 @@ STEP_STREAM = 1
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How a launch is cut: elements per program and warps."""
+    """Elements and warps per program."""
 
     block: int
     num_warps: int
 
 
 def launch_config(size: int, batch: int) -> LaunchConfig:
-    """Elements per program for `batch` samples of `size` elements."""
-    # Small states need programs more than they need long ones: 264 fill an H200 twice.
+    """The configuration for `batch` samples of `size` elements."""
+    # Small states need many programs more than long ones: 264 fill an H200 twice.
     for block, num_warps in ((2048, 4), (1024, 4)):
         if batch * size >= 264 * block:
             return LaunchConfig(block, num_warps)
@@ -58,14 +58,14 @@ def launch_config(size: int, batch: int) -> LaunchConfig:
 
 @triton.jit
 def add_saved(y, coefficients_ptr, history_ptr, stride, mask, HISTORY: tl.constexpr):
-    """y with the saved tensors, which are `stride` apart, multiplied by theirs of the row's coefficients."""
+    """y plus the saved tensors, which are `stride` apart, times their coefficients."""
     for j in tl.static_range(HISTORY):
         h = tl.load(history_ptr + j * stride, mask=mask, other=0.0)
         y = tl.fma(tl.load(coefficients_ptr + j) + tl.zeros_like(y), h, y)
     return y
 
 
-# A batch of 1 stays a value: specialised, it would be a constant that `.to` does not exist on, and code of its own.
+# A batch of 1 is not specialised: it would be a constant without `.to`, and compile separate code.
 @triton.jit(do_not_specialize=["batch", "blocks"])
 def _guided_step_kernel(
     x_ptr,
@@ -128,7 +128,7 @@ def _guided_step_kernel(
         p_x_rest = tl.load(row_ptr + P_X_REST)
         p_m_rest = tl.load(row_ptr + P_M_REST)
         a_0 = tl.load(row_ptr + A_0)
-    # Used late, but a load does not move up past a store or out of a branch.
+    # Used late, but the compiler moves no load up past a store or out of a branch.
     if HISTORY > 0:
         k_x = tl.load(row_ptr + K_X)
         k_0 = tl.load(row_ptr + K_0)
@@ -140,7 +140,7 @@ def _guided_step_kernel(
     channels = size // spatial
     if CHANNELS_LAST or INPUT_CHANNELS_LAST:
         channel = offs // spatial
-        # With % it is 120 instructions per element instead of 112 (sm_90, Triton 3.9).
+        # With % 120 instructions per element instead of 112 (sm_90, Triton 3.9).
         position = offs - channel * spatial
     if CHANNELS_LAST:
         output_offs = position * (output_stride // spatial) + channel
@@ -179,8 +179,8 @@ def _guided_step_kernel(
         g = tl.load(gradient_ptr + sample_offset + offs, mask=mask, other=0.0)
         x0 = tl.fma(tl.load(row_ptr + P_G) + zeros, g, x0)
 
-    # The update: what is smallest first, mostly, which takes a third off the rounding of methods with saved tensors;
-    # states last.
+    # The update: small terms first, mostly, which takes a third off the rounding of methods with saved tensors; states
+    # last.
     y = a_x_rest * x
     history_stride = batch.to(tl.int64) * size
     if not STATES:
@@ -216,7 +216,7 @@ def _guided_step_kernel(
         y = tl.fma(std, z, y)
 
     if SLOTS > 0:
-        # In L1 with c_in. Loaded above, it costs the registers that make sm_80 spill without learned variance.
+        # In L1 with c_in. Loaded above, its registers make sm_80 spill without learned variance.
         time = tl.load(row_ptr + WIDTH + T)
     if KEEP_X0:
         tl.store(x0_ptr + sample_offset + offs, x0, mask=mask)
@@ -229,7 +229,7 @@ def _guided_step_kernel(
             tl.store(history_ptr + slot * history_stride + sample_offset + offs, h, mask=mask)
     tl.store(x_ptr + sample_offset + offs, y, mask=mask)
 
-    # What the next row hands to the model.
+    # The next row's model input.
     if SLOTS > 0:
         model_x = (y * c_in).to(input_ptr.dtype.element_ty)
         if INPUT_CHANNELS_LAST:
@@ -242,8 +242,8 @@ def _guided_step_kernel(
             for k in tl.static_range(SLOTS):
                 tl.store(time_ptr + k * batch + sample, time.to(time_ptr.dtype.element_ty))
 
-    # The last program to finish advances the row. The barrier keeps a slow warp of this one from reading the row after
-    # that (Triton 3.9 puts one before the atomic by itself, 3.6 does not).
+    # The last program to finish advances the row. The barrier keeps this program's slow warps from reading the row
+    # afterwards (Triton 3.9 puts one before the atomic by itself, 3.6 does not).
     tl.debug_barrier()
     ticket = tl.atomic_add(counter_ptr + 1, 1, sem="acq_rel")
     if ticket == batch * blocks - 1:
@@ -258,7 +258,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         output: the model's output [K*B, C or 2C, ...], contiguous or channels-last.
         spec: a `StepSpec`.
         buffers: a `StepBuffers`.
-        config: a `LaunchConfig`; by default that of `launch_config`.
+        config: a `LaunchConfig`; by default `launch_config`'s.
     """
     x = buffers.x
     batch = x.shape[0]

@@ -1,4 +1,4 @@
-"""Standard normals per sample, the generator of the guided step on its own: the starting noise, and tests."""
+"""The guided step's generator on its own: standard normals per sample, for the starting noise and tests."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 from ._math import normal4
 
 
-# A row of 1 stays a value, as in the guided step.
+# A row of 1 is not specialised, as in the guided step.
 @triton.jit(do_not_specialize=["row", "blocks"])
 def _normal_kernel(out_ptr, seeds_ptr, row, size, blocks, STREAM: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)

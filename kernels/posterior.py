@@ -1,4 +1,4 @@
-"""Mean, variance and log variance of the posterior of one step; the variance fixed per sample, or interpolated by the
+"""Mean, variance and log variance of one step's posterior; the variance is fixed per sample, or interpolated by the
 model's variance channels."""
 
 import triton
@@ -25,7 +25,7 @@ def _exp(x):
     p = tl.fma(p, r, 0.1666652113199234)
     p = tl.fma(p, r, 0.4999999403953552)
     p = tl.fma(r * r, p, r) + 1.0
-    # 2**k in two factors, so that subnormal results are reached.
+    # 2**k in two factors, which reach subnormal results.
     n = k.to(tl.int32)
     half = n >> 1
     first = ((half + 127) << 23).to(tl.float32, bitcast=True)
@@ -54,11 +54,11 @@ def _posterior_kernel(
     BLOCK: tl.constexpr,
 ):
     sample, offs, mask = locate(size, blocks, BLOCK)
-    place = sample * size + offs
-    x0 = tl.load(x0_ptr + place, mask=mask).to(tl.float32)
-    x = tl.load(x_ptr + place, mask=mask).to(tl.float32)
+    elements = sample * size + offs
+    x0 = tl.load(x0_ptr + elements, mask=mask).to(tl.float32)
+    x = tl.load(x_ptr + elements, mask=mask).to(tl.float32)
     coef_x = tl.broadcast_to(tl.load(coef_x_ptr + sample), x.shape)
-    tl.store(mean_ptr + place, tl.fma(coef_x, x, tl.load(coef_x0_ptr + sample) * x0), mask=mask)
+    tl.store(mean_ptr + elements, tl.fma(coef_x, x, tl.load(coef_x0_ptr + sample) * x0), mask=mask)
 
     min_log = tl.load(min_log_ptr + sample)
     if LEARNED:
@@ -67,8 +67,8 @@ def _posterior_kernel(
         fraction = (v + 1.0) * 0.5
         max_log = tl.broadcast_to(tl.load(max_log_ptr + sample), v.shape)
         log_variance = tl.fma(fraction, max_log, (1.0 - fraction) * min_log)
-        tl.store(log_variance_ptr + place, log_variance, mask=mask)
-        tl.store(variance_ptr + place, _exp(log_variance), mask=mask)
+        tl.store(log_variance_ptr + elements, log_variance, mask=mask)
+        tl.store(variance_ptr + elements, _exp(log_variance), mask=mask)
     elif tl.program_id(0) % blocks == 0:
         tl.store(log_variance_ptr + sample, min_log)
         tl.store(variance_ptr + sample, _exp(min_log))
@@ -78,16 +78,11 @@ def launch_posterior(x0, x, coef_x0, coef_x, min_log, max_log, channels, mean, v
     """Write the float32 results.
 
     Args:
-        x0: [B, C, ...], contiguous.
-        x: likewise.
-        coef_x0: float32 [B].
-        coef_x: float32 [B].
-        min_log: float32 [B].
-        max_log: float32 [B].
+        x0, x: [B, C, ...], contiguous.
+        coef_x0, coef_x, min_log, max_log: float32 [B].
         channels: the model's variance channels [B, C, ...], contiguous or channels-last; None for min_log itself.
         mean: [B, C, ...].
-        variance: [B, C, ...], with channels None [B].
-        log_variance: likewise.
+        variance, log_variance: [B, C, ...], or [B, 1, ...] without channels.
     """
     size = x[0].numel()
     blocks = blocks_per_sample(size)

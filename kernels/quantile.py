@@ -1,8 +1,8 @@
 """A quantile of every sample's magnitudes, limited to a range: radix selection on their bits.
 
-Magnitudes order like the integers that their bits are. Each pass counts one digit of those that begin with the digits
-found so far, and the last program of a sample to finish reads the counts, finds the next digit and clears them. Counts
-are integers, so the order of arrival leaves no trace, and nothing waits for the host.
+Magnitudes are ordered like their bits read as integers. Each pass counts one digit of the magnitudes that begin with
+the digits found so far; a sample's last program to finish reads the counts, finds the next digit and clears them.
+Counts are integers: the order of arrival does not matter. Nothing waits for the host.
 """
 
 import triton
@@ -11,12 +11,14 @@ import triton.language as tl
 from ._layout import locate
 from .guided_step import launch_config
 
-# Lowest bit and width of each pass's digit, of the 31 bits of a magnitude. Wider digits would save a pass where Triton
-# counts with atomics in shared memory (3.9 on NVIDIA); elsewhere it counts with ballots, whose cost doubles with a bit.
+# Lowest bit and width of each pass's digit, of a magnitude's 31 bits. Wider digits would save a pass where Triton
+# counts with atomics in shared memory (3.9 on NVIDIA); elsewhere it counts with ballots, and each bit doubles their
+# cost.
 PASSES = ((23, 8), (15, 8), (7, 8), (0, 7))
 
 # A sample's selection, zeros at first: the digits found, the rank among the magnitudes that begin with them, and three
-# that every pass leaves at zero: an extreme (see `narrow`), the ticket by which the last program is known, the counts.
+# parts that every pass leaves at zero: an extreme (see `narrow`), the ticket that identifies the last program, the
+# counts.
 SELECTION = 4 + 256
 _RANK = tl.constexpr(1)
 _EXTREME = tl.constexpr(2)
@@ -35,8 +37,8 @@ def magnitude(x):
 
 @triton.jit
 def take(ptr, clear):
-    """What lies at `ptr`, which is set to 0; `clear` is a 0 of its shape and type. (An exchange, which Triton 3.6
-    cannot compile for AMD.)"""
+    """The values at `ptr`, which are set to 0; `clear` is a 0 of their shape and type. (Triton 3.6 cannot compile an
+    exchange for AMD.)"""
     return tl.atomic_and(ptr, clear, sem="relaxed")
 
 
@@ -55,23 +57,23 @@ def narrow(
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """One pass over a block of a sample's `size` magnitudes, of which `blocks` programs each do one.
+    """One pass over a block of a sample's `size` magnitudes; `blocks` programs do a block each.
 
-    The last pass stores the bound: the magnitude of this rank, counted from 0, and `weight` of the way to the next one
-    (`torch.lerp`), at least floor and at most ceiling; NaN if any magnitude is NaN.
+    The last pass stores the bound: the magnitude of this rank, counted from 0, plus `weight` times the distance to the
+    next one (`torch.lerp`), at least floor and at most ceiling; NaN if any magnitude is NaN.
     """
     FIRST: tl.constexpr = SHIFT + BITS == 31
     LAST: tl.constexpr = SHIFT == 0
     if FIRST:
         found = 0
         counted = mask
-        # The largest, which tells of NaN.
+        # The largest magnitude: beyond infinity's bits there is a NaN.
         extreme = tl.where(mask, magnitudes, 0)
     else:
         found = tl.load(selection_ptr)
         rank = tl.load(selection_ptr + _RANK)
         counted = mask & ((magnitudes >> (SHIFT + BITS)) == found)
-        # The nearest beyond the digits found, as its distance from the largest integer.
+        # The nearest magnitude beyond the digits found, as its distance from the largest integer.
         extreme = tl.where(mask & ((magnitudes >> BITS) > found), _LARGEST - magnitudes, 0)
     if FIRST or LAST:
         tl.atomic_max(selection_ptr + _EXTREME, tl.max(extreme, 0), sem="relaxed")
@@ -96,7 +98,7 @@ def narrow(
             above = tl.where(rank + 1 < tl.max(up_to, 0), above, beyond)
             low = found.to(tl.float32, bitcast=True)
             high = tl.where(weight > 0, above, found).to(tl.float32, bitcast=True)
-            # Rounded once, as torch does on GPUs and in a CPU's vectors.
+            # Rounded once, like torch's on GPUs and in a CPU's vectors.
             from_low = tl.fma(weight, high - low, low)
             from_high = tl.fma(weight - 1.0, high - low, high)
             bound = tl.where(weight < 0.5, from_low, from_high)
@@ -107,7 +109,7 @@ def narrow(
             tl.store(selection_ptr + _RANK, rank - tl.max(tl.where(up_to <= rank, up_to, 0), 0))
 
 
-# A rank of 1 stays a value, and so does a single block.
+# A rank of 1 and a single block are not specialised.
 @triton.jit(do_not_specialize=["blocks", "rank"])
 def _quantile_kernel(
     x_ptr,
@@ -133,7 +135,7 @@ def _quantile_kernel(
     )
 
 
-def launch_pass(index, x, selection, bound, place, config=None):
+def launch_pass(index, x, selection, bound, rank, config=None):
     """Pass `index` of `PASSES`; arguments as `launch_quantile`."""
     size = x[0].numel()
     config = config or launch_config(size, len(x))
@@ -146,7 +148,7 @@ def launch_pass(index, x, selection, bound, place, config=None):
         size,
         blocks,
         # The last three as float32 scalars: they are the same in every step of a run.
-        *place,
+        *rank,
         SELECTION=SELECTION,
         SHIFT=shift,
         BITS=bits,
@@ -156,16 +158,16 @@ def launch_pass(index, x, selection, bound, place, config=None):
     )
 
 
-def launch_quantile(x, selection, bound, place, config=None, first=0):
+def launch_quantile(x, selection, bound, rank, config=None, first=0):
     """Write float32 `bound` [B].
 
     Args:
         x: [B, ...], contiguous, at most 2**24 elements in a sample.
-        selection: int32 [B, SELECTION], zeros, or as an earlier quantile left it.
+        selection: int32 [B, SELECTION]: zeros, or left by an earlier quantile.
         bound: the bound.
-        place: (rank, weight, floor, ceiling) as in `narrow`, the same for every sample.
-        config: a `LaunchConfig`; by default that of `launch_config`.
-        first: the first pass to run; an earlier kernel ran those before.
+        rank: a `QuantileRank`, as in `narrow`, the same for every sample.
+        config: a `LaunchConfig`; by default `launch_config`'s.
+        first: the first pass to run, if an earlier kernel ran the passes before.
     """
     for index in range(first, len(PASSES)):
-        launch_pass(index, x, selection, bound, place, config)
+        launch_pass(index, x, selection, bound, rank, config)

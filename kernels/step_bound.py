@@ -1,10 +1,9 @@
-"""The bound that dynamic thresholding puts on x0 in a row of the table: a quantile of the magnitudes of the x0 that the
-guided step is about to predict.
+"""Dynamic thresholding's bound of x0 in a row of the table: a quantile of the magnitudes of the x0 that the guided step
+is about to predict.
 
-The first kernel predicts x0 with the guided step's own operations, keeps it, and makes the first pass of the selection
-on the way; the other passes read it back. Bytes per element with float32 state and a bfloat16 model, K = 2: x 4 +
-outputs 2*2 read, x0 4 written, 3*4 read = 24. Predicting it anew in every pass would move 32, and 48 from a float32
-model.
+The first kernel predicts x0 with the guided step's operations, keeps it, and makes the selection's first pass; the
+other passes read x0 back. Bytes per element with float32 state and a bfloat16 model, K = 2: x 4 + outputs 2*2 read, x0
+4 written, 3*4 read = 24. Predicting x0 again in every pass would move 32, and 48 from a float32 model.
 """
 
 import triton
@@ -68,14 +67,14 @@ def _step_bound_kernel(
     p_m = tl.load(row_ptr + P_M)
     x0 = predict_x0_closely(x, m, p_x, p_m, tl.load(row_ptr + P_X_REST), tl.load(row_ptr + P_M_REST))
     tl.store(x0_ptr + sample * size + offs, x0, mask=mask)
-    # No bound yet: that is the last pass's.
+    # Only the last pass stores a bound.
     narrow(
         magnitude(x0), mask, selection_ptr + sample * SELECTION, x0_ptr, size, blocks, rank, 0.0, 0.0, 0.0, SHIFT, BITS
     )
 
 
 def launch_first_pass(output, spec, buffers, selection, rank, config=None):
-    """Write `buffers.x0` and make the first pass; arguments as `launch_step_bound`."""
+    """Write `buffers.x0` and make the first pass, for an integer rank; other arguments as `launch_step_bound`."""
     x = buffers.x
     batch = x.shape[0]
     size = x[0].numel()
@@ -110,16 +109,12 @@ def launch_first_pass(output, spec, buffers, selection, rank, config=None):
     )
 
 
-def launch_step_bound(output, spec, buffers, selection, place, config=None):
-    """Write `buffers.bound`, and the unlimited x0 to `buffers.x0`; the row stays the same.
+def launch_step_bound(output, spec, buffers, selection, rank, config=None):
+    """Write `buffers.bound`, and the unlimited x0 to `buffers.x0`; the run stays at its row.
 
     Args:
-        output: the model's output, as in `launch_guided_step`.
-        spec: a `StepSpec`.
-        buffers: a `StepBuffers`.
-        selection: as in `launch_quantile`.
-        place: likewise.
-        config: likewise.
+        output, spec, buffers: as in `launch_guided_step`.
+        selection, rank, config: as in `launch_quantile`.
     """
-    launch_first_pass(output, spec, buffers, selection, place[0], config)
-    launch_quantile(buffers.x0, selection, buffers.bound, place, config, first=1)
+    launch_first_pass(output, spec, buffers, selection, rank[0], config)
+    launch_quantile(buffers.x0, selection, buffers.bound, rank, config, first=1)

@@ -46,11 +46,10 @@ def launch_x0(x, output, p_x, p_m, bound, rest, out):
 
     Args:
         x: [B, C, ...], contiguous.
-        output: likewise, contiguous or channels-last.
-        p_x: float32 [B].
-        p_m: float32 [B].
+        output: [B, C, ...], contiguous or channels-last.
+        p_x, p_m: float32 [B].
         bound: float32 [B], or None for no clip.
-        rest: float32 [B] twice, what rounding has taken from p_x and p_m, or None.
+        rest: float32 [B] twice, what rounding took from p_x and p_m, or None.
         out: x0.
     """
     size = x[0].numel()

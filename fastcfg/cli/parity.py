@@ -77,7 +77,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, and print or write the findings."""
+    """Run the checks and print or write the findings."""
     check_json(arguments.json)
     check_plot(arguments.plot)
     if arguments.model and arguments.quick:

@@ -1,8 +1,8 @@
-"""The public operations: validate, then dispatch to the kernels, to the reference, or to the reference compiled by
+"""The public operations: check, then dispatch to the kernels, to the reference, or to the reference compiled by
 Inductor. The only importer of `fastcfg.kernels`.
 
-Eager calls launch directly; under `torch.compile` they go through `torch.library`, whose boundary costs more host time
-than a small kernel runs. No operation carries gradients.
+Eager calls launch directly; under `torch.compile` they go through `torch.library`, which costs more host time than a
+small kernel runs. No operation carries gradients.
 """
 
 from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem

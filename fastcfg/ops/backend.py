@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from ..utils._torch_private import cpp_compiler_problem
+from ..utils.checks import check_one_of
 
 BACKENDS = ("auto", "triton", "inductor", "reference")
-# Of operations other than the step: Inductor compiles the whole step, and torch.compile does as well around a piece.
+# For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
 PIECE_BACKENDS = ("auto", "triton", "reference")
 
-# Looked for here, once: torch.compile cannot trace the look-up.
+# At import: torch.compile cannot trace the look-up.
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -31,23 +32,22 @@ def resolve_backend(
 
     Args:
         backend: "auto" takes Triton on a GPU for a float32 state and the reference elsewhere; a backend asked for by
-            name must work or raise. Inductor, which compiles for seconds, runs only where it is asked for.
-        device: where the state lives.
+            name must work or raise. Inductor, which compiles for seconds, runs only by name.
+        device: where the state is.
         dtype: the state's dtype.
-        backends: what may be asked for.
+        backends: the choices.
 
     Raises:
         ValueError: unknown backend, or one asked for where it cannot run.
     """
-    if backend not in backends:
-        raise ValueError(f"backend: got {backend!r}, expected one of {', '.join(backends)}")
+    check_one_of("backend", backend, backends)
     problem = triton_problem(torch.device(device), dtype)
     if backend == "triton" and problem:
         raise ValueError(f"backend: 'triton' cannot run here: {problem}")
     if backend == "inductor" and (reason := inductor_problem(torch.device(device))):
         raise ValueError(f"backend: 'inductor' cannot run here: {reason}")
     if backend == "auto":
-        # The interpreter is for tests; nobody means it by "auto".
+        # Triton's interpreter is for tests: never chosen by "auto".
         return "reference" if problem or torch.device(device).type == "cpu" else "triton"
     return backend
 
@@ -66,7 +66,7 @@ def triton_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> 
 
 
 def inductor_problem(device: torch.device) -> str:
-    """Why Inductor cannot compile for this device; empty if nothing that it needs is missing."""
+    """Why Inductor cannot compile for this device; empty if it can."""
     if device.type == "cpu":
         return _cpp_problem()
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Guidance run by somebody else's loop, which calls the models."""
+"""Run guidance one row at a time from your own loop, which calls the models."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ class _Row:
     """A row's part of the plan.
 
     Attributes:
-        branches: those evaluated, by name.
-        base: index among them of the one differences are measured from; None for the sum form.
-        share: of two branches, the weight of the one that is not the base, where it is one number for all samples.
-        weights: elsewhere, of several branches: float32 [B, K], or float64 [B, P] where they are planned only.
-        looks: whether they are.
+        branches: the branches evaluated, by name.
+        base: index among them of the one that differences are measured from; None for the sum form.
+        share: of two branches, the weight of the one that is not the base, if it is one number for all samples.
+        weights: of several branches otherwise: float32 [B, K], or with uses_outputs `GuidancePlan.planned`'s row.
+        uses_outputs: whether the weights are computed from the outputs.
     """
 
     branches: tuple[str, ...]
     base: int | None
     share: float | None
     weights: Tensor | None
-    looks: bool
+    uses_outputs: bool
 
 
 class Blender:
     """Blends the branches' outputs row by row, as a `Sampler` with the same guidance does. Two branches with one weight
-    for all samples take one kernel. Others are laid side by side first, and where the weights depend on the outputs,
-    that takes a pass more over them. Nothing is read back to the host.
+    for all samples take one kernel; otherwise the outputs are concatenated first, and weights that depend on the
+    outputs take one more pass over them. Nothing is read back to the host.
 
     Args:
-        guidance: any spec but one that ends by itself (`AdaptiveCFG`).
+        guidance: any spec but `AdaptiveCFG`, which ends by itself.
         num_steps: N, the length of the run.
-        like: one branch's output [B, C, ...], in float32, float16 or bfloat16: those of the run have its shape, dtype
+        like: one branch's output [B, C, ...], in float32, float16 or bfloat16; the run's outputs have its shape, dtype
             and device.
         backend: "auto", "triton" or "reference".
 
     Attributes:
-        momentum: float32 [B, C, ...], of guidance that has one; `begin` clears it.
+        momentum: float32 [B, C, ...], for guidance that has one; `begin` clears it.
 
     Raises:
-        ValueError: what the guidance refuses for such a run, guidance that ends by itself, or another dtype.
+        ValueError: guidance that ends by itself or cannot run so many steps or samples, or another dtype.
 
     Example:
         >>> from fastcfg import APG
@@ -92,7 +92,7 @@ class Blender:
         return _Row(names, base, None, torch.from_numpy(weights.copy()).to(device, torch.float32), False)
 
     def branches(self, row: int) -> tuple[str, ...]:
-        """The branches a row evaluates, by name, as `__call__` wants them."""
+        """The branches a row evaluates, by name: the keys of `__call__`'s outputs."""
         return self._rows[row].branches
 
     def begin(self) -> None:
@@ -102,17 +102,17 @@ class Blender:
 
     @torch.no_grad()
     def __call__(self, row: int, outputs: Mapping[str, Tensor]) -> Tensor:
-        """One row.
+        """Blend one row's outputs.
 
         Args:
             row: 0 to N - 1.
-            outputs: the models', each [B, C, ...], for the branches the row evaluates.
+            outputs: each [B, C, ...], of the row's branches by name.
 
         Returns:
-            [B, C, ...] in the outputs' dtype. The blend is in float32, rounded once.
+            [B, C, ...] in the outputs' dtype, computed in float32 and rounded once.
 
         Raises:
-            ValueError: other branches than those.
+            ValueError: other branches than the row's.
         """
         plan = self._rows[row]
         if set(outputs) != set(plan.branches):
@@ -123,19 +123,19 @@ class Blender:
         if plan.share is not None:
             return torch.lerp(parts[plan.base], parts[1 - plan.base], plan.share)  # type: ignore[index, operator]
         output = torch.cat(parts)
-        weights = self._weights(plan, output) if plan.looks else plan.weights
+        weights = self._weights(plan, output) if plan.uses_outputs else plan.weights
         blended = guidance_blend(
             output,
             weights,  # type: ignore[arg-type]
             base=plan.base,
-            scaled=plan.looks,
-            momentum=self.momentum if plan.looks else None,
+            scaled=plan.uses_outputs,
+            momentum=self.momentum if plan.uses_outputs else None,
             backend=self._backend,
         )
         return blended.to(output.dtype)
 
     def _weights(self, plan: _Row, output: Tensor) -> Tensor:
-        """[B, V]: the weights of a row that looks at its outputs."""
+        """[B, V]: the weights of a row that computes them from its outputs."""
         conditional = plan.branches.index(self.guidance.branches[self.guidance.conditional])
         base: int = plan.base  # type: ignore[assignment]
         products, sums = gram(

@@ -1,4 +1,4 @@
-"""Checks of arguments: ValueError naming argument, got and expected."""
+"""Checks of steps and tensors: ValueError naming argument, got and expected."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ..step import NOISE_SOURCES, StepBuffers, StepSpec
 from ..table import DEVICE_COLUMNS, MAX_HISTORY
+from ..utils.checks import check_count, check_one_of
 
 LOADED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether channels are innermost and everything else is in order: [B, ..., C] in memory, any number of
-    dimensions."""
+    """Whether a [B, C, ...] lies in memory as [B, ..., C], with any number of dimensions."""
     return tensor.ndim >= 3 and tensor.movedim(1, -1).is_contiguous()
 
 
@@ -25,7 +25,8 @@ def readable(output: Tensor) -> Tensor:
 
 
 def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """A non-empty [B, C, ...] in a dtype that kernels load, with the shape and device of `like`."""
+    """Raise unless a tensor is a non-empty [B, C, ...] in a dtype that kernels load, like `like` in shape and
+    device."""
     if tensor.ndim < 3 or not tensor.numel():
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [B, C, ...] with at least one element")
     if tensor.dtype not in LOADED_DTYPES:
@@ -37,9 +38,9 @@ def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
 
 
 def check_spec(spec: StepSpec) -> None:
+    """Raise unless a spec's attributes fit together."""
     k = spec.branches
-    if k < 1:
-        raise ValueError(f"spec.branches: got {k}, expected at least 1")
+    check_count("spec.branches", k)
     for name in ("base", "conditional", "unconditional"):
         index = getattr(spec, name)
         if index is not None and not 0 <= index < k:
@@ -53,16 +54,14 @@ def check_spec(spec: StepSpec) -> None:
     if spec.rescale and not spec.clip:
         raise ValueError("spec.rescale: got True without clip, expected both")
     if spec.takes_x0 and not spec.predict_x0:
-        raise ValueError(
-            "spec.predict_x0: got False, expected True: clip, gradient and keep_x0, or no raw_output, take x0"
-        )
-    if spec.noise_source not in NOISE_SOURCES:
-        raise ValueError(f"spec.noise_source: got {spec.noise_source!r}, expected one of {', '.join(NOISE_SOURCES)}")
+        raise ValueError("spec.predict_x0: got False, expected True: clip, gradient, keep_x0, or no raw_output take x0")
+    check_one_of("spec.noise_source", spec.noise_source, NOISE_SOURCES)
     if spec.learned_variance and spec.noise_source == "none":
         raise ValueError("spec.noise_source: got 'none' with learned_variance, expected 'tensor' or 'philox'")
 
 
 def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
+    """Raise unless a spec's step can run on these buffers."""
     x = buffers.x
     if x.ndim < 3 or not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, ...] with at least one element")
@@ -117,10 +116,10 @@ def _check_model_input(model_input: Tensor, time: Tensor | None, x: Tensor) -> N
 
 
 def check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
+    """Raise unless a tensor is the model's output for these buffers."""
     x = buffers.x
     batch, channels = x.shape[:2]
-    wide = (spec.branches * batch, 2 * channels, *x.shape[2:])
-    narrow = (spec.branches * batch, channels, *x.shape[2:])
+    narrow, wide = ((spec.branches * batch, c, *x.shape[2:]) for c in (channels, 2 * channels))
     allowed = (wide,) if spec.learned_variance else (narrow, wide)
     if tuple(output.shape) not in allowed:
         reason = " (the solver uses learned variances)" if spec.learned_variance else ""
@@ -137,6 +136,7 @@ def check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
 
 
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless a tensor is contiguous, of this shape, dtype and device."""
     if tensor is None:
         raise ValueError(f"{name}: got None, expected {dtype} {shape}")
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():

@@ -1,16 +1,18 @@
-"""The Gram matrix of a model's branches: what guidance that looks at the outputs computes its weights from."""
+"""The Gram matrix of a model's branches, from which guidance computes weights that depend on the outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import gram as reference
 from ..reference import rescale_factor
-from .backend import resolve_backend, through_dispatcher
+from .backend import resolve_backend
 from .checks import expect, readable
+from .registered import Operation
 
 
 @torch.no_grad()
@@ -30,25 +32,25 @@ def gram(
 
     An inner product <a, b> is off by less than 2**-19 Σ|a_i b_i|, a sum by less than 2**-19 Σ|a_i|: differences are
     rounded to float32 once, products once, and added in a tree. Norms are thus good to a millionth however close the
-    branches are. Squares beyond float32's range become infinite (outputs of 1e19) or 0 (of 1e-23). A sample's results
-    depend on nothing but the sample: not on the batch, and they are the same at every call.
+    branches are. Squares beyond float32's range become infinite (outputs of 1e19) or 0 (of 1e-23). Results do not
+    depend on the batch and are the same at every call.
 
     Args:
         output: the model's, [K*B, C or 2C, ...], float32, float16 or bfloat16 (float64 on the reference path).
-            Contiguous and channels-last are read as they are, anything else is copied first.
+            Contiguous and channels-last outputs are read as they are, others are copied first.
         branches: K, at least 2.
         base: index of the branch that differences are measured from.
         channels: C, the first channels of the output; all of them by default.
         momentum: float32 [B, C, ...], contiguous, rewritten in the same pass: h <- decay*h + (m_c - m_base).
         decay: finite.
         conditional: c, another branch than the base; needed with momentum.
-        backend: "auto", "triton", "inductor" (which finds them as the reference) or "reference", which adds in float64.
+        backend: "auto", "triton", "inductor" (which runs the reference here) or "reference", which adds in float64.
 
     Returns:
         float64 [B, V, V], symmetric, and float64 [B, V], with V = K, or K + 1 with momentum.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, indices of no branch, or a backend that cannot run.
+        ValueError: shapes, dtypes, devices or indices that do not fit, or a backend that cannot run.
 
     Example:
         >>> cond, uncond = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[3.0, 0.0]]])
@@ -77,13 +79,18 @@ def gram(
     conditional, output = conditional or 0, readable(output)
     arguments = (output, momentum, branches, base, channels, conditional, float(decay))
     if resolve_backend(backend, output.device, state) == "triton":
-        products = (_gram_op if through_dispatcher() else _gram)(*arguments)
+        products = _gram(*arguments)
     else:
         products = reference(output, branches, base, channels, conditional, momentum, decay)
     return products[..., :-1], products[..., -1]
 
 
-def _gram(
+def _gram_result(output: Tensor, momentum: Tensor | None, branches: int, *_: Any) -> Tensor:
+    vectors = branches + (momentum is not None)
+    return torch.empty((len(output) // branches, vectors, vectors + 1), dtype=torch.float64, device=output.device)
+
+
+def _launch_gram(
     output: Tensor,
     momentum: Tensor | None,
     branches: int,
@@ -91,27 +98,23 @@ def _gram(
     channels: int,
     conditional: int,
     decay: float,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     from ..kernels.gram import launch_gram, partial_shape
 
-    out = _gram_result(output, momentum, branches, base, channels, conditional, decay)
     spatial = output[0, 0].numel()
     shape = partial_shape(out.shape[1], len(out), channels * spatial)
     partial = torch.empty(shape, dtype=torch.float32, device=output.device)
-    with torch.cuda.device_of(output):
-        launch_gram(output, channels * spatial, spatial, base, conditional, momentum, decay, partial, out)
-    return out
+    launch_gram(output, channels * spatial, spatial, base, conditional, momentum, decay, partial, out)
 
 
-def _gram_result(
-    output: Tensor, momentum: Tensor | None, branches: int, base: int, channels: int, conditional: int, decay: float
-) -> Tensor:
-    vectors = branches + (momentum is not None)
-    return torch.empty((len(output) // branches, vectors, vectors + 1), dtype=torch.float64, device=output.device)
-
-
-_gram_op = torch.library.custom_op("fastcfg::gram", _gram, mutates_args=("momentum",))
-_gram_op.register_fake(_gram_result)
+_gram = Operation(
+    "gram(Tensor output, Tensor(a!)? momentum, int branches, int base, int channels, int conditional, float decay)"
+    " -> Tensor",
+    _gram_result,
+    _launch_gram,
+    mutates=("momentum",),
+)
 
 
 def mixed_weights(
@@ -125,8 +128,7 @@ def mixed_weights(
     rescale: float,
 ) -> Tensor:
     """float64 [B, V]: a row's weights, from the Gram matrix and sums of vectors of `count` elements and the row of
-    `GuidancePlan.planned`; base and conditional as `gram`, mix and
-    rescale as `GuidancePlan`."""
+    `GuidancePlan.planned`. Base and conditional are as in `gram`, mix and rescale as in `GuidancePlan`."""
     weights = planned if mix is None else mix(products, planned)
     if rescale:
         weights = weights * rescale_factor(products, sums, count, weights, base, conditional, rescale)

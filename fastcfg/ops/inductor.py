@@ -1,8 +1,8 @@
 """The reference step compiled by Inductor, torch.compile's code generator: the fused step where Triton cannot run.
 
-torch.compile itself would guard every call: around a step on a CPU that costs more than the step (DDIM at
-(1, 3, 64, 64): 180 µs a call with guards, 60 µs without). Here the step is traced once for a spec and a layout of its
-tensors, both of which are known, and what Inductor makes of it is called directly.
+torch.compile itself would guard every call, which on a CPU costs more than the step (DDIM at (1, 3, 64, 64): 180 µs a
+call with guards, 60 µs without). Here the step is traced once for a known spec and tensor layout, and Inductor's code
+is called directly.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ..reference.philox import STEP_STREAM, philox_normal
 from ..step import StepBuffers, StepSpec
 from ..utils._torch_private import fake_tensors, inductor_compile, inductor_fma
 
-# Graphs are the engine's to capture. Loops are shared among threads from the size that torch's own are: Inductor would
-# wake threads for 512 elements (at 2 threads on a busy machine, a step of 12288 took 23 ms rather than 0.2).
+# The engine captures graphs itself. Loops run in threads from torch's own minimal size on: Inductor's default wakes
+# threads for 512 elements (with 2 threads on a busy machine, a step of 12288 took 23 ms instead of 0.2).
 _OPTIONS = {"triton.cudagraphs": False, "cpp.min_chunk_size": 32768}
 
 # Name, dtype, shape, strides and device of a tensor.
@@ -30,11 +30,11 @@ _Layout = tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], torch.device
 
 
 class InductorStep:
-    """As `ReferenceStep`, which is what is compiled: on a CPU with the same bits.
+    """`ReferenceStep`, compiled: on a CPU with the same bits.
 
-    The first call with an output of a new layout compiles, for seconds; every step of the process with the same spec,
-    layouts and number of threads shares the result. Coefficients are read from the table by the device counter: nothing
-    that changes from row to row is compiled in.
+    The first call with an output of a new layout compiles, for seconds; all steps of the process with the same spec,
+    layouts and number of threads share the result. Coefficients are read from the table by the device counter: nothing
+    compiled in changes from row to row.
 
     Args:
         spec: which of the terms exist.
@@ -44,7 +44,7 @@ class InductorStep:
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
         self._drawn: Tensor | None = None
         if spec.noise_source == "philox":
-            # Drawn beforehand: Inductor needs ten times as long to compile the generator as the rest of the step.
+            # Drawn outside: compiling the generator takes Inductor ten times as long as the rest of the step.
             self._drawn = torch.empty_like(buffers.x)
             spec, buffers = replace(spec, noise_source="tensor"), replace(buffers, noise=self._drawn)
         self._spec, self._buffers = spec, buffers
@@ -61,11 +61,11 @@ class InductorStep:
             row = buffers.counter[0]
             philox_normal(buffers.seeds, buffers.x.shape[1:], row=row, stream=STEP_STREAM, out=self._drawn)  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
-            # The code around the step is being compiled: the step becomes part of it.
+            # The caller is being compiled: the step becomes part of it.
             ReferenceStep(self._spec, buffers)(output)
             return
         if buffers.model_input is not None and _same_storage(output, buffers.model_input):
-            # A model that returns its input; loops are ordered for tensors that do not overlap.
+            # The model returned its input; Inductor orders loops for tensors that do not overlap.
             output = output.clone()
         wanted = (output.dtype, output.shape, output.stride(), torch.get_num_threads())
         if wanted != self._compiled_for:
@@ -86,8 +86,8 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _compile(spec: StepSpec, layouts: tuple[_Layout, ...], threads: int) -> Callable[..., object]:
-    """The step as a function (output, *buffers) for tensors of these layouts. `threads` only tells compilations apart:
-    Inductor writes torch's number into its loops."""
+    """The step as a function (output, *buffers) for tensors of these layouts. Inductor writes torch's number of threads
+    into its loops, so `threads` is part of the key."""
     # Imported here: it takes a second that other backends need not spend.
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -97,7 +97,7 @@ def _compile(spec: StepSpec, layouts: tuple[_Layout, ...], threads: int) -> Call
         ReferenceStep(spec, StepBuffers(**dict(zip(names, tensors, strict=True))))(output)
 
     for device in {layout[-1] for layout in layouts}:
-        addcmul_rounds_once(device)  # tried before the tracing, in which nothing has a value
+        addcmul_rounds_once(device)  # tried now: traced tensors have no values
     with fake_tensors():
         examples: list[Any] = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device)

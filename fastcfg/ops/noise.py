@@ -1,4 +1,4 @@
-"""The noise a run starts from."""
+"""A run's starting noise."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
     Args:
         out: float32 [B, ...], contiguous.
         seeds: int64 [B] on the same device.
-        backend: "auto", "triton", "inductor" (which draws as the reference) or "reference".
+        backend: "auto", "triton", "inductor" (which draws by the reference) or "reference".
 
     Returns:
         `out`, standard normal; sample i depends on seeds[i] alone.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
     """
     if not out.ndim or not out.numel():
         raise ValueError(f"out: got shape {tuple(out.shape)}, expected [B, ...] with at least one element")

@@ -1,19 +1,21 @@
 """The pieces of the guided step as operations of their own, each one kernel.
 
-Tensors are float32, float16 or bfloat16 of any rank from 3; results are new, contiguous and float32. Model outputs are
-read contiguous or channels-last as they are, anything else is copied first.
+Tensors are float32, float16 or bfloat16 of any rank from 3; results are new, contiguous and float32. Contiguous and
+channels-last model outputs are read as they are, others are copied first. `backend` is "auto", "triton" or "reference".
+A call raises ValueError for shapes, dtypes, devices or indices that do not fit, and for a backend that cannot run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import pieces as reference
-from .backend import PIECE_BACKENDS, resolve_backend, through_dispatcher
+from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import check_image, expect, readable
+from .registered import Operation
 
 
 @torch.no_grad()
@@ -23,13 +25,9 @@ def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") 
     Args:
         output: [N, 2C, ...].
         channels: C.
-        backend: "auto", "triton" or "reference".
 
     Returns:
         The first and the last C channels, each [N, C, ...].
-
-    Raises:
-        ValueError: an output of another shape or dtype, or a backend that cannot run.
 
     Example:
         >>> mean, variance = split_model_output(torch.randn(4, 6, 8, 8), 3)
@@ -42,7 +40,7 @@ def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") 
     output = readable(output)
     if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
         return reference.split_model_output(output, channels)
-    return (_split_op if through_dispatcher() else _split)(output, channels)
+    return _split(output, channels)
 
 
 @torch.no_grad()
@@ -59,17 +57,13 @@ def guidance_blend(
 
     Args:
         output: [K*B, C, ...], the branches one after the other.
-        weights: float32 [B, K] ([B, K + 1] with momentum); with a base that is not scaled its column is not used.
+        weights: float32 [B, K], or [B, K + 1] with momentum; the column of a base that is not scaled is not used.
         base: index of the branch that the differences are measured from.
-        scaled: whether the base is weighted as well, w_b m_b + Σ w_k (m_k - m_b); needs a base.
+        scaled: whether the base is weighted too, w_b m_b + Σ w_k (m_k - m_b); needs a base.
         momentum: float32 [B, C, ...], contiguous, added with the last weight.
-        backend: "auto", "triton" or "reference".
 
     Returns:
         [B, C, ...].
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a base that is no branch, or a backend that cannot run.
 
     Example:
         >>> output = torch.randn(4, 3, 8, 8)                         # [cond; uncond]
@@ -93,8 +87,7 @@ def guidance_blend(
     output = readable(output)
     if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
         return reference.guidance_blend(output, weights, base=base, scaled=scaled, momentum=momentum)
-    run = _blend_op if through_dispatcher() else _blend
-    return run(output, weights, -1 if base is None else base, scaled, momentum)
+    return _blend(output, weights, -1 if base is None else base, scaled, momentum)
 
 
 @torch.no_grad()
@@ -113,18 +106,13 @@ def predict_x0(
     Args:
         x: [B, C, ...].
         output: the model's (blended) output m, [B, C, ...].
-        p_x: float32 [B].
-        p_m: float32 [B].
+        p_x, p_m: float32 [B].
         bound: float32 [B], positive; None for no limit.
-        rest: float32 [B] twice, what rounding to float32 has taken from p_x and p_m (as the columns p_x_rest and
-            p_m_rest of `StepTable.on`); None for nothing.
-        backend: "auto", "triton" or "reference".
+        rest: float32 [B] twice, what rounding to float32 took from p_x and p_m (the columns p_x_rest and p_m_rest of
+            `StepTable.on`); None for nothing.
 
     Returns:
         [B, C, ...].
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
 
     Example:
         >>> x, ε, ᾱ = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.5, 0.9])
@@ -145,7 +133,7 @@ def predict_x0(
     x, output = x.contiguous(), readable(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound, rest)
-    return (_x0_op if through_dispatcher() else _x0)(x, output, p_x, p_m, bound, *(rest or (None, None)))
+    return _x0(x, output, p_x, p_m, bound, *(rest or (None, None)))
 
 
 @torch.no_grad()
@@ -168,19 +156,13 @@ def posterior_mean_variance(
     Args:
         x0: the predicted x0, [B, C, ...].
         x: x_t, [B, C, ...].
-        coef_x0: float32 [B].
-        coef_x: float32 [B].
-        min_log: float32 [B].
-        max_log: float32 [B]; not used without variance channels.
+        coef_x0, coef_x, min_log, max_log: float32 [B]; max_log is not used without variance channels.
         variance: the variance channels v, [B, C, ...].
-        backend: "auto", "triton" or "reference". They may differ by 2 ulp in the exponential.
+        backend: they may differ by 2 ulp in the exponential.
 
     Returns:
         Mean, variance and log variance, each [B, C, ...]. Without variance channels the last two are one value per
         sample, expanded.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
 
     Example:
         >>> x0, x, v, one = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), torch.ones(2)
@@ -197,9 +179,8 @@ def posterior_mean_variance(
         check_image("variance", variance, like=x0)
         variance = readable(variance)
     x0, x = x0.contiguous(), x.contiguous()
-    run: Callable[..., tuple[Tensor, Tensor, Tensor]] = reference.posterior_mean_variance
-    if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "triton":
-        run = _posterior_op if through_dispatcher() else _posterior
+    on_triton = resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "triton"
+    run: Any = _posterior if on_triton else reference.posterior_mean_variance
     mean, sigma2, log_variance = run(x0, x, *coefficients.values(), variance)
     return mean, sigma2.expand_as(mean), log_variance.expand_as(mean)
 
@@ -208,7 +189,7 @@ def _like(tensor: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape or tensor.shape, dtype=torch.float32, device=tensor.device)
 
 
-# For every operation: its results' memory (all there is to see for fake tensors), the launch, and the registered name.
+# The kernels, imported at the first launch, and their results' memory.
 
 
 def _split_results(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
@@ -216,91 +197,51 @@ def _split_results(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     return _like(output, *shape), _like(output, *shape)
 
 
-def _split(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+def _launch_split(output: Tensor, channels: int, mean: Tensor, variance: Tensor) -> None:
     from ..kernels.split import launch_split
 
-    mean, variance = _split_results(output, channels)
-    with torch.cuda.device_of(output):
-        launch_split(output, mean, variance)
-    return mean, variance
+    launch_split(output, mean, variance)
 
 
-_split_op = torch.library.custom_op("fastcfg::split_model_output", _split, mutates_args=())
-_split_op.register_fake(_split_results)
-
-
-def _blend_result(output: Tensor, weights: Tensor, base: int, scaled: bool, momentum: Tensor | None) -> Tensor:
-    return _like(output, len(weights), *output.shape[1:])
-
-
-def _blend(output: Tensor, weights: Tensor, base: int, scaled: bool, momentum: Tensor | None) -> Tensor:
+def _launch_blend(*arguments: Any) -> None:
     from ..kernels.blend import launch_blend
 
-    out = _blend_result(output, weights, base, scaled, momentum)
-    with torch.cuda.device_of(output):
-        launch_blend(output, weights, base, scaled, momentum, out)
-    return out
+    launch_blend(*arguments)
 
 
-_blend_op = torch.library.custom_op("fastcfg::guidance_blend", _blend, mutates_args=())
-_blend_op.register_fake(_blend_result)
-
-
-def _x0_result(x: Tensor, *_: Tensor | None) -> Tensor:
-    return _like(x)
-
-
-def _x0(
-    x: Tensor,
-    output: Tensor,
-    p_x: Tensor,
-    p_m: Tensor,
-    bound: Tensor | None,
-    p_x_rest: Tensor | None,
-    p_m_rest: Tensor | None,
-) -> Tensor:
+def _launch_x0(*arguments: Any) -> None:
     from ..kernels.x0 import launch_x0
 
-    out = _like(x)
-    rest = None if p_x_rest is None or p_m_rest is None else (p_x_rest, p_m_rest)
-    with torch.cuda.device_of(x):
-        launch_x0(x, output, p_x, p_m, bound, rest, out)
-    return out
+    x, output, p_x, p_m, bound, p_x_rest, p_m_rest, out = arguments
+    launch_x0(x, output, p_x, p_m, bound, None if p_x_rest is None else (p_x_rest, p_m_rest), out)
 
 
-_x0_op = torch.library.custom_op("fastcfg::predict_x0", _x0, mutates_args=())
-_x0_op.register_fake(_x0_result)
-
-
-def _posterior_results(
-    x0: Tensor,
-    x: Tensor,
-    coef_x0: Tensor,
-    coef_x: Tensor,
-    min_log: Tensor,
-    max_log: Tensor,
-    variance: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (len(x), *[1] * (x.ndim - 1)) if variance is None else x.shape
+def _posterior_results(x0: Tensor, x: Tensor, *coefficients: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (len(x), *[1] * (x.ndim - 1)) if coefficients[-1] is None else x.shape
     return _like(x), _like(x, *shape), _like(x, *shape)
 
 
-def _posterior(
-    x0: Tensor,
-    x: Tensor,
-    coef_x0: Tensor,
-    coef_x: Tensor,
-    min_log: Tensor,
-    max_log: Tensor,
-    variance: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_posterior(*arguments: Any) -> None:
     from ..kernels.posterior import launch_posterior
 
-    results = _posterior_results(x0, x, coef_x0, coef_x, min_log, max_log, variance)
-    with torch.cuda.device_of(x):
-        launch_posterior(x0, x, coef_x0, coef_x, min_log, max_log, variance, *results)
-    return results
+    launch_posterior(*arguments)
 
 
-_posterior_op = torch.library.custom_op("fastcfg::posterior_mean_variance", _posterior, mutates_args=())
-_posterior_op.register_fake(_posterior_results)
+_split = Operation("split_model_output(Tensor output, int channels) -> (Tensor, Tensor)", _split_results, _launch_split)
+_blend = Operation(
+    "guidance_blend(Tensor output, Tensor weights, int base, bool scaled, Tensor? momentum) -> Tensor",
+    lambda output, weights, *_: _like(output, len(weights), *output.shape[1:]),
+    _launch_blend,
+)
+_x0 = Operation(
+    "predict_x0(Tensor x, Tensor output, Tensor p_x, Tensor p_m, Tensor? bound, Tensor? p_x_rest, Tensor? p_m_rest)"
+    " -> Tensor",
+    lambda x, *_: _like(x),
+    _launch_x0,
+)
+_posterior = Operation(
+    "posterior_mean_variance(Tensor x0, Tensor x, Tensor coef_x0, Tensor coef_x, Tensor min_log, Tensor max_log,"
+    " Tensor? variance) -> (Tensor, Tensor, Tensor)",
+    _posterior_results,
+    _launch_posterior,
+)

@@ -19,8 +19,8 @@ from .inductor import InductorStep
 class RowOperation:
     """An operation on a run's buffers, called with the model's output of a row.
 
-    Spec and buffers are checked once, by the subclass's constructor, which also sets `backend` and `_run`, what a call
-    does outside `torch.compile`. Nothing is read back to the host.
+    The subclass's constructor checks spec and buffers, once, and sets `backend` and `_run`, which a call outside
+    `torch.compile` runs. Nothing is read back to the host.
     """
 
     backend: str
@@ -70,7 +70,7 @@ class GuidedStep(RowOperation):
         backend: "auto", "triton", "inductor" or "reference".
 
     Raises:
-        ValueError: buffers whose shape, dtype, device or layout does not fit the spec, or a backend that cannot run.
+        ValueError: buffers that do not fit the spec in shape, dtype, device or layout, or a backend that cannot run.
 
     Example:
         >>> from fastcfg import CFG, Schedule, solvers

@@ -1,4 +1,4 @@
-"""A table run by somebody else's loop, which owns the samples."""
+"""Run a table one row at a time from your own loop."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ __all__ = ["Stepper"]
 
 
 class Stepper:
-    """Runs a table row by row. Every row reads a sample of the caller's and returns a new one: one fused step, which
-    on a GPU is one kernel, copies nothing from the host and reads nothing back.
+    """Runs a table row by row. Every call reads the caller's sample and returns a new one: one fused step, which on a
+    GPU is one kernel, without copies from the host or to it.
 
     Args:
         table: the table, for one branch (guidance is the caller's).
-        like: a sample [B, C, ...] in float32, float16 or bfloat16 (float64 on the reference path): the samples of the
-            run have its shape, dtype and device.
+        like: a sample [B, C, ...] in float32, float16 or bfloat16 (float64 on the reference path); the run's samples
+            have its shape, dtype and device.
         clip: of x0: None, a bound, or a `DynamicThreshold`.
         backend: "auto", "triton" or "reference".
-        keep_x0: whether x0 is wanted too.
+        keep_x0: whether to return x0 too.
 
     Raises:
         ValueError: a sample without elements or of another dtype, or a backend that cannot run.
@@ -55,7 +55,7 @@ class Stepper:
         state = torch.float64 if like.dtype == torch.float64 else torch.float32
         backend = resolve_backend(backend, like.device, state)
         threshold = clip if isinstance(clip, DynamicThreshold) else None
-        # Examples: every row has its own.
+        # Stands for the tensors that every call replaces (`GuidedStep.move`).
         example = torch.empty_like(like, memory_format=torch.contiguous_format)
 
         def zeros(*size: int) -> Tensor:
@@ -81,7 +81,7 @@ class Stepper:
             apart = replace(buffers, x=zeros(*like.shape), x0=zeros(*like.shape), source=None)
             self._predicting = QuantileBound(threshold, quiet, apart, backend)
         self._counter, self._history = buffers.counter, buffers.history
-        # Rows to begin with are on the device beforehand: a number from the host would be a copy.
+        # Every row's counter is on the device beforehand: a number from the host would be a copy.
         rows = torch.arange(len(table), dtype=torch.int32)
         self._starts = torch.stack([rows, torch.zeros_like(rows)], dim=1).to(like.device).unbind()
         self._next = 0
@@ -90,16 +90,16 @@ class Stepper:
     def __call__(
         self, row: int, output: Tensor, sample: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """One row.
+        """Run one row.
 
         Args:
-            row: of the table. Rows in order cost nothing; to another one the device is set first.
+            row: of the table. A row that does not follow the last one costs a copy on the device.
             output: the model's, [B, C, ...], or [B, 2C, ...] with variance channels.
             sample: [B, C, ...], not changed.
             noise: standard normals [B, C, ...], in the sample's dtype or float32; None for rows without noise.
 
         Returns:
-            The next sample, and x0 (limited by the clip) or None: the caller's own, in the sample's dtype.
+            The next sample, and x0 (limited by the clip) or None: new tensors, in the sample's dtype.
 
         Raises:
             ValueError: an output of another shape or device, or wider than the state.
@@ -107,7 +107,7 @@ class Stepper:
         if row != self._next:
             self._counter.copy_(self._starts[row])
         if row == 0 and self._history is not None:
-            # Rows multiply tensors they do not use by 0, and 0 times the infinity of an earlier run is not 0.
+            # Rows multiply saved tensors they do not use by 0, and 0 times an earlier run's infinity is NaN.
             self._history.zero_()
         sample = sample.contiguous()
         if self._predicting is not None:

@@ -9,8 +9,9 @@ from ..clip import DynamicThreshold, QuantileRank
 from ..reference import ReferenceBound
 from ..reference import pieces as reference
 from ..step import StepBuffers, StepSpec
-from .backend import PIECE_BACKENDS, interpreting, resolve_backend, through_dispatcher
+from .backend import PIECE_BACKENDS, interpreting, resolve_backend
 from .checks import check_buffers, check_image, check_spec
+from .registered import Operation
 from .step import RowOperation
 
 
@@ -25,8 +26,7 @@ class QuantileBound(RowOperation):
         backend: "auto", "triton", "inductor" (which runs the reference here) or "reference".
 
     Raises:
-        ValueError: buffers whose shape, dtype, device or layout does not fit the spec, samples of more than 2**24
-            elements, or a backend that cannot run.
+        ValueError: buffers that do not fit the spec, samples of more than 2**24 elements, or a backend that cannot run.
 
     Example:
         >>> from fastcfg import Schedule, solvers
@@ -105,7 +105,7 @@ def quantile_bound(
     rank, x0 = _checked(x0, quantile, floor, ceiling)
     if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
         return reference.quantile_bound(x0, rank)
-    return (_quantile_op if through_dispatcher() else _quantile)(x0, *rank)
+    return _quantile(x0, *rank)
 
 
 @torch.no_grad()
@@ -131,9 +131,7 @@ def dynamic_threshold(
     rank, x0 = _checked(x0, quantile, floor, ceiling)
     if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
         return reference.threshold(x0, reference.quantile_bound(x0, rank))
-    dispatched = through_dispatcher()
-    bound = (_quantile_op if dispatched else _quantile)(x0, *rank)
-    return (_threshold_op if dispatched else _threshold)(x0, bound)
+    return _threshold(x0, _quantile(x0, *rank))
 
 
 def _checked(x0: Tensor, quantile: float, floor: float, ceiling: float | None) -> tuple[QuantileRank, Tensor]:
@@ -147,38 +145,28 @@ def _empty_selection(x: Tensor) -> Tensor:
     return torch.zeros((len(x), SELECTION), dtype=torch.int32, device=x.device)
 
 
-def _quantile_result(x0: Tensor, rank: int, weight: float, floor: float, ceiling: float) -> Tensor:
-    return torch.empty(len(x0), dtype=torch.float32, device=x0.device)
-
-
-def _quantile(x0: Tensor, rank: int, weight: float, floor: float, ceiling: float) -> Tensor:
+def _launch_quantile(x0: Tensor, rank: int, weight: float, floor: float, ceiling: float, bound: Tensor) -> None:
     from ..kernels.quantile import launch_quantile
 
-    bound = _quantile_result(x0, rank, weight, floor, ceiling)
-    with torch.cuda.device_of(x0):
-        launch_quantile(x0, _empty_selection(x0), bound, (rank, weight, floor, ceiling))
-    return bound
+    launch_quantile(x0, _empty_selection(x0), bound, (rank, weight, floor, ceiling))
 
 
-_quantile_op = torch.library.custom_op("fastcfg::quantile_bound", _quantile, mutates_args=())
-_quantile_op.register_fake(_quantile_result)
-
-
-def _threshold_result(x0: Tensor, bound: Tensor) -> Tensor:
-    return torch.empty(x0.shape, dtype=torch.float32, device=x0.device)
-
-
-def _threshold(x0: Tensor, bound: Tensor) -> Tensor:
+def _launch_threshold(x0: Tensor, bound: Tensor, out: Tensor) -> None:
     from ..kernels.threshold import launch_threshold
 
-    out = _threshold_result(x0, bound)
-    with torch.cuda.device_of(x0):
-        launch_threshold(x0, bound, out)
-    return out
+    launch_threshold(x0, bound, out)
 
 
-_threshold_op = torch.library.custom_op("fastcfg::threshold", _threshold, mutates_args=())
-_threshold_op.register_fake(_threshold_result)
+_quantile = Operation(
+    "quantile_bound(Tensor x0, int rank, float weight, float floor, float ceiling) -> Tensor",
+    lambda x0, *_: torch.empty(len(x0), dtype=torch.float32, device=x0.device),
+    _launch_quantile,
+)
+_threshold = Operation(
+    "threshold(Tensor x0, Tensor bound) -> Tensor",
+    lambda x0, _: torch.empty(x0.shape, dtype=torch.float32, device=x0.device),
+    _launch_threshold,
+)
 
 
 @torch.library.custom_op("fastcfg::step_bound", mutates_args=("bound", "x0", "selection"))

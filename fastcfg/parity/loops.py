@@ -275,7 +275,7 @@ def table_loop(
 
     Args:
         problem: what is sampled, with a clip that is a number.
-        base: its sampler, for what that has resolved: table, guidance, clip, dtype, device, memory format.
+        base: its sampler, which has resolved table, guidance, clip, dtype, device and memory format.
         model: its model, or one in place of it.
         seed: of start and noise.
         rows: how many.

@@ -11,7 +11,7 @@ from torch import Tensor
 def fma(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
     """a*b + c with the one rounding of a fused multiply-add; the three broadcast together.
 
-    `torch.addcmul` is that wherever torch's kernels are built with fused multiply-add (AVX2, AVX-512, CUDA); elsewhere
+    `torch.addcmul` is fused where torch's kernels are built with fused multiply-add (AVX2, AVX-512, CUDA); elsewhere
     float32 goes through float64, in which the product is exact.
     """
     if torch.compiler.is_compiling() or c.dtype != torch.float32 or addcmul_rounds_once(c.device):
@@ -22,8 +22,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
 
 @cache
 def addcmul_rounds_once(device: torch.device) -> bool:
-    """Whether float32 `torch.addcmul` is fused on this device: tried on numbers for which two roundings would give
-    0."""
+    """Whether float32 `torch.addcmul` is fused on this device, tried on numbers for which two roundings give 0."""
     a = 1 + torch.arange(1, 65, dtype=torch.float32) * 2.0**-13
     product = a * a
     exact = (a.double() * a.double() - product.double()).float()

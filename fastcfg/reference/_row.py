@@ -1,4 +1,4 @@
-"""The row of the table that a run stands at, looked up on the device."""
+"""The run's current row of the table, looked up on the device."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from ..table import DEVICE_COLUMNS
 
 
 class RowReader:
-    """The counter's row, the one after it, and the row's weights, in memory of their own.
+    """The counter's row, the next one, and the row's weights, in memory of their own.
 
     Args:
         buffers: the run's tensors.
-        weighted: whether the row's weights are wanted.
+        weighted: whether to read the row's weights.
 
     Attributes:
         count: int32 scalar, the counter itself.
         index: int32 [2]: the row and the next one.
-        row: a scalar tensor for every column.
-        next: the same of the next row.
+        row, next: of either row, a scalar tensor for every column.
         weights: [B, K], or None.
     """
 
     def __init__(self, buffers: StepBuffers, weighted: bool) -> None:
         self._buffers = buffers
-        # Views of memory that stays are made once: at small sizes a dispatch is what costs.
+        # Views are made once: at small sizes dispatches cost most.
         self.count = buffers.counter[0]
         self._offsets = torch.arange(2, dtype=torch.int32, device=buffers.x.device)
         self.index = torch.empty_like(self._offsets)

@@ -1,8 +1,8 @@
 """The originals' training losses and variational bound (guided-diffusion's `training_losses` and `calc_bpd_loop`),
 operation for operation.
 
-Throughout, x is [B, C, ...] and t int64 [B], indices into the (re-spaced) process; losses are [B], in bits per
-dimension where they belong to the bound. Functions take model outputs, not models.
+Throughout, x is [B, C, ...] and t int64 [B], indices into the (re-spaced) process; losses are [B], the bound's in bits
+per dimension. Functions take model outputs, not models.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..schedule import Schedule
+from ..utils.checks import check_one_of
 from .originals import p_mean_variance, predict_eps_from_xstart, q_mean_variance, q_posterior_mean_variance, q_sample
 
 __all__ = ["bits_per_dimension", "prior_bpd", "training_losses", "vb_terms"]
@@ -26,7 +27,7 @@ def vb_terms(schedule: Schedule, p: dict[str, Tensor], x_start: Tensor, x_t: Ten
 
     Args:
         schedule: the process.
-        p: what `p_mean_variance` gave at x_t.
+        p: the result of `p_mean_variance` at x_t.
         x_start: x0 in [-1, 1].
         x_t: x0 diffused to t.
         t: the timesteps.
@@ -59,22 +60,20 @@ def training_losses(
         schedule: the process.
         model_output: [B, 2C, ...] for the learned variances, else [B, C, ...].
         x_start: x0 in [-1, 1].
-        x_t: what the model was given.
+        x_t: the model's input.
         t: the timesteps.
-        noise: what x_t was made with.
-        prediction: as in `p_mean_variance`.
-        variance: likewise.
-        loss: "mse" or "rescaled_mse" (with learned variances plus the bound, into which the mean enters detached; the
-            latter scales the bound by T / 1000), "kl" or "rescaled_kl" (the bound, the latter times T).
+        noise: the noise in x_t.
+        prediction, variance: as in `p_mean_variance`.
+        loss: "mse" or "rescaled_mse" (plus the bound with learned variances, which takes the mean detached;
+            "rescaled_mse" scales the bound by T / 1000), "kl" or "rescaled_kl" (the bound, or T times the bound).
 
     Returns:
-        "loss" [B], and where it has such parts "mse" and "vb".
+        "loss" [B], and its parts "mse" and "vb" if it has them.
 
     Raises:
         ValueError: unknown loss, or what `p_mean_variance` raises.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss: got {loss!r}, expected one of {', '.join(LOSSES)}")
+    check_one_of("loss", loss, LOSSES)
 
     def bound(output: Tensor) -> Tensor:
         p = p_mean_variance(schedule, output, x_t, t, prediction=prediction, variance=variance, clip_denoised=False)
@@ -120,7 +119,7 @@ def bits_per_dimension(
 
     Args:
         schedule: the process.
-        predict: (x_t, t) -> what `p_mean_variance` gives.
+        predict: (x_t, t) -> the result of `p_mean_variance`.
         x_start: x0 in [-1, 1]. Noise is drawn like it, from torch's generator.
 
     Returns:
@@ -157,7 +156,7 @@ def _approx_standard_normal_cdf(x: Tensor) -> Tensor:
 
 
 def _discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log probability in nats of the 8-bit value that x is; the outermost ones reach to infinity."""
+    """Log probability in nats of the 8-bit value x; the outermost values reach to infinity."""
     centered, inverse = x - means, torch.exp(-log_scales)
     above = _approx_standard_normal_cdf(inverse * (centered + 1.0 / 255.0))
     below = _approx_standard_normal_cdf(inverse * (centered - 1.0 / 255.0))

@@ -1,5 +1,5 @@
-"""The Gram matrix of the branches in torch, float64 over the differences that the kernel forms in float32; and the
-factor of rescaled guidance, which follows from it."""
+"""The branches' Gram matrix in torch, in float64 over the differences that the kernel forms in float32, and the factor
+of rescaled guidance that follows from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ._fma import fma
 
-# Variances below this share of the mean square are rounding errors of the Gram matrix.
+# Variances below this share of the mean square are the Gram matrix's rounding.
 _NO_VARIANCE = 1e-6
 
 
@@ -22,7 +22,7 @@ def gram(
         branches: K.
         base: the branch that differences are measured from.
         channels: C.
-        conditional: another, whose difference the momentum takes up.
+        conditional: the branch whose difference the momentum accumulates.
         momentum: [B, C, ...], rewritten: decay*h + difference; None for none.
         decay: a number.
 
@@ -36,7 +36,7 @@ def gram(
         fma(momentum.new_full((), decay), momentum, vectors[conditional], out=momentum)
         vectors.append(momentum)
     stacked = torch.stack([vector.flatten(1).double() for vector in vectors], dim=1)
-    # Rows of sums over the last dimension alone: torch adds them in the same order whatever the batch.
+    # Sums over the last dimension alone: torch adds them in the same order whatever the batch.
     rows = [(stacked * stacked[:, i : i + 1]).sum(-1) for i in range(len(vectors))]
     return torch.stack([*rows, stacked.sum(-1)], dim=2)
 
@@ -51,7 +51,7 @@ def rescale_factor(
     sums = sums / count
     second = gram / count
     covariance = second - sums[:, :, None] * sums[:, None, :]
-    # Not by matrix products, whose order of additions may depend on the batch.
+    # No matrix products: their order of additions may depend on the batch.
     pairs = weights[:, :, None] * weights[:, None, :]
     variance, square = (covariance * pairs).sum((1, 2)), (second * pairs).sum((1, 2))
     wanted = covariance[:, base, base]

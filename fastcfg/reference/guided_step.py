@@ -1,5 +1,4 @@
-"""The whole step on a run's buffers in torch: what the fused kernel does, row look-up, next model input and counter
-included."""
+"""The whole fused step on a run's buffers in torch, with row look-up, next model input and counter."""
 
 from __future__ import annotations
 
@@ -13,18 +12,18 @@ from .table_step import Scratch, table_step
 
 
 class ReferenceStep:
-    """A step bound to its buffers. Calling it with the model's output advances them by one row, in place.
+    """A step bound to its buffers: calling it with the model's output advances the run by one row, in place.
 
-    Nothing is read back to the host, so it can be captured in a CUDA graph like the kernel.
+    Nothing is read back to the host: like the kernel it can be captured in a CUDA graph.
 
     Args:
-        spec: which of the terms exist.
+        spec: which terms exist.
         buffers: the run's tensors.
     """
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
         self.spec, self.buffers = spec, buffers
-        # What is read from elsewhere is computed here, and rounded once to what is written.
+        # With a source the state is computed here, and rounded once to the buffers written.
         self._apart = buffers.source is not None
         self._x = x = torch.empty_like(buffers.x, dtype=buffers.table.dtype) if self._apart else buffers.x
         self._scratch = Scratch(
@@ -37,7 +36,7 @@ class ReferenceStep:
             y=x,
         )
         self._reader = RowReader(buffers, weighted=spec.branches > 1)
-        # Views of memory that stays are made once: at small sizes a dispatch is what costs.
+        # Views are made once: at small sizes dispatches cost most.
         self._slot = torch.empty(1, dtype=torch.int64, device=x.device)
         self._history = buffers.history[:-1].unbind() if spec.history else ()  # type: ignore[index]
         if buffers.model_input is not None:

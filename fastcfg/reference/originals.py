@@ -1,8 +1,8 @@
 """The originals' own formulas: one step of guided-diffusion's and GLIDE's `GaussianDiffusion`, operation for operation.
 
-Every table is float64 and its entries are rounded to float32 when looked up, whatever the dtype of x; what is derived
-from them is float32 arithmetic in the originals' order. On a CPU the results therefore equal theirs bit for bit, dtypes
-included: float16 and bfloat16 become float32 as soon as they meet a table, float64 stays.
+Every table is float64; its entries are rounded to float32 when looked up, whatever the dtype of x, and the arithmetic
+is float32 in the originals' order. On a CPU the results therefore equal the originals' bit for bit, dtypes included:
+float16 and bfloat16 become float32 as soon as they meet a table, float64 stays.
 
 The functions take a model's output and a classifier's gradient, not the model and the classifier, and the noise as a
 tensor. The originals' steps are
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..schedule import Schedule
+from ..utils.checks import check_one_of
 
 __all__ = [
     "condition_mean",
@@ -66,12 +67,8 @@ def q_posterior_mean_variance(
     schedule: Schedule, x_start: Tensor, x_t: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0), each shaped like x_t."""
-    variance = _look_up(schedule, "posterior_variance", t, x_t)
-    return (
-        _posterior_mean(schedule, x_start, x_t, t),
-        variance,
-        _look_up(schedule, "posterior_log_variance_clipped", t, x_t),
-    )
+    mean, variance = _posterior_mean(schedule, x_start, x_t, t), _look_up(schedule, "posterior_variance", t, x_t)
+    return mean, variance, _look_up(schedule, "posterior_log_variance_clipped", t, x_t)
 
 
 def predict_xstart_from_eps(schedule: Schedule, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -110,14 +107,14 @@ def p_mean_variance(
         model_output: [B, 2C, ...] for the learned variances, else [B, C, ...]; any floating dtype.
         x: x_t.
         t: the timesteps.
-        prediction: what the (first C channels of the) output is: "epsilon", "x0" or "previous_x".
+        prediction: of the output's first C channels: "epsilon", "x0" or "previous_x".
         variance: "fixed_small", "fixed_large", "learned" or "learned_range", as in `fastcfg.solvers.ddpm`.
         clip_denoised: clamp x0 to [-1, 1].
         denoised_fn: applied to x0 before the clamp.
 
     Returns:
         mean, variance, log_variance and pred_xstart, each shaped like x. With "previous_x" the mean is the output
-        itself, which neither denoised_fn nor the clamp reaches.
+        itself, without denoised_fn and clamp.
 
     Raises:
         ValueError: unknown prediction or variance, or an output of another shape.
@@ -128,10 +125,8 @@ def p_mean_variance(
         >>> sorted(p)
         ['log_variance', 'mean', 'pred_xstart', 'variance']
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: got {prediction!r}, expected one of {', '.join(PREDICTIONS)}")
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: got {variance!r}, expected one of {', '.join(VARIANCES)}")
+    check_one_of("prediction", prediction, PREDICTIONS)
+    check_one_of("variance", variance, VARIANCES)
     channels = x.shape[1]
     shape = (len(x), 2 * channels if variance.startswith("learned") else channels, *x.shape[2:])
     if model_output.shape != shape:
@@ -198,12 +193,13 @@ def ddim_reverse_sample(schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: 
 
 def _variance(schedule: Schedule, variance: str, values: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Log variance and variance; `values` are the model's variance channels, if it has any."""
-    if variance == "fixed_small":
-        return _look_up(schedule, "posterior_log_variance_clipped", t, x), _look_up(
-            schedule, "posterior_variance", t, x
-        )
-    if variance == "fixed_large":
-        return _look_up(schedule, "log_fixed_large_variance", t, x), _look_up(schedule, "fixed_large_variance", t, x)
+    fixed = {
+        "fixed_small": ("posterior_log_variance_clipped", "posterior_variance"),
+        "fixed_large": ("log_fixed_large_variance", "fixed_large_variance"),
+    }
+    if variance in fixed:
+        log_name, name = fixed[variance]
+        return _look_up(schedule, log_name, t, x), _look_up(schedule, name, t, x)
     if variance == "learned":
         return values, torch.exp(values)
     low = _look_up(schedule, "posterior_log_variance_clipped", t, x)
@@ -225,7 +221,7 @@ def _look_up(schedule: Schedule, name: str, t: Tensor, like: Tensor) -> Tensor:
     return entries.view(-1, *[1] * (like.ndim - 1)).expand(like.shape)
 
 
-# By schedule, the tables that were looked at and the devices they are on: each is copied there once.
+# By schedule, the tables used, by name and device: each is copied once.
 _tables: WeakKeyDictionary[Schedule, dict[tuple[str, torch.device], Tensor]] = WeakKeyDictionary()
 
 _DERIVED: dict[str, Callable[[Schedule], NDArray[np.float64]]] = {
@@ -238,7 +234,7 @@ _DERIVED: dict[str, Callable[[Schedule], NDArray[np.float64]]] = {
 
 
 def _table(schedule: Schedule, name: str, device: torch.device) -> Tensor:
-    """float32 [T] on a device: an attribute of the schedule, or what is derived from them."""
+    """float32 [T] on a device: an attribute of the schedule, or one derived from these."""
     tables = _tables.setdefault(schedule, {})
     if (name, device) not in tables:
         values = _DERIVED[name](schedule) if name in _DERIVED else getattr(schedule, name)

@@ -2,17 +2,18 @@
 
 Philox4x32-10 (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405) with key = the sample's 64-bit seed and
 counter = (element // 4, row, stream, 0); its four outputs give the normals of four neighbouring elements by the
-Box-Muller transform. Sample i therefore depends on its seed alone: not on the batch, its place in it, the block size or
-the device. Every floating-point operation is specified down to the rounding, so that this file and the kernels agree
-bit for bit.
+Box-Muller transform. Sample i therefore depends on its seed alone, not on the batch, the block size or the device.
+Every floating-point operation is specified down to the rounding: this file and the kernels agree bit for bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+
+from ..utils.checks import as_integer
 
 __all__ = ["INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "sample_seeds"]
 
@@ -39,23 +40,27 @@ def sample_seeds(seed: int | Sequence[int], batch: int) -> torch.Tensor:
     """
     if isinstance(seed, torch.Tensor):
         seed = seed.tolist()
-    seeds = [seed + i for i in range(batch)] if isinstance(seed, int) else list(seed)
-    if not all(isinstance(s, int) for s in seeds):
+    first = as_integer(seed)
+    if first is not None:
+        seed = range(first, first + batch)
+    seeds = [as_integer(one) for one in seed] if isinstance(seed, Iterable) else [None]
+    known = [one for one in seeds if one is not None]
+    if len(known) != len(seeds):
         raise TypeError(f"seed: got {seed!r}, expected an integer or a sequence of integers")
-    if len(seeds) != batch:
-        raise ValueError(f"seed: got {len(seeds)} seeds, expected one per sample ({batch})")
-    return torch.tensor([(s + 2**63) % 2**64 - 2**63 for s in seeds], dtype=torch.int64)
+    if len(known) != batch:
+        raise ValueError(f"seed: got {len(known)} seeds, expected one per sample ({batch})")
+    return torch.tensor([(one + 2**63) % 2**64 - 2**63 for one in known], dtype=torch.int64)
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: four int64 tensors holding 32-bit words.
-        key: two likewise; all six broadcast together.
+        counter: four int64 tensors of 32-bit words.
+        key: two more; all six broadcast together.
 
     Returns:
-        Four int64 tensors holding 32-bit words.
+        Four int64 tensors of 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -81,7 +86,7 @@ def philox_normal(
         seeds: int64 [B], one per sample, on the device to draw on.
         shape: the shape of one sample.
         row: the row of the run (an int64 scalar tensor works without a sync).
-        stream: `INITIAL_STREAM` for the starting noise, `STEP_STREAM` for that of the steps.
+        stream: `INITIAL_STREAM` for the starting noise, `STEP_STREAM` for the steps'.
         out: float32 [B, *shape] to write to.
 
     Returns:
@@ -103,16 +108,16 @@ def philox_normal(
 
 def _box_muller(radius_word: torch.Tensor, angle_word: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two float32 normals from two 32-bit words."""
-    # u in [2**-33, 1] as 2**e * (1 + t) with 1 + t around 1, so that -2 log u keeps its relative accuracy near u = 1.
+    # u in [2**-33, 1] is 2**e * (1 + t) with 1 + t around 1: -2 log u keeps its relative accuracy near u = 1.
     u = _fma(radius_word.float(), 2.0**-32, 2.0**-33)
     bits = u.view(torch.int32)
     exponent = bits - 0x3F3504F3 >> 23
     t = (bits - (exponent << 23)).view(torch.float32) - 1.0
     square = _fma(exponent.float(), _F32_MINUS_2_LN_2, t * _horner(t, LOG_COEFFICIENTS))
-    # Through float64: torch's float32 sqrt on a CPU is not always the nearest.
+    # In float64: torch's float32 sqrt on a CPU is not always the nearest.
     radius = torch.sqrt(square.double()).float()
-    # The angle is uniform on the circle: a in [-π/4, π/4), the word's lowest bit mirrors it at the diagonal, the next
-    # one at the origin.
+    # The angle is uniform on the circle: a in [-π/4, π/4); the word's lowest bit mirrors it at the diagonal, the next
+    # bit at the origin.
     signed = torch.where(angle_word >= 2**31, angle_word - 2**32, angle_word)
     a = signed.float() * _F32_QUARTER_PI_OVER_2_31
     a2 = a * a
@@ -130,8 +135,7 @@ def _horner(x: torch.Tensor, coefficients: Sequence[float]) -> torch.Tensor:
 
 
 def _fma(a: torch.Tensor, b: torch.Tensor | float, c: torch.Tensor | float) -> torch.Tensor:
-    """a*b + c rounded to float32 (the product is exact in float64, and a second rounding at its 53 bits is not seen at
-    24)."""
+    """a*b + c rounded to float32: the product is exact in float64, and rounding the sum there first does not matter."""
     return (a.double() * b + c).float()
 
 

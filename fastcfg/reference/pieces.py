@@ -1,9 +1,9 @@
-"""The pieces of the step in torch, each with the roundings of its kernel.
-
-float16 and bfloat16 are computed in float32, float64 in itself; every result is contiguous.
-"""
+"""The pieces of the step in torch, each with the roundings of its kernel: float16 and bfloat16 are computed in float32,
+float64 in itself; every result is contiguous."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..clip import QuantileRank
 from . import quantile
 from ._fma import fma
-from .table_step import blend, predict
+from .table_step import blend, per_sample, predict
 
 __all__ = [
     "guidance_blend",
@@ -27,10 +27,8 @@ def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """[N, 2C, ...] to its first and its last C channels."""
     dtype = torch.promote_types(output.dtype, torch.float32)
     mean, variance = output.split(channels, dim=1)
-    return (
-        mean.to(dtype, copy=True, memory_format=torch.contiguous_format),
-        variance.to(dtype, copy=True, memory_format=torch.contiguous_format),
-    )
+    dense: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    return mean.to(dtype, **dense), variance.to(dtype, **dense)
 
 
 def guidance_blend(
@@ -54,16 +52,16 @@ def predict_x0(
     bound: Tensor | None = None,
     rest: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """p_x*x + p_m*output, limited to ±bound; NaN stays NaN. The rest is what rounding has taken from p_x and p_m."""
+    """p_x*x + p_m*output, limited to ±bound; NaN stays NaN. The rest is what rounding took from p_x and p_m."""
     x, output = _computed(x), _computed(output)
     if rest is None:
-        x0 = fma(_per_sample(p_x, x), x, output * _per_sample(p_m, x))
+        x0 = fma(per_sample(p_x, x), x, output * per_sample(p_m, x))
     else:
         names = ("p_x", "p_m", "p_x_rest", "p_m_rest")
-        x0 = predict({k: _per_sample(v, x) for k, v in zip(names, (p_x, p_m, *rest), strict=True)}, x, output)
+        x0 = predict({k: per_sample(v, x) for k, v in zip(names, (p_x, p_m, *rest), strict=True)}, x, output)
     if bound is None:
         return x0
-    limit = _per_sample(bound, x)
+    limit = per_sample(bound, x)
     return torch.clamp(x0, -limit, limit)
 
 
@@ -76,15 +74,15 @@ def posterior_mean_variance(
     max_log: Tensor,
     variance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """coef_x0*x0 + coef_x*x with the variance that the channels interpolate, f*max_log + (1-f)*min_log for f = (v+1)/2,
-    or [B, 1, ...] of min_log without them: mean, variance, log variance."""
+    """Mean coef_x0*x0 + coef_x*x, variance and log variance: f*max_log + (1-f)*min_log with f = (v+1)/2 for variance
+    channels v, or min_log [B, 1, ...] without them."""
     x0, x = _computed(x0), _computed(x)
-    mean = fma(_per_sample(coef_x, x), x, x0 * _per_sample(coef_x0, x))
-    log_variance = _per_sample(min_log, x)
+    mean = fma(per_sample(coef_x, x), x, x0 * per_sample(coef_x0, x))
+    log_variance = per_sample(min_log, x)
     if variance is None:
         return mean, torch.exp(log_variance), log_variance.clone()
     fraction = (_computed(variance) + 1) * 0.5
-    log_variance = fma(fraction, _per_sample(max_log, x), (1 - fraction) * log_variance)
+    log_variance = fma(fraction, per_sample(max_log, x), (1 - fraction) * log_variance)
     return mean, torch.exp(log_variance), log_variance
 
 
@@ -95,13 +93,9 @@ def quantile_bound(x0: Tensor, rank: QuantileRank) -> Tensor:
 
 def threshold(x0: Tensor, bound: Tensor) -> Tensor:
     """x0 limited to ±bound and divided by it; NaN stays NaN."""
-    x0, limit = _computed(x0), _per_sample(bound, x0)
+    x0, limit = _computed(x0), per_sample(bound, x0)
     return torch.clamp(x0, -limit, limit).div_(limit)
 
 
 def _computed(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
-
-
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))

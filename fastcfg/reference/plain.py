@@ -14,6 +14,7 @@ from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import DEVICE_COLUMNS, StepTable
 from . import originals
+from .table_step import per_sample
 
 __all__ = ["PlainTable", "blended", "original_row", "plain_row"]
 
@@ -70,7 +71,7 @@ def plain_row(
     if spec.clip:
         if isinstance(bound, DynamicThreshold):
             bound = x0.abs().flatten(1).quantile(bound.quantile, dim=1).clamp(bound.floor, bound.ceiling)
-        made["bound"] = limit = bound.view(-1, *[1] * (x.ndim - 1))  # type: ignore[union-attr]
+        made["bound"] = limit = per_sample(bound, x)  # type: ignore[arg-type]
         x0 = torch.minimum(torch.maximum(x0, -limit), limit)
         x0 = x0 / limit if spec.rescale else x0
     if spec.gradient:

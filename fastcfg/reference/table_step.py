@@ -1,5 +1,5 @@
-"""One row of a table applied to a state: the four lines of `fastcfg.table`, in torch, in the order and with the
-roundings of the kernels."""
+"""One row of a table applied to a state: the equations of `fastcfg.table` in torch, with the kernels' order of
+operations and roundings."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from ._fma import fma
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory for the results, each tensor like x unless said otherwise; None allocates. `y` may be x itself, so that a
-    loop works in place.
+    """Memory for the results, each tensor like x unless said otherwise; None allocates.
 
     Attributes:
         m: the blended output, later the standard deviation.
-        difference: a branch's distance from the base, where the base is weighted or more than two branches are blended
-            in delta form.
+        difference: a branch minus the base; needed if the base is weighted or more than two branches are blended in
+            delta form.
         x0: the predicted x0.
         low: [B, 1, ...], minus the clip bound.
         saved: the tensor to save.
-        sum: what rounding the coefficients has taken from x0, later the next x without its share of x.
-        y: the next x.
+        sum: the terms of x0 by the coefficients' rests, later the next x without its last term.
+        y: the next x; it may be x itself.
     """
 
     m: Tensor | None = None
@@ -56,28 +55,28 @@ def table_step(
     """Guidance, x0, update and the tensor to save.
 
     Args:
-        row: one row of the table: a scalar tensor in x's dtype for every column of the device.
+        row: a scalar tensor in x's dtype for every one of `DEVICE_COLUMNS`.
         x: [B, C, ...], float32 or float64.
         outputs: the K branches' outputs, each like x.
-        spec: which of the terms exist.
+        spec: which terms exist.
         weights: [B, K], the row's blend weights ([B, K + 1] with momentum); needed for K > 1.
         variance: the conditional branch's variance channels, like x; needed for learned variance.
         bound: [B], the clip bound of x0; needed for clip.
         noise: standard normals like x; needed unless spec.noise_source is "none".
         history: the saved tensors, each like x.
         gradient: the classifier's, like x; needed for spec.gradient.
-        momentum: what is added to the blend, like x; needed for spec.momentum.
+        momentum: added to the blend, like x; needed for spec.momentum.
         scratch: memory for the results.
 
     Returns:
-        The next x, x0 (None where it is not predicted), and the tensor to save (None where the solver saves nothing).
+        The next x, x0 (None if it is not predicted), and the tensor to save (None if the solver saves nothing).
     """
     added = momentum if spec.momentum else None
     m = blend(outputs, spec.base, weights, scratch.m, scratch.difference, spec.scaled, added)
 
     x0 = predict(row, x, m, scratch.x0, scratch.sum) if spec.predict_x0 else None
     if spec.clip:
-        limit = _per_sample(bound, x)  # type: ignore[arg-type]
+        limit = per_sample(bound, x)  # type: ignore[arg-type]
         x0 = torch.clamp(x0, torch.neg(limit, out=scratch.low), limit, out=scratch.x0)  # type: ignore[arg-type]
         if spec.rescale:
             x0 = torch.div(x0, limit, out=scratch.x0)
@@ -92,7 +91,7 @@ def table_step(
             saved = fma(row["k_0"], x0, saved, out=scratch.saved)
         saved = fma(row["k_m"], m, saved, out=scratch.saved)
 
-    # What is smallest first, mostly, which takes a third off the rounding of methods with saved tensors; states last.
+    # Small terms come first, mostly, which takes a third off the rounding of methods with saved tensors; states last.
     past = [(row[f"a_h{j}"], h) for j, h in enumerate(history)]
     terms = [(row["a_x_rest"], x), *([] if spec.saves_states else past)]
     if x0 is not None:
@@ -126,8 +125,8 @@ def table_step(
 def predict(
     row: Mapping[str, Tensor], x: Tensor, m: Tensor, out: Tensor | None = None, rest: Tensor | None = None
 ) -> Tensor:
-    """x0 of a row before it is limited, from the state and the blended output, each [B, C, ...]. `out`, which may be m,
-    and `rest` are memory for it and for what the coefficients' rounding has taken from it."""
+    """A row's unlimited x0 from the state and the blended output, each [B, C, ...]. `out`, which may be m, is memory
+    for it, and `rest` for the terms of the coefficients' rests."""
     rest = fma(row["p_x_rest"], x, torch.mul(m, row["p_m_rest"], out=rest), out=rest)
     return fma(row["p_x"], x, fma(row["p_m"], m, rest, out=out), out=out)
 
@@ -142,8 +141,8 @@ def blend(
     momentum: Tensor | None = None,
 ) -> Tensor:
     """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base` (which
-    is weighted as well if `scaled`), or the weighted sum. A momentum [B, C, ...] is added with the weight K. `out` and
-    `difference` are memory for them, as in `Scratch`."""
+    is weighted too if `scaled`), or the weighted sum. A momentum [B, C, ...] is added with weight K. `out` and
+    `difference` are memory, as `m` and `difference` of `Scratch`."""
     if len(outputs) == 1:
         return outputs[0]
     w = weights.view(*weights.shape, *[1] * (outputs[0].ndim - 1)).unbind(1)  # type: ignore[union-attr]
@@ -153,7 +152,7 @@ def blend(
             m = fma(w[k], outputs[k], m, out=out)
     else:
         if len(outputs) == 2 and not scaled:
-            # One difference: no running blend is in `out` yet.
+            # There is one difference, and `out` holds no running blend yet.
             difference = out
         m = torch.mul(outputs[base], w[base], out=out) if scaled else outputs[base]
         for k, m_k in enumerate(outputs):
@@ -162,5 +161,6 @@ def blend(
     return m if momentum is None else fma(w[-1], momentum, m, out=out)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] to [B, 1, ...], to broadcast with a tensor [B, C, ...]."""
     return values.view(-1, *[1] * (like.ndim - 1))

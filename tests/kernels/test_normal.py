@@ -223,3 +223,12 @@ def test_samples_rows_and_streams_are_independent(draws: Tensor) -> None:
         for j in range(i):
             assert abs(correlation(draws[i], draws[j])) < 5, (i, j)
             assert abs(correlation(draws[i] ** 2 - 1, draws[j] ** 2 - 1)) < 5 * 2, (i, j)
+
+
+def test_seeds_count_by_protocol() -> None:
+    expected = torch.tensor([7, 8, 9])
+    for seed in (7, np.int64(7), torch.tensor(7), [7, 8, 9], np.array([7, 8, 9]), torch.tensor([7, 8, 9])):
+        assert torch.equal(sample_seeds(seed, 3), expected)
+    for seed in (True, 1.5, "7", [1.0, 2.0, 3.0], None):
+        with pytest.raises(TypeError, match=r"seed: got .* expected an integer or a sequence of integers"):
+            sample_seeds(seed, 3)

@@ -1,0 +1,45 @@
+"""Kernels that return new tensors, as registered operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .backend import through_dispatcher
+
+
+class Operation:
+    """A kernel with the memory for its results. A call launches it, under `torch.compile` and in the interpreter by way
+    of the dispatcher.
+
+    Args:
+        schema: `torch.library`'s, "name(arguments) -> results"; the first argument is a tensor.
+        allocate: (*arguments) -> the results' memory, one tensor or a tuple; also the operation on fake tensors.
+        launch: (*arguments, *results): fills them.
+        mutates: names of arguments that are written.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        allocate: Callable[..., Any],
+        launch: Callable[..., None],
+        mutates: Sequence[str] = (),
+    ) -> None:
+        self._allocate, self._launch = allocate, launch
+        name, _, signature = schema.partition("(")
+        self._registered = torch.library.custom_op(
+            f"fastcfg::{name}", self._run, mutates_args=mutates, schema=f"({signature}"
+        )
+        self._registered.register_fake(allocate)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return (self._registered if through_dispatcher() else self._run)(*arguments)
+
+    def _run(self, *arguments: Any) -> Any:
+        results = self._allocate(*arguments)
+        with torch.cuda.device_of(arguments[0]):
+            self._launch(*arguments, *(results if isinstance(results, tuple) else (results,)))
+        return results
