@@ -1,4 +1,4 @@
-"""The inputs of a workload, the same for all of its providers, and what a provider is."""
+"""The inputs of a workload, the same for all of its providers, and providers themselves."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class NotHereError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Provider:
-    """Somebody who does a workload's work.
+    """One implementation of a workload.
 
     Attributes:
-        prepare: puts the inputs back; not timed.
+        prepare: restores the inputs; not timed.
         run: the work, with the case's noise (False) or with noise drawn (True).
-        result: what the last run made, [B, C, ...]; None for floors, which make nothing.
+        result: the last run's result, [B, C, ...]; None for floors, which have none.
         capturable: whether `run` may be recorded into a CUDA graph.
         seeded: whether drawn noise is the case's own, made from its seeds: then results with it are checked too.
-        memory: bytes of buffers and graphs that it holds beside its inputs; None where nobody knows.
+        memory: bytes of buffers and graphs beside its inputs; None if unknown.
     """
 
     prepare: Callable[[], object]
@@ -41,6 +41,18 @@ class Provider:
     capturable: bool = False
     seeded: bool = False
     memory: Callable[[], int] | None = None
+
+    @classmethod
+    def returning(
+        cls, call: Callable[[bool], Any], prepare: Callable[[], object] = lambda: None, **options: Any
+    ) -> Provider:
+        """A provider whose result is what `call` returned last, or its first item; other attributes as options."""
+        results: list[Any] = []
+
+        def run(draw: bool) -> None:
+            results[:] = [call(draw)]
+
+        return cls(prepare, run, lambda: results[0] if isinstance(results[0], Tensor) else results[0][0], **options)
 
 
 @dataclass(frozen=True, eq=False)
