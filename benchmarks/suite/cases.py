@@ -44,15 +44,21 @@ class Provider:
 
     @classmethod
     def returning(
-        cls, call: Callable[[bool], Any], prepare: Callable[[], object] = lambda: None, **options: Any
+        cls, call: Callable[[bool], Any], pick: Callable[[Any], Tensor] = lambda made: made, **options: Any
     ) -> Provider:
-        """A provider whose result is what `call` returned last, or its first item; other attributes as options."""
-        results: list[Any] = []
+        """A provider whose run is a call.
+
+        Args:
+            call: the work; takes whether noise is drawn.
+            pick: takes the result out of what the last call returned; not timed.
+            **options: other attributes; `prepare` does nothing by default.
+        """
+        last: list[Any] = []
 
         def run(draw: bool) -> None:
-            results[:] = [call(draw)]
+            last[:] = [call(draw)]
 
-        return cls(prepare, run, lambda: results[0] if isinstance(results[0], Tensor) else results[0][0], **options)
+        return cls(options.pop("prepare", lambda: None), run, lambda: pick(last[0]), **options)
 
 
 @dataclass(frozen=True, eq=False)

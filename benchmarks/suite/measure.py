@@ -82,17 +82,9 @@ def measure(
                 _failure(error)  # a run that fails here fails in its turn too, which is reported
     rotated = {n: _rotated(work, n, p, announce) for n, p in entered.items()} if device.type == "cuda" else {}
     for noise in workload.noises:
-        record = {
-            "kind": workload.kind,
-            "solver": workload.what,
-            "family": workload.family,
-            "shape": list(work.shape),
-            "dtype": workload.dtype,
-            "noise": noise,
-            "rows": work.rows,
-            "bytes": work.moved_drawing if noise == "drawn" else work.moved,
-            "clock": clock_for(device),
-        }
+        record = {"kind": workload.kind, "solver": workload.what, "family": workload.family, "shape": list(work.shape)}
+        record |= {"dtype": workload.dtype, "noise": noise, "rows": work.rows, "clock": clock_for(device)}
+        record["bytes"] = work.moved_drawing if noise == "drawn" else work.moved
         timed = _timed(work, entered, rotated, noise == "drawn", seconds, Turns(entered, rotated, device, announce))
         timed["providers"] = {name: {**found[name], **timed["providers"].get(name, {})} for name in found}
         record |= timed
@@ -142,12 +134,8 @@ def check_provider(entry: Entry, work: Job, truth: Tensor, tolerance: float) -> 
             if draw is False:
                 first = time.perf_counter() - begin
         worst = max(errors)
-        found = {
-            "own": entry.own,
-            "error": worst if isfinite(worst) else None,
-            "tolerance": tolerance,
-            "first_s": first,
-        }
+        found = {"own": entry.own, "error": worst if isfinite(worst) else None, "tolerance": tolerance}
+        found["first_s"] = first
         if worst <= tolerance:
             return provider, {"status": "ok", "reason": "", **found}
         reason = f"{worst:.1e} from the exact result, more than {tolerance:.1e}"

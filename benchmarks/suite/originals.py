@@ -120,9 +120,9 @@ def step(case: StepCase, process: Any) -> Provider:
 
     def run(draw: bool) -> Tensor:
         t = torch.tensor([case.timestep] * len(x), device=x.device)
-        return _method(process, case.solver)(model, x, t, None if draw else case.noise)[: len(case.x)]
+        return _method(process, case.solver)(model, x, t, None if draw else case.noise)
 
-    return Provider.returning(run, lambda: x.copy_(doubled))
+    return Provider.returning(run, lambda made: made[: len(case.x)], prepare=lambda: x.copy_(doubled))
 
 
 def loop(case: LoopCase, process: Any, network: Callable[..., Any] | None = None) -> Provider:
@@ -143,9 +143,9 @@ def loop(case: LoopCase, process: Any, network: Callable[..., Any] | None = None
         for row in range(rows):
             t = torch.tensor([rows - 1 - row] * len(x), device=x.device)
             x = _method(process, case.solver)(model, x, t, None if draw else noise[row])
-        return x[: len(case.start)]
+        return x
 
-    return Provider.returning(run)
+    return Provider.returning(run, lambda made: made[: len(case.start)])
 
 
 def _method(process: Any, solver: str) -> Callable[..., Tensor]:

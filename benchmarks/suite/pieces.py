@@ -151,13 +151,11 @@ def formula(case: PieceCase, mode: str | None = None) -> Provider:
 
 
 def _provider(function: Callable[..., Any], case: PieceCase, begin: Callable[[], object], capturable: bool) -> Provider:
-    results: list[Any] = []
-
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> Any:
         begin()
-        results[:] = [function(*case.inputs)]
+        return function(*case.inputs)
 
-    return Provider(lambda: None, run, lambda: _whole(results[0]), capturable=capturable)
+    return Provider.returning(run, _whole, capturable=capturable)
 
 
 def _whole(result: Any) -> Tensor:

@@ -66,7 +66,7 @@ def step(case: StepCase, mode: str | None = None) -> Provider:
         y, entered = function(case.x, case.output, drawn, table[case.row], next_c_in[case.row + 1], case.scale, kind)
         return y, entered, timesteps[case.row + 1].expand(2 * len(case.x))
 
-    return Provider.returning(run, capturable=mode is None)
+    return Provider.returning(run, lambda made: made[0], capturable=mode is None)
 
 
 def option_step(case: OptionCase, device: torch.device, mode: str | None = None) -> Provider:
@@ -91,7 +91,7 @@ def option_step(case: OptionCase, device: torch.device, mode: str | None = None)
         made: list[Tensor] = function(x, output, table[case.row], c_in[case.row + 1], terms)
         return made
 
-    return Provider.returning(run, capturable=mode is None)
+    return Provider.returning(run, lambda made: made[0], capturable=mode is None)
 
 
 def compiled(function: Callable[..., Any], mode: str | None) -> tuple[Callable[..., Any], Callable[[], object]]:
