@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
         for workload in todo:
             if report["roofline"] is None and not arguments.only and workload.importance > _BEFORE_ROOFLINE:
                 report["roofline"] = _roofline(deadline)
-            bar.set_postfix_str(_remaining(workload.name, deadline))
+            left_s = "" if deadline is None else f", {max(deadline - time.monotonic(), 0):.0f} s left"
+            bar.set_postfix_str(workload.name + left_s)
             try:
                 for name, record in runner.run(workload):
                     record["gpu"] = monitor.snapshot(record.pop("torch_mib", 0))
@@ -112,10 +113,6 @@ def run(arguments: argparse.Namespace, workloads: list[Workload], left: dict[str
 def _records(workload: Workload) -> list[str]:
     """The names of a workload's records."""
     return [workload.name if noise == "none" else f"{workload.name}/{noise}" for noise in workload.noises]
-
-
-def _remaining(name: str, deadline: float | None) -> str:
-    return name if deadline is None else f"{name}, {max(deadline - time.monotonic(), 0):.0f} s left"
 
 
 def _roofline(deadline: float | None) -> dict[str, Any] | None:

@@ -122,7 +122,7 @@ def _made(stage: Stage, limit: float) -> dict[str, Any]:
             summary, reason = {"last_line": last}, f"{reason}: {last}" if status == "failed" else reason
             if stage.file is not None and stage.file.exists() and stage.file.stat().st_mtime > wall:
                 summary = _summary(stage.file)
-                kept = stage.file.name if stage.name == "bench" else _kept(stage.file)  # gone on with as it is
+                kept = stage.file.name if stage.name == "bench" else _kept(stage.file)  # the suite resumes it
             elif stage.file is not None:
                 raise FileNotFoundError(f"{stage.file.name} was not written")
     except Exception as error:
@@ -133,7 +133,7 @@ def _made(stage: Stage, limit: float) -> dict[str, Any]:
 
 
 def _executed(stage: Stage, limit: float, log: IO[bytes]) -> tuple[str, str]:
-    """Status and reason of a command that has ended within its limit, with all that it started."""
+    """Run a command, and end it and all that it started within its limit; returns status and reason."""
     grace, given = min(3.0, limit / 4), f"{max(limit - 15, limit / 2):.0f}s"
     command = [given if argument == BUDGET else argument for argument in stage.command]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -185,7 +185,7 @@ def _statuses(value: Any, place: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def _kept(file: Path) -> str | None:
-    """The name of a report, made small; None of what is not kept."""
+    """The name of a report, made small; None if it is not kept."""
     from fastcfg.utils.files import write_text
 
     if file.suffix == ".json" and file.stat().st_size > LARGEST:
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     environment = {"device": "NAME OF GPU"} if arguments.dry_run else probe()
     if environment is None:
-        parser.error("this needs a GPU, and torch sees none (--dry-run tells what would run)")
+        parser.error("this needs a GPU, and torch sees none (--dry-run shows what would run)")
     slug = re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")
     out = Path(arguments.out or ROOT / "benchmarks" / "results" / slug).resolve()
     stages = [stage for stage in all_stages(out) if stage.name in (arguments.only or names)]

@@ -1,4 +1,4 @@
-"""The state of the GPU around and during a benchmark, and what of it harms the numbers."""
+"""The state of the GPU around and during a benchmark, and what harms the numbers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 
 from fastcfg.cli.nvml import nvml_states
 
-# Why clocks are held down although there is work: not GpuIdle, clocks that somebody set, or SyncBoost.
+# Why clocks are low although there is work; not GpuIdle, clocks set by a user, or SyncBoost.
 HARMFUL = ("HwPowerBrakeSlowdown", "HwSlowdown", "HwThermalSlowdown", "SwPowerCap", "SwThermalSlowdown")
 LOW_CLOCK, HOT, CONTEXT_MIB = 0.9, 80, 2048  # a CUDA context with its libraries takes about half a GiB
 
 
 class GpuMonitor:
-    """Context in which a GPU is watched; of a CPU there is nothing to read.
+    """Context in which a GPU is watched; a CPU has nothing to read.
 
     Attributes:
         before, after: the state at the start and the end, as `fastcfg.cli.nvml.nvml_states` has it, and `torch_mib`,
-            what torch's allocator holds; None on a CPU, or where NVML does not tell.
+            the memory of torch's allocator; None on a CPU, or without NVML.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class GpuMonitor:
         """The state now, to be called while a workload is being measured; it counts in `notes`.
 
         Args:
-            helper_mib: what torch's allocator holds in a process of our own that measures; None if this one does.
+            helper_mib: the memory of torch's allocator in our process that measures; None if this one does.
         """
         if (state := self._read()) is None:
             return None
@@ -54,7 +54,7 @@ class GpuMonitor:
         return state
 
     def notes(self) -> list[str]:
-        """What harms the numbers, in sentences; empty if nothing is known to."""
+        """What harms the numbers, in sentences; empty if nothing is known."""
         notes, states = [f"The GPU's state is unknown: {self._problem}."] if self._problem else [], self._measured
         slowed = [set(state["throttle_reasons"] or ()) for state in states]
         counts = {reason: sum(reason in reasons for reasons in slowed) for reason in HARMFUL}

@@ -42,6 +42,15 @@ def _tensor(*shape: int, dtype: str = "float32", channels_last: bool = False) ->
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
+def _given(shape: tuple[int, ...], weights: int) -> dict[str, Any]:
+    """The buffers that every row has, and x0."""
+    from fastcfg.table import DEVICE_COLUMNS
+
+    x, counter = _tensor(*shape), _tensor(2, dtype="int32")
+    table, schedule = _tensor(51, len(DEVICE_COLUMNS)), _tensor(50, shape[0], weights)
+    return {"x": x, "x0": _tensor(*shape), "table": table, "counter": counter, "weights": schedule}
+
+
 def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last: bool = False, **fields: Any) -> Launch:
     """The guided step.
 
@@ -53,23 +62,18 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
     """
     from fastcfg.kernels import guided_step
     from fastcfg.step import StepBuffers, StepSpec
-    from fastcfg.table import DEVICE_COLUMNS
 
     spec = StepSpec(**fields)
     batch, channels, *rest = shape
     rows = spec.branches * batch
     buffers = StepBuffers(
-        x=_tensor(*shape),
-        table=_tensor(51, len(DEVICE_COLUMNS)),
-        counter=_tensor(2, dtype="int32"),
-        weights=_tensor(50, batch, spec.branches + spec.momentum),
+        **_given(shape, spec.branches + spec.momentum),
         bound=_tensor(batch),
         noise=_tensor(*shape),
         seeds=_tensor(batch, dtype="int64"),
         history=_tensor(spec.history + 1, *shape),
         gradient=_tensor(*shape),
         momentum=_tensor(*shape),
-        x0=_tensor(*shape),
         model_input=_tensor(rows, *shape[1:], dtype=dtype, channels_last=channels_last),
         time=_tensor(rows, dtype="int64"),
     )
@@ -149,16 +153,9 @@ def step_bound(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels
     """x0 of a row of two branches, with the first pass over it."""
     from fastcfg.kernels import quantile, step_bound
     from fastcfg.step import StepBuffers, StepSpec
-    from fastcfg.table import DEVICE_COLUMNS
 
     batch, channels, *rest = shape
-    buffers = StepBuffers(
-        x=_tensor(*shape),
-        table=_tensor(51, len(DEVICE_COLUMNS)),
-        counter=_tensor(2, dtype="int32"),
-        weights=_tensor(50, batch, 2),
-        x0=_tensor(*shape),
-    )
+    buffers = StepBuffers(**_given(shape, 2))
     output = _tensor(2 * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
     selection = _tensor(batch, quantile.SELECTION, dtype="int32")
     call = partial(step_bound.launch_first_pass, output, StepSpec(2, 1), buffers, selection, 5)

@@ -36,8 +36,7 @@ class MachineCode:
         backward_branches: loops; 0 means that no instruction runs twice, so that the counts bound what is executed.
         barriers_before_ticket: barriers of the program right before the first atomic operation whose result is used:
             after any atomic without one.
-        loads: how many loads from global memory each thread makes, by their width in bytes.
-        stores: likewise.
+        loads, stores: from and to global memory by each thread, by width in bytes.
         opcodes: instructions by their first name.
     """
 

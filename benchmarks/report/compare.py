@@ -1,9 +1,9 @@
 """Two reports of `python -m benchmarks`: what became slower or faster beyond the runs' own spread.
 
-Compared are the ratios to everyone else's times in the same run, which hold from machine to machine and under load. A
-ratio has changed if its 20 to 80 % ranges in the two reports do not meet; it has become worse if the new range lies
+It compares the ratios to all other providers' times in the same run, which stay true from machine to machine and under
+load. A ratio has changed if its 20 to 80 % ranges in the two reports do not overlap; it is worse if the new range lies
 below the old one. A result or provider that has gone, or is newly refused or failed, is worse too. Absolute times are
-told where device, threads and clock are the same, and never judged.
+reported where device, threads and clock are the same, and never judged.
 
 example: python -m benchmarks compare benchmarks/results/cpu/bench.json results.json
 """
@@ -70,7 +70,7 @@ def absolutes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit status: 1 if something became worse, or somebody has gone."""
+    """The command; its exit status: 1 if something became worse, or a provider has gone."""
     parser = parser_of("compare", __doc__)
     parser.add_argument("old", metavar="OLD.json")
     parser.add_argument("new", metavar="NEW.json")

@@ -1,4 +1,4 @@
-"""The inputs of a workload, the same for all of its providers, and what a provider is."""
+"""The inputs of a workload, the same for all of its providers, and providers themselves."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class NotHereError(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Provider:
-    """Somebody who does a workload's work.
+    """One implementation of a workload.
 
     Attributes:
-        prepare: puts the inputs back; not timed.
+        prepare: restores the inputs; not timed.
         run: the work, with the case's noise (False) or with noise drawn (True).
-        result: what the last run made, [B, C, ...]; None for floors, which make nothing.
+        result: the last run's result, [B, C, ...]; None for floors, which have none.
         capturable: whether `run` may be recorded into a CUDA graph.
         seeded: whether drawn noise is the case's own, made from its seeds: then results with it are checked too.
-        memory: bytes of buffers and graphs that it holds beside its inputs; None where nobody knows.
+        memory: bytes of buffers and graphs beside its inputs; None if unknown.
     """
 
     prepare: Callable[[], object]
@@ -41,6 +41,24 @@ class Provider:
     capturable: bool = False
     seeded: bool = False
     memory: Callable[[], int] | None = None
+
+    @classmethod
+    def returning(
+        cls, call: Callable[[bool], Any], pick: Callable[[Any], Tensor] = lambda made: made, **options: Any
+    ) -> Provider:
+        """A provider whose run is a call.
+
+        Args:
+            call: the work; takes whether noise is drawn.
+            pick: takes the result out of what the last call returned; not timed.
+            **options: other attributes; `prepare` does nothing by default.
+        """
+        last: list[Any] = []
+
+        def run(draw: bool) -> None:
+            last[:] = [call(draw)]
+
+        return cls(options.pop("prepare", lambda: None), run, lambda: pick(last[0]), **options)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,8 @@
-"""What a function dispatches, counted on tensors of torch's meta device: they hold no data, and a copy from the host to
-them is seen as one to a GPU would be. What must read its tensors is counted on a CPU, where reads are seen and such
-copies are not."""
+"""What a function dispatches, counted on tensors of torch's meta device.
+
+They have no data, and a copy from the host to them is seen as one to a GPU would be. A function that must read its
+tensors is counted on a CPU, where reads are seen and such copies are not.
+"""
 
 from __future__ import annotations
 

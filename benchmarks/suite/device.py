@@ -1,4 +1,4 @@
-"""What only a GPU tells of a run: launches, copies and waits, memory, and time without the host."""
+"""What only a GPU shows of a run: launches, copies and waits, memory, and time without the host."""
 
 from __future__ import annotations
 

@@ -55,34 +55,31 @@ def _provider(
 ) -> Provider:
     """Runs some rows; noise [R, B, C, ...] is for these."""
     scheduler = _scheduler(case, start.device, clip)
-    timesteps, given, state = scheduler.timesteps[rows], noise.to(dtype), {}
+    timesteps, given = scheduler.timesteps[rows], noise.to(dtype)
     # guided-diffusion's DDIM takes epsilon from the clipped x0.
     extra = {"eta": 0.0, "use_clipped_model_output": True} if case.solver == "ddim" else {}
     module: Any = import_module(type(scheduler).__module__)
-    randn_tensor = module.randn_tensor
-
-    def prepare() -> None:
-        state["start"] = start.to(dtype)
+    randn_tensor, begin = module.randn_tensor, start.to(dtype)
 
     @torch.no_grad()
     def denoise() -> Tensor:
-        latents = state["start"]
+        latents = begin
         for t in timesteps:
             model_input = scheduler.scale_model_input(torch.cat([latents] * 2), t)
             noise_pred = _guided(model(model_input, t), latents.shape[1], case.scale, case.solver == "ddpm")
             latents = scheduler.step(noise_pred, t, latents, **extra).prev_sample
         return latents
 
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> Tensor:
         if not draw:
             left = iter(given)
             module.randn_tensor = lambda *_, **__: next(left)
         try:
-            state["result"] = denoise()
+            return denoise()
         finally:
             module.randn_tensor = randn_tensor
 
-    return Provider(prepare, run, lambda: state["result"])
+    return Provider.returning(run)
 
 
 def _scheduler(case: StepCase | LoopCase, device: torch.device, clip: float | None) -> Any:

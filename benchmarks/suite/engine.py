@@ -103,21 +103,10 @@ def loop(case: LoopCase, **options: Any) -> Provider:
     """
     sampler = loop_sampler(case, **options)
     recorded = case.noise if case.table.uses_noise else None
-    results: list[Tensor] = []
-
-    def run(draw: bool) -> None:
-        results[:] = [
-            sampler.sample(
-                tuple(case.start.shape),
-                cond=case.cond,
-                uncond=case.uncond,
-                x_T=case.start,
-                noise=None if draw else recorded,
-                seed=0,
-            )
-        ]
-
-    return Provider(lambda: None, run, lambda: results[0], memory=sampler.memory)
+    shape, given = tuple(case.start.shape), {"cond": case.cond, "uncond": case.uncond, "x_T": case.start, "seed": 0}
+    return Provider.returning(
+        lambda draw: sampler.sample(shape, **given, noise=None if draw else recorded), memory=sampler.memory
+    )
 
 
 def loop_sampler(case: LoopCase, model: Callable[..., Any] | None = None, **options: Any) -> Sampler:

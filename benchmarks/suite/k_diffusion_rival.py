@@ -62,21 +62,18 @@ def _provider(
     if not torch.equal(denoiser.sigma_to_t(sigmas[:-1]), timesteps):
         raise ValueError(f"schedule: got timesteps {schedule.timestep_map}, of which k-diffusion's sigmas give others")
     sigmas, scales = sigmas[levels], np.append(schedule.sqrt_alphas_cumprod[::-1], 1.0)[levels]
-    state: dict[str, Tensor] = {}
+    begin = start / scales[0]
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
         cond, uncond = denoiser(torch.cat([x] * 2), torch.cat([sigma] * 2)).chunk(2)
         denoised = uncond + (cond - uncond) * case.scale
         return denoised if clip is None else denoised.clamp(-clip, clip)
 
-    def prepare() -> None:
-        state["start"] = start / scales[0]
-
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> Tensor:
         sample, extra, rows = sampling.sample_euler, {}, iter(noise)
         if case.solver == "ddpm-fixed":
             sample = sampling.sample_euler_ancestral
             extra = {} if draw else {"noise_sampler": lambda sigma, sigma_next: next(rows)}
-        state["result"] = sample(guided, state["start"], sigmas, disable=True, **extra)
+        return sample(guided, begin, sigmas, disable=True, **extra)
 
-    return Provider(prepare, run, lambda: state["result"] * scales[-1])
+    return Provider.returning(run, lambda x: x * scales[-1])

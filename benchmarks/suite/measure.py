@@ -1,9 +1,9 @@
-"""One workload: everybody's result checked, then everybody timed in turns.
+"""One workload: every provider's result checked, then all of them timed in turns.
 
-A provider whose result is wrong, or that fails, gets no time. The others take turns, one run each, and ratios are taken
-turn by turn: they hold on a machine whose speed drifts. With one thread on a CPU time is that thread's CPU time, to
-which other work on the machine does not add; else it is wall-clock time, with a wait for the device at both ends. On a
-GPU what can be captured is timed a second time without the host: a graph of one run each on several sets of inputs,
+A provider whose result is wrong, or that fails, is not timed. The others take turns, one run each, and ratios are taken
+turn by turn: they stay true on a machine whose speed drifts. With one thread on a CPU, time is that thread's CPU time,
+to which other work on the machine does not add; else it is wall-clock time, with a wait for the device at both ends. On
+a GPU what can be captured is timed a second time without the host: a graph of one run each on several sets of inputs,
 which together exceed the L2 cache, after that cache was overwritten.
 """
 
@@ -13,8 +13,9 @@ import gc
 import random
 import sys
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -34,7 +35,7 @@ _MAX_COPIES, _COPIES_BYTES = 32, 8 * 2**30
 
 
 class DeviceLostError(RuntimeError):
-    """The device answers nobody any more: this process is of no further use."""
+    """The device no longer answers: this process is of no further use."""
 
 
 def measure(
@@ -51,7 +52,7 @@ def measure(
         device: where.
         seconds: of measuring, for each kind of noise.
         excluded: providers that must not run, and why: they have crashed before.
-        announce: told the name of the provider that is about to run.
+        announce: called with the name of the provider that is about to run.
 
     Yields:
         Name and record, one for each kind of noise; the record is described in docs/benchmarks.md.
@@ -78,26 +79,18 @@ def measure(
             try:
                 found[name] |= _costs(entry, provider, device, torch.Size(work.shape).numel())
             except Exception as error:
-                _failure(error)  # a run that fails will fail in its turn, which tells; counting is no reason to stop
+                _failure(error)  # a run that fails here fails in its turn too, which is reported
     rotated = {n: _rotated(work, n, p, announce) for n, p in entered.items()} if device.type == "cuda" else {}
     for noise in workload.noises:
-        record = {
-            "kind": workload.kind,
-            "solver": workload.what,
-            "family": workload.family,
-            "shape": list(work.shape),
-            "dtype": workload.dtype,
-            "noise": noise,
-            "rows": work.rows,
-            "bytes": work.moved_drawing if noise == "drawn" else work.moved,
-            "clock": clock_for(device),
-        }
+        record = {"kind": workload.kind, "solver": workload.what, "family": workload.family, "shape": list(work.shape)}
+        record |= {"dtype": workload.dtype, "noise": noise, "rows": work.rows, "clock": clock_for(device)}
+        record["bytes"] = work.moved_drawing if noise == "drawn" else work.moved
         timed = _timed(work, entered, rotated, noise == "drawn", seconds, Turns(entered, rotated, device, announce))
         timed["providers"] = {name: {**found[name], **timed["providers"].get(name, {})} for name in found}
         record |= timed
         record["seconds"] = round(time.perf_counter() - start, 2)
         if device.type == "cuda":
-            record["torch_mib"] = torch.cuda.memory_reserved() // 2**20  # for whoever watches the GPU
+            record["torch_mib"] = torch.cuda.memory_reserved() // 2**20  # for GpuMonitor
         start = time.perf_counter()
         yield workload.name if noise == "none" else f"{workload.name}/{noise}", record
 
@@ -114,7 +107,7 @@ def quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def check_provider(entry: Entry, work: Job, truth: Tensor, tolerance: float) -> tuple[Provider | None, Record]:
-    """A provider set up for a workload's first case and run once, if its result is right; and what is said of it.
+    """A provider set up for a workload's first case and run once, if its result is right; and its record so far.
 
     Args:
         entry: the provider.
@@ -141,12 +134,8 @@ def check_provider(entry: Entry, work: Job, truth: Tensor, tolerance: float) -> 
             if draw is False:
                 first = time.perf_counter() - begin
         worst = max(errors)
-        found = {
-            "own": entry.own,
-            "error": worst if isfinite(worst) else None,
-            "tolerance": tolerance,
-            "first_s": first,
-        }
+        found = {"own": entry.own, "error": worst if isfinite(worst) else None, "tolerance": tolerance}
+        found["first_s"] = first
         if worst <= tolerance:
             return provider, {"status": "ok", "reason": "", **found}
         reason = f"{worst:.1e} from the exact result, more than {tolerance:.1e}"
@@ -166,10 +155,10 @@ def _distance(result: Tensor, truth: Tensor) -> float:
 
 
 def _failure(error: Exception) -> str:
-    """What to tell of an error.
+    """An error in a line.
 
     Raises:
-        DeviceLostError: after it the device does not answer any more.
+        DeviceLostError: the device no longer answers after it.
     """
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if torch.cuda.is_available():
@@ -247,49 +236,44 @@ def _timed(
     return {"turns": turns.made, "providers": found, "ratios": ratios}
 
 
+@dataclass
 class Turns:
     """Providers that run one after the other, again and again.
 
-    Args:
+    Attributes:
         entered: the providers.
         rotated: their graphs, or None.
         device: where they run.
-        announce: told who is about to run.
-
-    Attributes:
+        announce: called with the name of the provider that is about to run.
         made: turns so far, the first not counted: it may compile, and fills caches.
         whole, host, alone: microseconds by provider and turn, the first included: of a run, of the host until it is
             enqueued, of the device without the host.
         compilations: graphs that torch.compile made after the first turn, by provider.
-        failed: who has failed, and how.
+        failed: why a provider failed, by its name.
     """
 
-    def __init__(
-        self,
-        entered: dict[str, Provider],
-        rotated: dict[str, Any],
-        device: torch.device,
-        announce: Callable[[str], object],
-    ) -> None:
-        self.entered, self.rotated, self.device, self._announce = entered, rotated, device, announce
-        self.made = -1
-        self.whole: dict[str, list[float]] = {name: [] for name in entered}
-        self.host: dict[str, list[float]] = {name: [] for name in entered}
-        self.alone: dict[str, list[float]] = {name: [] for name in entered}
-        self.compilations = dict.fromkeys(entered, 0)
-        self.failed: dict[str, str] = {}
+    entered: dict[str, Provider]
+    rotated: dict[str, Any]
+    device: torch.device
+    announce: Callable[[str], object]
+    made: int = field(default=-1, init=False)
+    whole: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False)
+    host: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False)
+    alone: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list), init=False)
+    compilations: Counter[str] = field(default_factory=Counter, init=False)
+    failed: dict[str, str] = field(default_factory=dict, init=False)
 
     def take(self, draw: bool) -> None:
-        """One run of everybody."""
+        """Run every provider once."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         clock = time.thread_time_ns if clock_for(self.device) == "cpu" else time.perf_counter_ns
         order = list(self.entered)
-        random.Random(self.made).shuffle(order)  # nobody always follows the same one, in caches that it left
+        random.Random(self.made).shuffle(order)  # none always runs in the caches that the same other one left
         for name in order:
             if name in self.failed:
                 continue
             provider = self.entered[name]
-            self._announce(name)
+            self.announce(name)
             try:
                 provider.prepare()
                 wait()
@@ -310,6 +294,6 @@ class Turns:
 
 
 def _compilations() -> int:
-    """Graphs that torch.compile has made in this process. Its package takes seconds to import: who compiles does so."""
+    """Graphs that torch.compile has made in this process; its package, seconds to import, is there if it has."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

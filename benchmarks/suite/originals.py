@@ -116,14 +116,13 @@ def guided(network: Callable[..., Tensor], scale: float, channels: int) -> Calla
 def step(case: StepCase, process: Any) -> Provider:
     """A process's step on the doubled batch."""
     doubled, output = torch.cat([case.x, case.x]), case.output.float()
-    x, results = doubled.clone(), []
-    model = guided(lambda x, t: output, case.scale, case.x.shape[1])
+    x, model = doubled.clone(), guided(lambda x, t: output, case.scale, case.x.shape[1])
 
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> Tensor:
         t = torch.tensor([case.timestep] * len(x), device=x.device)
-        results[:] = [_method(process, case.solver)(model, x, t, None if draw else case.noise)]
+        return _method(process, case.solver)(model, x, t, None if draw else case.noise)
 
-    return Provider(lambda: x.copy_(doubled), run, lambda: results[0][: len(case.x)])
+    return Provider.returning(run, lambda made: made[: len(case.x)], prepare=lambda: x.copy_(doubled))
 
 
 def loop(case: LoopCase, process: Any, network: Callable[..., Any] | None = None) -> Provider:
@@ -138,16 +137,15 @@ def loop(case: LoopCase, process: Any, network: Callable[..., Any] | None = None
     start = torch.cat([case.start, case.start])
     noise = torch.cat([case.noise, case.noise], dim=1)
     model = guided(lambda x, t: network(x.to(case.dtype), t, **conditioning).float(), case.scale, start.shape[1])
-    results: list[Tensor] = []
 
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> Tensor:
         x, rows = start, case.schedule.num_timesteps
         for row in range(rows):
             t = torch.tensor([rows - 1 - row] * len(x), device=x.device)
             x = _method(process, case.solver)(model, x, t, None if draw else noise[row])
-        results[:] = [x]
+        return x
 
-    return Provider(lambda: None, run, lambda: results[0][: len(case.start)])
+    return Provider.returning(run, lambda made: made[: len(case.start)])
 
 
 def _method(process: Any, solver: str) -> Callable[..., Tensor]:

@@ -136,7 +136,7 @@ class PieceCase:
 
     def exact(self) -> Tensor:
         """The formula's result in float64."""
-        return _first(self.piece.formula(*(tensor.double() for tensor in self.inputs)))
+        return _whole(self.piece.formula(*(tensor.double() for tensor in self.inputs)))
 
 
 def own(case: PieceCase, backend: str) -> Provider:
@@ -151,14 +151,12 @@ def formula(case: PieceCase, mode: str | None = None) -> Provider:
 
 
 def _provider(function: Callable[..., Any], case: PieceCase, begin: Callable[[], object], capturable: bool) -> Provider:
-    results: list[Any] = []
-
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> Any:
         begin()
-        results[:] = [function(*case.inputs)]
+        return function(*case.inputs)
 
-    return Provider(lambda: None, run, lambda: _first(results[0]), capturable=capturable)
+    return Provider.returning(run, _whole, capturable=capturable)
 
 
-def _first(result: Any) -> Tensor:
+def _whole(result: Any) -> Tensor:
     return torch.cat(result) if isinstance(result, tuple) else result

@@ -1,5 +1,7 @@
-"""The step as a careful user writes it: coefficients looked up once on the device, nothing superfluous. It runs eagerly
-or through `torch.compile`, which is the best that a sampler gets without kernels of its own."""
+"""The step as a careful user writes it: coefficients looked up once on the device, nothing superfluous.
+
+It runs eagerly or through `torch.compile`, which is the best that a sampler gets without kernels of its own.
+"""
 
 from __future__ import annotations
 
@@ -57,15 +59,14 @@ def step(case: StepCase, mode: str | None = None) -> Provider:
     timesteps = torch.from_numpy(case.schedule.timestep_map[::-1].copy()).to(case.x.device)
     next_c_in = table[:, COLUMNS.index("c_in")]
     function, begin = compiled(tail, mode)
-    results: list[Any] = []
 
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> tuple[Tensor, ...]:
         begin()
         drawn = None if draw and kind != "none" else noise
         y, entered = function(case.x, case.output, drawn, table[case.row], next_c_in[case.row + 1], case.scale, kind)
-        results[:] = y, entered, timesteps[case.row + 1].expand(2 * len(case.x))
+        return y, entered, timesteps[case.row + 1].expand(2 * len(case.x))
 
-    return Provider(lambda: None, run, lambda: results[0], capturable=mode is None)
+    return Provider.returning(run, lambda made: made[0], capturable=mode is None)
 
 
 def option_step(case: OptionCase, device: torch.device, mode: str | None = None) -> Provider:
@@ -84,13 +85,13 @@ def option_step(case: OptionCase, device: torch.device, mode: str | None = None)
         return [made["x"], torch.cat([entered] * spec.branches), *kept]
 
     function, begin = compiled(formulas, mode)
-    results: list[Tensor] = []
 
-    def run(draw: bool) -> None:
+    def run(draw: bool) -> list[Tensor]:
         begin()
-        results[:] = function(x, output, table[case.row], c_in[case.row + 1], terms)
+        made: list[Tensor] = function(x, output, table[case.row], c_in[case.row + 1], terms)
+        return made
 
-    return Provider(lambda: None, run, lambda: results[0], capturable=mode is None)
+    return Provider.returning(run, lambda made: made[0], capturable=mode is None)
 
 
 def compiled(function: Callable[..., Any], mode: str | None) -> tuple[Callable[..., Any], Callable[[], object]]:

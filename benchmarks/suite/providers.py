@@ -1,4 +1,4 @@
-"""The registry of providers: who takes part in which workload, and why somebody cannot."""
+"""The registry of providers: which take part in which workload, and why one cannot."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Job:
 
     Attributes:
         shape: of the samples, [B, C, ...].
-        case: the inputs, by seed: rotating them keeps a GPU's cache cold. Made once: who runs leaves them as they are.
+        case: the inputs, by seed: rotating them keeps a GPU's cache cold. Made once: providers do not change them.
         truth: the right result of seed 0, more exact than the model's dtype.
         tolerance: the largest distance from it.
-        moved: bytes that one run must move; None where nobody knows.
+        moved: bytes that one run must move; None if unknown.
         rows: rows that a run executes.
-        entries: who takes part, by name.
+        entries: the providers, by name.
         moved_drawing: the same where noise is drawn: a fused step draws it where it is used.
     """
 
@@ -104,16 +104,8 @@ def _step(workload: Workload, device: torch.device) -> Job:
     moved = _bytes(spec, buffers)
     drawing = _bytes(spec if spec.noise_source == "none" else replace(spec, noise_source="philox"), buffers)
     entries |= _floors(moved, device)
-    return Job(
-        shape,
-        case,
-        lambda: engine.exact_step(first),
-        lambda: TOLERANCES[workload.dtype],
-        moved,
-        1,
-        entries,
-        drawing,
-    )
+    tolerance = TOLERANCES[workload.dtype]
+    return Job(shape, case, lambda: engine.exact_step(first), lambda: tolerance, moved, 1, entries, drawing)
 
 
 def _option(workload: Workload, device: torch.device) -> Job:
@@ -123,15 +115,8 @@ def _option(workload: Workload, device: torch.device) -> Job:
     moved = _bytes(first.spec, first.buffers(torch.float32, first.dtype, device))
     entries = _plain(partial(plain.option_step, device=device), device)
     entries |= _own(partial(engine.option_step, device=device), device) | _floors(moved, device)
-    return Job(
-        shape,
-        case,
-        lambda: engine.exact_option_step(first, device),
-        lambda: TOLERANCES[workload.dtype],
-        moved,
-        1,
-        entries,
-    )
+    tolerance = TOLERANCES[workload.dtype]
+    return Job(shape, case, lambda: engine.exact_option_step(first, device), lambda: tolerance, moved, 1, entries)
 
 
 def _op(workload: Workload, device: torch.device) -> Job:

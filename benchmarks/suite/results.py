@@ -35,16 +35,8 @@ class Results:
 
     def __init__(self, path: Path, environment: dict[str, Any], settings: dict[str, Any], fresh: bool = False) -> None:
         self._path, self.told = path, ""
-        self.report: dict[str, Any] = {
-            "schema": SCHEMA,
-            "finished": False,
-            "environment": environment,
-            "settings": settings,
-            "gpu": None,
-            "results": {},
-            "left": {},
-            "roofline": None,
-        }
+        head = {"schema": SCHEMA, "finished": False, "environment": environment, "settings": settings}
+        self.report: dict[str, Any] = head | {"gpu": None, "results": {}, "left": {}, "roofline": None}
         if not path.exists():
             return
         old = load(path)

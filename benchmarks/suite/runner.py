@@ -1,4 +1,4 @@
-"""Runs workloads in processes of their own, within a time budget, and keeps what is finished in a file."""
+"""Runs workloads in separate processes, within a time budget."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from benchmarks.suite.cases import NotHereError
 from benchmarks.suite.worker import serve
 from benchmarks.suite.workloads import MODELS, Workload
 
-# Seconds that one provider may take for what it is announced for: setting up, or a run. Compiling is the longest.
+# Seconds that a provider may take for what it has announced: setting up, or a run. Compiling is the longest.
 _PATIENCE = 180.0
 _CRASHES = 4  # of one workload, until it is given up
 
 
 @dataclass
 class Worker:
-    """A process that measures, the pipe to it, and who is running there since when."""
+    """A process that measures, the pipe to it, and which provider runs there since when."""
 
     process: Any
     pipe: Connection
@@ -77,7 +77,7 @@ class Runner:
                 self.close()
             worker = self._worker = self._worker or self._started()
             worker.current.value, worker.since.value = b"", time.monotonic()
-            with suppress(OSError):  # it has just died: its answer tells how
+            with suppress(OSError):  # it has just died: `_answers` returns how
                 worker.pipe.send((workload, excluded))
             crash = yield from self._answers(worker)
             if crash is None:
@@ -115,7 +115,7 @@ class Runner:
             elif self.deadline is not None and time.monotonic() >= self.deadline:
                 self.close()
                 raise OutOfTimeError
-            elif time.monotonic() >= worker.since.value + _PATIENCE:  # still, and nobody else has begun
+            elif time.monotonic() >= worker.since.value + _PATIENCE:  # the same provider still
                 return f"took too long, {time.monotonic() - worker.since.value:.0f} s"
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
-"""The process in which providers run. A provider that crashes takes it down, and nothing else: the runner starts
-another one."""
+"""The process in which providers run. A provider that crashes ends it alone: the runner starts another one."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def serve(pipe: Connection, current: Any, since: Any, device_name: str, threads:
         threads: of torch; None leaves them.
         seconds: of measuring, as `measure` takes it.
     """
-    # Whatever hangs here, and however the runner ends.
+    # Ends this process with the runner, whatever hangs here and however the runner ends.
     threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends this process
     import torch

@@ -143,15 +143,11 @@ def test_stages_fail_hang_and_are_skipped_and_the_others_run(
 
 
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("out", [None, "there"])
-def test_a_session_without_failures_and_where_it_writes(
-    out: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_session_without_failures_and_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_session, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_session, "all_stages", lambda folder: [script("a", "raise SystemExit(1)"), script("b", "")])
-    assert main(["gpu_session", "--only", "b", *(["--out", out] if out else [])]) == 0
-    folder = tmp_path / (out or "benchmarks/results/nvidia-h100-80gb-hbm3")
+    assert main(["gpu_session", "--only", "b"]) == 0
+    folder = tmp_path / "benchmarks/results/nvidia-h100-80gb-hbm3"
     assert list(json.loads((folder / "session.json").read_text())["stages"]) == ["b"]
 
 
@@ -162,7 +158,7 @@ def test_what_a_stage_saves_goes_to_the_rest() -> None:
     assert limits(stages[1:2], 90) == [0]
 
 
-def test_a_dry_run_tells_commands_and_limits(
+def test_a_dry_run_shows_commands_and_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -196,9 +192,7 @@ def test_without_a_gpu_and_with_bad_arguments_the_status_is_2(capsys: pytest.Cap
             main(["gpu_session", *argv])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert gpu_session.seconds_of("9m30s") == 570
-    assert gpu_session.seconds_of("4m") == 240
-    assert gpu_session.seconds_of("15s") == 15
+    assert [gpu_session.seconds_of(text) for text in ("9m30s", "4m", "15s")] == [570, 240, 15]
 
 
 # The GPU's state
@@ -257,23 +251,17 @@ def test_what_harms_a_measurement_is_noted(changes: dict[str, Any], notes: list[
 
 
 @pytest.mark.parametrize(
-    ("pids", "used", "notes"),
-    [
-        ([os.getpid(), 7], 9, []),
-        ([os.getpid(), 7, 8], 9, ["Shared with other processes: 1."]),
-        ([7], 9, []),
-        ([7], 12, ["Perhaps shared: 4.0 GiB beside torch's are used by processes that do not show."]),
-    ],
+    ("others", "notes"), [([], []), ([8], ["Shared with other processes: 1."])], ids=["alone", "shared"]
 )
-def test_the_process_that_measures_is_no_stranger(pids: list[int], used: int, notes: list[str], fake: FakeNvml) -> None:
+def test_our_process_that_measures_does_not_count(others: list[int], notes: list[str], fake: FakeNvml) -> None:
     with GpuMonitor(CUDA) as monitor:
-        fake.pids, fake.used = pids, used * 2**30
+        fake.pids, fake.used = [os.getpid(), 7, *others], 9 * 2**30
         monitor.snapshot(helper_mib=7 * 2**10)
-        fake.pids, fake.used = pids[:1], 3 * 2**30  # it has ended
+        fake.pids, fake.used = [os.getpid()], 3 * 2**30  # it has ended
     assert monitor.notes() == notes
 
 
-def test_what_is_not_told_is_no_error(fake: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reading_that_is_refused_is_no_error(fake: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> Any:
         raise fake.NVMLError("Not Supported")
 
@@ -294,7 +282,7 @@ def test_without_nvml_the_note_says_why(fake: FakeNvml, monkeypatch: pytest.Monk
     assert monitor.notes() == ["The GPU's state is unknown: the package nvidia-ml-py is not installed."]
 
 
-def test_on_a_cpu_nvml_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_is_not_asked_about_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     with GpuMonitor(CPU) as monitor:
         assert monitor.snapshot() is None

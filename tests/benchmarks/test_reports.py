@@ -126,7 +126,7 @@ def test_the_terminal_shows_a_gpus_columns_in_its_width(report: Report) -> None:
     assert "GPU: clocks fell to 1755 MHz\nnot finished\n" in told
 
 
-def test_reasons_are_told_once(report: Report) -> None:
+def test_reasons_are_reported_once(report: Report) -> None:
     told = " ".join(terminal(report).split())
     assert "absent, needs a GPU: triton, torch.compile (in step/ddpm/pixel-64/b1/float32/given, " in told
     assert "and 9 more)" in told
@@ -138,7 +138,7 @@ def test_reasons_are_told_once(report: Report) -> None:
     assert "not finished" not in told
 
 
-def test_markdown_has_everybody_and_everything(report: Report) -> None:
+def test_markdown_has_every_provider(report: Report) -> None:
     told = markdown(report)
     heads = "| shape | dtype | provider | a run | / reference | / inductor | GB/s | error |"
     assert heads in told
@@ -174,7 +174,7 @@ def test_a_report_equals_itself(report: Report, tmp_path: Path, capsys: pytest.C
     ("factor", "status", "title"),
     [(0.5, 1, "slower"), (2.0, 0, "faster"), (0.87, 0, "0 slower"), (1.15, 0, "0 faster")],
 )
-def test_changes_beyond_the_spread_are_told(
+def test_changes_beyond_the_spread_are_reported(
     factor: float, status: int, title: str, report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = copy.deepcopy(report)
@@ -196,7 +196,7 @@ def test_changes_beyond_the_spread_are_told(
         ("triton", {"status": "failed", "reason": "out of memory"}, "triton: failed out of memory"),
     ],
 )
-def test_who_is_gone_or_fails_is_told(
+def test_who_is_gone_or_fails_is_reported(
     provider: str, found: Any, line: str, report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = copy.deepcopy(report)
@@ -212,7 +212,7 @@ def test_who_is_gone_or_fails_is_told(
     assert compare(tmp_path, new, report) == 0
 
 
-def test_results_and_ratios_that_are_gone_are_told(
+def test_results_and_ratios_that_are_gone_are_reported(
     report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = copy.deepcopy(report)
@@ -228,7 +228,7 @@ def test_results_and_ratios_that_are_gone_are_told(
     assert f"{STEP}: GLIDE / reference: 3.0 (2.7-3.3) -> no ratio" in capsys.readouterr().out
 
 
-def test_absolute_times_are_told_on_the_same_device_only(
+def test_absolute_times_are_reported_on_the_same_device_only(
     report: Report, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new = copy.deepcopy(report)

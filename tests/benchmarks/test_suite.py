@@ -52,7 +52,7 @@ def run(runner: Runner, name: str = NAMES[0]) -> dict[str, Any]:
         runner.close()
 
 
-def test_faults_are_reported_and_the_rest_goes_on() -> None:
+def test_faults_are_reported_and_the_rest_continues() -> None:
     found = run(Runner("cpu", 1, 0.01, target=workers.serve_faults))[NAMES[0]]["providers"]
     assert {name: entry["status"] for name, entry in found.items()} == {
         "steady": "ok",
@@ -165,7 +165,7 @@ bench.main({!r})
 """
 
 
-def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_goes_on(
+def test_a_run_killed_in_the_middle_keeps_what_is_finished_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And its own process, which hangs, ends too."""
@@ -201,7 +201,7 @@ def results(folder: Path, commit: str = "a", fresh: bool = False) -> Results:
     return Results(folder / "bench.json", {"commit": commit}, {"seconds": 1.0}, fresh)
 
 
-def test_only_an_unfinished_file_of_the_same_run_is_gone_on_with(tmp_path: Path) -> None:
+def test_only_an_unfinished_file_of_the_same_run_is_resumed(tmp_path: Path) -> None:
     first, record = results(tmp_path), {"turns": 1, "providers": {}, "ratios": {}}
     first.add("x", record)
     assert results(tmp_path).report["results"] == {"x": record}
@@ -327,7 +327,7 @@ def eager(work: Job) -> Iterator[tuple[str, Provider]]:
 
 
 @pytest.mark.parametrize("solver", workloads.SOLVERS)
-def test_steps_agree_and_draw_only_what_they_are_told_to(solver: str) -> None:
+def test_steps_agree_and_draw_only_when_asked_to(solver: str) -> None:
     work = providers.job(registry()[f"step/{solver}/pixel-64/b1/float32"], CPU)
     truth, seen = work.truth(), set()
     for name, made in eager(work):

@@ -534,7 +534,7 @@ def test_samplers_in_threads(graph: bool) -> None:
         assert all(torch.equal(result, want[seed]) for seed in range(4) for result in results.pop(seed))
 
 
-# Failures: of the model's calls in tests/benchmarks/test_graphs.py, and those that a run's user brings about
+# Failures: of the model's calls in tests/engine/graphs/test_captured_loop.py, and those that a run's user brings about
 
 
 @pytest.mark.parametrize("where", ["callback", "preview", "noise"])
