@@ -26,8 +26,8 @@ TABLE = solvers.ddpm(Schedule.named("squaredcos_cap_v2", 100).respace(50), varia
 _WAYS: dict[str, dict[str, Any]] = {
     "eager": {"graph": False},
     "captured": {},
-    "captured, noise of torch": {"noise": "torch"},
-    "captured, 5 rows in a graph": {"steps_per_graph": 5},
+    "captured, noise of torch": {"noise_source": "torch"},
+    "captured, 5 rows in a graph": {"rows_per_graph": 5},
 }
 
 
@@ -54,13 +54,13 @@ class _Loop:
 
     def silence(self) -> None:
         """Let its programs do nothing."""
-        for kept in self.sampler._keeper._kept.values():
+        for kept in self.sampler._cache._kept.values():
             for programs in (kept.programs._single, kept.programs._repeated):
                 programs.update(dict.fromkeys(programs, lambda: None))
 
     def run(self) -> Run:
         """A run whose rows have not begun."""
-        return self.sampler._prepare(self._shape, None, None, self._branches, 0, None, None, False)
+        return self.sampler._prepare(self._shape, branches=self._branches, seed=0)
 
     def microseconds(self, wait: Callable[[], object] = lambda: None) -> dict[str, float]:
         """Median and extremes per row; `wait` is called before the first row and, within the time, after the last."""
@@ -80,10 +80,10 @@ class _Loop:
 def measure(device: torch.device) -> dict[str, dict[str, Any]]:
     """By what was timed: "beside a replay, SOURCE" for both noise sources, and on a GPU each way to run."""
     found: dict[str, dict[str, Any]] = {}
-    for noise in ("philox", "torch"):
-        loop = _Loop(device, noise=noise)
+    for source in ("philox", "torch"):
+        loop = _Loop(device, noise_source=source)
         loop.silence()
-        found[f"beside a replay, {noise}"] = {"host_us": loop.microseconds()}
+        found[f"beside a replay, {source}"] = {"host_us": loop.microseconds()}
     for name, options in _WAYS.items() if device.type == "cuda" else ():
         loop = _Loop(device, **options)
         # Without a wait: the host's part, as long as the queue of launches is not full.

@@ -153,7 +153,7 @@ def _loop(workload: Workload, device: torch.device) -> Job:
             problem = compiling or (cuda if mode != "default" else "")
             entries[name] = Entry(partial(_compiled_loop, process=process, mode=mode), problem, counted=False)
     noise = "philox" if device.type == "cuda" else "torch"
-    own = partial(engine.loop, noise=noise)
+    own = partial(engine.loop, noise_source=noise)
     entries["fastcfg"] = Entry(partial(own, graph=False), own=True)
     entries["fastcfg inductor"] = Entry(
         partial(own, graph=False, backend="inductor"), inductor_problem(device), own=True, counted=False

@@ -100,7 +100,7 @@ def build(
     """A captured sampler of DDIM without noise, with CFG(3) and clip 1, unless options say otherwise."""
     table = _PLAIN if table is None else table
     given: dict[str, Any] = {"guidance": CFG(3.0), "clip": 1.0, "graph": True, "device": device, **options}
-    given |= {"steps_per_graph": rows_per_graph, "noise": noise_source}
+    given |= {"rows_per_graph": rows_per_graph, "noise_source": noise_source}
     return Sampler(conv(device, table) if model is None else model, table, **given)
 
 

@@ -576,7 +576,7 @@ def shared_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def lend(self: Sampler, *args: Any, **options: Any) -> Tensor:
         sample(self, *args, **options)
-        return next(iter(self._keeper._kept.values())).workspace.buffers.x
+        return next(iter(self._cache._kept.values())).buffers.step.x
 
     monkeypatch.setattr(Sampler, "sample", lend)
 
