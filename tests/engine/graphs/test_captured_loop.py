@@ -564,8 +564,8 @@ def empty_graphs_unnoticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trusting_examination(monkeypatch: pytest.MonkeyPatch) -> None:
-    def choices(self: Any, active: Any, batching: str, decision: Any) -> Any:
-        return [programs._Choice(batching, self._eager(active, batching))]
+    def choices(self: Any, active: Any, batching: str) -> Any:
+        return [programs._Choice(batching, self._eager(active, batching))], ""
 
     monkeypatch.setattr(programs.Programs, "_choices", choices)
 
