@@ -74,7 +74,7 @@ class Recording:
         states: the first sample, and that of every step.
         drawn: the draws of noise of every step.
         predictions, converted, further: the values of `pred_original_sample`, of `convert_model_output` and of the
-            second field that steps returned, as many as there were.
+            second field that steps returned, one per step.
     """
 
     outputs: list[Tensor] = field(default_factory=list)

@@ -50,7 +50,7 @@ def compile_scheduler(
         **set_timesteps: further arguments of `set_timesteps`.
 
     Returns:
-        A table of as many rows as there are timesteps.
+        A table with one row per timestep.
 
     Raises:
         ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them.

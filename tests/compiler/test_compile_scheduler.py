@@ -291,7 +291,7 @@ def test_what_was_compiled_is_kept_for_the_same_numbers_alone() -> None:
     for changed.further in functions:
         kept.append(compile_timesteps(changed))
     assert kept[0] is kept[1] is not kept[2]
-    # What holds something that has no value to compare is compiled anew.
+    # An object without a value to compare is compiled again.
     for changed.further in (object(), lambda t: t + count, lambda t: math.sin(t), lambda t: [math.e for _ in t]):
         assert compile_timesteps(changed) is not compile_timesteps(changed)
 

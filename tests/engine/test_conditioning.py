@@ -1,4 +1,4 @@
-"""Functions made anew, told from others."""
+"""Re-created functions are recognised, others are not."""
 
 from __future__ import annotations
 

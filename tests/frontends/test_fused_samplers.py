@@ -129,7 +129,7 @@ def test_arguments_of_the_model_are_passed_on() -> None:
 
 
 def own(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Euler in five lines, somebody's own."""
+    """A user's own Euler sampler."""
     for sigma, following in pairwise(sigmas):
         x = x + (x - model(x, sigma.expand(len(x)))) / sigma * (following - sigma)
     return x

@@ -1,4 +1,4 @@
-"""A table run by somebody else's loop: every row from a tensor of the caller's to a new one."""
+"""A table run from the caller's own loop: each row reads the caller's tensor and returns a new one."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Model(nn.Module):
                 parameter.normal_(0, 0.3, generator=generator)
         self.register_buffer("shift", torch.tensor(0.1))
         self.variance = variance
-        # Where nobody looks for what a program depends on.
+        # Invisible to the search for what a program depends on.
         self.log = SimpleNamespace(calls=0, sizes=[])
         self.to(dtype)
 
