@@ -183,7 +183,7 @@ def test_another_thread_is_not_touched_while_a_function_is_compiled() -> None:
     def slow(model: Any, x: Tensor, sigmas: Tensor, disable: Any = None) -> Tensor:
         if not compiled.is_set():
             asked.set()
-            assert answered.wait(60)
+            assert answered.wait(20)
             answered.clear()
         result: Tensor = sampling.sample_dpmpp_sde(model, x, sigmas, disable=True)
         return result
@@ -192,7 +192,7 @@ def test_another_thread_is_not_touched_while_a_function_is_compiled() -> None:
     want, seen = observe(), []
 
     def watch() -> None:
-        while asked.wait(60) and not compiled.is_set():
+        while asked.wait(20) and not compiled.is_set():
             asked.clear()
             seen.append(observe())
             answered.set()
