@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.checkpoint import CheckpointMeta, has_header, load_checkpoint
-from ...models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from ...models.glide import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 from ...models.image_conditioned import SuperResText2ImUNet
 from ...models.text2im import Text2ImUNet
 from ...models.tokenizer import Tokenizer
