@@ -47,8 +47,7 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        steps: number of steps made, those before resuming included.
-        seconds: time they took.
+        steps, seconds: number of steps made, and the time they took, those before resuming included.
         loss: mean loss of the last tenth of the logged steps.
         checkpoint: file of the averaged weights.
         glide: file of the same weights as a state dict for GLIDE's own code, or None, see `Task`.
@@ -64,9 +63,7 @@ class TrainResult:
 def make_task(config: TrainConfig, run: str | os.PathLike[str] | None = None) -> Task:
     """The task of a recipe, on the CPU.
 
-    Args:
-        config: the recipe.
-        run: folder of a run to resume: initial weights are not read, as its state has later ones.
+    `run` is the folder of a run to resume: initial weights are not read, as its state has later ones.
 
     Raises:
         ValueError: the recipe does not fit its network, weights or data.
@@ -97,11 +94,10 @@ def train(
     state gives the same result as an uninterrupted one: bit for bit on a CPU; GPU kernels may add in another order.
 
     Args:
-        config: the recipe.
+        config, device: the recipe, and the device to train on.
         out_dir: folder to write to, made if missing.
         resume: continue from the state in `out_dir`.
         progress: show a progress bar on stderr.
-        device: device to train on.
         save_seconds: time between writes.
         stop_after: stop when this many steps have been made in all, as if interrupted.
         tell: called with a line about the data, before the first step.
@@ -160,15 +156,9 @@ def train(
 
 
 def draw_noise(num_timesteps: int, noisy_share: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Draw timesteps and noise for a batch of pictures, always from torch's CPU generator.
+    """Draw timesteps, int64 [B], and noise, float32, for pictures of `shape` [B, C, H, W]; see `TrainConfig`.
 
-    Args:
-        num_timesteps: length T of the diffusion.
-        noisy_share: see `TrainConfig`.
-        shape: the batch's [B, C, H, W].
-
-    Returns:
-        Timesteps, int64 [B], and noise, float32 of `shape`.
+    Always from torch's CPU generator. `num_timesteps` is the length T of the diffusion.
     """
     t = torch.randint(num_timesteps, shape[:1])
     noise = torch.randn(shape)
@@ -182,21 +172,15 @@ class _Run:
     """Task, average and optimizer of one run."""
 
     def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
-        self.config = config
-        self.task = task
-        self.device = device
+        self.config, self.task, self.device = config, task, device
         self.model = task.model.to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.heads = task.heads.to(device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = EMA(self.model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            [*self.parameters, *self.heads.parameters()],
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-        )
+        trained, betas = [*self.parameters, *self.heads.parameters()], (0.9, config.beta2)
+        self.optimizer = torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
         self.parts = {name: getattr(self, name) for name in ("model", "heads", "ema", "optimizer")}
         self.num_timesteps = task.meta.num_timesteps
         self.loss = HybridLoss(Schedule.named(task.meta.schedule, self.num_timesteps), config.mse_weight_cap)
@@ -207,9 +191,8 @@ class _Run:
         """Make one optimizer step; returns the log entry."""
         config = self.config.at(step)
         self._restart(self.task.before(step))
-        learning_rate = config.learning_rate_at(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = config.learning_rate_at(step)
         batch = self.task.batch(step)
         trained = [*self.parameters, *self.task.trained_heads(config)]
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -251,13 +234,11 @@ class _Run:
             text = self.model.get_text_emb(shard["tokens"], shard["mask"])
             output = self.model(x_t, t, **text, **self.task.conditioning(shard)).float()
         terms = self.loss(output, x_start, x_t, t, noise)
-        others = self.task.losses(shard, text, config)
-        loss = terms.loss.sum()
-        for weight, other in others.values():
+        sums = {"loss": terms.loss.sum(), "mse": terms.mse.sum(), "vlb": terms.vlb.sum()}
+        for name, (weight, other) in self.task.losses(shard, text, config).items():
+            sums[name] = other
             if weight:
-                loss = loss + weight * other
-        sums = {"loss": loss, "mse": terms.mse.sum(), "vlb": terms.vlb.sum()}
-        sums |= {name: other for name, (_, other) in others.items()}
+                sums["loss"] = sums["loss"] + weight * other
         parts = {name: value / config.batch_size for name, value in sums.items()}
         gradients = torch.autograd.grad(parts["loss"], trained)
         return {name: part.detach() for name, part in parts.items()}, gradients

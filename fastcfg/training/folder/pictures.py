@@ -17,12 +17,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of a folder.
-
-    Attributes:
-        path: its file.
-        captions: the stripped non-blank lines of its `.txt`; none without such a file.
-    """
+    """A picture of a folder, and its captions: the stripped non-blank lines of its `.txt`; none without such a file."""
 
     path: Path
     captions: tuple[str, ...]
@@ -31,16 +26,11 @@ class Picture:
 class PictureFolder:
     """The pictures of a folder and its subfolders, sorted by name, with their captions.
 
-    Args:
-        folder: the folder.
-        skip_uncaptioned: leave out pictures without a caption.
-
     Attributes:
-        pictures: the pictures to train on.
-        uncaptioned: number of pictures found without a caption.
-        skipped: number of these left out.
-        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions. Another picture of the
-            same size goes unnoticed.
+        pictures: the pictures to train on; `skip_uncaptioned` leaves out those without a caption.
+        uncaptioned, skipped: number of pictures found without a caption, and of these left out.
+        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions. Another picture of the same size goes
+            unnoticed.
 
     Raises:
         ValueError: no such folder, no pictures in it, two that share a caption file, or a caption that is not UTF-8.
@@ -88,10 +78,8 @@ class PictureReader:
     """
 
     def __init__(self, width: int, height: int, crop: str, resize_ratio: float, random_hflip: bool) -> None:
-        self._size = (width, height)
-        self._random = crop == "random"
-        self._resize_ratio = resize_ratio
-        self._flip = random_hflip
+        self._size, self._random = (width, height), crop == "random"
+        self._resize_ratio, self._flip = resize_ratio, random_hflip
 
     def read(self, path: Path, rng: np.random.Generator) -> Image.Image:
         """Read a picture as RGB and crop it; ValueError if it cannot be read.
@@ -142,9 +130,8 @@ def _on_white(picture: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
 
 
 def _is_picture(path: Path, root: Path) -> bool:
@@ -170,7 +157,6 @@ def _read_captions(path: Path) -> tuple[str, ...]:
     except FileNotFoundError:
         return ()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: got {path}, which is not UTF-8 ({error.reason}), expected captions, one a line"
-        ) from None
+        got = f"{path}, which is not UTF-8 ({error.reason})"
+        raise ValueError(f"data: got {got}, expected captions, one a line") from None
     return tuple(line.strip() for line in text.split("\n") if line.strip())
