@@ -112,15 +112,14 @@ class TrainConfig:
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"recipe: got unknown settings {', '.join(unknown)}, expected some of {', '.join(fields)}")
-        checked: dict[str, Any] = {}
+        checked = dict(values)
         for name, value in values.items():
             factory, default = fields[name].default_factory, fields[name].default
             wanted = type(default if factory is dataclasses.MISSING else factory())
             if wanted is float and type(value) is int:
-                value = float(value)
-            if type(value) is not wanted:
+                checked[name] = float(value)
+            elif type(value) is not wanted:
                 raise ValueError(f"{name}: got {value!r}, expected a value of type {wanted.__name__}")
-            checked[name] = value
         if "model" in checked:
             checked["model"] = {**cls.DEFAULT_MODEL, **checked["model"]}
         return cls(**checked)

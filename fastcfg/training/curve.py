@@ -11,7 +11,6 @@ import numpy as np
 
 from ..utils.files import replacing
 
-_POINTS = 200
 _LINES = {
     "mse": "mean squared error of the noise",
     "vlb": "variational bound of the variance",
@@ -25,7 +24,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def thin(entries: Sequence[dict[str, float]], points: int = _POINTS) -> dict[str, list[float]]:
+def thin(entries: Sequence[dict[str, float]], points: int = 200) -> dict[str, list[float]]:
     """Average a log over at most `points` stretches of equal length.
 
     Returns the means by key, to 6 significant digits; `step` is each stretch's last step. All entries have the same

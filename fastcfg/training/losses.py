@@ -92,7 +92,8 @@ class HybridLoss:
         low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
         log_variance = fraction * high + (1 - fraction) * low
         true_mean, mean = self._posterior_mean(x_start, x_t, t), self._posterior_mean(predicted_start, x_t, t)
-        divergence = _normal_kl(true_mean, low, mean, log_variance)
+        difference = low - log_variance
+        divergence = 0.5 * (difference.exp() - 1 - difference + (true_mean - mean) ** 2 * torch.exp(-log_variance))
         likelihood = -_discretized_log_likelihood(x_start, mean, log_variance)
         first = (t == 0).view(-1, *[1] * (x_t.ndim - 1))
         return torch.where(first, likelihood, divergence).flatten(1).mean(dim=1) / math.log(2.0)
@@ -104,12 +105,6 @@ class HybridLoss:
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Entries of a table at t, shaped to multiply `like`."""
         return self._tables[name].to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
-
-
-def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL divergence of two normal distributions in nats, per element."""
-    difference = log_variance1 - log_variance2
-    return 0.5 * (difference.exp() - 1 - difference + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:

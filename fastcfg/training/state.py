@@ -57,11 +57,9 @@ def load_state(
         problem = f"resume: got {path}, which is not a training state, expected one written by fastcfg"
         raise ValueError(problem) from error
     _check_same_run(make_recipe(state["config"]), config, state["step"])
-    if state.get("fingerprint", "") != fingerprint:
-        raise ValueError(
-            f"resume: got data of {fingerprint}, expected the state's {state.get('fingerprint')}: "
-            "pictures or captions were added, removed or changed"
-        )
+    if (saved := state.get("fingerprint", "")) != fingerprint:
+        why = "pictures or captions were added, removed or changed"
+        raise ValueError(f"resume: got data of {fingerprint}, expected the state's {saved}: {why}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["seconds"]

@@ -61,14 +61,9 @@ class TrainResult:
 
 
 def make_task(config: TrainConfig, run: str | os.PathLike[str] | None = None) -> Task:
-    """The task of a recipe, on the CPU.
+    """The task of a recipe, on the CPU; errors as `train`, and TypeError for a recipe of unknown kind.
 
     `run` is the folder of a run to resume: initial weights are not read, as its state has later ones.
-
-    Raises:
-        ValueError: the recipe does not fit its network, weights or data.
-        TypeError: a recipe of unknown kind.
-        OSError: a file cannot be read.
     """
     if isinstance(config, ShapesConfig):
         return ShapesTask(config)
@@ -95,8 +90,7 @@ def train(
 
     Args:
         config, device: the recipe, and the device to train on.
-        out_dir: folder to write to, made if missing.
-        resume: continue from the state in `out_dir`.
+        out_dir, resume: folder to write to, made if missing; continue from the state in it.
         progress: show a progress bar on stderr.
         save_seconds: time between writes.
         stop_after: stop when this many steps have been made in all, as if interrupted.
@@ -190,7 +184,10 @@ class _Run:
     def step(self, step: int) -> dict[str, float]:
         """Make one optimizer step; returns the log entry."""
         config = self.config.at(step)
-        self._restart(self.task.before(step))
+        changed = set(self.task.before(step))  # parameters set to new values: their average and optimizer state restart
+        self.ema.reset((name, parameter) for name, parameter in self.model.named_parameters() if parameter in changed)
+        for parameter in changed:
+            self.optimizer.state.pop(parameter, None)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         batch = self.task.batch(step)
@@ -211,16 +208,8 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(trained, self.config.grad_clip)
         self.optimizer.step()
         self.ema.update(self.model)
-        values = {name: torch.stack([part[name] for part in terms]).sum() for name in terms[0]}
-        values["grad_norm"] = norm
+        values = {**{name: torch.stack([part[name] for part in terms]).sum() for name in terms[0]}, "grad_norm": norm}
         return {"step": step + 1, **{name: float(f"{value.item():.5g}") for name, value in values.items()}}
-
-    def _restart(self, parameters: list[nn.Parameter]) -> None:
-        """Restart average and optimizer state of parameters that were set to new values."""
-        changed = set(parameters)
-        self.ema.reset((name, parameter) for name, parameter in self.model.named_parameters() if parameter in changed)
-        for parameter in parameters:
-            self.optimizer.state.pop(parameter, None)
 
     def _shard(
         self, shard: dict[str, Tensor], trained: list[nn.Parameter], config: TrainConfig

@@ -52,7 +52,9 @@ class FolderData:
         self._reader = PictureReader(*size, config.crop, config.resize_ratio, config.random_hflip)
         factor = config.upscale_factor
         self._low_size = (size[0] // factor, size[1] // factor) if config.upsample else None
-        self._order = functools.lru_cache(maxsize=4)(self._order_uncached)
+        seed, count = config.seed, len(folder.pictures)
+        # The order of the pictures in a pass over the folder.
+        self._order = functools.lru_cache(4)(lambda p: np.random.default_rng([seed, p, 0x0DE5]).permutation(count))
         self._pool = ThreadPoolExecutor(config.workers)
         self._told: set[str] = set()
         self._ahead: dict[int, list[Future[_Sample]]] = {}
@@ -110,7 +112,3 @@ class FolderData:
             low_res = self._low_size and to_array(image.resize(self._low_size, Image.Resampling.BICUBIC))
             return _Sample(to_array(image), low_res, *padded, unreadable)
         raise ValueError(f"data: got {len(pictures)} pictures in {self._config.data}, none of which can be read")
-
-    def _order_uncached(self, passes: int) -> np.ndarray:
-        """The order of the pictures in a pass over the folder."""
-        return np.random.default_rng([self._config.seed, passes, 0x0DE5]).permutation(len(self._pictures))

@@ -18,9 +18,9 @@ class ShapesData:
     """Random access to the batches of a run."""
 
     def __init__(self, config: ShapesConfig, tokenizer: Tokenizer) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+        self._config, length = config, config.model["text_ctx"]
+        encode, pad = tokenizer.encode, tokenizer.padded_tokens_and_mask
+        self._encode = functools.lru_cache(maxsize=1 << 16)(lambda text: pad(encode(text), length))
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Make the batch of a step, see `Task`. The mask of a dropped caption is all False.
@@ -39,10 +39,6 @@ class ShapesData:
         images, colours, shapes = (torch.from_numpy(array) for array in render_named(scenes, rng))
         batch = {"images": images, "tokens": tokens, "mask": mask, "colours": colours, "shapes": shapes}
         return {**batch, "at_words": at_words, "about": about}
-
-    def _encode_uncached(self, text: str) -> tuple[list[int], list[bool]]:
-        tokenizer = self._tokenizer
-        return tokenizer.padded_tokens_and_mask(tokenizer.encode(text), self._config.model["text_ctx"])
 
 
 def evaluation_prompts(count: int, seed: int = 0, two_objects: float = 0.75) -> list[tuple[str, Scene]]:

@@ -51,16 +51,15 @@ def reading_targets(text: str, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         answer = (COLOURS.index(words[index - 1]), SHAPES.index(word), size, where)
         at_words[index - (2 if named else 1) : index + 1] = answer
     about = np.full(len(_SCENE_CHOICES), IGNORED)
-    items = list(scene.objects)
+    first = _PLACES[scene.relation][0] if scene.relation else 0
+    items = scene.objects[::-1] if first % 2 else scene.objects
+    choices = [choice for item in items for choice in (COLOURS.index(item.colour), SHAPES.index(item.shape))]
     if len(items) == 1:
-        about[:3] = 0, COLOURS.index(items[0].colour), SHAPES.index(items[0].shape)
+        about[:3] = 0, *choices
     elif scene.relation is None:
         about[0] = 3
     else:
-        if _PLACES[scene.relation][0] % 2:
-            items.reverse()
-        about[0] = 1 + _PLACES[scene.relation][0] // 2
-        about[1:] = [choice for o in items for choice in (COLOURS.index(o.colour), SHAPES.index(o.shape))]
+        about[:] = 1 + first // 2, *choices
     return at_words, about
 
 
@@ -93,8 +92,7 @@ def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHead
         torch.manual_seed(config.seed)
         heads = ReadingHeads(model.xf_width).to(device)
     text = [parameter for _, parameter in reading_parameters(model)]
-    parameters = [*text, *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.reading_rate)
+    optimizer = torch.optim.AdamW([*text, *heads.parameters()], lr=config.reading_rate)
     right = 0.0
     for step in range(config.reading_steps):
         rise = min(1.0, (step + 1) / 50)
@@ -102,13 +100,12 @@ def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHead
             group["lr"] = config.reading_rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / config.reading_steps))
         tokens, mask, at_words, about = (tensor.to(device) for tensor in _batch(model, config, step))
         loss, share = heads(model.get_text_emb(tokens, mask)["xf_out"], at_words, about)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
+        optimizer.zero_grad()
+        loss.backward()
         nn.utils.clip_grad_norm_(text, config.grad_clip)
         optimizer.step()
         right = float(share)
-    for parameter in parameters:
-        parameter.grad = None
+    optimizer.zero_grad()
     return heads, right
 
 

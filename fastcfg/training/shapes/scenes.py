@@ -41,9 +41,7 @@ _RELATION_PHRASES: dict[str | None, tuple[str, ...]] = {
 _OPENINGS = ("", "", "there is", "a picture of")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
-_MARGIN = 1.0
-_GAP = 2.0
-_CROSS_AXIS_JITTER = 3.0
+_MARGIN, _GAP, _CROSS_AXIS_JITTER = 1.0, 2.0, 3.0  # in pixels
 
 
 def _star_vertices() -> np.ndarray:
@@ -72,15 +70,9 @@ COLOURS: tuple[str, ...] = tuple(PALETTE)
 SIZES: tuple[str, ...] = tuple(RADII)
 _HALF_EXTENTS = {name: (1.0, 1.0) if v is None else tuple(np.abs(v).max(axis=0)) for name, v in _POLYGONS.items()}
 
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        ["a", "an", "there", "is", "picture", "of", "and", "with", "to", "the", "on", "top"]
-        + ["left", "right", "above", "over", "below", "under"]
-        + [word for words in SIZE_WORDS.values() for word in words]
-        + list(COLOURS)
-        + list(SHAPES)
-    )
-)
+_PHRASES = "a an there is picture of and with to the on top left right above over below under"
+_SIZE_NAMES = " ".join(word for words in SIZE_WORDS.values() for word in words)
+VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys([*_PHRASES.split(), *_SIZE_NAMES.split(), *COLOURS, *SHAPES]))
 """Every word a caption can hold, in a fixed order: the vocabulary of the word-level tokenizer."""
 
 MAX_CAPTION_WORDS = 16
@@ -152,12 +144,11 @@ def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> 
         relation = _OPPOSITE[relation] if relation else None
     nouns = []
     for item in objects:
-        words = [item.colour, item.shape]
+        words = f"{item.colour} {item.shape}"
         if rng.random() < name_sizes:
             synonyms = SIZE_WORDS[item.size]
-            words.insert(0, synonyms[rng.integers(len(synonyms))])
-        article = "an" if words[0][0] in "aeiou" else "a"
-        nouns.append(" ".join([article, *words]))
+            words = f"{synonyms[rng.integers(len(synonyms))]} {words}"
+        nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
     opening = _OPENINGS[rng.integers(len(_OPENINGS))]
     phrases = _RELATION_PHRASES[relation]
     joint = f" {phrases[rng.integers(len(phrases))]} "
@@ -182,12 +173,11 @@ def render_named(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[np.
     owners = [index for index, scene in enumerate(scenes) for _ in scene.objects]
     items = [item for scene in scenes for item in scene.objects]
     centres = np.array([centre for scene in scenes for centre in _place(scene, rng)])
+    radii = np.array([RADII[item.size] for item in items])
     coverage = np.empty((len(items), IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    for shape in SHAPES:
+    for shape in {item.shape for item in items}:
         rows = [row for row, item in enumerate(items) if item.shape == shape]
-        if rows:
-            radii = np.array([RADII[items[row].size] for row in rows])
-            coverage[rows] = shape_coverage(shape, centres[rows], radii)
+        coverage[rows] = shape_coverage(shape, centres[rows], radii[rows])
     colours = np.array([PALETTE[item.colour] for item in items], dtype=np.float32)
     background = np.array(BACKGROUND, dtype=np.float32)
     layers = coverage[:, None] * (colours - background)[:, :, None, None]
@@ -228,8 +218,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.n
         dx, dy = px - along * ex, py - along * ey
         np.minimum(squared, dx * dx + dy * dy, out=squared)
         if ay != by:
-            crosses = (ay > y) != (by > y)
-            inside ^= crosses & (px < ex * py / ey)
+            inside ^= ((ay > y) != (by > y)) & (px < ex * py / ey)
     return np.where(inside, -1, 1).astype(np.float32) * np.sqrt(squared)
 
 
