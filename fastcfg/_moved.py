@@ -53,6 +53,7 @@ MOVED = {
     "stepper": "ops.stepper",
     "blender": "ops.blender",
     "frontends._scheduler_run": "frontends._fused.steps",
+    "models.glide_meta": "models.glide",
     "training.judge": "training.shapes.judge",
     "training.folder_data": "training.folder.data",
     "training.folder_config": "training.folder.config",

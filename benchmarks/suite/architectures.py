@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.suite.diffusers_rival import problem as diffusers_problem
 from benchmarks.suite.foreign import load_diffusers
-from fastcfg.models.glide import N_VOCAB
-from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from fastcfg.models.glide import GLIDE_BASE, GLIDE_UPSAMPLER, N_VOCAB, glide_network
 from fastcfg.models.guided_diffusion import NUM_CLASSES, create_model
 from fastcfg.parity.loops import PROMPT
 from fastcfg.pipelines.text_to_image import TextToImage

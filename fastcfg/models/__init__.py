@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from .classifier import EncoderUNetModel
-from .image_conditioned import (
-    InpaintText2ImUNet,
-    SuperResInpaintText2ImUnet,
-    SuperResModel,
-    SuperResText2ImUNet,
-)
+from .image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet, SuperResModel, SuperResText2ImUNet
 from .text2im import Text2ImUNet
 from .tokenizer import Tokenizer
 from .unet import UNetModel

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import GroupNorm32, PointwiseConv1d, zero_module
+from .nn import GroupNorm32, PointwiseConv1d, attend, zero_module
 
 
 class AttentionBlock(nn.Module):
     """Residual attention block of guided-diffusion and GLIDE.
 
     Args:
-        channels: channels of the feature map.
-        num_heads: number of heads if `num_head_channels` is -1.
-        num_head_channels: channels per head, or -1.
+        channels: channels of the feature map; ValueError unless divisible into the heads.
+        num_heads, num_head_channels: number of heads, or channels per head unless that is -1.
         encoder_channels: channels of an encoder's output, whose keys and values precede the feature map's; or None.
         use_new_attention_order: the channels of `qkv` are all queries, then all keys, then all values (guided-diffusion
             `QKVAttention`) instead of queries, keys and values head by head (`QKVAttentionLegacy`, GLIDE), which is
             always the order of `encoder_kv`.
-
-    Raises:
-        ValueError: `channels` is not divisible into such heads.
     """
 
     def __init__(
@@ -46,16 +41,11 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(PointwiseConv1d(channels, channels))
 
     def forward(self, x: Tensor, encoder_kv: Tensor | None = None) -> Tensor:
-        """Attend from every position of `x` to the encoder's positions and to every position of `x`.
+        """Attend from every position of `x` [B, C, *spatial] to the encoder's positions and to every position of `x`.
 
-        Args:
-            x: [B, C, *spatial].
-            encoder_kv: [B, S, 2C], output of the layer `encoder_kv`, in blocks with an encoder.
-
-        Returns:
-            [B, C, *spatial], of the dtype of `x`.
+        `encoder_kv` [B, S, 2C] is the output of the layer `encoder_kv`, in blocks with an encoder. Returns the shape
+        and dtype of `x`.
         """
-        batch, channels, *spatial = x.shape
         qkv = self.qkv(self.norm(x).flatten(2).transpose(1, 2))
         if self.use_new_attention_order:
             qkv = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(2, 3)
@@ -64,7 +54,5 @@ class AttentionBlock(nn.Module):
         query, key_value = qkv[:, :, :, 0], qkv[:, :, :, 1:]
         if encoder_kv is not None:
             key_value = torch.cat([encoder_kv.unflatten(2, (self.num_heads, 2, -1)), key_value], dim=1)
-        key, value = key_value.unbind(3)
-        h = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        h = self.proj_out(h.transpose(1, 2).flatten(2))
-        return x + h.transpose(1, 2).reshape(batch, channels, *spatial)
+        h = self.proj_out(attend(query, *key_value.unbind(3)))
+        return x + h.transpose(1, 2).reshape(x.shape)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..utils.checks import check_one_of
-from .nn import GroupNorm32, PointwiseConv1d, conv_nd, zero_module
+from .nn import GroupNorm32, PointwiseConv1d, attend, conv_nd, zero_module
 from .unet_encoder import LayerOptions, UNetEncoder, weight_dtype
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
@@ -22,8 +22,7 @@ class AttentionPool2d(nn.Module):
     """Attention of the mean position to all positions and itself (guided-diffusion, class of the same name).
 
     Args:
-        spacial_dim: height and width of the feature map (the original's spelling).
-        embed_dim: channels of the feature map.
+        spacial_dim, embed_dim: size (in the original's spelling) and channels of the feature map.
         num_heads_channels: channels per attention head; ValueError unless a divisor of `embed_dim`.
         output_dim: channels of the output; `embed_dim` if None.
     """
@@ -33,9 +32,8 @@ class AttentionPool2d(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads_channels < 1 or embed_dim % num_heads_channels:
-            raise ValueError(
-                f"num_heads_channels: got {num_heads_channels}, expected a divisor of the {embed_dim} channels"
-            )
+            expected = f"a divisor of the {embed_dim} channels"
+            raise ValueError(f"num_heads_channels: got {num_heads_channels}, expected {expected}")
         self.spacial_dim = spacial_dim
         self.num_heads = embed_dim // num_heads_channels
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
@@ -54,31 +52,22 @@ class AttentionPool2d(nn.Module):
         # Only the output of the mean's query is used.
         query = F.linear(tokens[:, :1], weight[:channels], bias[:channels])  # type: ignore[index]
         key, value = F.linear(tokens, weight[channels:], bias[channels:]).chunk(2, dim=2)  # type: ignore[index]
-        h = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
-        return self.c_proj(h.transpose(1, 2).flatten(2))[:, 0]
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, C] as [B, heads, T, C / heads]."""
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        return self.c_proj(attend(*(part.unflatten(2, (self.num_heads, -1)) for part in (query, key, value))))[:, 0]
 
 
 class EncoderUNetModel(UNetEncoder):
     """Classifier of noised images (guided-diffusion `unet.EncoderUNetModel`), state-dict compatible with it.
 
-    Arguments are those of `UNetModel`, except:
+    Arguments and errors are those of `UNetModel`, except:
 
     Args:
         image_size: height and width of the images; only "attention" depends on it.
         out_channels: number of classes.
         dims: must be 2.
-        num_head_channels: required by "attention".
         num_heads_upsample: has no effect.
         pool: how features become logits. "adaptive": projection of their mean over positions; "attention":
-            `AttentionPool2d`; "spatial": two layers on the means of every block's features; "spatial_v2": the same with
-            a norm between the layers.
-
-    Raises:
-        ValueError: an unknown pool or one without the options it needs; errors of `UNetModel`.
+            `AttentionPool2d`, which needs `num_head_channels`; "spatial": two layers on the means of every block's
+            features; "spatial_v2": the same with a norm between the layers.
     """
 
     def __init__(
@@ -108,30 +97,16 @@ class EncoderUNetModel(UNetEncoder):
             raise ValueError(f"dims: got {dims!r}, expected 2")
         if pool == "attention" and num_head_channels == -1:
             raise ValueError("num_head_channels: got -1, expected the channels per head of the attention pool")
-        options = LayerOptions(
-            model_channels=model_channels,
-            dropout=dropout,
-            conv_resample=conv_resample,
-            dims=dims,
-            num_head_channels=num_head_channels,
-            use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            use_new_attention_order=use_new_attention_order,
-        )
+        layer = (model_channels, dropout, conv_resample, dims, num_head_channels)
+        options = LayerOptions(*layer, use_scale_shift_norm, resblock_updown, use_new_attention_order)
         super().__init__(options, in_channels, num_res_blocks, attention_resolutions, channel_mult, None, num_heads)
-        self.use_checkpoint = use_checkpoint
-        self.use_fp16 = use_fp16
-        self.image_size = image_size
-        self.out_channels = out_channels
-        self.pool = pool
+        self.image_size, self.out_channels, self.pool = image_size, out_channels, pool
+        self.use_checkpoint, self.use_fp16 = use_checkpoint, use_fp16
         channels = self.widths[-1]
         if pool == "adaptive":
+            projection = zero_module(conv_nd(dims, channels, out_channels, 1))
             self.out = nn.Sequential(
-                GroupNorm32(channels),
-                nn.SiLU(),
-                nn.AdaptiveAvgPool2d((1, 1)),
-                zero_module(conv_nd(dims, channels, out_channels, 1)),
-                nn.Flatten(),
+                GroupNorm32(channels), nn.SiLU(), nn.AdaptiveAvgPool2d((1, 1)), projection, nn.Flatten()
             )
         elif pool == "attention":
             if image_size % self.size_divisor:
@@ -140,24 +115,16 @@ class EncoderUNetModel(UNetEncoder):
             attention = AttentionPool2d(size, channels, num_head_channels, out_channels)
             self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), attention)
         else:
-            features = sum(self.block_channels) + channels
+            first = nn.Linear(sum(self.block_channels) + channels, _SPATIAL_WIDTH)
             between = [nn.ReLU()] if pool == "spatial" else [GroupNorm32(_SPATIAL_WIDTH), nn.SiLU()]
-            self.out = nn.Sequential(
-                nn.Linear(features, _SPATIAL_WIDTH), *between, nn.Linear(_SPATIAL_WIDTH, out_channels)
-            )
+            self.out = nn.Sequential(first, *between, nn.Linear(_SPATIAL_WIDTH, out_channels))
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Classify noised images.
+        """Logits [B, out_channels], of the dtype of `x`, of noised images; ValueError for a shape that does not fit.
 
         Args:
             x: [B, in_channels, H, W]; H and W multiples of 2 ** (levels - 1), for "attention" `image_size`.
             timesteps: [B], integer or float.
-
-        Returns:
-            Logits [B, out_channels], of the dtype of `x`.
-
-        Raises:
-            ValueError: a shape does not fit.
         """
         emb = self._embed(x, timesteps)
         if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):

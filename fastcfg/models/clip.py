@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .nn import attend
+
 # CLIP's, for pixels of 0 to 255.
 _CHANNEL_MEANS = (122.77093945, 116.74601272, 104.09373519)
 _CHANNEL_STDS = (68.50053285, 66.63215831, 70.32316309)
@@ -56,8 +58,7 @@ class AttentionResblock(nn.Module):
     def __init__(self, width: int, heads: int, blocks: int, causal: bool) -> None:
         super().__init__()
         std = width**-0.5
-        self.heads = heads
-        self.causal = causal
+        self.heads, self.causal = heads, causal
         self.ln = LayerNorm(width)
         self.f_q = Affine(width, width, std)
         self.f_k = Affine(width, width, std, use_bias=False)
@@ -66,11 +67,8 @@ class AttentionResblock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.ln(x)
-        query, key, value = (
-            layer(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.f_q, self.f_k, self.f_v)
-        )
-        h = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return x + self.f_c(h.transpose(1, 2).flatten(2))
+        query, key, value = (layer(h).unflatten(2, (self.heads, -1)) for layer in (self.f_q, self.f_k, self.f_v))
+        return x + self.f_c(attend(query, key, value, self.causal))
 
 
 class FullyConnectedResblock(nn.Module):
@@ -121,9 +119,8 @@ class ImageEmbedding(nn.Module):
             self.w_t = nn.Parameter(torch.empty(n_timestep, width).normal_(std=std))
         else:
             self.pred_state = nn.Parameter(torch.empty(width).normal_(std=std))
-        self.patch_proj = nn.Parameter(
-            torch.empty(width, 3, patch_size, patch_size).normal_(std=math.sqrt(2 * std**2 / patch_size**2))
-        )
+        patch = torch.empty(width, 3, patch_size, patch_size)
+        self.patch_proj = nn.Parameter(patch.normal_(std=math.sqrt(2 * std**2 / patch_size**2)))
         self.w_pos = nn.Parameter(torch.empty(1 + (image_size // patch_size) ** 2, width).normal_(std=std))
         self.ln = LayerNorm(width)
         # Buffers move with the weights: no call copies them from the host.
@@ -154,32 +151,24 @@ class TextEncoder(nn.Module):
     """Text encoder of GLIDE's CLIP (`clip.encoders.TextEncoder`), state-dict compatible with it.
 
     Args:
-        n_bpe_vocab: number of token ids.
-        max_text_len: number of tokens of a padded text.
+        n_bpe_vocab, max_text_len: number of token ids, and of tokens of a padded text.
         n_embd: width of the embedding.
-        n_head: attention heads.
+        n_head, n_head_state: attention heads, and channels of each.
         n_xf_blocks: transformer blocks.
-        n_head_state: channels per attention head.
     """
 
     def __init__(
         self, n_bpe_vocab: int, max_text_len: int, n_embd: int, n_head: int, n_xf_blocks: int, n_head_state: int = 64
     ) -> None:
         super().__init__()
-        width = n_head * n_head_state
         self.max_text_len = max_text_len
-        embedding = TextEmbedding(n_bpe_vocab, max_text_len, width)
-        self.blocks = _stack(embedding, width, n_head, n_xf_blocks, n_embd, causal=True)
+        embedding = TextEmbedding(n_bpe_vocab, max_text_len, n_head * n_head_state)
+        self.blocks = _stack(embedding, n_head * n_head_state, n_head, n_xf_blocks, n_embd, causal=True)
 
     def forward(self, text: Tensor, text_len: Tensor) -> Tensor:
-        """Encode padded texts; ValueError for shapes that do not fit.
+        """Encode padded texts of integer ids [B, max_text_len] and lengths [B]; the last token's features are used.
 
-        Args:
-            text: [B, max_text_len] integer ids.
-            text_len: [B] integer lengths; the last token's features are used.
-
-        Returns:
-            [B, n_embd], of the dtype of the weights, not normalised.
+        Returns [B, n_embd], of the dtype of the weights, not normalised. ValueError for shapes that do not fit.
         """
         if text.ndim != 2 or text.shape[1] != self.max_text_len:
             raise ValueError(f"text: got shape {tuple(text.shape)}, expected [B, {self.max_text_len}]")
@@ -197,8 +186,7 @@ class ImageEncoder(nn.Module):
     """Encoder of noised images of GLIDE's CLIP (`clip.encoders.ImageEncoder`), state-dict compatible with it.
 
     Args:
-        image_size: height and width of the images.
-        patch_size: height and width of a patch, a divisor of `image_size`.
+        image_size, patch_size: height and width of the images, and of a patch: a divisor, or ValueError.
         n_embd, n_head, n_xf_blocks, n_head_state: see `TextEncoder`.
         n_timestep: number of timesteps; 0 for an encoder of clean images.
     """
@@ -217,20 +205,15 @@ class ImageEncoder(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"patch_size: got {patch_size}, expected a divisor of image_size {image_size}")
         width = n_head * n_head_state
-        self.image_size = image_size
-        self.n_timestep = n_timestep
+        self.image_size, self.n_timestep = image_size, n_timestep
         embedding = ImageEmbedding(image_size, patch_size, width, n_timestep)
         self.blocks = _stack(embedding, width, n_head, n_xf_blocks, n_embd, causal=False)
 
     def forward(self, image: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Encode noised images; ValueError for shapes that do not fit, and missing or unexpected timesteps.
+        """Encode images [B, 3, image_size, image_size], pixels of 0 to 255; returns the same as `TextEncoder`.
 
-        Args:
-            image: [B, 3, image_size, image_size], pixels of 0 to 255.
-            timesteps: [B], whole numbers below `n_timestep`; None for an encoder of clean images.
-
-        Returns:
-            [B, n_embd], of the dtype of the weights, not normalised.
+        `timesteps` [B] are whole numbers below `n_timestep`; None for an encoder of clean images. ValueError for shapes
+        that do not fit, and missing or unexpected timesteps.
         """
         expected = (3, self.image_size, self.image_size)
         if image.ndim != 4 or image.shape[1:] != expected:
@@ -252,12 +235,10 @@ class CLIPModel:
     """GLIDE's CLIP (`clip.model_creation.CLIPModel`): the similarity of noised images and texts.
 
     Attributes:
-        text_encoder: the text encoder.
-        image_encoder: the image encoder.
+        text_encoder, image_encoder: the two networks.
         tokenizer: a tokenizer with CLIP's vocabulary, needed for prompts.
         logit_scale: logarithm of the similarity's factor.
-        start_token: id before every text.
-        end_token: id after every text.
+        start_token, end_token: ids before and after every text.
 
     Example:
         >>> from fastcfg.frontends.glide import create_clip_model, load_checkpoint
@@ -283,9 +264,7 @@ class CLIPModel:
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and lengths of texts, cut to fit and padded with zeros: int64 [B, max_text_len] and [B], on `device`.
 
-        Raises:
-            TypeError: a string instead of several.
-            ValueError: no text, or no tokenizer.
+        TypeError for a string instead of several; ValueError for no text, or without a tokenizer.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts: got a string, expected several")
@@ -304,26 +283,19 @@ class CLIPModel:
         return _normalised(self.text_encoder(*self.encode_prompts(prompts)))
 
     def image_embeddings(self, images: Tensor, t: Tensor) -> Tensor:
-        """Embeddings of noised images, float32 [B, n_embd] of length 1.
+        """Embeddings, float32 [B, n_embd] of length 1, of noised images [B, 3, image_size, image_size] in [-1, 1].
 
-        Args:
-            images: [B, 3, image_size, image_size], in [-1, 1].
-            t: [B], timesteps of the full schedule.
+        `t`: timesteps [B] of the full schedule.
         """
         return _normalised(self.image_encoder((images + 1) * 127.5, t))
 
     def cond_fn(self, prompts: Sequence[str], grad_scale: float) -> Callable[..., Tensor]:
-        """Encode texts and return the function whose gradient guides samples towards them.
-
-        Args:
-            prompts: one text per sample, or one for all.
-            grad_scale: factor of the gradient.
+        """Encode texts, one per sample or one for all, and return the gradient that guides samples towards them.
 
         Returns:
-            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the scaled similarity of `x` and its text,
-            like `x`, [B, 3, H, W]; other keyword arguments are ignored. ValueError for a batch of the wrong size.
-
-        Errors of this method are those of `encode_prompts`.
+            `cond_fn(x, t, grad_scale=grad_scale, **kwargs)`: the gradient of the similarity of `x` and its text times
+            `grad_scale`, like `x`, [B, 3, H, W]; other keyword arguments are ignored. ValueError for a batch of the
+            wrong size. Errors of this method are those of `encode_prompts`.
         """
         with torch.no_grad():
             texts = self.text_embeddings(prompts)
@@ -343,18 +315,12 @@ class CLIPModel:
 def create_clip_model(*, device: torch.device | str | None = None, tokenizer: HasEncode | None = None) -> CLIPModel:
     """GLIDE's CLIP with initial weights (`clip.model_creation.create_clip_model` with its only configuration).
 
-    Args:
-        device: device of the weights; None for torch's default device.
-        tokenizer: see `CLIPModel`.
+    The weights are on `device`, or on torch's default device.
     """
     with torch.device(torch.get_default_device() if device is None else device):
-        return CLIPModel(
-            text_encoder=TextEncoder(n_bpe_vocab=65536, max_text_len=77, n_embd=512, n_head=8, n_xf_blocks=12),
-            image_encoder=ImageEncoder(
-                image_size=64, patch_size=4, n_embd=512, n_head=12, n_xf_blocks=12, n_timestep=1000
-            ),
-            tokenizer=tokenizer,
-        )
+        text = TextEncoder(n_bpe_vocab=65536, max_text_len=77, n_embd=512, n_head=8, n_xf_blocks=12)
+        image = ImageEncoder(image_size=64, patch_size=4, n_embd=512, n_head=12, n_xf_blocks=12, n_timestep=1000)
+    return CLIPModel(text, image, tokenizer)
 
 
 def _stack(embedding: nn.Module, width: int, heads: int, blocks: int, n_embd: int, causal: bool) -> nn.ModuleDict:

@@ -1,10 +1,12 @@
-"""GLIDE's networks from its options: the networks of `glide_text2im.model_creation`."""
+"""GLIDE's networks, and their descriptions in checkpoints, from the options of `glide_text2im.model_creation`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from .checkpoint import CheckpointMeta
 from .image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet, SuperResText2ImUNet
 from .options import downsampling_factors, level_multiples
 from .text2im import HasVocabulary, Text2ImUNet
@@ -13,6 +15,9 @@ N_VOCAB = 50257
 """Size of GPT-2's vocabulary, which GLIDE uses."""
 
 _CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
+
+# Options of the diffusion, and of how a network is run.
+_NOT_THE_NETWORK = ("noise_schedule", "diffusion_steps", "timestep_respacing", "use_fp16")
 
 # By (inpaint, super_res).
 _CLASSES: dict[tuple[bool, bool], type[Text2ImUNet]] = {
@@ -55,13 +60,15 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 
 def model_and_diffusion_defaults_upsampler() -> dict[str, Any]:
     """Options of GLIDE's upsampler and its diffusion process."""
-    return {
-        **model_and_diffusion_defaults(),
-        "image_size": 256,
-        "num_res_blocks": 2,
-        "noise_schedule": "linear",
-        "super_res": True,
-    }
+    changes = {"image_size": 256, "num_res_blocks": 2, "noise_schedule": "linear", "super_res": True}
+    return {**model_and_diffusion_defaults(), **changes}
+
+
+GLIDE_BASE = model_and_diffusion_defaults()
+"""Options of the 64-pixel network."""
+
+GLIDE_UPSAMPLER = model_and_diffusion_defaults_upsampler()
+"""Options of the upsampler from 64 to 256 pixels."""
 
 
 def create_model(
@@ -89,9 +96,9 @@ def create_model(
     *,
     tokenizer: HasVocabulary | None = None,
 ) -> Text2ImUNet:
-    """Make a model from GLIDE's options (`model_creation.create_model`).
+    """Make a `Text2ImUNet`, or a subclass, from GLIDE's options (`model_creation.create_model`).
 
-    Arguments are those of `Text2ImUNet`, except:
+    Arguments and errors are those of `Text2ImUNet`, except:
 
     Args:
         image_size: height and width: 64, 128 or 256, or 2 ** (levels + 2) if `channel_mult` is given.
@@ -102,27 +109,17 @@ def create_model(
         super_res: the model also sees a smaller image.
         tokenizer: becomes the model's `tokenizer`; None for the size of GLIDE's vocabulary only.
 
-    Returns:
-        A `Text2ImUNet`, or the subclass for these images.
-
     Raises:
-        ValueError: an image size without default or other than that of `channel_mult`, lists not of positive integers;
-            errors of `Text2ImUNet`.
+        ValueError: an image size without default or other than that of `channel_mult`, lists not of positive integers.
     """
     options = {name: value for name, value in locals().items() if name not in ("use_fp16", "tokenizer")}
     network, arguments = describe_model(**options)
     levels = len(arguments["channel_mult"])
     if channel_mult and image_size != 2 ** (levels + 2):
-        raise ValueError(
-            f"image_size: got {image_size}, expected {2 ** (levels + 2)} for the {levels} levels of "
-            f"channel_mult {channel_mult!r}"
-        )
-    return network(
-        tokenizer=SimpleNamespace(n_vocab=N_VOCAB) if tokenizer is None else tokenizer,
-        image_size=image_size,
-        use_fp16=use_fp16,
-        **arguments,
-    )
+        expected = f"{2 ** (levels + 2)} for the {levels} levels of channel_mult {channel_mult!r}"
+        raise ValueError(f"image_size: got {image_size}, expected {expected}")
+    vocabulary = SimpleNamespace(n_vocab=N_VOCAB) if tokenizer is None else tokenizer
+    return network(tokenizer=vocabulary, image_size=image_size, use_fp16=use_fp16, **arguments)
 
 
 def describe_model(
@@ -139,13 +136,39 @@ def describe_model(
 
     `others` keep their names. Errors are those of `create_model`, which alone (as in GLIDE) ties size to levels.
     """
-    multiples = level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult)
     arguments = {
         "in_channels": 3,
         "out_channels": 6,
         "model_channels": num_channels,
-        "channel_mult": multiples,
+        "channel_mult": level_multiples("image_size", image_size, _CHANNEL_MULT, channel_mult),
         "attention_resolutions": downsampling_factors("attention_resolutions", image_size, attention_resolutions),
         **others,
     }
     return _CLASSES[bool(inpaint), bool(super_res)], arguments
+
+
+def glide_network(options: Mapping[str, Any], **changes: Any) -> CheckpointMeta:
+    """Describe the network of GLIDE's options, all given as in `GLIDE_BASE`, with `changes`.
+
+    `use_fp16` and `timestep_respacing` concern the running of a network and have no effect. ValueError for unknown or
+    missing options, values of the wrong type, and the errors of `describe_model`.
+
+    Example:
+        >>> glide_network(GLIDE_BASE, num_channels=64).model["model_channels"]
+        64
+    """
+    values = {**options, **changes}
+    if unknown := sorted(set(values) - set(GLIDE_BASE)):
+        raise ValueError(f"model: got unknown options {', '.join(unknown)}, expected some of {', '.join(GLIDE_BASE)}")
+    if missing := sorted(set(GLIDE_BASE) - set(values)):
+        raise ValueError(f"model: got no {', '.join(missing)}, expected all of GLIDE's options")
+    for name, default in GLIDE_BASE.items():
+        kinds = (int, float) if type(default) is float else (type(default),)
+        if type(values[name]) not in kinds:
+            expected = f"a value of type {type(default).__name__}"
+            raise ValueError(f"model: got {name} = {values[name]!r}, expected {expected}")
+    schedule, steps, *_ = (values.pop(name) for name in _NOT_THE_NETWORK)
+    network, arguments = describe_model(**values)
+    # Lists as in the JSON of a checkpoint's header, so that a description equals the one read back.
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    return CheckpointMeta(arguments, schedule, steps, values["image_size"], network=network.__name__)

@@ -14,12 +14,7 @@ NUM_CLASSES = 1000
 
 _UNet = TypeVar("_UNet", bound=UNetModel)
 
-_CHANNEL_MULT = {
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
+_CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 _SUPER_RES_CHANNEL_MULT = {64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (1, 1, 2, 2, 4, 4)}
 
 
@@ -106,7 +101,7 @@ def create_model(
 ) -> UNetModel:
     """Make an image model from guided-diffusion's options (`script_util.create_model`).
 
-    Arguments are those of `UNetModel`, except:
+    Arguments and errors are those of `UNetModel`, except:
 
     Args:
         image_size: height and width: 64, 128, 256 or 512 unless `channel_mult` is given.
@@ -117,7 +112,7 @@ def create_model(
         attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
 
     Raises:
-        ValueError: an image size without default, lists not of positive integers; errors of `UNetModel`.
+        ValueError: an image size without default, lists not of positive integers.
     """
     return _make_unet(UNetModel, "image_size", _CHANNEL_MULT, **locals())  # the arguments by name
 
@@ -134,26 +129,17 @@ def create_classifier(
 ) -> EncoderUNetModel:
     """Make a classifier from guided-diffusion's options (`script_util.create_classifier`).
 
-    Args:
-        image_size: height and width: 64, 128, 256 or 512.
-        classifier_width: base width.
-        classifier_depth: residual blocks per level.
-        classifier_attention_resolutions, classifier_use_fp16: the options of `create_model` without "classifier_".
-        classifier_use_scale_shift_norm, classifier_resblock_updown: the same.
-        classifier_pool: `pool` of `EncoderUNetModel`.
-
-    Raises:
-        ValueError: an image size without default, resolutions not positive integers; errors of `EncoderUNetModel`.
+    Width and depth are the base width and the residual blocks per level, the pool is that of `EncoderUNetModel`; the
+    other arguments and the errors are those of `create_model`.
     """
+    name, resolutions = "classifier_attention_resolutions", classifier_attention_resolutions
     return EncoderUNetModel(
         image_size,
         in_channels=3,
         model_channels=classifier_width,
         out_channels=NUM_CLASSES,
         num_res_blocks=classifier_depth,
-        attention_resolutions=downsampling_factors(
-            "classifier_attention_resolutions", image_size, classifier_attention_resolutions
-        ),
+        attention_resolutions=downsampling_factors(name, image_size, resolutions),
         channel_mult=level_multiples("image_size", image_size, _CHANNEL_MULT),
         use_fp16=classifier_use_fp16,
         num_head_channels=64,
@@ -182,14 +168,8 @@ def sr_create_model(
 ) -> SuperResModel:
     """Make an upsampler from guided-diffusion's options (`script_util.sr_create_model`).
 
-    Arguments are those of `create_model`, except:
-
-    Args:
-        large_size: height and width of the output: 64, 256 or 512.
-        small_size: has no effect: `low_res` may have any size.
-
-    Raises:
-        ValueError: a size without default, resolutions not positive integers; errors of `UNetModel`.
+    Arguments and errors are those of `create_model`, with two sizes: `large_size` is the height and width of the
+    output, 64, 256 or 512; `small_size` has no effect: `low_res` may have any size.
     """
     options = {name: value for name, value in locals().items() if name != "small_size"}
     return _make_unet(SuperResModel, "large_size", _SUPER_RES_CHANNEL_MULT, **options)

@@ -20,6 +20,8 @@ from torch import Tensor
 from .text2im import Text2ImUNet
 from .unet import UNetModel
 
+Image = Tensor | None
+
 
 class SuperResModel(UNetModel):
     """`UNetModel` that also sees a smaller image (guided-diffusion, class of the same name)."""
@@ -28,7 +30,7 @@ class SuperResModel(UNetModel):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
+        self, x: Tensor, timesteps: Tensor, low_res: Image = None, **kwargs: Any
     ) -> Tensor:
         """Apply the network, like `UNetModel.forward`; see the module for `low_res`."""
         return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
@@ -40,7 +42,7 @@ class SuperResText2ImUNet(Text2ImUNet):
     _image_inputs = 2
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
+        self, x: Tensor, timesteps: Tensor, low_res: Image = None, **kwargs: Any
     ) -> Tensor:
         """Apply the network, like `Text2ImUNet.forward`; see the module for `low_res`."""
         return super().forward(torch.cat([x, _resize(low_res, x)], dim=1), timesteps, **kwargs)
@@ -52,12 +54,7 @@ class InpaintText2ImUNet(Text2ImUNet):
     _image_inputs, _mask_inputs = 2, 1
 
     def forward(  # type: ignore[override]
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        inpaint_image: Tensor | None = None,
-        inpaint_mask: Tensor | None = None,
-        **kwargs: Any,
+        self, x: Tensor, timesteps: Tensor, inpaint_image: Image = None, inpaint_mask: Image = None, **kwargs: Any
     ) -> Tensor:
         """Apply the network, like `Text2ImUNet.forward`; see the module for the images."""
         return super().forward(torch.cat([x, *_known(x, inpaint_image, inpaint_mask)], dim=1), timesteps, **kwargs)
@@ -72,9 +69,9 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
         self,
         x: Tensor,
         timesteps: Tensor,
-        inpaint_image: Tensor | None = None,
-        inpaint_mask: Tensor | None = None,
-        low_res: Tensor | None = None,
+        inpaint_image: Image = None,
+        inpaint_mask: Image = None,
+        low_res: Image = None,
         **kwargs: Any,
     ) -> Tensor:
         """Apply the network, like `Text2ImUNet.forward`; see the module for the images."""
@@ -82,7 +79,7 @@ class SuperResInpaintText2ImUnet(Text2ImUNet):
         return super().forward(torch.cat(images, dim=1), timesteps, **kwargs)
 
 
-def _resize(low_res: Tensor | None, x: Tensor) -> Tensor:
+def _resize(low_res: Image, x: Tensor) -> Tensor:
     """The smaller image at the size of `x`."""
     if low_res is None or low_res.ndim != 4 or low_res.shape[:2] != x.shape[:2]:
         got = "None" if low_res is None else f"shape {tuple(low_res.shape)}"
@@ -92,13 +89,11 @@ def _resize(low_res: Tensor | None, x: Tensor) -> Tensor:
     return F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
 
 
-def _known(x: Tensor, image: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _known(x: Tensor, image: Image, mask: Image) -> tuple[Tensor, Tensor]:
     """The known part of the image, and its mask."""
     image = torch.zeros_like(x) if image is None else image
     mask = torch.zeros_like(x[:, :1]) if mask is None else mask
-    mask_shape = (x.shape[0], 1, *x.shape[2:])
-    if image.shape != x.shape:
-        raise ValueError(f"inpaint_image: got shape {tuple(image.shape)}, expected {tuple(x.shape)}")
-    if mask.shape != mask_shape:
-        raise ValueError(f"inpaint_mask: got shape {tuple(mask.shape)}, expected {mask_shape}")
+    for name, given, like in (("inpaint_image", image, x), ("inpaint_mask", mask, x[:, :1])):
+        if given.shape != like.shape:
+            raise ValueError(f"{name}: got shape {tuple(given.shape)}, expected {tuple(like.shape)}")
     return image * mask, mask

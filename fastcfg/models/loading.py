@@ -7,23 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from .checkpoint import CheckpointMeta, has_header, load_checkpoint
-from .glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from .glide import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 from .text2im import Text2ImUNet
 from .tokenizer import Tokenizer
 from .vocabulary import read_tokenizer
 from .weights import load_weights, read_state_dict
 
-# The networks by the number of input channels of their first convolution.
+# Options `inpaint` and `super_res` of a network by the number of input channels of its first convolution.
 _FIRST = "input_blocks.0.0.weight"
-_KINDS = {
-    3: {"inpaint": False, "super_res": False},
-    6: {"inpaint": False, "super_res": True},
-    7: {"inpaint": True, "super_res": False},
-    10: {"inpaint": True, "super_res": True},
-}
+_KINDS = {3: (False, False), 6: (False, True), 7: (True, False), 10: (True, True)}
 
 
 def load_network(
@@ -55,19 +48,15 @@ def load_network(
             raise ValueError(f"options: got {', '.join(options)} for {os.fspath(path)}, expected none: it has its own")
         return load_checkpoint(path)
     weights = read_state_dict(path)
-    kind = _kind(weights, path)
-    meta = glide_network(GLIDE_UPSAMPLER if kind["super_res"] else GLIDE_BASE, **{**kind, **(options or {})})
-    words = tokenizer if isinstance(tokenizer, Tokenizer) else read_tokenizer(tokenizer)
-    model = meta.build(words)
-    load_weights(model, weights, path)
-    return model.eval(), words, meta
-
-
-def _kind(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Mapping[str, bool]:
-    """The network that weights are for."""
     first = weights.get(_FIRST)
     channels = 0 if first is None or first.ndim != 4 else first.shape[1]
     if channels not in _KINDS:
         got = f"no {_FIRST}" if first is None else f"{_FIRST} of shape {list(first.shape)}"
         raise ValueError(f"weights {os.fspath(path)}: got {got}, expected one of GLIDE's text-conditional networks")
-    return _KINDS[channels]
+    inpaint, super_res = _KINDS[channels]
+    kind = {"inpaint": inpaint, "super_res": super_res, **(options or {})}
+    meta = glide_network(GLIDE_UPSAMPLER if super_res else GLIDE_BASE, **kind)
+    words = tokenizer if isinstance(tokenizer, Tokenizer) else read_tokenizer(tokenizer)
+    model = meta.build(words)
+    load_weights(model, weights, path)
+    return model.eval(), words, meta

@@ -1,4 +1,4 @@
-"""Layers shared by the networks: norms in float32, resampling, the timestep embedding."""
+"""Layers shared by the networks: norms in float32, attention, resampling, the timestep embedding."""
 
 from __future__ import annotations
 
@@ -38,13 +38,8 @@ def convert_modules(module: nn.Module, kinds: tuple[type[nn.Module], ...], dtype
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal timestep embedding of DDPM, as in guided-diffusion and GLIDE.
 
-    Args:
-        timesteps: [B], integer or float, possibly fractional.
-        dim: width of the embedding; an odd width ends in a zero.
-        max_period: period of the slowest frequency.
-
-    Returns:
-        [B, dim] float32: cosines, then sines.
+    Maps timesteps [B], integer or float, to float32 [B, dim]: cosines, then sines, then a zero if `dim` is odd.
+    `max_period` is the period of the slowest frequency.
     """
     # The frequencies are computed on the device: a CUDA graph cannot capture a copy from the host.
     half = dim // 2
@@ -53,6 +48,12 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
     angles = timesteps[:, None].float() * frequencies[None]
     embedding = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
     return F.pad(embedding, (0, 1)) if dim % 2 else embedding
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+    """Attention of queries [B, T, heads, D] to keys and values [B, S, heads, D]; returns [B, T, heads * D]."""
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -103,11 +104,8 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
         super().__init__()
         stride = (1, 2, 2) if dims == 3 else 2
-        self.op: nn.Module
-        if use_conv:
-            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
-        else:
-            self.op = _POOLS[dims - 1](kernel_size=stride, stride=stride)  # type: ignore[arg-type]
+        conv = conv_nd(dims, channels, channels, 3, stride=stride, padding=1) if use_conv else None
+        self.op = conv or _POOLS[dims - 1](kernel_size=stride, stride=stride)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)

@@ -10,10 +10,7 @@ Multiples = Sequence[float]
 
 
 def level_multiples(name: str, image_size: int, defaults: Mapping[int, Multiples], given: str = "") -> Multiples:
-    """Width of each level as a multiple of the base width: the integers `given`, or the default of the image size.
-
-    ValueError for an image size without default; `name` is its name in the message.
-    """
+    """Width of each level as a multiple of the base width: the integers `given`, or the default of the image size."""
     if given:
         return positive_integers("channel_mult", given)
     if image_size not in defaults:

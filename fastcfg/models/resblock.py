@@ -11,14 +11,12 @@ class ResBlock(nn.Module):
     """Residual block of guided-diffusion and GLIDE.
 
     Args:
-        channels: input channels.
+        channels, out_channels: input and output channels, equal if the latter is None.
         emb_channels: width of the timestep embedding.
         dropout: dropout rate before the second convolution.
-        out_channels: output channels; `channels` if None.
         use_scale_shift_norm: the embedding scales and shifts the second norm's output, instead of added to its input.
         dims: spatial dimensions, 1 to 3.
-        up: upsample by two inside the block.
-        down: downsample by two inside the block.
+        up, down: resample by two inside the block.
     """
 
     def __init__(
@@ -38,14 +36,10 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm32(channels), nn.SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
-        self.resample: nn.Module = nn.Identity()
-        if up:
-            self.resample = Upsample(channels, False, dims)
-        elif down:
-            self.resample = Downsample(channels, False, dims)
-        self.emb_layers = nn.Sequential(
-            nn.SiLU(), nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
-        )
+        resampling = Upsample if up else Downsample if down else None
+        self.resample = nn.Identity() if resampling is None else resampling(channels, False, dims)
+        emb_out = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, emb_out))
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels),
             nn.SiLU(),

@@ -35,19 +35,16 @@ class Text2ImUNet(UNetModel):
     Args:
         text_ctx: number of text positions.
         xf_width: width of the text transformer; 0 for a network without text.
-        xf_layers: blocks of the transformer.
-        xf_heads: attention heads of a block.
+        xf_layers, xf_heads: blocks of the transformer, and attention heads of each.
         xf_final_ln: the transformer ends with a layer norm.
         tokenizer: any object with `n_vocab`; kept as an attribute for callers.
         in_channels: channels of the image; subclasses add those of their conditioning images.
-        *args: further positional arguments of `UNetModel`, from `model_channels` on.
+        *args, image_size, **kwargs: arguments of `UNetModel`, positional ones from `model_channels` on.
         cache_text_emb: reuse the encoded text of the last call, detached, while tokens and mask stay equal. Comparing
             them waits for the device; the result of `precompute` avoids this.
         xf_ar: nonzero adds the layer `unemb` of GLIDE's auxiliary language-model loss, for its parameters only.
         xf_padding: positions with mask False get a learned padding embedding.
         share_unemb: `unemb` shares its weight with the token embedding.
-        image_size: see `UNetModel`.
-        **kwargs: further keyword arguments of `UNetModel`.
 
     Example:
         >>> from .tokenizer import Tokenizer
@@ -83,12 +80,8 @@ class Text2ImUNet(UNetModel):
     ) -> None:
         channels = self._image_inputs * in_channels + self._mask_inputs
         super().__init__(image_size, channels, *args, **kwargs, encoder_channels=xf_width or None)
-        self.text_ctx = text_ctx
-        self.xf_width = xf_width
-        self.xf_ar = xf_ar
-        self.xf_padding = xf_padding
-        self.tokenizer = tokenizer
-        self.cache_text_emb = cache_text_emb
+        self.text_ctx, self.xf_width, self.xf_ar, self.xf_padding = text_ctx, xf_width, xf_ar, xf_padding
+        self.tokenizer, self.cache_text_emb = tokenizer, cache_text_emb
         self.cache: dict[str, Tensor | None] | None = None
         if not xf_width:
             return
@@ -106,22 +99,8 @@ class Text2ImUNet(UNetModel):
             if share_unemb:
                 self.unemb.weight = self.token_embedding.weight
 
-    def convert_to_fp16(self) -> None:
-        """Cast convolutions and text matrices to float16; norms, positional and padding embedding stay float32."""
-        super().convert_to_fp16()
-        self._convert_text(torch.float16)
-
-    def convert_to_fp32(self) -> None:
-        """Undo `convert_to_fp16`."""
-        super().convert_to_fp32()
-        self._convert_text(torch.float32)
-
     def get_text_emb(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Encode text.
-
-        Args:
-            tokens: [B, text_ctx] integer ids.
-            mask: [B, text_ctx] bool, True on real tokens; used by, and required with, `xf_padding`.
+        """Encode text: integer ids [B, text_ctx], and a mask, True on real tokens, which `xf_padding` needs.
 
         Returns:
             Keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
@@ -151,10 +130,7 @@ class Text2ImUNet(UNetModel):
         self.cache = None
 
     def precompute(self, **conditioning: Any) -> dict[str, Any]:
-        """Do the computations on the text that are the same in every step.
-
-        Args:
-            **conditioning: keyword arguments for `forward`: the text in any form, and any others.
+        """Do the computations on the text that are the same in every step; takes keyword arguments of `forward`.
 
         Returns:
             Keyword arguments for `forward` that give the same output, bitwise in a batch of the same size: the text as
@@ -168,8 +144,7 @@ class Text2ImUNet(UNetModel):
         """
         if not self.xf_width:
             return conditioning
-        text = {name: conditioning.pop(name, None) for name in _TEXT}
-        xf_proj, encoder_kv = self._attended_text(**text)
+        xf_proj, encoder_kv = self._attended_text([conditioning.pop(name, None) for name in _TEXT])
         return {**conditioning, "xf_proj": xf_proj, "xf_kv": torch.cat(list(encoder_kv), dim=2)}
 
     def forward(
@@ -183,38 +158,25 @@ class Text2ImUNet(UNetModel):
         xf_out: Tensor | None = None,
         xf_kv: Tensor | None = None,
     ) -> Tensor:
-        """Apply the network to text as `tokens` and `mask`, or from `get_text_emb`, or from `precompute`.
+        """Apply the network, like `UNetModel.forward`, to text in one of three forms; ValueError for none or several.
 
         Args:
-            x: [B, in_channels, H, W].
-            timesteps: [B], integer or float.
-            tokens, mask: see `get_text_emb`.
+            x, timesteps: [B, in_channels, H, W] and [B], integer or float.
+            tokens, mask: arguments of `get_text_emb`.
             xf_proj, xf_out: from `get_text_emb`.
-            xf_kv: from `precompute`, with `xf_proj`.
-
-        Returns:
-            [B, out_channels, H, W], of the dtype of `x`.
-
-        Raises:
-            ValueError: shapes that do not fit, or text in no form or several.
+            xf_proj, xf_kv: from `precompute`.
         """
         emb = self._embed(x, timesteps)
         if not self.xf_width:
             return self._forward_blocks(x, emb)
-        xf_proj, encoder_kv = self._attended_text(tokens, mask, xf_proj, xf_out, xf_kv, batch=x.shape[0])
+        xf_proj, encoder_kv = self._attended_text((tokens, mask, xf_proj, xf_out, xf_kv), x.shape[0])
         return self._forward_blocks(x, emb + xf_proj.to(emb.dtype), encoder_kv)
 
     def _attended_text(
-        self,
-        tokens: Tensor | None,
-        mask: Tensor | None,
-        xf_proj: Tensor | None,
-        xf_out: Tensor | None,
-        xf_kv: Tensor | None,
-        batch: int | None = None,
+        self, values: Sequence[Tensor | None], batch: int | None = None
     ) -> tuple[Tensor, Sequence[Tensor]]:
-        """`xf_proj`, and the keys and values of every attention block, from text in any form."""
-        values = (tokens, mask, xf_proj, xf_out, xf_kv)
+        """`xf_proj`, and the keys and values of every attention block, from text in any form: the values of `_TEXT`."""
+        tokens, mask, xf_proj, xf_out, xf_kv = values
         given = [name for name, value in zip(_TEXT, values, strict=True) if value is not None]
         if set(given) not in _FORMS:
             expected = "tokens and mask, xf_proj and xf_out, or xf_proj and xf_kv"
@@ -235,8 +197,7 @@ class Text2ImUNet(UNetModel):
                 raise ValueError(f"{name}: got encoded shape {tuple(value.shape)}, expected {(batch, *sizes)}")
         if xf_kv is not None:
             return xf_proj, xf_kv.to(self.dtype).split(widths, dim=2)
-        assert xf_out is not None
-        features = xf_out.to(self.dtype).transpose(1, 2)
+        features = xf_out.to(self.dtype).transpose(1, 2)  # type: ignore[union-attr]
         return xf_proj, [block.encoder_kv(features) for block in blocks]  # type: ignore[misc]
 
     def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
@@ -247,8 +208,9 @@ class Text2ImUNet(UNetModel):
             got = "None" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
             raise ValueError(f"mask: got {got}, expected torch.bool of shape {tuple(tokens.shape)}")
 
-    def _convert_text(self, dtype: torch.dtype) -> None:
-        """Cast the matrices of the text layers."""
+    def _convert_blocks(self, dtype: torch.dtype) -> None:
+        """Cast the text matrices too; positional and padding embedding stay float32."""
+        super()._convert_blocks(dtype)
         self.del_cache()
         if self.xf_width:
             convert_modules(self.transformer, (nn.Linear,), dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import LayerNorm32
+from .nn import LayerNorm32, attend
 
 
 class MultiheadAttention(nn.Module):
@@ -18,9 +18,7 @@ class MultiheadAttention(nn.Module):
         self.c_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.c_qkv(x).unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(3)
-        h = F.scaled_dot_product_attention(query, key, value)
-        return self.c_proj(h.transpose(1, 2).flatten(2))
+        return self.c_proj(attend(*self.c_qkv(x).unflatten(2, (self.heads, 3, -1)).unbind(3)))
 
 
 class MLP(nn.Module):

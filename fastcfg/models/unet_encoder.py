@@ -17,16 +17,12 @@ from .resblock import ResBlock
 class UNetBlock(nn.Sequential):
     """Layers in sequence; passes the embedding and the encoder's keys and values to those that take them."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, encoder_kv: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, encoder_kv: Tensor | None = None) -> Tensor:  # type: ignore[override]
         for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, emb)
-            elif isinstance(layer, AttentionBlock):
-                x = layer(x, encoder_kv)
-            else:
-                x = layer(x)
+            extra = (
+                (emb,) if isinstance(layer, ResBlock) else (encoder_kv,) if isinstance(layer, AttentionBlock) else ()
+            )
+            x = layer(x, *extra)
         return x
 
     @property
@@ -60,27 +56,19 @@ class LayerOptions:
 
     def res_block(self, channels: int, width: int | None = None, **resampling: bool) -> ResBlock:
         """A residual block of `channels` in and `width` out."""
-        return ResBlock(
-            channels, self.emb_channels, self.dropout, width, self.use_scale_shift_norm, self.dims, **resampling
-        )
+        shift = self.use_scale_shift_norm
+        return ResBlock(channels, self.emb_channels, self.dropout, width, shift, self.dims, **resampling)
 
     def attention(self, channels: int, heads: int) -> AttentionBlock:
         """An attention block."""
-        return AttentionBlock(
-            channels, heads, self.num_head_channels, self.encoder_channels, self.use_new_attention_order
-        )
+        order = self.use_new_attention_order
+        return AttentionBlock(channels, heads, self.num_head_channels, self.encoder_channels, order)
 
-    def down(self, channels: int) -> nn.Module:
-        """A layer that halves the resolution."""
+    def resample(self, channels: int, direction: str) -> nn.Module:
+        """A layer that halves ("down") or doubles ("up") the resolution."""
         if self.resblock_updown:
-            return self.res_block(channels, down=True)
-        return Downsample(channels, self.conv_resample, self.dims)
-
-    def up(self, channels: int) -> nn.Module:
-        """A layer that doubles the resolution."""
-        if self.resblock_updown:
-            return self.res_block(channels, up=True)
-        return Upsample(channels, self.conv_resample, self.dims)
+            return self.res_block(channels, **{direction: True})
+        return {"down": Downsample, "up": Upsample}[direction](channels, self.conv_resample, self.dims)
 
 
 class UNetEncoder(nn.Module):
@@ -108,9 +96,7 @@ class UNetEncoder(nn.Module):
         self.widths = [int(multiple * options.model_channels) for multiple in channel_mult]
         if any(width % 32 for width in self.widths):
             raise ValueError(f"model_channels x channel_mult: got widths {self.widths}, expected multiples of 32")
-        self.in_channels = in_channels
-        self.model_channels = options.model_channels
-        self.num_classes = num_classes
+        self.in_channels, self.model_channels, self.num_classes = in_channels, options.model_channels, num_classes
         self.dims = options.dims
         self.size_divisor = 2 ** (len(self.widths) - 1)
 
@@ -133,7 +119,7 @@ class UNetEncoder(nn.Module):
                 self.input_blocks.append(UNetBlock(*layers))
                 self.block_channels.append(channels)
             if level != len(self.widths) - 1:
-                self.input_blocks.append(UNetBlock(options.down(channels)))
+                self.input_blocks.append(UNetBlock(options.resample(channels, "down")))
                 self.block_channels.append(channels)
 
         self.middle_block = UNetBlock(
@@ -146,7 +132,7 @@ class UNetEncoder(nn.Module):
         return weight_dtype(self.input_blocks)
 
     def convert_to_fp16(self) -> None:
-        """Cast the blocks' convolutions to float16; norms, embeddings and `out` stay float32, as in the original."""
+        """Cast the blocks' convolutions and text matrices to float16, and nothing else, as the original does."""
         self._convert_blocks(torch.float16)
 
     def convert_to_fp32(self) -> None:

@@ -28,16 +28,11 @@ class TrainConfig:
     `decay_steps`. A run can therefore be resumed with another length as long as its decay has not begun.
 
     Attributes:
-        steps: optimizer steps of the whole run.
-        batch_size: pictures per step.
-        learning_rate: AdamW's rate after warm-up.
-        warmup_steps: steps of linear warm-up.
-        decay_steps: steps of cosine decay at the end.
-        weight_decay: AdamW's decoupled weight decay.
-        beta2: AdamW's second moment decay.
+        steps, batch_size: optimizer steps of the whole run, and pictures per step.
+        learning_rate, warmup_steps, decay_steps: AdamW's rate after warm-up, and steps of warm-up and decay.
+        weight_decay, beta2: AdamW's decoupled weight decay and second moment decay.
         grad_clip: largest norm of the gradient.
-        ema_decay: decay of the averaged weights, see `EMA`.
-        mse_weight_cap: see `HybridLoss`.
+        ema_decay, mse_weight_cap: see `EMA` and `HybridLoss`.
         noisy_share: share of pictures moved to the last 15 % of the diffusion, where layouts are decided.
         bf16: run the model under bfloat16 autocast.
         channels_last: store pictures and convolution weights channels-last.
@@ -108,26 +103,23 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls: type[_Recipe], values: dict[str, Any]) -> _Recipe:
-        """Make a recipe from JSON values by name; missing ones keep their default, inside `model` too.
+        """Make a recipe of JSON values by name; missing ones keep their default, inside `model` too.
 
-        Raises:
-            ValueError: unknown names, values of the wrong type or out of range.
+        ValueError for unknown names, values of the wrong type or out of range.
         """
         if not isinstance(values, dict):
             raise ValueError(f"recipe: got {type(values).__name__}, expected an object of settings")
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
+        if unknown := sorted(set(values) - set(fields)):
             raise ValueError(f"recipe: got unknown settings {', '.join(unknown)}, expected some of {', '.join(fields)}")
-        checked: dict[str, Any] = {}
+        checked = dict(values)
         for name, value in values.items():
             factory, default = fields[name].default_factory, fields[name].default
             wanted = type(default if factory is dataclasses.MISSING else factory())
             if wanted is float and type(value) is int:
-                value = float(value)
-            if type(value) is not wanted:
+                checked[name] = float(value)
+            elif type(value) is not wanted:
                 raise ValueError(f"{name}: got {value!r}, expected a value of type {wanted.__name__}")
-            checked[name] = value
         if "model" in checked:
             checked["model"] = {**cls.DEFAULT_MODEL, **checked["model"]}
         return cls(**checked)

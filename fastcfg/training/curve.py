@@ -11,7 +11,6 @@ import numpy as np
 
 from ..utils.files import replacing
 
-_POINTS = 200
 _LINES = {
     "mse": "mean squared error of the noise",
     "vlb": "variational bound of the variance",
@@ -25,24 +24,18 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def thin(entries: Sequence[dict[str, float]], points: int = _POINTS) -> dict[str, list[float]]:
+def thin(entries: Sequence[dict[str, float]], points: int = 200) -> dict[str, list[float]]:
     """Average a log over at most `points` stretches of equal length.
 
-    Args:
-        entries: a log's entries, all with the same numeric keys.
-        points: most points to keep.
-
-    Returns:
-        By key the stretches' means, to 6 significant digits; `step` is each stretch's last step.
+    Returns the means by key, to 6 significant digits; `step` is each stretch's last step. All entries have the same
+    numeric keys.
     """
-    stretches = np.array_split(np.arange(len(entries)), min(points, len(entries))) if entries else []
     curve: dict[str, list[float]] = {}
     for key in entries[0] if entries else ():
         values = np.array([entry[key] for entry in entries], dtype=np.float64)
-        if key == "step":
-            curve[key] = [int(values[part[-1]]) for part in stretches]
-        else:
-            curve[key] = [float(f"{values[part].mean():.6g}") for part in stretches]
+        stretches = np.array_split(values, min(points, len(entries)))
+        last = key == "step"
+        curve[key] = [int(part[-1]) if last else float(f"{part.mean():.6g}") for part in stretches]
     return curve
 
 

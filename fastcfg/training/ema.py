@@ -16,20 +16,14 @@ class EMA:
     n))`: the small early `d` soon forgets the random start. (`torch.optim.swa_utils.AveragedModel` begins with a copy
     after the first update instead, and deep-copies the model with its hooks.)
 
-    Args:
-        model: the model whose parameters start the average.
-        decay: the decay approached, in [0, 1); ValueError outside.
-
-    Attributes:
-        shadow: the average by parameter name, float32.
-        updates: number of updates made.
+    The parameters of `model` start the average; `decay` is in [0, 1), or ValueError. `shadow` is the average by
+    parameter name, float32, and `updates` the number of updates made.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: got {decay}, expected 0 <= decay < 1")
-        self.decay = decay
-        self.updates = 0
+        self.decay, self.updates = decay, 0
         self.shadow = {name: p.detach().clone().float() for name, p in model.named_parameters()}
 
     @torch.no_grad()

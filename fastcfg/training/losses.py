@@ -72,37 +72,31 @@ class HybridLoss:
         return signal + self._at("sqrt_one_minus_alphas_cumprod", t, x_start) * noise
 
     def __call__(self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> LossTerms:
-        """Compute the loss of every sample.
+        """The loss of every sample from the model's output [B, 2C, ...] for `x_t`; ValueError for another shape.
 
-        Args:
-            model_output: [B, 2C, ...]; ValueError for another shape.
-            x_start: clean samples [B, C, ...] in [-1, 1].
-            x_t: the samples diffused by `q_sample`, like `x_start`.
-            t: timesteps, int64 [B].
-            noise: the noise in `x_t`, like `x_start`.
+        `x_start` [B, C, ...] in [-1, 1], `t` int64 [B] and `noise` are what `q_sample` made `x_t` of.
         """
         expected = (x_start.shape[0], 2 * x_start.shape[1], *x_start.shape[2:])
         if tuple(model_output.shape) != expected:
             raise ValueError(f"model_output: got shape {tuple(model_output.shape)}, expected {expected}")
         epsilon, fraction = model_output.chunk(2, dim=1)
-        mse = _mean_flat((epsilon - noise) ** 2)
+        mse = ((epsilon - noise) ** 2).flatten(1).mean(dim=1)
         vlb = self._vlb(epsilon.detach(), (fraction + 1) / 2, x_start, x_t, t) * (self.num_timesteps / 1000)
         weight = self._tables["mse_weight"].to(t.device)[t]
         return LossTerms(loss=weight * mse + vlb, mse=mse, vlb=vlb)
 
     def _vlb(self, epsilon: Tensor, fraction: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The bound's term in bits per dimension: a KL divergence, or at t = 0 the likelihood of 8-bit values."""
-        predicted_start = (
-            self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
-            - self._at("sqrt_recipm1_alphas_cumprod", t, x_t) * epsilon
-        )
+        recip, recipm1 = (self._at(f"sqrt_{name}_alphas_cumprod", t, x_t) for name in ("recip", "recipm1"))
+        predicted_start = recip * x_t - recipm1 * epsilon
         low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
         log_variance = fraction * high + (1 - fraction) * low
         true_mean, mean = self._posterior_mean(x_start, x_t, t), self._posterior_mean(predicted_start, x_t, t)
-        divergence = _normal_kl(true_mean, low, mean, log_variance)
+        difference = low - log_variance
+        divergence = 0.5 * (difference.exp() - 1 - difference + (true_mean - mean) ** 2 * torch.exp(-log_variance))
         likelihood = -_discretized_log_likelihood(x_start, mean, log_variance)
         first = (t == 0).view(-1, *[1] * (x_t.ndim - 1))
-        return _mean_flat(torch.where(first, likelihood, divergence)) / math.log(2.0)
+        return torch.where(first, likelihood, divergence).flatten(1).mean(dim=1) / math.log(2.0)
 
     def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean of q(x_{t-1} | x_t, x_0)."""
@@ -113,23 +107,12 @@ class HybridLoss:
         return self._tables[name].to(t.device)[t].view(-1, *[1] * (like.ndim - 1))
 
 
-def _mean_flat(x: Tensor) -> Tensor:
-    """Mean over all but the batch axis."""
-    return x.flatten(1).mean(dim=1)
-
-
-def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL divergence of two normal distributions in nats, per element."""
-    difference = log_variance1 - log_variance2
-    return 0.5 * (difference.exp() - 1 - difference + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
-
-
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Log probability in nats of the 8-bit value nearest to x in [-1, 1]; the outermost bins reach to infinity."""
     # Exact normal CDF; guided-diffusion uses a tanh approximation of it (difference below 4e-4).
     centred, inverse = x - mean, torch.exp(-0.5 * log_variance)
     above = torch.special.ndtr((centred + _HALF_BIN) * inverse)
     below = torch.special.ndtr((centred - _HALF_BIN) * inverse)
-    above = torch.where(x > 1 - _HALF_BIN, torch.ones_like(above), above)
-    below = torch.where(x < -1 + _HALF_BIN, torch.zeros_like(below), below)
+    above = torch.where(x > 1 - _HALF_BIN, 1.0, above)
+    below = torch.where(x < -1 + _HALF_BIN, 0.0, below)
     return (above - below).clamp(min=_SMALLEST_PROBABILITY).log()

@@ -13,11 +13,7 @@ from .shapes.config import ShapesConfig
 
 
 def make_recipe(values: dict[str, Any]) -> TrainConfig:
-    """Make a recipe from JSON values by name: a `FolderConfig` if they include `data`, otherwise a `ShapesConfig`.
-
-    Raises:
-        ValueError: unknown names, values of the wrong type or out of range.
-    """
+    """`from_dict` of `FolderConfig` if the JSON values include `data`, otherwise of `ShapesConfig`."""
     kind = FolderConfig if isinstance(values, dict) and "data" in values else ShapesConfig
     return kind.from_dict(values)
 

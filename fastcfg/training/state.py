@@ -29,21 +29,12 @@ def save_state(
     """Write a run's state, whole or not at all. Random numbers are not saved: they depend on seed and step only.
 
     Args:
-        path: the file to write.
-        config: the recipe.
-        fingerprint: identifies the run's data.
-        step: number of steps made.
-        seconds: time they took.
+        config, fingerprint: the recipe, and what identifies the run's data.
+        step, seconds: number of steps made, and the time they took.
         parts: objects with `state_dict` and `load_state_dict`, by name.
     """
-    state = {
-        "format": _FORMAT,
-        "config": dataclasses.asdict(config),
-        "fingerprint": fingerprint,
-        "step": step,
-        "seconds": seconds,
-        **{name: part.state_dict() for name, part in parts.items()},
-    }
+    state: dict[str, Any] = {"format": _FORMAT, "config": dataclasses.asdict(config), "fingerprint": fingerprint}
+    state |= {"step": step, "seconds": seconds, **{name: part.state_dict() for name, part in parts.items()}}
     with replacing(path) as temporary:
         torch.save(state, temporary)
 
@@ -51,13 +42,10 @@ def save_state(
 def load_state(
     path: str | os.PathLike[str], config: TrainConfig, fingerprint: str, parts: Mapping[str, Any]
 ) -> tuple[int, float]:
-    """Restore a run's state in place; arguments as for `save_state`.
+    """Restore a run's state in place; returns the number of steps made and the seconds they took.
 
-    Returns:
-        The number of steps made and the seconds they took.
-
-    Raises:
-        ValueError: not a file of `save_state`, another recipe (apart from its length) or other data.
+    Arguments as for `save_state`; ValueError if that did not write the file, for another recipe (apart from its length)
+    or other data.
     """
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -66,15 +54,12 @@ def load_state(
     except OSError:
         raise
     except Exception as error:  # torch.load passes on any exception of its unpickler
-        raise ValueError(
-            f"resume: got {path}, which is not a training state, expected one written by fastcfg"
-        ) from error
+        problem = f"resume: got {path}, which is not a training state, expected one written by fastcfg"
+        raise ValueError(problem) from error
     _check_same_run(make_recipe(state["config"]), config, state["step"])
-    if state.get("fingerprint", "") != fingerprint:
-        raise ValueError(
-            f"resume: got data of {fingerprint}, expected the state's {state.get('fingerprint')}: "
-            "pictures or captions were added, removed or changed"
-        )
+    if (saved := state.get("fingerprint", "")) != fingerprint:
+        why = "pictures or captions were added, removed or changed"
+        raise ValueError(f"resume: got data of {fingerprint}, expected the state's {saved}: {why}")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["seconds"]
@@ -91,9 +76,8 @@ def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
         old, new = dataclasses.asdict(saved.at(start)), dataclasses.asdict(config.at(start))
         for name in new:
             if old[name] != new[name] and name not in _LENGTH | config.FREE:
-                raise ValueError(
-                    f"resume: got a recipe with {name} = {new[name]!r}, expected the state's {old[name]!r}"
-                )
+                got, expected = f"a recipe with {name} = {new[name]!r}", f"the state's {old[name]!r}"
+                raise ValueError(f"resume: got {got}, expected {expected}")
     longer = any(getattr(saved, name) != getattr(config, name) for name in _LENGTH)
     if longer and any(step > max(c.steps - c.decay_steps, 0) for c in (saved, config)):
         raise ValueError(

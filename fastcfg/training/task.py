@@ -38,9 +38,8 @@ class Task:
     def batch(self, step: int) -> dict[str, Tensor]:
         """The batch of a step; depends only on recipe, data and step.
 
-        Returns:
-            `images`, float32 [B, C, H, W] in [-1, 1]; `tokens`, int64 [B, text_ctx]; `mask`, bool [B, text_ctx], all
-            False without a caption; and whatever else the other methods need, all with B rows.
+        `images`, float32 [B, C, H, W] in [-1, 1]; `tokens`, int64 [B, text_ctx]; `mask`, bool [B, text_ctx], all False
+        without a caption; and what else the other methods need, all with B rows.
         """
         raise NotImplementedError
 
@@ -59,20 +58,19 @@ class Task:
     def losses(
         self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
     ) -> dict[str, tuple[float, Tensor]]:
-        """Further losses, called after the network and in the same thread.
+        """Further losses of rows of a batch, called after the network and in the same thread.
 
-        Args:
-            shard: rows of a batch, on the network's device.
-            text: `xf_proj` and `xf_out` of these rows.
-            config: the settings of the step.
-
-        Returns:
-            By name the weight and the sum over the rows; the same names at every step.
+        Takes the rows, on the network's device, their `xf_proj` and `xf_out`, and the settings of the step. Returns by
+        name the weight and the sum over the rows; the same names at every step.
         """
         return {}
 
     def close(self) -> None:
         """Stop background threads."""
+
+
+TEXT_LAYERS = ("transformer.", "final_ln.", "token_embedding.", "positional_embedding", "padding_embedding")
+"""Beginnings of the names of the parameters that a network's `xf_out` depends on."""
 
 
 def seed_for(seed: int, *path: str | int) -> int:

@@ -47,8 +47,7 @@ class TrainResult:
     """The result of a run.
 
     Attributes:
-        steps: number of steps made, those before resuming included.
-        seconds: time they took.
+        steps, seconds: number of steps made, and the time they took, those before resuming included.
         loss: mean loss of the last tenth of the logged steps.
         checkpoint: file of the averaged weights.
         glide: file of the same weights as a state dict for GLIDE's own code, or None, see `Task`.
@@ -62,16 +61,9 @@ class TrainResult:
 
 
 def make_task(config: TrainConfig, run: str | os.PathLike[str] | None = None) -> Task:
-    """The task of a recipe, on the CPU.
+    """The task of a recipe, on the CPU; errors as `train`, and TypeError for a recipe of unknown kind.
 
-    Args:
-        config: the recipe.
-        run: folder of a run to resume: initial weights are not read, as its state has later ones.
-
-    Raises:
-        ValueError: the recipe does not fit its network, weights or data.
-        TypeError: a recipe of unknown kind.
-        OSError: a file cannot be read.
+    `run` is the folder of a run to resume: initial weights are not read, as its state has later ones.
     """
     if isinstance(config, ShapesConfig):
         return ShapesTask(config)
@@ -97,11 +89,9 @@ def train(
     state gives the same result as an uninterrupted one: bit for bit on a CPU; GPU kernels may add in another order.
 
     Args:
-        config: the recipe.
-        out_dir: folder to write to, made if missing.
-        resume: continue from the state in `out_dir`.
+        config, device: the recipe, and the device to train on.
+        out_dir, resume: folder to write to, made if missing; continue from the state in it.
         progress: show a progress bar on stderr.
-        device: device to train on.
         save_seconds: time between writes.
         stop_after: stop when this many steps have been made in all, as if interrupted.
         tell: called with a line about the data, before the first step.
@@ -160,15 +150,9 @@ def train(
 
 
 def draw_noise(num_timesteps: int, noisy_share: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Draw timesteps and noise for a batch of pictures, always from torch's CPU generator.
+    """Draw timesteps, int64 [B], and noise, float32, for pictures of `shape` [B, C, H, W]; see `TrainConfig`.
 
-    Args:
-        num_timesteps: length T of the diffusion.
-        noisy_share: see `TrainConfig`.
-        shape: the batch's [B, C, H, W].
-
-    Returns:
-        Timesteps, int64 [B], and noise, float32 of `shape`.
+    Always from torch's CPU generator. `num_timesteps` is the length T of the diffusion.
     """
     t = torch.randint(num_timesteps, shape[:1])
     noise = torch.randn(shape)
@@ -182,21 +166,15 @@ class _Run:
     """Task, average and optimizer of one run."""
 
     def __init__(self, config: TrainConfig, task: Task, device: torch.device) -> None:
-        self.config = config
-        self.task = task
-        self.device = device
+        self.config, self.task, self.device = config, task, device
         self.model = task.model.to(device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.heads = task.heads.to(device)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = EMA(self.model, config.ema_decay)
-        self.optimizer = torch.optim.AdamW(
-            [*self.parameters, *self.heads.parameters()],
-            lr=config.learning_rate,
-            betas=(0.9, config.beta2),
-            weight_decay=config.weight_decay,
-        )
+        trained, betas = [*self.parameters, *self.heads.parameters()], (0.9, config.beta2)
+        self.optimizer = torch.optim.AdamW(trained, config.learning_rate, betas, weight_decay=config.weight_decay)
         self.parts = {name: getattr(self, name) for name in ("model", "heads", "ema", "optimizer")}
         self.num_timesteps = task.meta.num_timesteps
         self.loss = HybridLoss(Schedule.named(task.meta.schedule, self.num_timesteps), config.mse_weight_cap)
@@ -206,10 +184,12 @@ class _Run:
     def step(self, step: int) -> dict[str, float]:
         """Make one optimizer step; returns the log entry."""
         config = self.config.at(step)
-        self._restart(self.task.before(step))
-        learning_rate = config.learning_rate_at(step)
+        changed = set(self.task.before(step))  # parameters set to new values: their average and optimizer state restart
+        self.ema.reset((name, parameter) for name, parameter in self.model.named_parameters() if parameter in changed)
+        for parameter in changed:
+            self.optimizer.state.pop(parameter, None)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = config.learning_rate_at(step)
         batch = self.task.batch(step)
         trained = [*self.parameters, *self.task.trained_heads(config)]
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -228,16 +208,8 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(trained, self.config.grad_clip)
         self.optimizer.step()
         self.ema.update(self.model)
-        values = {name: torch.stack([part[name] for part in terms]).sum() for name in terms[0]}
-        values["grad_norm"] = norm
+        values = {**{name: torch.stack([part[name] for part in terms]).sum() for name in terms[0]}, "grad_norm": norm}
         return {"step": step + 1, **{name: float(f"{value.item():.5g}") for name, value in values.items()}}
-
-    def _restart(self, parameters: list[nn.Parameter]) -> None:
-        """Restart average and optimizer state of parameters that were set to new values."""
-        changed = set(parameters)
-        self.ema.reset((name, parameter) for name, parameter in self.model.named_parameters() if parameter in changed)
-        for parameter in parameters:
-            self.optimizer.state.pop(parameter, None)
 
     def _shard(
         self, shard: dict[str, Tensor], trained: list[nn.Parameter], config: TrainConfig
@@ -251,13 +223,11 @@ class _Run:
             text = self.model.get_text_emb(shard["tokens"], shard["mask"])
             output = self.model(x_t, t, **text, **self.task.conditioning(shard)).float()
         terms = self.loss(output, x_start, x_t, t, noise)
-        others = self.task.losses(shard, text, config)
-        loss = terms.loss.sum()
-        for weight, other in others.values():
+        sums = {"loss": terms.loss.sum(), "mse": terms.mse.sum(), "vlb": terms.vlb.sum()}
+        for name, (weight, other) in self.task.losses(shard, text, config).items():
+            sums[name] = other
             if weight:
-                loss = loss + weight * other
-        sums = {"loss": loss, "mse": terms.mse.sum(), "vlb": terms.vlb.sum()}
-        sums |= {name: other for name, (_, other) in others.items()}
+                sums["loss"] = sums["loss"] + weight * other
         parts = {name: value / config.batch_size for name, value in sums.items()}
         gradients = torch.autograd.grad(parts["loss"], trained)
         return {name: part.detach() for name, part in parts.items()}, gradients

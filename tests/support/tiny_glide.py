@@ -9,7 +9,7 @@ import torch
 
 from fastcfg.models import Text2ImUNet, Tokenizer
 from fastcfg.models.checkpoint import CheckpointMeta, save_checkpoint
-from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from fastcfg.models.glide import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 
 WORDS = ("a", "red", "blue", "green", "circle", "square", "star", "above", "below", "and")
 BASE_SIZE, SIZE, CONTEXT = 8, 16, 6

@@ -24,22 +24,18 @@ class FolderConfig(TrainConfig):
         tokenizer: folder with GPT-2's `encoder.json` and `vocab.bpe`, or a tokenizer as JSON; empty for GLIDE's.
         uncond_p: probability of dropping a caption, which trains the unconditional model, in [0, 1).
         skip_uncaptioned: leave out pictures without a caption instead of training on them unconditionally.
-        side_x: width of the pictures trained on; 0 for the network's. A checkpoint states this size if it is square.
-        side_y: their height.
+        side_x, side_y: width and height of the pictures trained on; 0 for the network's. A checkpoint states this size
+            if it is square.
         crop: "random", or "centre" for the largest crop in the middle.
         resize_ratio: smallest area of a random crop, as a share of the largest crop's, in (0, 1].
         random_hflip: mirror half of the pictures.
-        upsample: train the upsampler, with `low_res` made from the picture.
-        upscale_factor: ratio of the sizes of the upsampler's pictures and `low_res`.
+        upsample, upscale_factor: train the upsampler, with `low_res` this many times smaller than the picture.
         freeze_transformer: do not train the text transformer and its projection.
         freeze_diffusion: do not train the UNet, except the layers that attend to the text.
         use_checkpoint: recompute activations in the backward pass to save memory.
         workers: threads that decode pictures ahead; the result does not depend on it.
         model: GLIDE's options that differ from its defaults, `GLIDE_BASE` or `GLIDE_UPSAMPLER`; empty if `init` is a
             checkpoint of fastcfg.
-
-    Raises:
-        ValueError: a value out of range.
 
     Example:
         >>> FolderConfig(data="pictures", init="base.pt", uncond_p=0.2).learning_rate

@@ -38,46 +38,33 @@ class FolderData:
     Each pass over the folder has every picture once, in an order of its own. A picture that cannot be read is replaced
     by the next readable one. Dropped captions, the choice of a caption, crop and mirroring are drawn for every row.
 
-    Args:
-        config: the recipe.
-        folder: the pictures.
-        tokenizer: encodes the captions.
-        text_ctx: number of text positions.
-        size: width and height of the pictures; ValueError unless multiples of `upscale_factor`, if it is used.
+    `text_ctx` is the number of text positions, `size` the width and height of the pictures: multiples of
+    `upscale_factor` if it is used, or ValueError.
     """
 
     def __init__(
-        self,
-        config: FolderConfig,
-        folder: PictureFolder,
-        tokenizer: Tokenizer,
-        text_ctx: int,
-        size: tuple[int, int],
+        self, config: FolderConfig, folder: PictureFolder, tokenizer: Tokenizer, text_ctx: int, size: tuple[int, int]
     ) -> None:
         if config.upsample and any(side % config.upscale_factor for side in size):
             raise ValueError(f"upscale_factor: got {config.upscale_factor}, expected a divisor of {size[0]}x{size[1]}")
-        self._config = config
-        self._pictures = folder.pictures
-        self._tokenizer = tokenizer
-        self._text_ctx = text_ctx
+        self._config, self._pictures = config, folder.pictures
+        self._tokenizer, self._text_ctx = tokenizer, text_ctx
         self._reader = PictureReader(*size, config.crop, config.resize_ratio, config.random_hflip)
         factor = config.upscale_factor
         self._low_size = (size[0] // factor, size[1] // factor) if config.upsample else None
-        self._order = functools.lru_cache(maxsize=4)(self._order_uncached)
+        seed, count = config.seed, len(folder.pictures)
+        # The order of the pictures in a pass over the folder.
+        self._order = functools.lru_cache(4)(lambda p: np.random.default_rng([seed, p, 0x0DE5]).permutation(count))
         self._pool = ThreadPoolExecutor(config.workers)
         self._told: set[str] = set()
         self._ahead: dict[int, list[Future[_Sample]]] = {}
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step, counted from 0, and start on the next ones.
+        """Return the batch of a step, see `Task`, and start on the next ones.
 
-        Returns:
-            `images`, float32 [B, 3, H, W] in [-1, 1]; `tokens`, int64 [B, text_ctx], and `mask`, bool [B, text_ctx]:
-            all padding and all False for a missing or dropped caption; for the upsampler `low_res`, float32
-            [B, 3, H / upscale_factor, W / upscale_factor].
-
-        Raises:
-            ValueError: no picture of the folder can be read. (Each unreadable picture gives one warning.)
+        A missing or dropped caption is all padding. For the upsampler it has `low_res`, float32
+        [B, 3, H / upscale_factor, W / upscale_factor]. Each unreadable picture gives one warning; ValueError if there
+        is no other.
         """
         for other in [other for other in self._ahead if not step <= other <= step + _AHEAD]:
             for future in self._ahead.pop(other):
@@ -121,15 +108,7 @@ class FolderData:
             captions = ("",) if dropped or not picture.captions else picture.captions
             tokens = self._tokenizer.encode(captions[int(choice * len(captions))])
             padded = self._tokenizer.padded_tokens_and_mask(tokens, self._text_ctx)
-            return _Sample(to_array(image), self._shrink(image), *padded, unreadable)
+            # The upsampler's input is rounded to 8 bits, like sampled pictures.
+            low_res = self._low_size and to_array(image.resize(self._low_size, Image.Resampling.BICUBIC))
+            return _Sample(to_array(image), low_res, *padded, unreadable)
         raise ValueError(f"data: got {len(pictures)} pictures in {self._config.data}, none of which can be read")
-
-    def _shrink(self, image: Image.Image) -> np.ndarray | None:
-        """The upsampler's input: the picture made smaller, rounded to 8 bits like sampled pictures."""
-        if self._low_size is None:
-            return None
-        return to_array(image.resize(self._low_size, Image.Resampling.BICUBIC))
-
-    def _order_uncached(self, passes: int) -> np.ndarray:
-        """The order of the pictures in a pass over the folder."""
-        return np.random.default_rng([self._config.seed, passes, 0x0DE5]).permutation(len(self._pictures))

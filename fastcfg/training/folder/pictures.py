@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of a folder.
-
-    Attributes:
-        path: its file.
-        captions: the stripped non-blank lines of its `.txt`; none without such a file.
-    """
+    """A picture of a folder, and its captions: the stripped non-blank lines of its `.txt`; none without such a file."""
 
     path: Path
     captions: tuple[str, ...]
@@ -31,16 +25,11 @@ class Picture:
 class PictureFolder:
     """The pictures of a folder and its subfolders, sorted by name, with their captions.
 
-    Args:
-        folder: the folder.
-        skip_uncaptioned: leave out pictures without a caption.
-
     Attributes:
-        pictures: the pictures to train on.
-        uncaptioned: number of pictures found without a caption.
-        skipped: number of these left out.
-        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions. Another picture of the
-            same size goes unnoticed.
+        pictures: the pictures to train on; `skip_uncaptioned` leaves out those without a caption.
+        uncaptioned, skipped: number of pictures found without a caption, and of these left out.
+        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions. Another picture of the same size goes
+            unnoticed.
 
     Raises:
         ValueError: no such folder, no pictures in it, two that share a caption file, or a caption that is not UTF-8.
@@ -51,11 +40,12 @@ class PictureFolder:
         if not root.is_dir():
             raise ValueError(f"data: got {os.fspath(folder)}, which is not a folder, expected one with pictures")
         listed = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if _is_picture(path, root))
-        _check_stems(listed)
-        digest = hashlib.sha256()
-        found = []
+        digest, found = hashlib.sha256(), []
+        stems: dict[str, str] = {}
         for name in listed:
-            path = root / name
+            stem, path = name.rpartition(".")[0], root / name
+            if (other := stems.setdefault(stem, name)) != name:
+                raise ValueError(f"data: got {other} and {name}, expected one picture for the captions of {stem}.txt")
             captions = _read_captions(path.with_suffix(".txt"))
             digest.update(ascii((name, path.stat().st_size, captions)).encode())
             found.append(Picture(path, captions))
@@ -88,16 +78,11 @@ class PictureReader:
     """
 
     def __init__(self, width: int, height: int, crop: str, resize_ratio: float, random_hflip: bool) -> None:
-        self._size = (width, height)
-        self._random = crop == "random"
-        self._resize_ratio = resize_ratio
-        self._flip = random_hflip
+        self._size, self._random = (width, height), crop == "random"
+        self._resize_ratio, self._flip = resize_ratio, random_hflip
 
     def read(self, path: Path, rng: np.random.Generator) -> Image.Image:
-        """Read a picture as RGB and crop it; ValueError if it cannot be read.
-
-        `rng` draws crop and mirroring: always four numbers, used or not.
-        """
+        """Read and crop a picture as RGB, or ValueError. `rng` draws crop and mirroring: always four numbers."""
         position, flip = rng.random(3), bool(rng.random() < 0.5)
         try:
             with Image.open(path) as file:
@@ -140,27 +125,15 @@ def _on_white(picture: Image.Image) -> Image.Image:
     """The picture as RGB, composed on white."""
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255
         return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert("RGB")
 
 
 def _is_picture(path: Path, root: Path) -> bool:
     """Whether a path is a picture by its name, and not hidden below the root (macOS writes `._name.jpg`)."""
     hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
-
-
-def _check_stems(names: Sequence[str]) -> None:
-    """Raise ValueError if two pictures share a caption file."""
-    seen: dict[str, str] = {}
-    for name in names:
-        stem = name.rpartition(".")[0]
-        if stem in seen:
-            raise ValueError(f"data: got {seen[stem]} and {name}, expected one picture for the captions of {stem}.txt")
-        seen[stem] = name
 
 
 def _read_captions(path: Path) -> tuple[str, ...]:
@@ -170,7 +143,6 @@ def _read_captions(path: Path) -> tuple[str, ...]:
     except FileNotFoundError:
         return ()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data: got {path}, which is not UTF-8 ({error.reason}), expected captions, one a line"
-        ) from None
+        got = f"{path}, which is not UTF-8 ({error.reason})"
+        raise ValueError(f"data: got {got}, expected captions, one a line") from None
     return tuple(line.strip() for line in text.split("\n") if line.strip())

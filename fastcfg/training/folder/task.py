@@ -10,21 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ...models.checkpoint import CheckpointMeta, has_header, load_checkpoint
-from ...models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from ...models.glide import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 from ...models.image_conditioned import SuperResText2ImUNet
 from ...models.text2im import Text2ImUNet
 from ...models.tokenizer import Tokenizer
 from ...models.vocabulary import read_tokenizer
 from ...models.weights import load_weights, read_state_dict
-from ..task import Task, seed_for
+from ..task import TEXT_LAYERS, Task, seed_for
 from .config import FolderConfig
 from .data import FolderData
 from .pictures import PictureFolder
 
-_TRANSFORMER = (
-    *("transformer.", "transformer_proj.", "token_embedding.", "final_ln."),
-    *("positional_embedding", "padding_embedding"),
-)
+_TRANSFORMER = (*TEXT_LAYERS, "transformer_proj.")
 # The attention blocks' layers for the text: they must follow a transformer that is trained.
 _TEXT_ATTENTION = ".encoder_kv."
 
@@ -32,9 +29,7 @@ _TEXT_ATTENTION = ".encoder_kv."
 class FolderTask(Task):
     """The `Task` of a folder: no heads, and the averaged weights also for GLIDE's own code.
 
-    Args:
-        config: the recipe.
-        resumed: checkpoint of the run to resume, which replaces `init` and `tokenizer`.
+    `resumed`, the checkpoint of the run to resume, replaces `init` and `tokenizer`.
 
     Raises:
         ValueError: weights, options, tokenizer or data are invalid or do not go together.
@@ -50,9 +45,9 @@ class FolderTask(Task):
         tokenizer = self.model.tokenizer
         assert isinstance(tokenizer, Tokenizer)
         size = (config.side_x or self.meta.image_size, config.side_y or self.meta.image_size)
-        divisor = self.model.size_divisor
-        if any(side % divisor for side in size):
-            raise ValueError(f"side_x, side_y: got {size[0]}x{size[1]}, expected multiples of {divisor}")
+        if any(side % self.model.size_divisor for side in size):
+            expected = f"multiples of {self.model.size_divisor}"
+            raise ValueError(f"side_x, side_y: got {size[0]}x{size[1]}, expected {expected}")
         if size[0] == size[1]:
             self.meta = dataclasses.replace(self.meta, image_size=size[0])
         self.model.use_checkpoint = config.use_checkpoint
@@ -84,12 +79,9 @@ def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, C
     checkpoint = resumed or (Path(config.init) if config.init and has_header(config.init) else None)
     if checkpoint is not None:
         model, _, meta = load_checkpoint(checkpoint)
-        if resumed is None:
-            for name in ("model", "tokenizer"):
-                if getattr(config, name):
-                    raise ValueError(
-                        f"{name}: got {getattr(config, name)!r}, expected none, as {config.init} brings its own"
-                    )
+        for name in () if resumed else ("model", "tokenizer"):
+            if given := getattr(config, name):
+                raise ValueError(f"{name}: got {given!r}, expected none, as {config.init} brings its own")
         wanted = SuperResText2ImUNet if config.upsample else Text2ImUNet
         if type(model) is not wanted:
             raise ValueError(f"init: got {checkpoint} with a {type(model).__name__}, expected a {wanted.__name__}")
@@ -100,13 +92,11 @@ def _network(config: FolderConfig, resumed: Path | None) -> tuple[Text2ImUNet, C
     if not config.model.get("xf_width", 1):
         raise ValueError("model: got xf_width = 0, expected a network with text")
     tokenizer = read_tokenizer(config.tokenizer)
-    if config.init:
-        model = meta.build(tokenizer)
-        load_weights(model, read_state_dict(config.init), config.init)
-        return model, meta
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
-        model = meta.build(tokenizer, device="cpu")
+        model = meta.build(tokenizer, device="meta" if config.init else "cpu")
+    if config.init:
+        load_weights(model, read_state_dict(config.init), config.init)
     return model, meta
 
 

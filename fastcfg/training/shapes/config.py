@@ -40,19 +40,14 @@ class ShapesConfig(TrainConfig):
         cond_drop: probability of replacing a caption by the empty one, in [0, 1).
         two_objects: share of pictures with two objects.
         name_sizes: probability that a caption names an object's size.
-        schedule: name of the noise schedule.
-        num_timesteps: its length T.
+        schedule, num_timesteps: name of the noise schedule, and its length T.
         reading_steps: steps of training the text transformer alone (`train_reading`) before the first step, or before a
             stage with this setting.
-        reading_batch_size: captions per such step.
-        reading_rate: learning rate of such a step.
-        reading_weight: weight of the loss of reading the batch's captions; 0 for none.
-        layout_weight: weight of the layout loss, see `LayoutHead`; 0 for none.
+        reading_batch_size, reading_rate: captions per such step, and its learning rate.
+        reading_weight, layout_weight: weights of the loss of reading the batch's captions, and of the layout loss, see
+            `LayoutHead`; 0 for none.
         stages: changes during the run, each an object of the step it starts `at` and the new settings.
         model: arguments of `Text2ImUNet`.
-
-    Raises:
-        ValueError: a value out of range.
 
     Example:
         >>> ShapesConfig(steps=1000, seed=1).learning_rate_at(0) < ShapesConfig().learning_rate

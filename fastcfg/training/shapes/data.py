@@ -18,19 +18,15 @@ class ShapesData:
     """Random access to the batches of a run."""
 
     def __init__(self, config: ShapesConfig, tokenizer: Tokenizer) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
-        self._encode = functools.lru_cache(maxsize=1 << 16)(self._encode_uncached)
+        self._config, length = config, config.model["text_ctx"]
+        encode, pad = tokenizer.encode, tokenizer.padded_tokens_and_mask
+        self._encode = functools.lru_cache(maxsize=1 << 16)(lambda text: pad(encode(text), length))
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Make the batch of a step, counted from 0.
+        """Make the batch of a step, see `Task`. The mask of a dropped caption is all False.
 
-        Returns:
-            images: float32 [B, 3, 32, 32] in [-1, 1].
-            tokens: int64 [B, text_ctx].
-            mask: bool [B, text_ctx], True on the caption's tokens; all False for a dropped caption.
-            colours, shapes: int64 [B, 32, 32], see `render_named`.
-            at_words, about: int64 [B, text_ctx, 4] and [B, 5], see `reading_targets`.
+        It also has `colours` and `shapes`, int64 [B, 32, 32], see `render_named`; `at_words` and `about`, int64
+        [B, text_ctx, 4] and [B, 5], see `reading_targets`.
         """
         config = self._config
         rng = np.random.default_rng([config.seed, step])
@@ -38,22 +34,11 @@ class ShapesData:
         captions = [caption(scene, rng, name_sizes=config.name_sizes) for scene in scenes]
         dropped = rng.random(config.batch_size) < config.cond_drop
         captions = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        encoded = [self._encode(text) for text in captions]
+        tokens, mask = (torch.tensor(part) for part in zip(*map(self._encode, captions), strict=True))
         at_words, about = batch_targets(captions, scenes, config.model["text_ctx"])
         images, colours, shapes = (torch.from_numpy(array) for array in render_named(scenes, rng))
-        return {
-            "images": images,
-            "tokens": torch.tensor([tokens for tokens, _ in encoded]),
-            "mask": torch.tensor([mask for _, mask in encoded]),
-            "colours": colours,
-            "shapes": shapes,
-            "at_words": at_words,
-            "about": about,
-        }
-
-    def _encode_uncached(self, text: str) -> tuple[list[int], list[bool]]:
-        tokenizer = self._tokenizer
-        return tokenizer.padded_tokens_and_mask(tokenizer.encode(text), self._config.model["text_ctx"])
+        batch = {"images": images, "tokens": tokens, "mask": mask, "colours": colours, "shapes": shapes}
+        return {**batch, "at_words": at_words, "about": about}
 
 
 def evaluation_prompts(count: int, seed: int = 0, two_objects: float = 0.75) -> list[tuple[str, Scene]]:

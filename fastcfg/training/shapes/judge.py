@@ -31,9 +31,8 @@ class Finding:
 
     Attributes:
         colour: nearest palette colour, or None if the object is not of one palette colour.
-        shape: best matching shape, or None if none overlaps well.
+        shape, overlap: best matching shape, or None if none overlaps well; and the best overlap, in [0, 1].
         centre: centroid (x, y) in pixels.
-        overlap: overlap with the best shape, in [0, 1].
     """
 
     colour: str | None
@@ -47,8 +46,7 @@ class Verdict:
     """The correct parts of a picture, under the best assignment of found to wanted objects.
 
     Attributes:
-        colours: every object has its colour.
-        shapes: every object has its shape.
+        colours, shapes: every object has its colour; every object has its shape.
         relation: the objects are arranged as wanted; True for a scene without relation.
         count: the number of objects is right; if not, all others are False.
     """
@@ -79,14 +77,9 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
         return Verdict(colours=False, shapes=False, relation=False, count=False)
     verdicts = []
     for order in itertools.permutations(found):
-        verdicts.append(
-            Verdict(
-                colours=all(f.colour == w.colour for f, w in zip(order, wanted, strict=True)),
-                shapes=all(f.shape == w.shape for f, w in zip(order, wanted, strict=True)),
-                relation=_relation_holds(order, scene.relation),
-                count=True,
-            )
-        )
+        colours = all(f.colour == w.colour for f, w in zip(order, wanted, strict=True))
+        shapes = all(f.shape == w.shape for f, w in zip(order, wanted, strict=True))
+        verdicts.append(Verdict(colours, shapes, _relation_holds(order, scene.relation), count=True))
     return max(verdicts, key=lambda v: (v.correct, v.colours + v.shapes, v.relation))
 
 
@@ -103,26 +96,16 @@ def find_objects(image: np.ndarray) -> list[Finding]:
 
 
 def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Label the 4-connected components of a mask, bool [H, W].
-
-    Returns:
-        Labels, int64 [H, W], 0 outside the mask and 1 to n inside; and n.
-    """
-    height, width = mask.shape
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
+    """Label the 4-connected components of a mask, bool [H, W]: int64, 0 outside and 1 to n inside; also returns n."""
+    spread, labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0), None
+    while labels is None or not np.array_equal(spread, labels):
         # Every pixel takes the largest label among itself and its neighbours until nothing changes.
-        padded = np.pad(labels, 1)
-        spread = np.maximum.reduce(
-            [padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-        )
-        spread = np.where(mask, spread, 0)
-        if np.array_equal(spread, labels):
-            break
-        labels = spread
-    values, compact = np.unique(labels, return_inverse=True)
-    compact = compact.reshape(height, width)
-    return (compact, len(values) - 1) if values[0] == 0 else (compact + 1, len(values))
+        labels, padded = spread, np.pad(spread, 1)
+        around = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+        spread = np.where(mask, np.maximum.reduce([labels, *around]), 0)
+    # A 0 before all others, which is there even if the mask has no pixel outside.
+    values, compact = np.unique(np.append(0, labels), return_inverse=True)
+    return compact.ravel()[1:].reshape(mask.shape), len(values) - 1
 
 
 def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
@@ -140,12 +123,8 @@ def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
     alpha = np.clip((rgb - _BACKGROUND) @ span / (span @ span), 0, 1)
     alpha *= _dilate(member) & ((labels == 0) | member)
     shape, overlap, centre = _match_shape(alpha)
-    return Finding(
-        colour=COLOURS[nearest] if uniform else None,
-        shape=shape if overlap >= _SHAPE_OVERLAP else None,
-        centre=centre,
-        overlap=overlap,
-    )
+    colour = COLOURS[nearest] if uniform else None
+    return Finding(colour, shape if overlap >= _SHAPE_OVERLAP else None, centre, overlap)
 
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
@@ -178,17 +157,14 @@ def _relation_holds(order: tuple[Finding, ...], relation: str | None) -> bool:
     """Whether the first object is on the right side of the second, more along the relation's axis than across it."""
     if relation is None:
         return True
-    direction = RELATIONS[relation]
-    offset = (order[0].centre[0] - order[1].centre[0], order[0].centre[1] - order[1].centre[1])
-    along = offset[0] * direction[0] + offset[1] * direction[1]
-    across = offset[1] if direction[0] else offset[0]
-    return along > abs(across)
+    dx, dy = RELATIONS[relation]
+    x, y = (a - b for a, b in zip(order[0].centre, order[1].centre, strict=True))
+    return x * dx + y * dy > abs(y if dx else x)
 
 
 def _moments(shape: str) -> tuple[float, float]:
     """Area of a shape of radius 1 and the y of its centroid relative to its centre."""
-    radius = 10.0
-    middle = IMAGE_SIZE / 2
+    radius, middle = 10.0, IMAGE_SIZE / 2
     cover = shape_coverage(shape, np.array([[middle, middle]]), np.array([radius]))[0]
     rows = cover.sum(axis=1) @ (np.arange(IMAGE_SIZE) + 0.5)
     return float(cover.sum()) / radius**2, (float(rows / cover.sum()) - middle) / radius

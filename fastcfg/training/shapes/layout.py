@@ -45,26 +45,17 @@ class LayoutHead(nn.Module):
         self._heard.features = output
 
     def forward(self, colours: Tensor, shapes: Tensor) -> Tensor:
-        """Score the features of this thread's last call of the network.
+        """Score the features of this thread's last call of the network against the names of `render_named`.
 
-        Args:
-            colours, shapes: names of every pixel, int64 [B, H, W], see `render_named`.
-
-        Returns:
-            Mean cross-entropy of both names over the cells, [B].
+        Returns the mean cross-entropy of both names over the cells, [B].
         """
         features = self.norm(self._heard.features.float())
         self._heard.features = None
         cells = features.shape[-1]
-        losses = [
-            F.cross_entropy(head(features), _most_common(names, cells, head.out_channels), reduction="none")
-            for head, names in ((self.colour, colours), (self.shape, shapes))
-        ]
+        losses = []
+        for head, names in ((self.colour, colours), (self.shape, shapes)):
+            # The name that fills most of each cell.
+            areas = F.adaptive_avg_pool2d(F.one_hot(names, head.out_channels).movedim(-1, 1).float(), cells)
+            areas[:, 0] = torch.where(areas[:, 0] <= 1 - _OCCUPIED, 0.0, 2.0)
+            losses.append(F.cross_entropy(head(features), areas.argmax(dim=1), reduction="none"))
         return (losses[0] + losses[1]).mean(dim=(1, 2))
-
-
-def _most_common(names: Tensor, cells: int, choices: int) -> Tensor:
-    """The name that fills most of each cell, int64 [B, cells, cells]."""
-    areas = F.adaptive_avg_pool2d(F.one_hot(names, choices).movedim(-1, 1).float(), cells)
-    areas[:, 0] = torch.where(areas[:, 0] <= 1 - _OCCUPIED, 0.0, 2.0)
-    return areas.argmax(dim=1)

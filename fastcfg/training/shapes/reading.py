@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...models.text2im import Text2ImUNet
 from ...models.tokenizer import Tokenizer
+from ..task import TEXT_LAYERS
 from .config import ShapesConfig
 from .scenes import COLOURS, SHAPES, SIZE_WORDS, SIZES, Scene, caption, sample_scene
 
@@ -33,10 +34,9 @@ _ANYWHERE = 4
 
 
 def reading_targets(text: str, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """The answers expected for a caption of a scene.
+    """The answers expected for a caption of a scene: indices of choices, or `IGNORED` where nothing is asked.
 
-    Returns:
-        Indices at each word, int64 [words, 4], and about the scene, int64 [5]; `IGNORED` where nothing is asked.
+    At each word, int64 [words, 4], and about the scene, int64 [5].
     """
     words = text.split()
     at_words = np.full((len(words), len(_WORD_CHOICES)), IGNORED)
@@ -46,24 +46,20 @@ def reading_targets(text: str, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
             continue
         place = next(k for k, item in enumerate(scene.objects) if (item.shape, item.colour) == (word, words[index - 1]))
         named = size_words.get(words[index - 2]) if index > 1 else None
-        answer = (
-            COLOURS.index(words[index - 1]),
-            SHAPES.index(word),
-            SIZES.index(named) if named else len(SIZES),
-            _PLACES[scene.relation][place] if scene.relation else _ANYWHERE,
-        )
+        size = SIZES.index(named) if named else len(SIZES)
+        where = _PLACES[scene.relation][place] if scene.relation else _ANYWHERE
+        answer = (COLOURS.index(words[index - 1]), SHAPES.index(word), size, where)
         at_words[index - (2 if named else 1) : index + 1] = answer
     about = np.full(len(_SCENE_CHOICES), IGNORED)
-    items = list(scene.objects)
+    first = _PLACES[scene.relation][0] if scene.relation else 0
+    items = scene.objects[::-1] if first % 2 else scene.objects
+    choices = [choice for item in items for choice in (COLOURS.index(item.colour), SHAPES.index(item.shape))]
     if len(items) == 1:
-        about[:3] = 0, COLOURS.index(items[0].colour), SHAPES.index(items[0].shape)
+        about[:3] = 0, *choices
     elif scene.relation is None:
         about[0] = 3
     else:
-        if _PLACES[scene.relation][0] % 2:
-            items.reverse()
-        about[0] = 1 + _PLACES[scene.relation][0] // 2
-        about[1:] = [choice for o in items for choice in (COLOURS.index(o.colour), SHAPES.index(o.shape))]
+        about[:] = 1 + first // 2, *choices
     return at_words, about
 
 
@@ -76,14 +72,9 @@ class ReadingHeads(nn.Module):
         self.scene = nn.Linear(width, sum(_SCENE_CHOICES))
 
     def forward(self, features: Tensor, at_words: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
-        """Score the answers read from the features.
+        """Score the answers read from the network's `xf_out`, [B, width, text_ctx], against those of `batch_targets`.
 
-        Args:
-            features: `xf_out` of the network, [B, width, text_ctx].
-            at_words, about: the expected answers, see `batch_targets`.
-
-        Returns:
-            The sum of the mean cross-entropies of all questions asked, and the share of right answers.
+        Returns the sum of the mean cross-entropies of all questions asked, and the share of right answers.
         """
         features = features.transpose(1, 2).float()
         word_loss, word_right = _score(self.word(features), at_words, _WORD_CHOICES)
@@ -94,16 +85,14 @@ class ReadingHeads(nn.Module):
 def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHeads, float]:
     """Train the model's text layers except `transformer_proj`, in place, by `config.reading_steps` reading steps.
 
-    Returns:
-        The heads, and the share of right answers in the last step.
+    Returns the heads, and the share of right answers in the last step.
     """
     device = model.positional_embedding.device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         heads = ReadingHeads(model.xf_width).to(device)
     text = [parameter for _, parameter in reading_parameters(model)]
-    parameters = [*text, *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=config.reading_rate)
+    optimizer = torch.optim.AdamW([*text, *heads.parameters()], lr=config.reading_rate)
     right = 0.0
     for step in range(config.reading_steps):
         rise = min(1.0, (step + 1) / 50)
@@ -111,20 +100,18 @@ def train_reading(model: Text2ImUNet, config: ShapesConfig) -> tuple[ReadingHead
             group["lr"] = config.reading_rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / config.reading_steps))
         tokens, mask, at_words, about = (tensor.to(device) for tensor in _batch(model, config, step))
         loss, share = heads(model.get_text_emb(tokens, mask)["xf_out"], at_words, about)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient
+        optimizer.zero_grad()
+        loss.backward()
         nn.utils.clip_grad_norm_(text, config.grad_clip)
         optimizer.step()
         right = float(share)
-    for parameter in parameters:
-        parameter.grad = None
+    optimizer.zero_grad()
     return heads, right
 
 
 def reading_parameters(model: Text2ImUNet) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters of the layers that `xf_out` depends on."""
-    prefixes = ("transformer.", "final_ln.", "token_embedding.", "positional_embedding", "padding_embedding")
-    return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes)]
+    return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(TEXT_LAYERS)]
 
 
 def _batch(model: Text2ImUNet, config: ShapesConfig, step: int) -> tuple[Tensor, ...]:

@@ -41,9 +41,7 @@ _RELATION_PHRASES: dict[str | None, tuple[str, ...]] = {
 _OPENINGS = ("", "", "there is", "a picture of")
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
-_MARGIN = 1.0
-_GAP = 2.0
-_CROSS_AXIS_JITTER = 3.0
+_MARGIN, _GAP, _CROSS_AXIS_JITTER = 1.0, 2.0, 3.0  # in pixels
 
 
 def _star_vertices() -> np.ndarray:
@@ -54,8 +52,7 @@ def _star_vertices() -> np.ndarray:
 
 def _cross_vertices() -> np.ndarray:
     long, wide = 1.08, 0.38
-    corner = [(wide, -long), (wide, -wide), (long, -wide)]
-    quarter = np.array(corner)
+    quarter = np.array([(wide, -long), (wide, -wide), (long, -wide)])
     turn = np.array([[0.0, 1.0], [-1.0, 0.0]])
     return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 
@@ -73,15 +70,9 @@ COLOURS: tuple[str, ...] = tuple(PALETTE)
 SIZES: tuple[str, ...] = tuple(RADII)
 _HALF_EXTENTS = {name: (1.0, 1.0) if v is None else tuple(np.abs(v).max(axis=0)) for name, v in _POLYGONS.items()}
 
-VOCABULARY: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        ["a", "an", "there", "is", "picture", "of", "and", "with", "to", "the", "on", "top"]
-        + ["left", "right", "above", "over", "below", "under"]
-        + [word for words in SIZE_WORDS.values() for word in words]
-        + list(COLOURS)
-        + list(SHAPES)
-    )
-)
+_PHRASES = "a an there is picture of and with to the on top left right above over below under"
+_SIZE_NAMES = " ".join(word for words in SIZE_WORDS.values() for word in words)
+VOCABULARY: tuple[str, ...] = tuple(dict.fromkeys([*_PHRASES.split(), *_SIZE_NAMES.split(), *COLOURS, *SHAPES]))
 """Every word a caption can hold, in a fixed order: the vocabulary of the word-level tokenizer."""
 
 MAX_CAPTION_WORDS = 16
@@ -104,9 +95,7 @@ class SceneObject:
 class Scene:
     """The contents of a picture: one object, or two and the position of the first relative to the second.
 
-    Attributes:
-        objects: one or two objects.
-        relation: one of `RELATIONS` for two objects; None for one object or any arrangement of two.
+    `relation` is one of `RELATIONS` for two objects; None for one object or any arrangement of two.
 
     Example:
         >>> scene = Scene((SceneObject("circle", "red", "large"), SceneObject("square", "blue", "small")), "above")
@@ -127,14 +116,9 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, two_objects: float = 0.75, related: float = 0.92) -> Scene:
-    """Draw a random scene.
+    """Draw a scene of two objects with probability `two_objects`, which have a relation with probability `related`.
 
     Two objects never share both shape and colour: a caption could not distinguish them.
-
-    Args:
-        rng: the generator to draw from.
-        two_objects: probability of two objects.
-        related: probability that two objects have a relation.
     """
     count = 2 if rng.random() < two_objects else 1
     objects: list[SceneObject] = []
@@ -160,12 +144,11 @@ def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> 
         relation = _OPPOSITE[relation] if relation else None
     nouns = []
     for item in objects:
-        words = [item.colour, item.shape]
+        words = f"{item.colour} {item.shape}"
         if rng.random() < name_sizes:
             synonyms = SIZE_WORDS[item.size]
-            words.insert(0, synonyms[rng.integers(len(synonyms))])
-        article = "an" if words[0][0] in "aeiou" else "a"
-        nouns.append(" ".join([article, *words]))
+            words = f"{synonyms[rng.integers(len(synonyms))]} {words}"
+        nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
     opening = _OPENINGS[rng.integers(len(_OPENINGS))]
     phrases = _RELATION_PHRASES[relation]
     joint = f" {phrases[rng.integers(len(phrases))]} "
@@ -183,28 +166,22 @@ def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> np.ndarra
 
 
 def render_named(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw one or more scenes and name the colour and shape of every pixel.
+    """The pictures of `render_batch`, and the names of the colour and the shape of every pixel, int64 [B, 32, 32].
 
-    Returns:
-        The pictures of `render_batch`; the index of each pixel's colour in `COLOURS` plus 1, or 0 where no object
-        covers half of it, int64 [len(scenes), 32, 32]; and in the same way the index of its shape in `SHAPES`.
+    A name is the index in `COLOURS` or `SHAPES` plus 1, or 0 where no object covers half of the pixel.
     """
-    owners, items, centres = [], [], []
-    for index, scene in enumerate(scenes):
-        for item, centre in zip(scene.objects, _place(scene, rng), strict=True):
-            owners.append(index)
-            items.append(item)
-            centres.append(centre)
+    owners = [index for index, scene in enumerate(scenes) for _ in scene.objects]
+    items = [item for scene in scenes for item in scene.objects]
+    centres = np.array([centre for scene in scenes for centre in _place(scene, rng)])
+    radii = np.array([RADII[item.size] for item in items])
     coverage = np.empty((len(items), IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
-    for shape in SHAPES:
+    for shape in {item.shape for item in items}:
         rows = [row for row, item in enumerate(items) if item.shape == shape]
-        if rows:
-            radii = np.array([RADII[items[row].size] for row in rows])
-            coverage[rows] = shape_coverage(shape, np.array([centres[row] for row in rows]), radii)
+        coverage[rows] = shape_coverage(shape, centres[rows], radii[rows])
     colours = np.array([PALETTE[item.colour] for item in items], dtype=np.float32)
     background = np.array(BACKGROUND, dtype=np.float32)
     layers = coverage[:, None] * (colours - background)[:, :, None, None]
-    pictures = np.broadcast_to(background[:, None, None], (len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)).copy()
+    pictures = np.tile(background[:, None, None], (len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE))
     np.add.at(pictures, np.array(owners), layers)
     colour_names = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=np.int64)
     shape_names = np.zeros_like(colour_names)
@@ -216,15 +193,9 @@ def render_named(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[np.
 
 
 def shape_coverage(shape: str, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Rasterise one kind of shape at sub-pixel positions.
+    """The part of every pixel that shapes of one kind cover, float32 [N, 32, 32] in [0, 1].
 
-    Args:
-        shape: one of `SHAPES`.
-        centres: [N, 2] as (x, y) in pixels; pixel (0, 0) spans 0 to 1.
-        radii: [N], in pixels.
-
-    Returns:
-        The covered part of every pixel, float32 [N, 32, 32] in [0, 1].
+    `centres` [N, 2] are (x, y) in pixels, of which (0, 0) spans 0 to 1; `radii` [N] are in pixels.
     """
     grid = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
     scale = np.asarray(radii, dtype=np.float32)[:, None, None]
@@ -247,32 +218,29 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, polygon: np.ndarray) -> np.n
         dx, dy = px - along * ex, py - along * ey
         np.minimum(squared, dx * dx + dy * dy, out=squared)
         if ay != by:
-            crosses = (ay > y) != (by > y)
-            inside ^= crosses & (px < ex * py / ey)
+            inside ^= ((ay > y) != (by > y)) & (px < ex * py / ey)
     return np.where(inside, -1, 1).astype(np.float32) * np.sqrt(squared)
 
 
-def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres of a scene's objects: apart along the axis of the relation, nearly level across it."""
+def _place(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Centres of a scene's objects, [objects, 2]: apart along the axis of the relation, nearly level across it."""
     half = [np.array(_HALF_EXTENTS[item.shape]) * RADII[item.size] for item in scene.objects]
     low, high = _MARGIN, IMAGE_SIZE - _MARGIN
     first = rng.random(4)
     if len(half) == 1:
-        spot = low + half[0] + first[:2] * (high - low - 2 * half[0])
-        return [(float(spot[0]), float(spot[1]))]
+        return (low + half[0] + first[:2] * (high - low - 2 * half[0]))[None]
     names = tuple(RELATIONS)
     direction = RELATIONS[scene.relation or names[rng.integers(len(names))]]
     along = 0 if direction[0] else 1
     across = 1 - along
-    order = (0, 1) if direction[along] < 0 else (1, 0)
-    near, far = half[order[0]], half[order[1]]
-    slack = high - low - _GAP - 2 * (near[along] + far[along])
-    before, after = np.sort(first[:2]) * slack
+    one, two = (0, 1) if direction[along] < 0 else (1, 0)
+    near, far = half[one][along], half[two][along]
+    before, after = np.sort(first[:2]) * (high - low - _GAP - 2 * (near + far))
     centres = np.empty((2, 2))
-    centres[order[0], along] = low + before + near[along]
-    centres[order[1], along] = low + after + 2 * near[along] + _GAP + far[along]
+    centres[one, along] = low + before + near
+    centres[two, along] = low + after + 2 * near + _GAP + far
     bounds = [(low + h[across], high - h[across]) for h in half]
     level = bounds[0][0] + first[2] * (bounds[0][1] - bounds[0][0])
     centres[0, across] = level
     centres[1, across] = np.clip(level + (2 * first[3] - 1) * _CROSS_AXIS_JITTER, *bounds[1])
-    return [(float(cx), float(cy)) for cx, cy in centres]
+    return centres

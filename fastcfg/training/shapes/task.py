@@ -27,8 +27,7 @@ _TEXT_INIT_STD = 0.3
 def build_model(config: ShapesConfig) -> Text2ImUNet:
     """The network of a recipe in train mode on the CPU; its initial weights depend on the recipe's seed only.
 
-    Raises:
-        ValueError: `config.model` does not describe a network.
+    ValueError if `config.model` does not describe a network.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(config.seed, "weights"))
@@ -62,8 +61,7 @@ class ShapesTask(Task):
 
     def before(self, step: int) -> list[nn.Parameter]:
         """Give reading lessons at the steps the recipe asks for them."""
-        steps = self._config.lessons_at(step)
-        if not steps:
+        if not (steps := self._config.lessons_at(step)):
             return []
         heads, _ = train_reading(self.model, dataclasses.replace(self._config, reading_steps=steps))
         self._reading.load_state_dict(heads.state_dict())
@@ -72,8 +70,8 @@ class ShapesTask(Task):
     def trained_heads(self, config: TrainConfig) -> list[nn.Parameter]:
         """The heads with a nonzero weight."""
         assert isinstance(config, ShapesConfig)
-        layout = list(self._layout.parameters()) if config.layout_weight else []
-        return layout + (list(self._reading.parameters()) if config.reading_weight else [])
+        weights = ((self._layout, config.layout_weight), (self._reading, config.reading_weight))
+        return [parameter for head, weight in weights if weight for parameter in head.parameters()]
 
     def losses(
         self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
@@ -84,6 +82,5 @@ class ShapesTask(Task):
         if config.layout_weight:
             layout = self._layout(shard["colours"], shard["shapes"]).sum()
         if config.reading_weight:
-            rows = len(shard["tokens"])
-            reading = self._reading(text["xf_out"], shard["at_words"], shard["about"])[0] * rows
+            reading = self._reading(text["xf_out"], shard["at_words"], shard["about"])[0] * len(shard["tokens"])
         return {"layout": (config.layout_weight, layout), "reading": (config.reading_weight, reading)}

@@ -38,7 +38,7 @@ def test_pictures_of_all_kinds_and_their_captions(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeff  A café \r\n\r\n two\u2028lines \n".encode())
     (tmp_path / "b/x.txt").write_text("x")
     (tmp_path / "d.txt").write_text(" \n\n")
-    (tmp_path / "other.txt").write_text("of no picture")
+    (tmp_path / "other.txt").write_text("no picture's")
     found = PictureFolder(tmp_path)
     captions = {picture.path.relative_to(tmp_path).as_posix(): picture.captions for picture in found.pictures}
     assert list(captions) == ["a.png", "b/c/y.jpeg", "b/x.JPG", "d.webp", "e.bmp"]

@@ -67,10 +67,7 @@ def test_swapped_attributes_are_seen() -> None:
         second = SceneObject(other(rng, SHAPES, first.shape), other(rng, COLOURS, first.colour), "small")
         relation = tuple(RELATIONS)[rng.integers(4)]
         picture = render(Scene((first, second), relation), rng)
-        swapped = (
-            dataclasses.replace(first, colour=second.colour),
-            dataclasses.replace(second, colour=first.colour),
-        )
+        swapped = (dataclasses.replace(first, colour=second.colour), dataclasses.replace(second, colour=first.colour))
         assert judge(picture, Scene((first, second), relation)).correct
         assert not judge(picture, Scene(swapped, relation)).correct
         assert not judge(picture, Scene(swapped)).correct

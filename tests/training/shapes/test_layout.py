@@ -10,15 +10,7 @@ import torch
 
 from fastcfg.training.shapes.config import ShapesConfig
 from fastcfg.training.shapes.layout import LayoutHead
-from fastcfg.training.shapes.scenes import (
-    COLOURS,
-    SHAPES,
-    Scene,
-    SceneObject,
-    render_batch,
-    render_named,
-    sample_scene,
-)
+from fastcfg.training.shapes.scenes import COLOURS, SHAPES, Scene, SceneObject, render_batch, render_named, sample_scene
 from fastcfg.training.shapes.task import build_model
 
 pytestmark = pytest.mark.quick

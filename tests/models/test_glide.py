@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import GOLDEN
 
-from fastcfg.models.glide_meta import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
+from fastcfg.models.glide import GLIDE_BASE, GLIDE_UPSAMPLER, glide_network
 
 pytestmark = pytest.mark.quick
 
