@@ -8,7 +8,7 @@ Names, arguments, defaults, attributes and results are the originals'; sampling 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
 from ..reference import bits_per_dim, originals
 from ._gaussian import schedules as _schedules
-from ._gaussian.process import Function, Keywords, Model, Process
+from ._gaussian.process import Function, Keywords, Model, Process, SpacedProcess
 from ._gaussian.schedules import betas_for_alpha_bar, check_options, make_schedule, named_betas
 
 __all__ = [
@@ -155,7 +155,7 @@ class GaussianDiffusion(Process):
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
 
-    def ddim_reverse_sample(
+    def ddim_reverse_sample(  # type: ignore[override]
         self,
         model: Model,
         x: Tensor,
@@ -165,8 +165,8 @@ class GaussianDiffusion(Process):
         model_kwargs: Keywords = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
-        return self._ddim_reverse_sample(eta, model, x, t, clip_denoised, denoised_fn, None, model_kwargs)
+        """As GLIDE's, without a cond_fn."""
+        return super().ddim_reverse_sample(model, x, t, clip_denoised, denoised_fn, None, model_kwargs, eta)
 
     def training_losses(
         self,
@@ -224,18 +224,8 @@ class GaussianDiffusion(Process):
         return bits_per_dim.bits_per_dimension(self._schedule, predict, x_start)
 
 
-class SpacedDiffusion(GaussianDiffusion):
-    """guided-diffusion's `SpacedDiffusion`: the steps `use_timesteps` of a `GaussianDiffusion` with arguments kwargs.
-
-    Attributes:
-        use_timesteps: a set.
-        timestep_map: the same as a sorted list.
-        original_num_steps: T of the other process.
-    """
-
-    def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._respace(use_timesteps)
+class SpacedDiffusion(SpacedProcess, GaussianDiffusion):
+    """guided-diffusion's `SpacedDiffusion`."""
 
 
 def create_gaussian_diffusion(
