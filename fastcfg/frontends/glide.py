@@ -36,24 +36,10 @@ from ._gaussian.schedules import (
 # The names the original's `load_checkpoint` downloads.
 CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "upsample", "upsample-inpaint")
 
-__all__ = [
-    "CHECKPOINT_NAMES",
-    "CLIPModel",
-    "GaussianDiffusion",
-    "SpacedDiffusion",
-    "betas_for_alpha_bar",
-    "create_clip_model",
-    "create_gaussian_diffusion",
-    "create_model",
-    "create_model_and_diffusion",
-    "get_beta_schedule",
-    "get_named_beta_schedule",
-    "glide_tokenizer",
-    "load_checkpoint",
-    "model_and_diffusion_defaults",
-    "model_and_diffusion_defaults_upsampler",
-    "space_timesteps",
-]
+__all__ = ["CHECKPOINT_NAMES", "CLIPModel", "GaussianDiffusion", "SpacedDiffusion", "create_clip_model"]
+__all__ += ["betas_for_alpha_bar", "get_beta_schedule", "get_named_beta_schedule", "space_timesteps"]
+__all__ += ["create_gaussian_diffusion", "create_model", "create_model_and_diffusion", "glide_tokenizer"]
+__all__ += ["load_checkpoint", "model_and_diffusion_defaults", "model_and_diffusion_defaults_upsampler"]
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> NDArray[np.float64]:
@@ -100,7 +86,7 @@ class GaussianDiffusion(Process):
     """
 
     def __init__(self, *, betas: ArrayLike) -> None:
-        self._set_up(make_schedule(betas), "epsilon", "learned_range")
+        self._set_schedule(make_schedule(betas))
 
     def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
         output, extra = output if isinstance(output, tuple) else (output, None)

@@ -32,32 +32,16 @@ from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
 from ..reference import bits_per_dim, originals
 from ._gaussian import schedules as _schedules
-from ._gaussian.process import Function, Keywords, Model, Process, SpacedProcess
+from ._gaussian.loops import Function, Keywords, Model
+from ._gaussian.process import Process, SpacedProcess
 from ._gaussian.schedules import betas_for_alpha_bar, check_options, make_schedule, named_betas
 
-__all__ = [
-    "NUM_CLASSES",
-    "GaussianDiffusion",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "SpacedDiffusion",
-    "betas_for_alpha_bar",
-    "classifier_and_diffusion_defaults",
-    "classifier_defaults",
-    "create_classifier",
-    "create_classifier_and_diffusion",
-    "create_gaussian_diffusion",
-    "create_model",
-    "create_model_and_diffusion",
-    "diffusion_defaults",
-    "get_named_beta_schedule",
-    "model_and_diffusion_defaults",
-    "space_timesteps",
-    "sr_create_model",
-    "sr_create_model_and_diffusion",
-    "sr_model_and_diffusion_defaults",
-]
+__all__ = ["NUM_CLASSES", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion"]
+__all__ += ["betas_for_alpha_bar", "create_gaussian_diffusion", "get_named_beta_schedule", "space_timesteps"]
+__all__ += ["create_classifier", "create_classifier_and_diffusion", "create_model", "create_model_and_diffusion"]
+__all__ += ["sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults"]
+__all__ += ["classifier_and_diffusion_defaults", "classifier_defaults", "diffusion_defaults"]
+__all__ += ["model_and_diffusion_defaults"]
 
 
 class ModelMeanType(enum.Enum):
@@ -148,9 +132,9 @@ class GaussianDiffusion(Process):
         self.model_mean_type = ModelMeanType[model_mean_type.name]
         self.model_var_type = ModelVarType[model_var_type.name]
         self.loss_type = LossType[loss_type.name]
-        self.rescale_timesteps = rescale_timesteps
-        prediction, variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
-        self._set_up(make_schedule(betas), prediction, variance, rescale_timesteps)
+        self.rescale_timesteps = self._rescale = rescale_timesteps
+        self._prediction, self._variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
+        self._set_schedule(make_schedule(betas))
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
@@ -169,21 +153,10 @@ class GaussianDiffusion(Process):
         return super().ddim_reverse_sample(model, x, t, clip_denoised, denoised_fn, None, model_kwargs, eta)
 
     def training_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: Tensor,
-        model_kwargs: Keywords = None,
-        noise: Tensor | None = None,
+        self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: Keywords = None, noise: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss of one step.
-
-        Args:
-            model: called as model(x_t, the model's times, **model_kwargs).
-            x_start: [B, C, ...] in [-1, 1].
-            t: int64 [B].
-            model_kwargs: for the model.
-            noise: drawn like x_start by default.
+        """The loss of one step at t (int64 [B]) for images x_start [B, C, ...] in [-1, 1]; noise is drawn like x_start
+        by default.
 
         Returns:
             "loss" [B], and its parts "mse" and "vb" (in bits per dimension) if it has them.

@@ -24,8 +24,6 @@ from ...utils.lru import LRU
 from .loops import Function, Keywords, LoopCall, LoopRunner, Model, loop_call, step_by_step
 from .schedules import AssertionValueError, make_schedule
 
-__all__ = ["Function", "Keywords", "Model", "Process", "SpacedProcess"]
-
 Result = TypeVar("Result")
 
 # The originals' numpy attributes that are arrays of the schedule.
@@ -78,10 +76,8 @@ class Process:
     num_timesteps: int
     betas: np.ndarray
 
-    def _set_up(self, schedule: Schedule, prediction: str, variance: str, rescale_timesteps: bool = False) -> None:
-        """Become a process; prediction and variance as in `fastcfg.solvers`."""
-        self._prediction, self._variance, self._rescale = prediction, variance, rescale_timesteps
-        self._set_schedule(schedule)
+    # What the model predicts, as in `fastcfg.solvers`.
+    _prediction, _variance, _rescale = "epsilon", "learned_range", False
 
     def _set_schedule(self, schedule: Schedule) -> None:
         self._schedule, self.num_timesteps = schedule, schedule.num_timesteps
@@ -129,19 +125,16 @@ class Process:
         """p(x_{t-1} | x_t): mean, variance, log_variance and pred_xstart, each of x's shape.
 
         Args:
-            model: called as model(x, the model's times, **model_kwargs).
             x: [B, C, ...].
             t: int64 [B], indices into the (respaced) process.
-            clip_denoised: clamp x0 to [-1, 1].
-            denoised_fn: applied to x0 before the clamp.
-            model_kwargs: for the model.
+            model, clip_denoised, denoised_fn, model_kwargs: as for `p_sample_loop`.
 
         Raises:
             ValueError: t or the model's output has the wrong shape.
         """
         output, extra = self._split_output(self._call(model, x, t, model_kwargs))
-        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
-        options |= {"prediction": self._prediction, "variance": self._variance}
+        types = {"prediction": self._prediction, "variance": self._variance}
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **types}
         return {**originals.p_mean_variance(self._schedule, output, x, t, **options), **extra}
 
     def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -302,13 +295,11 @@ class Process:
     def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
         times = range(self.num_timesteps)
         if call.solver == "ddim_reverse":
-            return step_by_step(self._reverse_step, times, call)
+            return step_by_step(
+                lambda *args, noise, cond_fn, **options: self.ddim_reverse_sample(*args, **options), times, call
+            )
         step = self.p_sample if call.solver == "ddpm" else partial(self.ddim_sample, eta=call.eta)
         return step_by_step(step, reversed(times), call)
-
-    def _reverse_step(self, model: Model, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
-        del options["noise"], options["cond_fn"]
-        return self.ddim_reverse_sample(model, x, t, **options)
 
     def _table(self, call: LoopCall) -> StepTable:
         """The solver's table, built once: samplers know their programs by it."""
