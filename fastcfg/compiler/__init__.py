@@ -10,7 +10,6 @@ is used.
     probe        run a scheduler on basis vectors
     reduction    coefficients of a whole run -> rows with few saved tensors
     assembly     rows -> a table, its noise (`Compiled`), and the proof that it reproduces the original
-    cache        compiled results, by a scheduler's class and attributes
     scheduler    `compile_scheduler`: all of it, with the clip and learned variances
     sampler      `compile_sampler`: the same for functions of k-diffusion's form
     rehearsal    what an original draws, returns and gives to callbacks, seen on a small example
@@ -24,17 +23,6 @@ from .scheduler import NextTimestep, compile_scheduler, compile_timesteps, sched
 # The name before the two classes became one.
 CompiledScheduler = Compiled
 
-__all__ = [
-    "Compiled",
-    "CompiledScheduler",
-    "NextTimestep",
-    "SamplerRehearsal",
-    "StepRehearsal",
-    "compile_and_rehearse",
-    "compile_sampler",
-    "compile_scheduler",
-    "compile_timesteps",
-    "rehearse_step",
-    "scheduler_clip",
-    "trace_sampler",
-]
+__all__ = ["Compiled", "CompiledScheduler", "NextTimestep", "SamplerRehearsal", "StepRehearsal", "trace_sampler"]
+__all__ += ["compile_and_rehearse", "compile_sampler", "compile_scheduler", "compile_timesteps", "rehearse_step"]
+__all__ += ["scheduler_clip"]

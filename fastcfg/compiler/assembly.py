@@ -15,8 +15,11 @@ from ..clip import DynamicThreshold
 from ..reference.plain import PlainTable
 from ..step import StepSpec
 from ..table import StepTable
-from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Response
+from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Recording, Response
 from .reduction import Rows
+
+# Of x0, as `clip` of `Sampler`.
+Clip = float | DynamicThreshold | None
 
 # Relative to the largest value, for schedulers that compute in float32.
 TOLERANCE = 5e-6
@@ -26,7 +29,7 @@ _MAX_ROUNDINGS = 50
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    """A table, and the original's own draws of noise, in its order: for images of the same seed.
+    """A table, and the original's own draws of noise in its order, which make the images of its seeds.
 
     Attributes:
         table: s is the joint deviation of a row's draws, initial_scale that of the start.
@@ -115,24 +118,15 @@ def _difference(a: Array, b: Array) -> Array:
 
 
 def verify(
-    table: StepTable,
-    draws: Sequence[Sequence[float]],
-    outputs: Sequence[Tensor],
-    drawn: Sequence[Sequence[Tensor]],
-    states: Sequence[Tensor],
-    clip: float | DynamicThreshold | None,
-    rounding: float,
-    what: str,
+    table: StepTable, draws: Sequence[Sequence[float]], trial: Recording, clip: Clip, rounding: float, what: str
 ) -> list[Tensor]:
-    """Raise ValueError unless a table reproduces the original's run on random inputs; returns x0 of every row.
-
-    `draws` are the coefficients of every row's draws; `outputs`, `drawn` and `states` the run's in float64: the model's
-    outputs and the noise of every row, and the states at the start and after every row.
-    """
+    """Raise ValueError unless a table, with coefficients of every row's draws, reproduces an original's run on random
+    inputs in float64; returns x0 of every row. `clip` is as `scheduler_clip` returns it."""
+    states, drawn = trial.states, trial.drawn[-len(trial.outputs) :]
     predicted, plain = [], PlainTable(table, states[0])
     bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip
     spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
-    for row, (x, output, noise, state) in enumerate(zip(states, outputs, drawn, states[1:], strict=False)):
+    for row, (x, output, noise, state) in enumerate(zip(states, trial.outputs, drawn, states[1:], strict=False)):
         c = {name: float(table[name][row]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m")}
         noisy = replace(spec, noise_source="tensor" if table.learned_variance and noise else "none")
         made = plain(row, x, output, noisy, bound=bound, noise=noise[0] if noise else None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["draw_function", "drawing", "in_float64"]
+__all__ = ["draw_function", "drawing", "in_float64", "modules_of", "replaced"]
 
 # Held while names are replaced: two threads at once could restore them in the wrong order.
 _lock = RLock()
@@ -39,11 +39,11 @@ def drawing(
         return draw(input)
 
     functions: list[tuple[Any, str, Callable[..., Any]]]
-    functions = [(module, "randn_tensor", randn_tensor) for module in _modules(type(sampler))]
+    functions = [(module, "randn_tensor", randn_tensor) for module in modules_of(type(sampler))]
     functions += [(torch, "randn", randn), (torch, "randn_like", randn_like)]
     if brownian_tree is not None:
         functions.append((inspect.getmodule(sampler), _BROWNIAN_TREE, brownian_tree))
-    with _replaced(functions):
+    with replaced(functions):
         yield
 
 
@@ -60,14 +60,14 @@ def in_float64() -> Iterator[None]:
 
         return converted
 
-    with _replaced([(Tensor, name, widest(getattr(Tensor, name))) for name in ("to", "float", "type")]):
+    with replaced([(Tensor, name, widest(getattr(Tensor, name))) for name in ("to", "float", "type")]):
         yield
 
 
 def draw_function(scheduler_class: type) -> Callable[..., Tensor]:
     """The function a scheduler class draws with: diffusers' `randn_tensor` where its module has it."""
     with _lock:  # no other thread's replacement is in place
-        for module in _modules(scheduler_class):
+        for module in modules_of(scheduler_class):
             draw: Callable[..., Tensor] | None = getattr(module, "randn_tensor", None)
             if draw is not None:
                 return draw
@@ -75,7 +75,7 @@ def draw_function(scheduler_class: type) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _replaced(functions: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+def replaced(functions: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
     """Context in which attributes (owner, name), where they exist, are other functions to this thread."""
     thread, active, originals = get_ident(), True, []
 
@@ -99,6 +99,6 @@ def _replaced(functions: Sequence[tuple[Any, str, Callable[..., Any]]]) -> Itera
                 delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
-def _modules(kind: type) -> Iterator[Any]:
+def modules_of(kind: type) -> Iterator[Any]:
     """The modules of a class and its bases."""
     return filter(None, (inspect.getmodule(base) for base in kind.__mro__ if base is not object))

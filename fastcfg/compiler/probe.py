@@ -27,13 +27,10 @@ class Response:
 
     Attributes:
         states: [C + 1, size], the sample before every model call, and the last one.
-        inputs: [C, size], the model's inputs.
-        times: [C], its timesteps.
-        integer_time: whether these are integers.
+        inputs, times, integer_time: the model's [C, size], its timesteps [C], and whether these are integers.
         drawn: [C + 1], the number of draws before every model call, and in all.
-        predictions: [C, size] or None, the predicted x0 where `step` returns it.
-        converted: [C, size] or None, the results of `convert_model_output`.
-        further: [C, size] or None, the second value `step` returns.
+        predictions, converted, further: [C, size] or None, the predicted x0 where `step` returns it, the results of
+            `convert_model_output`, and the second value `step` returns.
         rounding: of the coefficients, `ROUNDING` or `ROUNDING_FLOAT32`.
     """
 
@@ -65,17 +62,10 @@ def normal_sample(generator: torch.Generator, channels: int = 3) -> Tensor:
     return torch.empty(2, channels, 4, 4, dtype=torch.float64).normal_(generator=generator)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Recording:
-    """A scheduler's run in float64.
-
-    Attributes:
-        outputs, inputs: the model's, one per step.
-        states: the first sample, and that of every step.
-        drawn: the draws of noise of every step.
-        predictions, converted, further: the values of `pred_original_sample`, of `convert_model_output` and of the
-            second field that steps returned, one per step.
-    """
+    """A scheduler's run in float64: the model's outputs and inputs, the first sample and that of every step, each
+    step's draws, and the values of `pred_original_sample`, `convert_model_output` and the second field returned."""
 
     outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -144,13 +134,8 @@ def respond(scheduler: Any, variance: float | None = None, length: float = 1.0, 
         found: Array = used.numpy() / length
         return found
 
-    return Response(
-        coefficients(run.states),
-        coefficients(run.inputs),
-        timesteps.double().cpu().numpy(),
-        not timesteps.is_floating_point(),
-        tuple(drawn),
-        coefficients(run.predictions) if len(run.predictions) == calls else None,
-        coefficients(run.converted) if len(run.converted) == calls else None,
-        coefficients(run.further) if len(run.further) == calls else None,
-    )
+    values = (run.predictions, run.converted, run.further)
+    predictions, converted, further = (coefficients(v) if len(v) == calls else None for v in values)
+    states, inputs, times = coefficients(run.states), coefficients(run.inputs), timesteps.double().cpu().numpy()
+    integer_time, counts = not timesteps.is_floating_point(), tuple(drawn)
+    return Response(states, inputs, times, integer_time, counts, predictions, converted, further)

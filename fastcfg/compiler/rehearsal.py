@@ -57,12 +57,8 @@ def rehearse_step(
     output_dtype: torch.dtype,
     sample_dtype: torch.dtype,
 ) -> StepRehearsal:
-    """Run one step of a copy of a scheduler in the host's memory.
-
-    Args:
-        scheduler: its timesteps are set.
-        compiled, first, options: its table, the index of the timestep of its row 0, and its `step_options`.
-        output_dtype, sample_dtype: of the model's output and of the sample.
+    """Run one step of a copy of a scheduler (timesteps set, in the host's memory) that was compiled from its timestep
+    `first` on with `step_options`.
 
     Raises:
         ValueError: the step fails, or returns more than two values.
@@ -119,9 +115,8 @@ def compile_and_rehearse(
     given_noise: bool,
     options: Mapping[str, Any],
 ) -> tuple[Compiled, SamplerRehearsal]:
-    """`trace_sampler` and a rehearsal with the dtypes of sigmas and x of a call; results are cached.
-
-    `given_noise` says whether the call has a `noise_sampler`. Options are numbers, strings or None.
+    """`trace_sampler` and a rehearsal with the dtypes of sigmas and x of a call, and a `noise_sampler` if the call has
+    one; results are cached. Options are numbers, strings or None.
 
     Raises:
         ValueError: the function cannot be compiled, or fails on the example.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..table import StepTable
 from .assembly import Compiled, columns, refused, verify, with_rounding
 from .patching import drawing, in_float64
-from .probe import MAX_DRAWS, Response, basis_vector, normal_sample
+from .probe import MAX_DRAWS, Recording, Response, basis_vector, normal_sample
 from .reduction import reduce
 
 __all__ = ["compile_sampler", "trace_sampler"]
@@ -78,35 +78,31 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
         name=name,
         **columns(rows, 0 * ones, ones),
     )
-    trial = _run_on_random_inputs(sample_fn, levels, options, table)
+    generator = torch.Generator().manual_seed(0)
+    trial = _Recording(*[lambda _: normal_sample(generator)] * 2)
+    trial.run(sample_fn, normal_sample(generator) * initial_scale, levels, options)
     if len(trial.times) != len(table):
         raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
-    verify(table, rows.draws, trial.outputs, trial.drawn[1:], trial.states, None, response.rounding, what)
+    verify(table, rows.draws, trial, None, response.rounding, what)
     return Compiled(table, rows.draws, start, start_draws)
 
 
-@dataclass(eq=False)
-class _Recording:
-    """A recorded run of a sampling function.
+class _Recording(Recording):
+    """A recorded run of a sampling function, with the model's outputs and the draws returned by number.
 
-    Attributes:
-        output: returns the model's output, by number of the call.
-        noise: returns the draws, by number.
-        states, times, outputs: the model's inputs, times and outputs; after the run the last state is the result.
-        drawn: the draws before the first model call, and after every one.
-        events: "call" and "callback", in order.
+    States are the model's inputs and the result; `drawn` begins with the draws before the first model call. `times` are
+    the model's, and `callbacks` the number of model calls before every callback.
     """
 
-    output: Callable[[int], Tensor]
-    noise: Callable[[int], Tensor]
-    states: list[Tensor] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    drawn: list[list[Tensor]] = field(default_factory=lambda: [[]])
-    events: list[str] = field(default_factory=list)
+    def __init__(self, output: Callable[[int], Tensor], noise: Callable[[int], Tensor]) -> None:
+        super().__init__(drawn=[[]])
+        self._output, self._noise = output, noise
+        self.times: list[float] = []
+        self.callbacks: list[int] = []
 
     def run(self, sample_fn: Callable[..., Tensor], x: Tensor, sigmas: Tensor, options: dict[str, Any]) -> _Recording:
-        filled = {"disable": True, "callback": self._callback, "noise_sampler": lambda *_: self._draw(None)}
+        filled: dict[str, Any] = {"disable": True, "callback": lambda _: self.callbacks.append(len(self.times))}
+        filled |= {"noise_sampler": lambda *_: self._draw(None)}
         known = inspect.signature(sample_fn).parameters
         given = {name: value for name, value in filled.items() if name in known} | options
         with drawing(sample_fn, self._draw), in_float64(), torch.no_grad():
@@ -116,29 +112,18 @@ class _Recording:
     def _model(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
         self.states.append(x.double())
         self.times.append(float(sigma.flatten()[0]))
-        self.outputs.append(self.output(len(self.outputs)))
+        self.outputs.append(self._output(len(self.outputs)))
         self.drawn.append([])
-        self.events.append("call")
         return self.outputs[-1]
 
-    def _callback(self, _: Any) -> None:
-        self.events.append("callback")
-
     def _draw(self, _: Tensor | None) -> Tensor:
-        self.drawn[-1].append(self.noise(sum(map(len, self.drawn))))
+        self.drawn[-1].append(self._noise(sum(map(len, self.drawn))))
         return self.drawn[-1][-1]
 
     def steps(self) -> list[int]:
         """The step of every call. A step's first call is followed by its callback; its other calls come after it."""
-        if "callback" not in self.events:
-            return list(range(len(self.times)))
-        steps, done = [], 0
-        for event, following in zip(self.events, [*self.events[1:], ""], strict=True):
-            if event == "callback":
-                done += 1
-            else:
-                steps.append(done if following == "callback" else done - 1)
-        return steps
+        calls, done = range(len(self.times)), self.callbacks
+        return [sum(n <= call for n in done) - (call + 1 not in done) if done else call for call in calls]
 
     def response(self, length: float) -> tuple[Response, float, tuple[float, ...]]:
         """The response of a run on basis vectors from its first model input on, and what that input consists of: the
@@ -166,29 +151,15 @@ def _respond(sample_fn: Callable[..., Tensor], sigmas: Tensor, options: dict[str
     calls, draws = (max(most * len(sigmas), _LEAST) for most in (_MAX_CALLS, MAX_DRAWS))
     size = 1 + calls + draws
 
-    def output(call: int) -> Tensor:
-        if call >= calls:
-            raise ValueError(f"sample_fn: got more than {calls} model calls, expected at most that")
-        return basis_vector(size, 1 + call, length)
+    def vector(index: int, first: int, most: int, what: str) -> Tensor:
+        if index >= most:
+            raise ValueError(f"sample_fn: got more than {most} {what}, expected at most that")
+        return basis_vector(size, first + index, length)
 
-    def noise(draw: int) -> Tensor:
-        if draw >= draws:
-            raise ValueError(f"sample_fn: got more than {draws} draws of noise, expected at most that")
-        return basis_vector(size, 1 + calls + draw, length)
-
+    output = partial(vector, first=1, most=calls, what="model calls")
+    noise = partial(vector, first=1 + calls, most=draws, what="draws of noise")
     run = _Recording(output, noise).run(sample_fn, basis_vector(size, 0, length), sigmas, options)
     # Drop the coordinates of outputs that were not asked for.
     used = [*range(1 + len(run.times)), *range(1 + calls, size)]
     run.states = [state[..., used] for state in run.states]
     return run
-
-
-def _run_on_random_inputs(
-    sample_fn: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any], table: StepTable
-) -> _Recording:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(_: int) -> Tensor:
-        return normal_sample(generator)
-
-    return _Recording(normal, normal).run(sample_fn, normal(0) * table.initial_scale, sigmas, options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,16 @@ from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..table import NO_NOISE, StepTable
-from ..utils.identity import view_index
-from .assembly import TOLERANCE, Compiled, columns, distance, refused, verify, with_rounding
-from .cache import cached_for
+from ..utils.identity import NoValueError, value_key, view_index
+from ..utils.lru import LRU
+from .assembly import TOLERANCE, Clip, Compiled, columns, distance, refused, verify, with_rounding
 from .patching import drawing, in_float64
 from .probe import Array, Recording, Response, normal_sample, record, respond
 from .reduction import reduce
 
 __all__ = ["NextTimestep", "StepWithOptions", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
 
+_compiled: LRU[Compiled] = LRU(64)
 _SATURATED = 1e4
 # Algorithms whose `convert_model_output` returns x0.
 _X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
@@ -73,18 +76,30 @@ def compile_scheduler(
 def compile_timesteps(
     scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None, clipped: bool = False
 ) -> Compiled:
-    """`compile_scheduler` for a scheduler with timesteps set, together with its draws of noise.
+    """`compile_scheduler` for a scheduler with timesteps set, together with its draws of noise; results are cached by
+    the scheduler's class, its attributes and the version of its library.
 
-    Results are cached by the scheduler's attributes and the version of its library.
-
-    Other arguments and exceptions are those of `compile_scheduler`; `first` is the index of the timestep the run begins
-    with, above 0 for image-to-image, where methods of several steps begin without history.
+    `first` is the index of the timestep the run begins with, above 0 for image-to-image, where methods of several steps
+    begin without history.
     """
     _check_protocol(scheduler)
     if not 0 <= first < len(scheduler.timesteps):
         raise ValueError(f"first: got {first}, expected 0 to {len(scheduler.timesteps) - 1}, an index of its timesteps")
-    options = dict(step_options or {})
-    return cached_for(scheduler, (first, options, clipped), lambda: _compile(scheduler, first, options, clipped))
+    options, kind = dict(step_options or {}), type(scheduler)
+    try:
+        key = (kind, _version(kind.__module__), value_key(vars(scheduler)), value_key((first, options, clipped)))
+    except NoValueError:
+        return _compile(scheduler, first, options, clipped)
+    return _compiled.get_or_make(key, lambda: _compile(scheduler, first, options, clipped))
+
+
+@cache
+def _version(module: str) -> str:
+    """The version of a module's library."""
+    try:
+        return metadata.version(module.partition(".")[0])
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 class NextTimestep:
@@ -143,12 +158,12 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], clippe
         **found,
     )
     trial = _run_on_random_inputs(original, first, table)
-    predicted = verify(table, rows.draws, trial.outputs, trial.drawn, trial.states, clip, response.rounding, what)
+    predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
     further, sums = _further(response, trial, predicted)
     return Compiled(table, rows.draws, further=further, sums=sums)
 
 
-def scheduler_clip(scheduler: Any) -> float | DynamicThreshold | None:
+def scheduler_clip(scheduler: Any) -> Clip:
     """A scheduler's clip of x0, as `clip` of `Sampler`."""
     config = scheduler.config
     if config.get("thresholding"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 from typing import Any, TypeVar
 
 from . import glide, guided_diffusion
+from ._gaussian.process import Process
 from ._gaussian.schedules import make_schedule
 
 __all__ = ["accelerate"]
@@ -13,7 +15,11 @@ __all__ = ["accelerate"]
 Object = TypeVar("Object")
 
 _GAUSSIAN = ("betas", "num_timesteps", "alphas_cumprod", "posterior_mean_coef1")
-_TYPES = ("model_mean_type", "model_var_type", "loss_type")
+_TYPES: dict[str, type[enum.Enum]] = {
+    "model_mean_type": guided_diffusion.ModelMeanType,
+    "model_var_type": guided_diffusion.ModelVarType,
+    "loss_type": guided_diffusion.LossType,
+}
 _SPACED = ("use_timesteps", "timestep_map", "original_num_steps")
 _SAMPLER_ARGUMENTS = ("model", "x", "sigmas")
 
@@ -41,19 +47,14 @@ def accelerate(obj: Object, **options: Any) -> Object:
 
     door: Any
     known: tuple[str, ...] = ()
-    if isinstance(obj, glide.GaussianDiffusion | guided_diffusion.GaussianDiffusion):
-        door = _unchanged
-    elif all(hasattr(obj, name) for name in _GAUSSIAN):
+    if all(hasattr(obj, name) for name in _GAUSSIAN):
         door = _gaussian
     elif diffusers.is_component(obj):
         door = diffusers.fuse
     elif callable(obj) and _has_arguments(obj, _SAMPLER_ARGUMENTS):
         door, known = k_diffusion.fuse, ("backend", "graph")
     else:
-        raise TypeError(
-            f"obj: got {type(obj).__name__}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or "
-            "GLIDE, a scheduler or guider of diffusers' protocol, or a sampling function (model, x, sigmas, ...)"
-        )
+        raise _unknown(type(obj).__name__)
     if unknown := sorted(set(options) - set(known)):
         expected = " or ".join(known) or "none"
         raise TypeError(f"options: got {', '.join(unknown)} for a {type(obj).__name__}, expected {expected}")
@@ -61,17 +62,31 @@ def accelerate(obj: Object, **options: Any) -> Object:
     return accelerated
 
 
-def _unchanged(obj: Any) -> Any:
-    return obj
+def _unknown(got: str) -> TypeError:
+    return TypeError(
+        f"obj: got {got}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or GLIDE, "
+        "a scheduler or guider of diffusers' protocol, or a sampling function (model, x, sigmas, ...)"
+    )
 
 
 def _gaussian(obj: Any) -> Any:
+    if isinstance(obj, Process):
+        return obj
     spaced, typed = (all(hasattr(obj, name) for name in names) for names in (_SPACED, _TYPES))
     module: Any = guided_diffusion if typed else glide
     kind = module.SpacedDiffusion if spaced else module.GaussianDiffusion
-    types = {name: getattr(obj, name) for name in (*_TYPES, "rescale_timesteps")} if typed else {}
+    options = {name: getattr(obj, name) for name in _TYPES} if typed else {}
+    for name, value in options.items():
+        # point-e's are strings, and other projects have further ones.
+        if getattr(value, "name", None) not in _TYPES[name].__members__:
+            accepted = ", ".join(_TYPES[name].__members__)
+            raise _unknown(f"{type(obj).__name__} with {name} {value!r} (not one of {accepted})")
+    if typed:
+        if not hasattr(obj, "rescale_timesteps"):
+            raise _unknown(f"{type(obj).__name__} without rescale_timesteps")
+        options["rescale_timesteps"] = obj.rescale_timesteps
     result = kind.__new__(kind)
-    module.GaussianDiffusion.__init__(result, betas=obj.betas, **types)
+    module.GaussianDiffusion.__init__(result, betas=obj.betas, **options)
     if spaced:
         result._set_schedule(make_schedule(obj.betas, obj.timestep_map, obj.original_num_steps))
         for name in _SPACED:

@@ -8,7 +8,7 @@ Names, arguments, defaults, attributes and results are the originals'; sampling 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..models.text2im import HasVocabulary, Text2ImUNet
 from ..models.vocabulary import glide_tokenizer
 from ..models.weights import read_state_dict
 from ..schedule import legacy_betas
-from ._gaussian.process import Function, Keywords, Model, Process
+from ._gaussian.process import Process, SpacedProcess
 from ._gaussian.schedules import (
     UnknownScheduleError,
     betas_for_alpha_bar,
@@ -36,24 +36,10 @@ from ._gaussian.schedules import (
 # The names the original's `load_checkpoint` downloads.
 CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "upsample", "upsample-inpaint")
 
-__all__ = [
-    "CHECKPOINT_NAMES",
-    "CLIPModel",
-    "GaussianDiffusion",
-    "SpacedDiffusion",
-    "betas_for_alpha_bar",
-    "create_clip_model",
-    "create_gaussian_diffusion",
-    "create_model",
-    "create_model_and_diffusion",
-    "get_beta_schedule",
-    "get_named_beta_schedule",
-    "glide_tokenizer",
-    "load_checkpoint",
-    "model_and_diffusion_defaults",
-    "model_and_diffusion_defaults_upsampler",
-    "space_timesteps",
-]
+__all__ = ["CHECKPOINT_NAMES", "CLIPModel", "GaussianDiffusion", "SpacedDiffusion", "create_clip_model"]
+__all__ += ["betas_for_alpha_bar", "get_beta_schedule", "get_named_beta_schedule", "space_timesteps"]
+__all__ += ["create_gaussian_diffusion", "create_model", "create_model_and_diffusion", "glide_tokenizer"]
+__all__ += ["load_checkpoint", "model_and_diffusion_defaults", "model_and_diffusion_defaults_upsampler"]
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> NDArray[np.float64]:
@@ -100,39 +86,15 @@ class GaussianDiffusion(Process):
     """
 
     def __init__(self, *, betas: ArrayLike) -> None:
-        self._set_up(make_schedule(betas), "epsilon", "learned_range")
+        self._set_schedule(make_schedule(betas))
 
     def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
         output, extra = output if isinstance(output, tuple) else (output, None)
         return output, {"extra": extra}
 
-    def ddim_reverse_sample(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        denoised_fn: Function | None = None,
-        cond_fn: Model | None = None,
-        model_kwargs: Keywords = None,
-        eta: float = 0.0,
-    ) -> dict[str, Tensor]:
-        """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
-        return self._ddim_reverse_sample(eta, model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
 
-
-class SpacedDiffusion(GaussianDiffusion):
-    """GLIDE's `SpacedDiffusion`: the steps `use_timesteps` of a `GaussianDiffusion` with arguments kwargs.
-
-    Attributes:
-        use_timesteps: a set.
-        timestep_map: the same as a sorted list.
-        original_num_steps: T of the other process.
-    """
-
-    def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._respace(use_timesteps)
+class SpacedDiffusion(SpacedProcess, GaussianDiffusion):
+    """GLIDE's `SpacedDiffusion`."""
 
 
 def create_gaussian_diffusion(

@@ -8,7 +8,7 @@ Names, arguments, defaults, attributes and results are the originals'; sampling 
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,32 +32,16 @@ from ..models.image_conditioned import SuperResModel
 from ..models.unet import UNetModel
 from ..reference import bits_per_dim, originals
 from ._gaussian import schedules as _schedules
-from ._gaussian.process import Function, Keywords, Model, Process
+from ._gaussian.loops import Function, Keywords, Model
+from ._gaussian.process import Process, SpacedProcess
 from ._gaussian.schedules import betas_for_alpha_bar, check_options, make_schedule, named_betas
 
-__all__ = [
-    "NUM_CLASSES",
-    "GaussianDiffusion",
-    "LossType",
-    "ModelMeanType",
-    "ModelVarType",
-    "SpacedDiffusion",
-    "betas_for_alpha_bar",
-    "classifier_and_diffusion_defaults",
-    "classifier_defaults",
-    "create_classifier",
-    "create_classifier_and_diffusion",
-    "create_gaussian_diffusion",
-    "create_model",
-    "create_model_and_diffusion",
-    "diffusion_defaults",
-    "get_named_beta_schedule",
-    "model_and_diffusion_defaults",
-    "space_timesteps",
-    "sr_create_model",
-    "sr_create_model_and_diffusion",
-    "sr_model_and_diffusion_defaults",
-]
+__all__ = ["NUM_CLASSES", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion"]
+__all__ += ["betas_for_alpha_bar", "create_gaussian_diffusion", "get_named_beta_schedule", "space_timesteps"]
+__all__ += ["create_classifier", "create_classifier_and_diffusion", "create_model", "create_model_and_diffusion"]
+__all__ += ["sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults"]
+__all__ += ["classifier_and_diffusion_defaults", "classifier_defaults", "diffusion_defaults"]
+__all__ += ["model_and_diffusion_defaults"]
 
 
 class ModelMeanType(enum.Enum):
@@ -148,14 +132,14 @@ class GaussianDiffusion(Process):
         self.model_mean_type = ModelMeanType[model_mean_type.name]
         self.model_var_type = ModelVarType[model_var_type.name]
         self.loss_type = LossType[loss_type.name]
-        self.rescale_timesteps = rescale_timesteps
-        prediction, variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
-        self._set_up(make_schedule(betas), prediction, variance, rescale_timesteps)
+        self.rescale_timesteps = self._rescale = rescale_timesteps
+        self._prediction, self._variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
+        self._set_schedule(make_schedule(betas))
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
 
-    def ddim_reverse_sample(
+    def ddim_reverse_sample(  # type: ignore[override]
         self,
         model: Model,
         x: Tensor,
@@ -165,25 +149,14 @@ class GaussianDiffusion(Process):
         model_kwargs: Keywords = None,
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
-        """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
-        return self._ddim_reverse_sample(eta, model, x, t, clip_denoised, denoised_fn, None, model_kwargs)
+        """As GLIDE's, without a cond_fn."""
+        return super().ddim_reverse_sample(model, x, t, clip_denoised, denoised_fn, None, model_kwargs, eta)
 
     def training_losses(
-        self,
-        model: Model,
-        x_start: Tensor,
-        t: Tensor,
-        model_kwargs: Keywords = None,
-        noise: Tensor | None = None,
+        self, model: Model, x_start: Tensor, t: Tensor, model_kwargs: Keywords = None, noise: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The loss of one step.
-
-        Args:
-            model: called as model(x_t, the model's times, **model_kwargs).
-            x_start: [B, C, ...] in [-1, 1].
-            t: int64 [B].
-            model_kwargs: for the model.
-            noise: drawn like x_start by default.
+        """The loss of one step at t (int64 [B]) for images x_start [B, C, ...] in [-1, 1]; noise is drawn like x_start
+        by default.
 
         Returns:
             "loss" [B], and its parts "mse" and "vb" (in bits per dimension) if it has them.
@@ -224,18 +197,8 @@ class GaussianDiffusion(Process):
         return bits_per_dim.bits_per_dimension(self._schedule, predict, x_start)
 
 
-class SpacedDiffusion(GaussianDiffusion):
-    """guided-diffusion's `SpacedDiffusion`: the steps `use_timesteps` of a `GaussianDiffusion` with arguments kwargs.
-
-    Attributes:
-        use_timesteps: a set.
-        timestep_map: the same as a sorted list.
-        original_num_steps: T of the other process.
-    """
-
-    def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._respace(use_timesteps)
+class SpacedDiffusion(SpacedProcess, GaussianDiffusion):
+    """guided-diffusion's `SpacedDiffusion`."""
 
 
 def create_gaussian_diffusion(

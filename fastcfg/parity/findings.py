@@ -15,12 +15,8 @@ FACTOR, FLOOR = 2.0, 1.0
 
 @dataclass(frozen=True)
 class Error:
-    """A distance from the float64 result.
-
-    Attributes:
-        max, rms: the largest difference and the root mean square, relative to the largest value of the float64 result.
-        ulp, rms_ulp: the same in ulps of the tensor's dtype: its spacing at that value.
-    """
+    """A distance from the float64 result: the largest difference and the root mean square, relative to the largest
+    value of that result, and in ulps of the tensor's dtype (its spacing at that value)."""
 
     max: float
     rms: float
@@ -46,8 +42,7 @@ class Finding:
         allowed_ulp: the largest such distance allowed: 0 asks for equal bits, None for nothing.
         error: from float64; None where only bits are compared.
         torch: plain torch's error.
-        trajectory: of loops, the largest relative error after every row.
-        torch_trajectory: plain torch's.
+        trajectory, torch_trajectory: of loops, the largest relative error after every row, and plain torch's.
         note: a remark.
         factor: the error allowed, in errors of plain torch (2; of a pipeline 4).
         same_code: whether the reference is compared with itself: equal bits show nothing.
@@ -100,17 +95,19 @@ class Finding:
         size = "x".join(map(str, self.shape))
         return f"{self.check} {self.backend} {self.dtype} {self.options} {self.way}, {self.tensor} at {size}"
 
+    def against(self, got: Tensor, expected: Tensor, allowed_ulp: float | None) -> Finding:
+        """This finding with the tensor's bits and distance from the reference's."""
+        same, ulps = distance_in_ulps(got.cpu(), expected)
+        same_code = self.backend == "reference" and got.device.type == "cpu"
+        return replace(self, bitwise=same, reference_ulp=ulps, allowed_ulp=allowed_ulp, same_code=same_code)
+
     def along(self, states: Sequence[Tensor], truth: Sequence[Tensor], plain: Sequence[Tensor] | None) -> Finding:
         """This finding with the largest errors along a trajectory, and along plain torch's if there is one."""
         ours = [measure(got, want) for got, want in zip(states, truth, strict=True)]
         others = [measure(got, want) for got, want in zip(plain, truth, strict=True)] if plain else []
-        return replace(
-            self,
-            error=_worst(ours),
-            torch=_worst(others) if others else None,
-            trajectory=tuple(error.max for error in ours),
-            torch_trajectory=tuple(error.max for error in others),
-        )
+        own, plains = (tuple(error.max for error in errors) for errors in (ours, others))
+        found = replace(self, error=_worst(ours), trajectory=own, torch_trajectory=plains)
+        return replace(found, torch=_worst(others)) if others else found
 
 
 def _worst(errors: Sequence[Error]) -> Error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..reference.plain import PlainTable, original_row
 from ..schedule import Schedule
 from ..step import StepSpec
 from ..table import StepTable
-from .findings import Finding, distance_in_ulps, dtype_name
+from .findings import Finding, dtype_name
 
 STEPS, SCALE, PROMPT = 50, 3.0, "a red circle above a blue square"
 
@@ -28,13 +29,7 @@ Model = Callable[..., Any]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What is sampled.
-
-    Attributes:
-        model, table: as `Sampler`.
-        shape, cond, uncond, branches: as `Sampler.sample`.
-        guidance, options: as `Sampler`; options are its further keyword arguments.
-    """
+    """What is sampled: arguments of `Sampler` (options are its further keyword arguments) and `Sampler.sample`."""
 
     model: Model
     table: StepTable
@@ -103,69 +98,47 @@ def standard(
     """A loop of ddpm (learned range) or ddim with guidance; its schedule, and its model in a dtype."""
     if quick:
         schedule = Schedule.named("squaredcos_cap_v2").respace(STEPS)
-        given: dict[str, Any] = {"cond": {"y": torch.tensor([0.5, -0.3])}, "uncond": {"y": torch.zeros(1)}}
+        conditions: list[dict[str, Any]] = [{"y": torch.tensor([0.5, -0.3])}, {"y": torch.zeros(1)}]
         shape: tuple[int, ...] = (2, 3, 16, 16)
-
-        def in_dtype(dtype: torch.dtype) -> Model:
-            return Analytic()
     else:
         pipeline = TextToImage.load(device=device)
         schedule, size = pipeline.schedule.respace(STEPS), pipeline.meta.image_size
         texts = [pipeline.tokenizer.encode(PROMPT), []]
         read = [pipeline.tokenizer.padded_tokens_and_mask(ids, pipeline.model.text_ctx) for ids in texts]
-        encoded = [{"tokens": torch.tensor([tokens]), "mask": torch.tensor([mask])} for tokens, mask in read]
-        given, shape = {"cond": encoded[0], "uncond": encoded[1]}, (1, 3, size, size)
+        conditions = [{"tokens": torch.tensor([tokens]), "mask": torch.tensor([mask])} for tokens, mask in read]
+        shape = (1, 3, size, size)
 
-        def in_dtype(dtype: torch.dtype) -> Model:
-            return TextToImage.load(device=device, dtype=dtype).model
+    def in_dtype(dtype: torch.dtype) -> Model:
+        return Analytic() if quick else TextToImage.load(device=device, dtype=dtype).model
 
+    given = dict(zip(("cond", "uncond"), conditions, strict=True))
     table = solvers.ddpm(schedule) if solver == "ddpm" else solvers.ddim(schedule)
-    options = {"clip": 1.0, "device": device}
-    return Problem(Analytic(), table, shape, **given, guidance=CFG(SCALE), options=options), schedule, in_dtype
-
-
-@torch.no_grad()
-def original_loop(problem: Problem, schedule: Schedule, solver: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
-    """The states of the originals' loop in plain torch, state in float32."""
-    device = problem.options["device"]
-    x, states = problem.start(seed).to(device), []
-    given = problem.packed(problem.model, device, (0, 1))
-    for row in range(problem.table.num_rows):
-        t = torch.full((2 * len(x),), int(problem.table["t"][row]), device=device)
-        output = problem.model(torch.cat([x, x]).to(dtype), t, **given)
-        x = original_row(schedule, solver, x, output, row, SCALE, problem.noise(seed, row).to(device))
-        states.append(x.cpu())
-    return states
+    problem = Problem(Analytic(), table, shape, **given, guidance=CFG(SCALE), options={"clip": 1.0, "device": device})
+    return problem, schedule, in_dtype
 
 
 def check_loops(
     backends: Sequence[str], device: torch.device, quick: bool, seed: int, progress: Callable[..., Any]
 ) -> list[Finding]:
-    """Loops of 50 steps by every backend, and by plain torch.
-
-    Args:
-        backends: of fastcfg.
-        device: where they run.
-        quick: with an analytic model instead of the embedded one, and without Inductor.
-        seed: of start and noise.
-        progress: wraps the list of loops, as tqdm does.
-    """
+    """Loops of 50 steps by every backend, and by plain torch; arguments as for `check_steps`. `quick` takes an analytic
+    model instead of the embedded one, and leaves out Inductor."""
     found: list[Finding] = []
-    ways = (("eager", False), ("captured", True)) if device.type == "cuda" else (("eager", False),)
-    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    gpu = device.type == "cuda"
+    ways, dtypes = ["eager"] + ["captured"] * gpu, [torch.float32] + [torch.bfloat16] * gpu
     backends = [backend for backend in backends if not (quick and backend == "inductor")]
     for solver in progress(("ddpm", "ddim"), desc="loops"):
         problem, schedule, in_dtype = standard(solver, quick, device)
         wide = problem.sampler(model=in_dtype(torch.float64), dtype=torch.float64, graph=False)
-        truth = table_loop(problem, wide, wide.model, seed, STEPS, state=torch.float64)
+        truth = plain_loop(problem, wide, wide.model, seed, STEPS, torch.float64)
+        formula = partial(original_row, schedule, solver, scale=SCALE)
         for dtype in dtypes:
             own = replace(problem, model=in_dtype(dtype))
-            plain = original_loop(own, schedule, solver, dtype, seed)
-            for backend in backends:
-                for way, graph in ways:
-                    states = own.run(own.sampler(dtype=dtype, backend=backend, graph=graph), seed)
-                    finding = Finding("loop", backend, dtype_name(dtype), solver, way, own.shape, "x")
-                    found.append(finding.along(states, truth, plain))
+            base = own.sampler(dtype=dtype, graph=False)
+            plain = plain_loop(own, base, own.model, seed, STEPS, formula=formula)
+            for backend, way in product(backends, ways):
+                states = own.run(own.sampler(dtype=dtype, backend=backend, graph=way == "captured"), seed)
+                finding = Finding("loop", backend, dtype_name(dtype), solver, way, own.shape, "x")
+                found.append(finding.along(states, truth, plain))
     return found
 
 
@@ -180,10 +153,8 @@ def check_model(
 
     Args:
         problem: the user's.
-        backends: of fastcfg.
+        backends, seed, progress: as for `check_steps`.
         rows: how many.
-        seed: of start and noise.
-        progress: wraps the list of runs, as tqdm does.
 
     Raises:
         ValueError: guidance that evaluates other branches from run to run, or a model that fails.
@@ -198,7 +169,7 @@ def check_model(
     is_plain = isinstance(base.clip, Tensor | None) and base.denoised_fn is None and base.cond_fn is None
     try:
         if is_plain:
-            truth = table_loop(problem, base, recorder, seed, min(rows, len(problem.table)), state=torch.float64)
+            truth = plain_loop(problem, base, recorder, seed, min(rows, len(problem.table)), torch.float64)
         else:
             exact = {"model": recorder, "state_dtype": torch.float64, "backend": "reference"}
             truth = problem.run(problem.sampler(**settings | exact), seed, rows)
@@ -206,12 +177,13 @@ def check_model(
         raise ValueError(f"--model: its first run failed: {type(error).__name__}: {error}") from error
 
     def played(backend: str) -> list[Tensor]:
-        return problem.run(problem.sampler(**settings | {"model": _Player(recorder), "backend": backend}), seed, rows)
+        sampler = problem.sampler(**settings | {"model": recorder.replay(), "backend": backend})
+        return problem.run(sampler, seed, rows)
 
     plain = free_plain = None
     if is_plain:
-        plain = table_loop(problem, base, _Player(recorder), seed, len(truth))
-        free_plain = table_loop(problem, base, problem.model, seed, len(truth))
+        plain = plain_loop(problem, base, recorder.replay(), seed, len(truth))
+        free_plain = plain_loop(problem, base, problem.model, seed, len(truth))
     expected = played("reference")
     runs = [(backend, way) for backend in backends for way in ("teacher-forced", "free", "captured")]
     found: list[Finding] = []
@@ -220,12 +192,10 @@ def check_model(
         finding = Finding("model", backend, dtype_name(base.dtype), options, kind, problem.shape, "x")
         if way == "teacher-forced":
             states = played(backend)
-            same, ulps = distance_in_ulps(torch.stack(states), torch.stack(expected))
             # Recorded outputs leave the bits no freedom but the learned variance's exponential.
             allowed = None if base.table.learned_variance else 0.0
             note = "" if plain else "bound: the reference's own error, plain torch has no such options here"
-            bits: dict[str, Any] = {"bitwise": same, "reference_ulp": ulps, "same_code": backend == "reference"}
-            finding = replace(finding, **bits, allowed_ulp=allowed, note=note)
+            finding = replace(finding, note=note).against(torch.stack(states), torch.stack(expected), allowed)
             found.append(finding.along(states, truth, plain or expected))
             continue
         sampler = problem.sampler(**settings | {"backend": backend, "graph": way == "captured"})
@@ -234,8 +204,8 @@ def check_model(
             states = problem.run(sampler, seed, rows)
         if way == "captured":
             report = sampler.report()
-            graph = report["graph"]
-            note = f"ran eagerly: {report['graph_reason']}" if graph == "none" else f"graph: {graph}"
+            captured = report["graph"] != "none"
+            note = f"graph: {report['graph']}" if captured else f"ran eagerly: {report['graph_reason']}"
             finding = replace(finding, note=note)
         found.append(finding.along(states, truth, free_plain))
     return found
@@ -246,32 +216,33 @@ class _Recorder:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.outputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
         if hasattr(model, "precompute"):
             self.precompute = model.precompute
 
     def __call__(self, x: Tensor, t: Tensor, **given: Any) -> Tensor:
         output = self._model(x, t, **given)
         output = output[0] if isinstance(output, tuple) else output
-        self.outputs.append(output.clone())
+        self._outputs.append(output.clone())
         return output
 
-
-class _Player:
-    """Returns recorded outputs one after the other."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self._outputs: Iterator[Tensor] = iter(recorder.outputs)
-
-    def __call__(self, x: Tensor, t: Tensor, **_: Any) -> Tensor:
-        return next(self._outputs)
+    def replay(self) -> Model:
+        """A model that returns the outputs one after the other."""
+        outputs = iter(self._outputs)
+        return lambda x, t, **_: next(outputs)
 
 
 @torch.no_grad()
-def table_loop(
-    problem: Problem, base: Sampler, model: Model, seed: int, rows: int, state: torch.dtype = torch.float32
+def plain_loop(
+    problem: Problem,
+    base: Sampler,
+    model: Model,
+    seed: int,
+    rows: int,
+    state: torch.dtype = torch.float32,
+    formula: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """The first rows of a table in plain torch, without the engine's loop: the states after each.
+    """The states after each of the first rows in plain torch, without the engine's loop.
 
     Args:
         problem: what is sampled, with a clip that is a number.
@@ -280,18 +251,16 @@ def table_loop(
         seed: of start and noise.
         rows: how many.
         state: float32, with the blend in the model's dtype; or float64, with everything beside the model in it.
+        formula: (x, output, row, noise) -> the next x, in place of the table's equations.
     """
     device, table, guidance = base.device, base.table, base.guidance
-    batch = problem.shape[0]
-    plan = guidance.plan(table, batch)
+    batch, plan = problem.shape[0], guidance.plan(table, problem.shape[0])
     x, states = problem.start(seed).to(device, state), []
     plain = PlainTable(table, x)
     given = {active: problem.packed(model, device, active) for active in set(plan.active[:rows])}
     bound = base.clip.to(x).expand(batch) if isinstance(base.clip, Tensor) else None
     source = "tensor" if table.uses_noise else "none"
     for row, active in enumerate(plan.active[:rows]):
-        spec = StepSpec.of(table, guidance, active, clip=bound is not None, noise_source=source)
-        weights = torch.from_numpy(plan.weights[row][:, list(active)]).to(x)
         time = torch.full((len(active) * batch,), table["t"][row], device=device)
         time = time.long() if table.integer_time else time.float()
         entered = (float(table["c_in"][row]) * x).to(base.dtype).repeat(len(active), *[1] * (x.ndim - 1))
@@ -299,6 +268,11 @@ def table_loop(
         output = output[0] if isinstance(output, tuple) else output
         output = output.double() if state == torch.float64 else output
         noise = problem.noise(seed, row).to(x)
-        x = plain(row, x, output, spec, weights=weights, bound=bound, noise=noise)["x"]
+        if formula is not None:
+            x = formula(x=x, output=output, row=row, noise=noise)
+        else:
+            spec = StepSpec.of(table, guidance, active, clip=bound is not None, noise_source=source)
+            weights = torch.from_numpy(plan.weights[row][:, list(active)]).to(x)
+            x = plain(row, x, output, spec, weights=weights, bound=bound, noise=noise)["x"]
         states.append(x.cpu())
     return states

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import islice
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..compiler import compile_scheduler, scheduler_clip
+from ..compiler.patching import draw_function, modules_of, replaced
 from ..engine.sampler import Sampler
 from .findings import Finding, distance_in_ulps, dtype_name
 
@@ -27,12 +27,7 @@ _FACTOR = 4.0
 
 @dataclass(frozen=True, eq=False)
 class PipelineProblem:
-    """A pipeline and how it is called.
-
-    Attributes:
-        pipeline: an object with `scheduler`, called as `pipeline(**call)`.
-        call: its arguments.
-    """
+    """A pipeline, an object with `scheduler`, called as `pipeline(**call)`."""
 
     pipeline: Any
     call: dict[str, Any]
@@ -40,16 +35,9 @@ class PipelineProblem:
 
 @dataclass(eq=False)
 class _Recorded:
-    """The calls of a scheduler.
-
-    Attributes:
-        settings: arguments of `set_timesteps`, by name.
-        options: further arguments of every step.
-        times: of the steps.
-        outputs: the model's, after guidance.
-        states: the sample before the first step, and after every one.
-        noise: each step's draw.
-    """
+    """The calls of a scheduler: the arguments of `set_timesteps` by name and the further ones of every step, the steps'
+    times, the model's outputs after guidance, the sample before the first step and after every one, and each step's
+    draw."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
@@ -73,9 +61,8 @@ def check_pipeline(
 
     Args:
         problem: the pipeline.
-        backends: of fastcfg.
+        backends, progress: as for `check_steps`.
         rows: how many.
-        progress: wraps the list of backends, as tqdm does.
 
     Raises:
         ValueError: a scheduler that is no table, or a pipeline that fails, begins in the middle, or changes the
@@ -93,16 +80,9 @@ def check_pipeline(
 
     def run(backend: str, state: torch.dtype) -> list[Tensor]:
         outputs: Iterator[Tensor] = iter(recorded.outputs)
-        sampler = Sampler(
-            lambda x, t: next(outputs).to(x.dtype),
-            table,
-            clip=scheduler_clip(scheduler),
-            backend=backend,
-            graph=False,
-            dtype=torch.float64 if state == torch.float64 else dtype,
-            state_dtype=state,
-            device=start.device,
-        )
+        options: dict[str, Any] = {"backend": backend, "graph": False, "device": start.device, "state_dtype": state}
+        options |= {"dtype": torch.float64 if state == torch.float64 else dtype, "clip": scheduler_clip(scheduler)}
+        sampler = Sampler(lambda x, t: next(outputs).to(x.dtype), table, **options)
         noise = (lambda row, shape: recorded.noise[row].to(state)) if table.uses_noise else None
         steps = sampler.iterate(tuple(start.shape), x_T=start.to(state), noise=noise)
         return [step.x.cpu() for step in islice(steps, len(recorded.times))]
@@ -157,9 +137,15 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
         recorded.states.append(made.detach().clone())
         return result
 
+    draw = draw_function(type(scheduler))
+
+    def recording_draw(*arguments: Any, **options: Any) -> Tensor:
+        recorded.noise.append(draw(*arguments, **options))
+        return recorded.noise[-1].clone()
+
     scheduler.set_timesteps, scheduler.step = recording_set_timesteps, recording_step
     try:
-        with _recording_draws(scheduler, recorded.noise):
+        with replaced([(module, "randn_tensor", recording_draw) for module in modules_of(type(scheduler))]):
             problem.pipeline(**problem.call)
     except _EnoughError:
         pass
@@ -170,24 +156,3 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
     if not recorded.times:
         raise ValueError("--model: the pipeline made no step of its scheduler, expected some")
     return recorded
-
-
-@contextmanager
-def _recording_draws(scheduler: Any, noise: list[Tensor]) -> Iterator[None]:
-    """Context in which a scheduler's draws by diffusers' `randn_tensor` are kept."""
-    module: Any = inspect.getmodule(type(scheduler))
-    draw = getattr(module, "randn_tensor", None)
-    if draw is None:
-        yield
-        return
-
-    def kept(*arguments: Any, **options: Any) -> Tensor:
-        result: Tensor = draw(*arguments, **options)
-        noise.append(result.detach().clone())
-        return result
-
-    module.randn_tensor = kept
-    try:
-        yield
-    finally:
-        module.randn_tensor = draw

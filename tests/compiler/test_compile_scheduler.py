@@ -224,10 +224,7 @@ def keep_five(scheduler: Any, x: Tensor, output: Tensor, sample: Tensor) -> Tens
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        (
-            lambda s, x, m, sample: x + 0.01 * x**2,
-            "step 0 has coefficients that depend on the sample",
-        ),
+        (lambda s, x, m, sample: x + 0.01 * x**2, "step 0 has coefficients that depend on the sample"),
         (lambda s, x, m, sample: x * 1.5 if sample.abs().max() > 0.7 else x, "step 0 has coefficients"),
         (lambda s, x, m, sample: x * 1.5 if len(sample) > 1 else x, "its table differs by .* in row 0"),
         (keep_five, "needs 5 saved tensors, expected at most 3"),

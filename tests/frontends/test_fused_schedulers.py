@@ -412,10 +412,7 @@ def test_what_a_callback_keeps_is_not_overwritten_and_what_it_changes_counts() -
 
 @pytest.mark.parametrize(
     ("name", "config", "reason"),
-    [
-        ("PNDMScheduler", {}, "needs 4 saved tensors"),
-        ("CMStochasticIterativeScheduler", {}, "its table differs"),
-    ],
+    [("PNDMScheduler", {}, "needs 4 saved tensors"), ("CMStochasticIterativeScheduler", {}, "its table differs")],
 )
 def test_what_cannot_be_compiled_runs_as_it_did_and_one_line_says_why(
     name: str, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture

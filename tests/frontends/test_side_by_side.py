@@ -86,10 +86,7 @@ def pairs() -> list[Any]:
             lambda: original_gd().create_gaussian_diffusion(learn_sigma=True, steps=30, rescale_timesteps=True),
             id="gd-rescaled",
         ),
-        pytest.param(
-            lambda: original_glide().create_gaussian_diffusion(1000, "squaredcos_cap_v2", "12"),
-            id="glide",
-        ),
+        pytest.param(lambda: original_glide().create_gaussian_diffusion(1000, "squaredcos_cap_v2", "12"), id="glide"),
     ]
 
 

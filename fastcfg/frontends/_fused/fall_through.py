@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["FallThroughError", "log_once"]
+__all__ = ["FallThroughError", "falling_through", "log_once"]
 
 _logger = logging.getLogger("fastcfg")
 _logged: set[tuple[str, str]] = set()
@@ -12,6 +14,15 @@ _logged: set[tuple[str, str]] = set()
 
 class FallThroughError(Exception):
     """The original must run; the message says why."""
+
+
+@contextmanager
+def falling_through(*kinds: type[Exception]) -> Iterator[None]:
+    """Context in which exceptions of some kinds become a `FallThroughError`."""
+    try:
+        yield
+    except kinds as error:
+        raise FallThroughError(str(error)) from error
 
 
 def log_once(name: str, reason: str) -> None:

@@ -11,54 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance import (
-    APG,
-    CFG,
-    APGMix,
-    AutoGuidance,
-    CFGZeroStar,
-    Guidance,
-    MagnitudeAwareCFG,
-    PerturbedCFG,
-    TangentialCFG,
-)
+from ... import guidance
+from ...guidance import Guidance
 from ...ops.blender import Blender
-from .fall_through import FallThroughError, log_once
+from .fall_through import FallThroughError, falling_through, log_once
 from .subclass import STATE, subclass
 
 __all__ = ["fused_guider", "is_guider"]
 
 # Attributes of diffusers' guiders by field of our specs, for each of its classes with a `forward` of its own.
-_COMMON: dict[str, Any] = {
-    "scale": "guidance_scale",
-    "interval": ("_start", "_stop"),
-    "rescale": "guidance_rescale",
-    "formulation": "use_original_formulation",
-}
-_APG = _COMMON | {
-    "eta": "eta",
-    "momentum": "adaptive_projected_guidance_momentum",
-    "norm_threshold": "adaptive_projected_guidance_rescale",
-}
-_APG_MIX = _APG | {
-    "apg_scale": "adaptive_projected_guidance_scale",
-    "apg_start_step": "adaptive_projected_guidance_start_step",
-}
+_COMMON: dict[str, Any] = {"scale": "guidance_scale", "interval": ("_start", "_stop"), "rescale": "guidance_rescale"}
+_COMMON |= {"formulation": "use_original_formulation"}
+_APG_NAME = "adaptive_projected_guidance"
+_APG = _COMMON | {"eta": "eta", "momentum": f"{_APG_NAME}_momentum", "norm_threshold": f"{_APG_NAME}_rescale"}
+_APG_MIX = _APG | {"apg_scale": f"{_APG_NAME}_scale", "apg_start_step": f"{_APG_NAME}_start_step"}
 _SKIPPED, _SMOOTHED = (
     _COMMON | {"perturbed_scale": f"{name}_scale", "perturbed_interval": (f"{name}_start", f"{name}_stop")}
     for name in ("skip_layer_guidance", "seg_guidance")
 )
 _METHODS: dict[str, tuple[type[Guidance], dict[str, Any]]] = {
-    "AdaptiveProjectedGuidance": (APG, _APG),
-    "AdaptiveProjectedMixGuidance": (APGMix, _APG_MIX),
-    "AutoGuidance": (AutoGuidance, _COMMON),
-    "ClassifierFreeGuidance": (CFG, _COMMON),
-    "ClassifierFreeZeroStarGuidance": (CFGZeroStar, _COMMON | {"zero_init_steps": "zero_init_steps"}),
-    "MagnitudeAwareGuidance": (MagnitudeAwareCFG, _COMMON | {"alpha": "alpha"}),
-    "PerturbedAttentionGuidance": (PerturbedCFG, _SKIPPED),
-    "SkipLayerGuidance": (PerturbedCFG, _SKIPPED),
-    "SmoothedEnergyGuidance": (PerturbedCFG, _SMOOTHED),
-    "TangentialClassifierFreeGuidance": (TangentialCFG, _COMMON),
+    "AdaptiveProjectedGuidance": (guidance.APG, _APG),
+    "AdaptiveProjectedMixGuidance": (guidance.APGMix, _APG_MIX),
+    "AutoGuidance": (guidance.AutoGuidance, _COMMON),
+    "ClassifierFreeGuidance": (guidance.CFG, _COMMON),
+    "ClassifierFreeZeroStarGuidance": (guidance.CFGZeroStar, _COMMON | {"zero_init_steps": "zero_init_steps"}),
+    "MagnitudeAwareGuidance": (guidance.MagnitudeAwareCFG, _COMMON | {"alpha": "alpha"}),
+    "PerturbedAttentionGuidance": (guidance.PerturbedCFG, _SKIPPED),
+    "SkipLayerGuidance": (guidance.PerturbedCFG, _SKIPPED),
+    "SmoothedEnergyGuidance": (guidance.PerturbedCFG, _SMOOTHED),
+    "TangentialClassifierFreeGuidance": (guidance.TangentialCFG, _COMMON),
 }
 
 
@@ -130,7 +111,7 @@ class _FusedBlend:
         return blender(step, outputs)
 
     def _blender_of(self, guider: Any, steps: int, like: Tensor) -> Blender:
-        if getattr(guider, "adaptive_projected_guidance_norm_dim", None) is not None:
+        if getattr(guider, f"{_APG_NAME}_norm_dim", None) is not None:
             raise FallThroughError("its norms are over some of the dimensions only")
         kind, names = self._method  # type: ignore[misc]
         options: dict[str, Any] = {
@@ -141,10 +122,8 @@ class _FusedBlend:
         key = (options, steps, like.shape, like.dtype, like.device)
         if self._blender is None or key != self._key:
             before = None if self._blender is None else self._blender.momentum
-            try:
+            with falling_through(TypeError, ValueError):
                 self._blender = Blender(kind(**options), steps, like)
-            except (TypeError, ValueError) as error:
-                raise FallThroughError(str(error)) from error
             self._key, momentum = key, self._blender.momentum
             # The momentum continues if attributes change in the middle of a run.
             if before is not None and momentum is not None and before.shape == momentum.shape:

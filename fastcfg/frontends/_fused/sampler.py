@@ -17,13 +17,12 @@ from ...engine.sampler import Sampler, Step
 from ...utils.identity import Alike
 from ...utils.lru import LRU
 from ..classifier_free import split_by_branch
-from .fall_through import FallThroughError, log_once
+from .fall_through import FallThroughError, falling_through, log_once
 
 __all__ = ["fused"]
 
-# Arguments the engine takes; all others go to the compiler.
+# Arguments the engine takes, the first three always; all others go to the compiler.
 _ENGINE = ("model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler")
-_NEEDED = ("model", "x", "sigmas")
 
 
 def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> Callable[..., Tensor]:
@@ -31,18 +30,15 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
     if not callable(sample_fn):
         raise TypeError(f"sample_fn: got {type(sample_fn).__name__}, expected a function")
     signature, name = inspect.signature(sample_fn), getattr(sample_fn, "__name__", type(sample_fn).__name__)
-    missing = [argument for argument in _NEEDED if argument not in signature.parameters]
+    missing = [argument for argument in _ENGINE[:3] if argument not in signature.parameters]
     samplers: LRU[Sampler] = LRU(4)
 
     def sampler_for(call: _SamplerCall) -> Sampler:
-        model, table, device = call.model, call.compiled.table, call.x.device
-        dtype = call.rehearsal.dtypes[0]
+        model, table, device, dtype = call.model, call.compiled.table, call.x.device, call.rehearsal.dtypes[0]
         state = torch.float64 if dtype == torch.float64 else torch.float32
-        options: dict[str, Any] = {"backend": backend, "graph": graph, "device": device}
-        return samplers.get_or_make(
-            (Alike(model), table, dtype, device),
-            lambda: Sampler(model, table, dtype=dtype, state_dtype=state, **options),
-        )
+        options = {"backend": backend, "graph": graph, "device": device, "dtype": dtype, "state_dtype": state}
+        key = (Alike(model), table, dtype, device)
+        return samplers.get_or_make(key, lambda: Sampler(model, table, **options))
 
     @wraps(sample_fn)
     @torch.no_grad()
@@ -84,10 +80,8 @@ class _SamplerCall:
         self.noise_sampler = given["noise_sampler"]
         levels = tuple(sigmas.detach().double().cpu().tolist())
         kind = (levels, sigmas.dtype, x.dtype, self.noise_sampler is not None, dict(sorted(options.items())))
-        try:
+        with falling_through(ValueError):
             self.compiled, self.rehearsal = compile_and_rehearse(sample_fn, *kind)
-        except ValueError as error:
-            raise FallThroughError(str(error)) from error
         if self.callback is not None and not self.rehearsal.plain_callbacks:
             raise FallThroughError("its callbacks are given other tensors than the model's")
         if self.rehearsal.tree is not None:
@@ -98,15 +92,14 @@ class _SamplerCall:
 
     def run(self, sampler: Sampler) -> Tensor:
         """The samples."""
-        compiled, x = self.compiled, self.x
-        start = x.to(sampler.state_dtype)
+        compiled, start = self.compiled, self.x.to(sampler.state_dtype)
         if compiled.start != 1.0:
             start = start * compiled.start
         if (noise := compiled.start_noise(self._draw)) is not None:
             start = torch.add(start, noise)
         result = sampler.sample(
-            tuple(x.shape),
-            branches=split_by_branch(self.extra_args, len(x), halves=False),
+            tuple(start.shape),
+            branches=split_by_branch(self.extra_args, len(start), halves=False),
             noise=NoiseSource(torch.empty_like, self._fill, always=any(compiled.draws)),  # type: ignore[arg-type]
             x_T=start,
             progress=not self.disable if self.disable is not None else sys.stderr.isatty(),
@@ -116,12 +109,8 @@ class _SamplerCall:
 
     def _fill(self, row: int, buffer: Tensor | None) -> None:
         noise = self.compiled.noise(self._draw, row)
-        if buffer is None:
-            return
-        if noise is None:
-            buffer.zero_()
-        else:
-            buffer.copy_(noise)
+        if buffer is not None:
+            buffer.zero_() if noise is None else buffer.copy_(noise)
 
     def _draw(self) -> Tensor:
         """The next draw, in the original's order."""

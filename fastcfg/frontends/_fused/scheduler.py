@@ -46,13 +46,11 @@ def fused_class(original: type) -> type:
     if hasattr(base, "scale_model_input"):
 
         @functools.wraps(base.scale_model_input)
-        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            timestep = args[0] if args else kwargs.get("timestep")
+        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             try:
-                scaled: Tensor = _steps_of(self).scale(sample, timestep)
+                return _steps_of(self).scale(sample, args[0] if args else kwargs.get("timestep"))
             except FallThroughError:
-                scaled = base.scale_model_input(self, sample, *args, **kwargs)
-            return scaled
+                return base.scale_model_input(self, sample, *args, **kwargs)
 
         names["scale_model_input"] = scale_model_input
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,12 @@ from ...compiler import Compiled, NextTimestep, StepRehearsal, compile_timesteps
 from ...ops.stepper import Stepper
 from ...utils.identity import view_index
 from ...utils.lru import LRU
-from .fall_through import FallThroughError
+from .fall_through import FallThroughError, falling_through
 
 __all__ = ["FusedSteps"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Selection:
+class _Selection(NamedTuple):
     """A compiled table in use: its row 0 is at position `first`, and `options` are the arguments of `step`."""
 
     compiled: Compiled
@@ -86,10 +85,8 @@ class _Tables:
         """The table of a run that begins at a position."""
         if "_begin_index" in vars(self.twin):
             self.twin._begin_index = self._scheduler._begin_index if first else None
-        try:
+        with falling_through(ValueError):
             compiled = compile_timesteps(self.twin, first, options)
-        except ValueError as error:
-            raise FallThroughError(str(error)) from error
         if compiled.further == "unknown":
             raise FallThroughError("the second value its steps return is neither x0 nor a sum of sample and output")
         return compiled
@@ -103,9 +100,10 @@ class _Tables:
             return now
         compiled = self.compiled(0, options)
         # Methods of several steps have no history where a run begins, wherever that is.
-        first = position if compiled.table.num_history else 0
-        compiled = self.compiled(first, options) if first else compiled
-        self.selection = _Selection(compiled, first, options, stateful=compiled.table.num_history > 0)
+        stateful = compiled.table.num_history > 0
+        if stateful and position:
+            compiled = self.compiled(position, options)
+        self.selection = _Selection(compiled, position if stateful else 0, options, stateful)
         return self.selection
 
 
@@ -208,19 +206,14 @@ class FusedSteps:
         return changed
 
     def _rehearsal(self, selection: _Selection, output: torch.dtype, sample: torch.dtype) -> StepRehearsal:
-        found = self._memory.rehearsals.get((output, sample))
-        if found is None:
+        if (found := self._memory.rehearsals.get((output, sample))) is None:
             compiled, first, options = selection.compiled, selection.first, selection.options
-            try:
+            with falling_through(ValueError):
                 found = rehearse_step(self._tables.twin, compiled, first, options, output, sample)
-            except ValueError as error:
-                raise FallThroughError(str(error)) from error
             self._memory.rehearsals.put((output, sample), found)
         return found
 
-    def _apply(
-        self, compiled: Compiled, row: int, output: Tensor, sample: Tensor, noise: Tensor | None
-    ) -> list[Tensor]:
+    def _apply(self, compiled: Compiled, row: int, output: Tensor, sample: Tensor, noise: Any) -> list[Tensor]:
         """The values a row returns."""
         if sample.ndim < 3:
             # Fewer than three dimensions have no variance channels, so they may be reshaped.
@@ -230,8 +223,7 @@ class FusedSteps:
             return [value.reshape(sample.shape) for value in values]
         keep_x0 = compiled.further == "x0"
         key = (compiled.table, sample.shape, sample.dtype, sample.device)
-        stepper = self._memory.steppers.get(key)
-        if stepper is None:
+        if (stepper := self._memory.steppers.get(key)) is None:
             stepper = Stepper(compiled.table, sample, self._clip, keep_x0=keep_x0)
             self._memory.steppers.put(key, stepper)
         following, x0 = stepper(row, output, sample, noise)

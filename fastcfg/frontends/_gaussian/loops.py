@@ -21,8 +21,6 @@ from ...utils.lru import LRU
 from ...utils.progress import progress_bar
 from ..classifier_free import ClassifierFree, split_by_branch
 
-__all__ = ["Function", "Keywords", "LoopCall", "LoopRunner", "Model", "loop_call", "step_by_step"]
-
 Model = Callable[..., Any]
 Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
@@ -32,20 +30,8 @@ _ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "thresh
 
 @dataclass(eq=False)
 class LoopCall:
-    """A call of a sampling loop: the originals' arguments in their order, then eta and the engine's.
-
-    Attributes:
-        model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, progress: as in the originals.
-        device: as given, or that of the model's parameters, of the noise, or the CPU.
-        eta: noise level of DDIM.
-        solver: "ddpm", "ddim" or "ddim_reverse", a function of `fastcfg.solvers`.
-        seed: of the noise; None draws from torch's global generator.
-        guidance_scale: wraps the model in `ClassifierFree`.
-        backend: "auto", "triton", "reference" (the originals' own operations) or another of `Sampler`.
-        noise_source: "torch", "philox", or a function (step, shape) -> standard normals, step 0 executed first.
-        graph: as for `Sampler`.
-        threshold: dynamic thresholding instead of the clamp to [-1, 1].
-    """
+    """A call of a sampling loop: the originals' arguments in their order, eta, the solver (a function of
+    `fastcfg.solvers`: "ddpm", "ddim" or "ddim_reverse"), and the engine's, as for `Process.p_sample_loop`."""
 
     model: Model
     shape: Sequence[int]
@@ -78,9 +64,7 @@ class LoopCall:
         if self.threshold is not None and not isinstance(self.threshold, DynamicThreshold):
             raise TypeError(f"threshold: got {type(self.threshold).__name__}, expected a DynamicThreshold or None")
         if isinstance(self.model, ClassifierFree) and self.shape[0] % 2:
-            raise ValueError(
-                f"shape: got a batch of {self.shape[0]}, expected an even one: [conditional; unconditional]"
-            )
+            raise ValueError(f"shape: got a batch of {self.shape[0]}, expected an even one: [cond; uncond]")
         if self.device is None:
             parameters = self.model.parameters() if hasattr(self.model, "parameters") else iter(())
             tensor = next(iter(parameters), self.noise)
@@ -93,11 +77,6 @@ class LoopCall:
         cond_fn needs the pairs."""
         fused = isinstance(self.model, ClassifierFree) and self.cond_fn is None
         return CFG(self.model.guidance_scale) if fused else None  # type: ignore[attr-defined]
-
-    @property
-    def draws_every_step(self) -> bool:
-        """Whether the original draws noise in every step: all do but the reverse ODE."""
-        return self.solver != "ddim_reverse"
 
 
 def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall:
@@ -128,18 +107,18 @@ class LoopRunner:
         return _whole_batch(sampler.sample(**arguments, progress=call.progress), call)
 
     def _prepare(self, call: LoopCall, table: StepTable) -> tuple[Sampler, dict[str, Any]]:
-        shape = tuple(call.shape)
-        batch = shape[0] // (1 if call.guidance is None else 2)
-        sampler, denoised_fn = self._sampler(call, table), call.denoised_fn
-        if call.guidance is not None and denoised_fn is not None:
+        shape, guidance, denoised_fn = tuple(call.shape), call.guidance, call.denoised_fn
+        batch = shape[0] // (1 if guidance is None else 2)
+        if guidance is not None and denoised_fn is not None:
             denoised_fn = partial(_on_pairs, denoised_fn)
+        sampler = self._sampler(call, table)
         return sampler, {
             "shape": (batch, *shape[1:]),
-            "guidance": call.guidance,
+            "guidance": guidance,
             "clip": call.threshold or (1.0 if call.clip_denoised else None),
             "denoised_fn": denoised_fn,
             "cond_fn": call.cond_fn,
-            "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=call.guidance is not None),
+            "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
             "noise": _engine_noise(call, sampler, batch),
             "x_T": None if call.noise is None else call.noise[:batch],
         }
@@ -178,7 +157,12 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
     shape = (batch, *full[1:])
     if source == "philox":
         return philox_source(call.seed, shape, sampler.device, sampler.backend)
-    options: dict[str, Any] = {"drawn": full[0], "dtype": sampler.state_dtype, "every_row": call.draws_every_step}
+    # The originals draw in every step, but for the reverse ODE.
+    options: dict[str, Any] = {
+        "drawn": full[0],
+        "dtype": sampler.state_dtype,
+        "every_row": call.solver != "ddim_reverse",
+    }
     drawn = torch_source(call.seed, shape, sampler.device, **options)
     if not callable(source):
         return drawn
@@ -195,9 +179,9 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
 def _originals_noise(call: LoopCall) -> NoiseSource:
     if call.noise_source == "philox":
         raise ValueError("noise_source: got 'philox' with backend='reference', expected 'torch' or a function")
-    shape = tuple(call.shape)
+    shape, source = tuple(call.shape), call.noise_source
     drawn = torch_source(call.seed, shape, call.device)
-    return recorded_source(call.noise_source, 0, shape, drawn.start) if callable(call.noise_source) else drawn
+    return recorded_source(source, 0, shape, drawn.start) if callable(source) else drawn
 
 
 def _draw(source: NoiseSource, step: int, x: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ from ...utils.lru import LRU
 from .loops import Function, Keywords, LoopCall, LoopRunner, Model, loop_call, step_by_step
 from .schedules import AssertionValueError, make_schedule
 
-__all__ = ["Function", "Keywords", "Model", "Process", "deterministic"]
-
 Result = TypeVar("Result")
 
 # The originals' numpy attributes that are arrays of the schedule.
@@ -77,13 +75,9 @@ class Process:
 
     num_timesteps: int
     betas: np.ndarray
-    # The arguments differ between the originals.
-    ddim_reverse_sample: Callable[..., dict[str, Tensor]]
 
-    def _set_up(self, schedule: Schedule, prediction: str, variance: str, rescale_timesteps: bool = False) -> None:
-        """Become a process; prediction and variance as in `fastcfg.solvers`."""
-        self._prediction, self._variance, self._rescale = prediction, variance, rescale_timesteps
-        self._set_schedule(schedule)
+    # What the model predicts, as in `fastcfg.solvers`.
+    _prediction, _variance, _rescale = "epsilon", "learned_range", False
 
     def _set_schedule(self, schedule: Schedule) -> None:
         self._schedule, self.num_timesteps = schedule, schedule.num_timesteps
@@ -93,13 +87,6 @@ class Process:
         self._runner = LoopRunner()
         self._tables: LRU[StepTable] = LRU(16)
         self._times: LRU[Tensor] = LRU(16)
-
-    def _respace(self, use_timesteps: Collection[int]) -> None:
-        """Keep some timesteps only."""
-        self.use_timesteps, self.original_num_steps = set(use_timesteps), self.num_timesteps
-        kept = self._schedule.respace(self.use_timesteps)
-        self.timestep_map = kept.timestep_map.tolist()
-        self._set_schedule(make_schedule(kept.betas, kept.timestep_map, self.original_num_steps))
 
     # q: from images to noise.
 
@@ -138,19 +125,16 @@ class Process:
         """p(x_{t-1} | x_t): mean, variance, log_variance and pred_xstart, each of x's shape.
 
         Args:
-            model: called as model(x, the model's times, **model_kwargs).
             x: [B, C, ...].
             t: int64 [B], indices into the (respaced) process.
-            clip_denoised: clamp x0 to [-1, 1].
-            denoised_fn: applied to x0 before the clamp.
-            model_kwargs: for the model.
+            model, clip_denoised, denoised_fn, model_kwargs: as for `p_sample_loop`.
 
         Raises:
             ValueError: t or the model's output has the wrong shape.
         """
         output, extra = self._split_output(self._call(model, x, t, model_kwargs))
-        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
-        options |= {"prediction": self._prediction, "variance": self._variance}
+        types = {"prediction": self._prediction, "variance": self._variance}
+        options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **types}
         return {**originals.p_mean_variance(self._schedule, output, x, t, **options), **extra}
 
     def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -206,28 +190,27 @@ class Process:
         noise: Tensor | Function | None = None,
     ) -> dict[str, Tensor]:
         """x_{t-1} of DDIM: sample and pred_xstart (with the gradient's shift). Noise as for `p_sample`."""
-        p = self._shifted(model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs)
+        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        p = p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs)
         sample = originals.ddim_sample(self._schedule, p, x, t, _drawn(noise, x), eta=eta)
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
-    def _ddim_reverse_sample(self, eta: float, model: Model, x: Tensor, t: Tensor, *args: Any) -> dict[str, Tensor]:
-        """`ddim_reverse_sample`: its signature differs between the originals. args as for `_shifted`."""
-        deterministic(eta)
-        p = self._shifted(model, x, t, *args)
-        return {"sample": originals.ddim_reverse_sample(self._schedule, p, x, t), "pred_xstart": p["pred_xstart"]}
-
-    def _shifted(
+    def ddim_reverse_sample(
         self,
         model: Model,
         x: Tensor,
         t: Tensor,
-        clip_denoised: bool,
-        denoised_fn: Function | None,
-        cond_fn: Model | None,
-        model_kwargs: Keywords,
-    ) -> dict[str, Any]:
+        clip_denoised: bool = True,
+        denoised_fn: Function | None = None,
+        cond_fn: Model | None = None,
+        model_kwargs: Keywords = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
+        _check_deterministic(eta)
         p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        return p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs)
+        p = p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs)
+        return {"sample": originals.ddim_reverse_sample(self._schedule, p, x, t), "pred_xstart": p["pred_xstart"]}
 
     # Loops.
 
@@ -288,7 +271,7 @@ class Process:
         **engine: Any,
     ) -> Tensor:
         """Run the deterministic ODE from images x [B, C, ...] to noise; other arguments as for `p_sample_loop`."""
-        deterministic(eta)
+        _check_deterministic(eta)
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn}
         options |= {"model_kwargs": model_kwargs, "device": device, "progress": progress}
         return self._last(loop_call("ddim_reverse", engine, model=model, shape=tuple(x.shape), noise=x, **options))
@@ -312,13 +295,11 @@ class Process:
     def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
         times = range(self.num_timesteps)
         if call.solver == "ddim_reverse":
-            return step_by_step(self._reverse_step, times, call)
+            return step_by_step(
+                lambda *args, noise, cond_fn, **options: self.ddim_reverse_sample(*args, **options), times, call
+            )
         step = self.p_sample if call.solver == "ddpm" else partial(self.ddim_sample, eta=call.eta)
         return step_by_step(step, reversed(times), call)
-
-    def _reverse_step(self, model: Model, x: Tensor, t: Tensor, **options: Any) -> dict[str, Tensor]:
-        del options["noise"], options["cond_fn"]
-        return self.ddim_reverse_sample(model, x, t, **options)
 
     def _table(self, call: LoopCall) -> StepTable:
         """The solver's table, built once: samplers know their programs by it."""
@@ -350,7 +331,24 @@ class Process:
         return times.to(t.dtype)
 
 
-def deterministic(eta: float) -> None:
+class SpacedProcess(Process):
+    """The steps `use_timesteps` of a process with arguments kwargs; base of both `SpacedDiffusion`s.
+
+    Attributes:
+        use_timesteps: a set.
+        timestep_map: the same as a sorted list.
+        original_num_steps: T of the other process.
+    """
+
+    def __init__(self, use_timesteps: Collection[int], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.use_timesteps, self.original_num_steps = set(use_timesteps), self.num_timesteps
+        kept = self._schedule.respace(self.use_timesteps)
+        self.timestep_map = kept.timestep_map.tolist()
+        self._set_schedule(make_schedule(kept.betas, kept.timestep_map, self.original_num_steps))
+
+
+def _check_deterministic(eta: float) -> None:
     """Raise AssertionValueError unless eta is 0."""
     if eta != 0.0:
         raise AssertionValueError(f"eta: got {eta}, expected 0: the reverse ODE is deterministic")

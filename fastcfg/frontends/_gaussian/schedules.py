@@ -11,18 +11,6 @@ from numpy.typing import NDArray
 from ... import schedule as schedules
 from ...schedule import Schedule
 
-__all__ = [
-    "AssertionValueError",
-    "IndexValueError",
-    "UnknownScheduleError",
-    "ZeroDivisionValueError",
-    "betas_for_alpha_bar",
-    "check_options",
-    "make_schedule",
-    "named_betas",
-    "space_timesteps",
-]
-
 
 class AssertionValueError(ValueError, AssertionError):
     """Where the originals assert."""
