@@ -60,13 +60,10 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         for name in ("quantile", "floor", "ceiling"):
-            value = getattr(self, name)
-            if name == "ceiling" and value is None:
-                continue
+            value, optional = getattr(self, name), name == "ceiling"
             number = as_number(value)
-            if number is None:
-                optional = " or None" if name == "ceiling" else ""
-                raise TypeError(f"{name}: got {value!r}, expected a number{optional}")
+            if number is None and not (optional and value is None):
+                raise TypeError(f"{name}: got {value!r}, expected a number{' or None' * optional}")
             object.__setattr__(self, name, number)
         if not 0 <= self.quantile <= 1:
             raise ValueError(f"quantile: got {self.quantile!r}, expected 0 to 1")

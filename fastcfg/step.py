@@ -30,55 +30,33 @@ class BranchRoles(Protocol):
 class StepSpec:
     """Everything that changes the code of a step; equal specs run the same kernel.
 
-    Attributes:
-        branches: K, the number of branches evaluated.
-        base: the branch that differences are measured from; None for the weighted sum (see `fastcfg.guidance`).
-        conditional: the branch whose variance channels are used.
-        unconditional: the branch that a_u multiplies; None if no row uses it.
-        scaled: whether the base is weighted too: w_b m_b + sum of w_k (m_k - m_b).
-        momentum: whether a tensor is added to the blend, with a weight after the branches'.
-        learned_variance: whether std comes from the variance channels.
-        predict_x0: whether x0 is predicted. A step without clip, gradient and keep_x0 need not predict it if its rows
-            use raw_output and not x0 (`StepTable.uses_x0`); its bits are the same.
-        raw_output: whether a_m is used.
-        gradient: whether p_g and a_g are used.
-        history: the number of saved tensors, 0 to 3.
-        saves_states: whether these are copies of states, which are as large as x and so added after it.
-        clip: whether x0 is clipped to a bound per sample.
-        rescale: whether the clipped x0 is then divided by the bound (dynamic thresholding); needs clip.
-        noise_source: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
-        keep_x0: whether x0 is written out.
+    A step without clip, gradient and keep_x0 need not predict x0 if its rows use raw_output and not x0
+    (`StepTable.uses_x0`); its bits are the same.
     """
 
-    branches: int = 1
-    base: int | None = None
-    conditional: int = 0
-    unconditional: int | None = None
-    scaled: bool = False
-    momentum: bool = False
-    learned_variance: bool = False
+    branches: int = 1  # K, the number evaluated
+    base: int | None = None  # the branch that differences are measured from; None for the weighted sum
+    conditional: int = 0  # the branch whose variance channels are used
+    unconditional: int | None = None  # the branch that a_u multiplies; None if no row uses it
+    scaled: bool = False  # the base is weighted too: w_b m_b + sum of w_k (m_k - m_b)
+    momentum: bool = False  # a tensor is added to the blend, with a weight after the branches'
+    learned_variance: bool = False  # std comes from the variance channels
     predict_x0: bool = True
-    raw_output: bool = False
-    gradient: bool = False
-    history: int = 0
-    saves_states: bool = False
-    clip: bool = False
-    rescale: bool = False
-    noise_source: str = "none"
-    keep_x0: bool = False
+    raw_output: bool = False  # a_m is used
+    gradient: bool = False  # p_g and a_g are used
+    history: int = 0  # the number of saved tensors, 0 to 3
+    saves_states: bool = False  # these are copies of states, which are as large as x and so added after it
+    clip: bool = False  # x0 is clipped to a bound per sample
+    rescale: bool = False  # the clipped x0 is then divided by the bound (dynamic thresholding); needs clip
+    noise_source: str = "none"  # "none", "tensor" (read from a buffer) or "philox" (drawn by the step)
+    keep_x0: bool = False  # x0 is written out
 
     @classmethod
     def of(
         cls, table: StepTable, roles: BranchRoles | None = None, active: Sequence[int] = (0,), **others: Any
     ) -> StepSpec:
-        """The spec of a table's rows.
-
-        Args:
-            table: its columns decide what the update needs.
-            roles: the guidance that names base, conditional and unconditional branch; None for one branch.
-            active: the branches these rows evaluate, ascending.
-            **others: the other attributes.
-        """
+        """The spec of a table's rows that evaluate the branches `active`, ascending, of a guidance; None for one
+        branch. The table's columns decide what the update needs; `others` are further attributes."""
         if roles is not None:
 
             def position(branch: int | None) -> int | None:
@@ -105,40 +83,23 @@ class StepSpec:
 
 @dataclass(eq=False)
 class StepBuffers:
-    """The tensors of a run, all on one device and all written in place.
+    """The tensors of a run, all on one device, contiguous (model_input also channels-last), and written in place.
 
-    The state's dtype is that of the table: float32, or float64 on the reference path.
-
-    Attributes:
-        x: [B, C, ...] in the state's dtype, contiguous: the state.
-        table: [R + 1, columns], from `StepTable.on`.
-        counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
-        weights: [R, B, K] in the state's dtype, or [R, B, K + 1] with momentum.
-        bound: [B] in the state's dtype: the clip bound of each sample.
-        noise: [B, C, ...] in the state's dtype, standard normals.
-        seeds: int64 [B].
-        history: [H + 1, B, C, ...] in the state's dtype: the saved tensors, and one that rows without a slot may write
-            to.
-        gradient: [B, C, ...] in the state's dtype: the classifier's.
-        momentum: [B, C, ...] in the state's dtype: what is added to the blend.
-        x0: [B, C, ...] in the state's dtype; with dynamic thresholding also where x0 waits for its bound.
-        model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
-        time: [S*B], int64 or floating: the model's time.
-        source: [B, C, ...], contiguous: where the state is read from, if not from x. Source, x, x0 and noise may then
-            be float16 or bfloat16; the step computes in the state's dtype.
+    They are in the state's dtype, which is that of the table (float32, or float64 on the reference path), where none is
+    given. With a source, x, x0, noise and source may be float16 or bfloat16; the step computes in the state's.
     """
 
-    x: torch.Tensor
-    table: torch.Tensor
-    counter: torch.Tensor
-    weights: torch.Tensor | None = None
-    bound: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
-    seeds: torch.Tensor | None = None
-    history: torch.Tensor | None = None
-    gradient: torch.Tensor | None = None
-    momentum: torch.Tensor | None = None
-    x0: torch.Tensor | None = None
-    model_input: torch.Tensor | None = None
-    time: torch.Tensor | None = None
-    source: torch.Tensor | None = None
+    x: torch.Tensor  # the state, [B, C, ...]
+    table: torch.Tensor  # [R + 1, columns], from `StepTable.on`
+    counter: torch.Tensor  # int32 [2]: the row to execute next, and the ticket by which a launch knows its last program
+    weights: torch.Tensor | None = None  # [R, B, K], or [R, B, K + 1] with momentum
+    bound: torch.Tensor | None = None  # [B], the clip bound of each sample
+    noise: torch.Tensor | None = None  # standard normals like x
+    seeds: torch.Tensor | None = None  # int64 [B]
+    history: torch.Tensor | None = None  # [H + 1, B, C, ...]: those saved, and one that rows without a slot may write
+    gradient: torch.Tensor | None = None  # the classifier's, like x
+    momentum: torch.Tensor | None = None  # what is added to the blend, like x
+    x0: torch.Tensor | None = None  # like x; with dynamic thresholding also where x0 waits for its bound
+    model_input: torch.Tensor | None = None  # [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot
+    time: torch.Tensor | None = None  # int64 or floating [S*B], the model's time
+    source: torch.Tensor | None = None  # where the state is read from, if not from x, like x

@@ -56,9 +56,8 @@ _DEFAULTS = {"c_in": 1.0, "slot": -1.0}
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """One float64 row of coefficients per model evaluation, first executed first.
-
-    Built by the functions of `fastcfg.solvers`, or from columns with `StepTable.from_columns`.
+    """One float64 row of coefficients per model evaluation, first executed first. Built by the functions of
+    `fastcfg.solvers`, or from columns with `StepTable.from_columns`.
 
     Attributes:
         rows: float64 [R, len(COLUMNS)].
@@ -116,9 +115,8 @@ class StepTable:
         values = {name: np.asarray(value, dtype=np.float64) for name, value in columns.items()}
         lengths = {value.shape for value in values.values()} - {()}
         if len(lengths) != 1 or any(len(shape) != 1 for shape in lengths):
-            raise ValueError(
-                f"columns: got shapes {sorted(lengths)}, expected scalars and at least one vector, all of one length"
-            )
+            expected = "scalars and at least one vector, all of one length"
+            raise ValueError(f"columns: got shapes {sorted(lengths)}, expected {expected}")
         rows = np.zeros((*lengths.pop(), len(COLUMNS)))
         for name, index in _INDEX.items():
             rows[:, index] = values.get(name, _DEFAULTS.get(name, 0.0))
@@ -213,12 +211,7 @@ class StepTable:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the coefficients of x', of the saved tensors and of x0 over the rows, without columns that are 0, as a
-        PNG, whole or not at all.
-
-        Raises:
-            ImportError: matplotlib is not installed (the extra "bench" has it).
-            OSError: the file cannot be written.
-        """
+        PNG, whole or not at all. ImportError without matplotlib (the extra "bench" has it)."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -238,22 +231,15 @@ class StepTable:
             figure.savefig(temporary, dpi=80, format="png")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, whole or not at all: the attributes, the columns' names and the rows.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write the table as JSON, whole or not at all: the attributes, the columns' names and the rows. OSError if the
+        file cannot be written."""
         attributes = {name: getattr(self, name) for name in _ATTRIBUTES}
         rows = {"steps": self.steps.tolist(), "columns": list(COLUMNS), "rows": self.rows.tolist()}
         write_text(path, json.dumps({"format": _FORMAT, **attributes, **rows}) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepTable:
-        """A table that `save` wrote, to the last bit.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is no table of this version.
+        """A table that `save` wrote, to the last bit; OSError or ValueError for another file.
 
         Example:
             >>> import os, tempfile
@@ -286,9 +272,8 @@ class StepTable:
         for j in range(MAX_HISTORY):
             reads, writes = np.flatnonzero(self[f"a_h{j}"]), np.flatnonzero(slots == j)
             if reads.size and (not writes.size or reads[0] <= writes[0]):
-                raise ValueError(
-                    f"a_h{j} of {self.name}: row {reads[0]} reads a saved tensor that no earlier row wrote"
-                )
+                found = f"row {reads[0]} reads a saved tensor that no earlier row wrote"
+                raise ValueError(f"a_h{j} of {self.name}: {found}")
 
 
 def _sum(terms: dict[str, float]) -> str:

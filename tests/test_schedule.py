@@ -199,7 +199,7 @@ def test_a_timestep_map_of_another_length_is_refused() -> None:
     ],
 )
 def test_no_timesteps_are_refused(build: Callable[[], Any]) -> None:
-    with pytest.raises(ValueError, match=r"num_timesteps: got .*, expected at least 1"):
+    with pytest.raises(ValueError, match=r"num_timesteps: got .*, expected an integer of at least 1"):
         build()
 
 

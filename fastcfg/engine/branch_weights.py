@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,61 +12,55 @@ from torch import Tensor
 from ..ops import gram
 from ..ops.gram import mixed_weights
 from ..step import StepBuffers
+from .call import ProgramOptions
 
-__all__ = ["DELAY", "Agreement", "BranchWeights", "Mixing"]
+__all__ = ["DELAY", "Agreement", "BranchWeights"]
 
 # An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
 DELAY = 2
 
 
 class BranchWeights:
-    """Computes the Gram matrix of a row's branches in one pass and hands it to the readers.
+    """Computes the Gram matrix of a row's branches in one pass, then the weights that follow from it.
 
     Args:
-        readers: called with the Gram matrix and the sums.
-        **options: of `ops.gram`, which also updates the momentum if there is one.
-    """
-
-    def __init__(self, readers: Sequence[Callable[[Tensor, Tensor], None]], **options: Any) -> None:
-        self._readers, self._options = readers, options
-
-    def __call__(self, output: Tensor) -> None:
-        """Args: output: the model's, [K*B, C or 2C, ...]."""
-        found = gram(output, **self._options)
-        for read in self._readers:
-            read(*found)
-
-
-class Mixing:
-    """Computes a row's blend weights.
-
-    Args:
-        buffers: the step's.
-        planned: float64 [R + 2, B, P], as `GuidancePlan.planned`; the last two rows are padding.
+        options, buffers: of the program.
+        active: the branches.
+        planned: [R + 2, B, P], the (planned) weights; the last two rows are padding.
         weights: [R, B, V] in the state's dtype, what the step reads; the current row's are written.
-        base, conditional: indices of the base and of the conditional branch.
-        mix, rescale: as `GuidancePlan`.
+        agreement: with adaptive guidance, what ends it.
     """
 
     def __init__(
         self,
+        options: ProgramOptions,
         buffers: StepBuffers,
+        active: tuple[int, ...],
         planned: Tensor,
         weights: Tensor,
-        base: int,
-        conditional: int,
-        mix: Callable[[Tensor, Tensor], Tensor] | None,
-        rescale: float,
+        agreement: Agreement | None,
     ) -> None:
-        self._counter, self._planned, self._weights = buffers.counter, planned, weights
-        self._count = buffers.x[0].numel()
-        self._pair, self._mix, self._rescale = (base, conditional), mix, rescale
+        base, conditional = base_index(options, active), active.index(options.conditional)
+        others: dict[str, Any] = {"conditional": conditional, "channels": buffers.x.shape[1]}
+        if options.momentum is not None:
+            others |= {"momentum": buffers.momentum, "decay": options.momentum}
+        self._gram: Callable[[Tensor], tuple[Tensor, Tensor]] = partial(
+            gram, branches=len(active), base=base, backend=options.config.backend, **others
+        )
+        self._counter, self._planned, self._weights, self._agreement = buffers.counter, planned, weights, agreement
+        self._mixes, self._count = options.uses_outputs(active), buffers.x[0].numel()
+        self._arguments = base, conditional, options.mix.value, options.rescale
 
-    def __call__(self, products: Tensor, sums: Tensor) -> None:
+    def __call__(self, output: Tensor) -> None:
+        """Args: output: the model's, [K*B, C or 2C, ...]."""
+        products, sums = self._gram(output)
         row = self._counter[:1].long()
-        planned = self._planned.index_select(0, row)[0]
-        weights = mixed_weights(products, sums, self._count, planned, *self._pair, self._mix, self._rescale)
-        self._weights.index_copy_(0, row, weights[None].to(self._weights.dtype))
+        if self._agreement is not None:
+            self._agreement.update(products, row)
+        if self._mixes:
+            planned = self._planned.index_select(0, row)[0]
+            weights = mixed_weights(products, sums, self._count, planned, *self._arguments)
+            self._weights.index_copy_(0, row, weights[None].to(self._weights.dtype))
 
 
 class Agreement:
@@ -76,40 +71,32 @@ class Agreement:
     evaluating the other branch.
 
     Args:
-        buffers: the step's.
-        planned: [R + 2, B, P], the (planned) weights; the last two rows are padding.
-        base: as `Mixing`.
+        planned: as `BranchWeights`.
+        base: index of the branch that differences are measured from.
         pair: indices of the branches that are compared.
         fallback: [P], the (planned) weights of an unguided sample.
         cosine: the bound.
     """
 
-    def __init__(
-        self,
-        buffers: StepBuffers,
-        planned: Tensor,
-        base: int,
-        pair: tuple[int, int],
-        fallback: Tensor,
-        cosine: float,
-    ) -> None:
-        self._counter, self._planned, self._fallback = buffers.counter, planned, fallback
-        self._base, self._pair, self._cosine = base, pair, cosine
-        self._agreed = torch.zeros(len(buffers.x), dtype=torch.bool, device=buffers.x.device)
-        self.done = torch.zeros((), dtype=torch.bool, device=buffers.x.device)
+    def __init__(self, planned: Tensor, base: int, pair: tuple[int, int], fallback: Tensor, cosine: float) -> None:
+        self._planned, self._base, self._pair = planned, base, pair
+        self._fallback, self._cosine = fallback, cosine
+        self._agreed = torch.zeros(planned.shape[1], dtype=torch.bool, device=planned.device)
+        self.done = torch.zeros((), dtype=torch.bool, device=planned.device)
 
     def reset(self) -> None:
         """No sample has agreed yet."""
         self._agreed.zero_()
         self.done.zero_()
 
-    def __call__(self, products: Tensor, sums: Tensor) -> None:
+    def update(self, products: Tensor, row: Tensor) -> None:
+        """Take a row, int64 [1], into account by its Gram matrix."""
         i, j = self._pair
         dot = self._product(products, i, j)
         norms = self._product(products, i, i) * self._product(products, j, j)
         # Written without a division: branches of norm 0 have no cosine and do not agree.
         self._agreed |= (dot >= self._cosine * norms.sqrt()) & (norms > 0)
-        row = self._counter[:1].long() + DELAY
+        row = row + DELAY
         planned = self._planned.index_select(0, row)
         self._planned.index_copy_(0, row, torch.where(self._agreed[:, None], self._fallback, planned))
         self.done.copy_(self._agreed.all())
@@ -118,3 +105,8 @@ class Agreement:
         """[B]: the inner product of two branches' outputs."""
         of_i, of_j = {i, self._base}, {j, self._base}
         return sum(products[:, a, b] for a in sorted(of_i) for b in sorted(of_j))  # type: ignore[return-value]
+
+
+def base_index(options: ProgramOptions, active: tuple[int, ...]) -> int:
+    """The branch among `active` that differences are measured from: the last one for the sum form."""
+    return len(active) - 1 if options.base is None else active.index(options.base)

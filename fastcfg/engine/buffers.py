@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..guidance import GuidancePlan
 from ..step import StepBuffers
-from .branch_weights import DELAY, Agreement, BranchWeights, Mixing
+from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
 from .conditioning import Conditioning
 
@@ -21,38 +21,25 @@ __all__ = ["BranchSet", "Buffers"]
 
 @dataclass(eq=False)
 class BranchSet:
-    """The branches that some rows evaluate, with their packed conditioning and blend weights.
+    """The branches that some rows evaluate, with their packed conditioning and blend weights."""
 
-    Attributes:
-        packed: the conditioning, by keyword [n*B, ...].
-        padded: [R + 2, B, P], the planned weights; the last two rows are padding, written but never read: see
-            `Agreement`.
-        schedule: those of the run's rows.
-        weights: [R, B, V], what the step reads: the schedule itself, or weights computed from it and the outputs.
-        computed: what computes them; None where they are the schedule.
-    """
-
-    packed: dict[str, Tensor]
-    padded: Tensor
-    schedule: Tensor
-    weights: Tensor
-    computed: BranchWeights | None = None
+    packed: dict[str, Tensor]  # the conditioning, by keyword [n*B, ...]
+    padded: Tensor  # [R + 2, B, P], the planned weights; the last two rows are written but never read: see `Agreement`
+    schedule: Tensor  # those of the run's rows
+    weights: Tensor  # [R, B, V], what the step reads: the schedule itself, or weights computed from it and the outputs
+    computed: BranchWeights | None = None  # what computes them; None where they are the schedule
 
 
 class Buffers:
     """Static buffers: the state, what the model is given, and everything the step reads and writes.
 
-    Args:
-        call: the first call they serve. `load` prepares them for it and for every later call with an equal key.
+    Made for a first call; `load` prepares them for it and for every later call with an equal key.
 
     Attributes:
-        options: the call's.
-        step: the step's; its `noise` is that of a graph's first row.
-        noises: the noise buffers of a graph's rows.
+        step: the step's; its `noise` is that of a graph's first row, and `noises` those of all its rows.
         branch_sets: by branches.
         agreement: with adaptive guidance, what ends it.
-        shared: keyword arguments that the model is given as they are.
-        classifier_keywords: what cond_fn is given.
+        shared, classifier_keywords: keyword arguments that the model and cond_fn are given as they are.
     """
 
     @torch.inference_mode(False)
@@ -87,10 +74,8 @@ class Buffers:
             ),
             time=torch.zeros(slots * batch, dtype=time_dtype, device=options.device),
         )
-        sets = dict.fromkeys(plan.active) | dict.fromkeys(
-            [plan.fallback_branches] if plan.agreement is not None else []
-        )
-        self.branch_sets = {active: self._branch_set(active, plan, call.conditioning) for active in sets}
+        sets = [*plan.active, *([plan.fallback_branches] if plan.agreement is not None else [])]
+        self.branch_sets = {a: self._branch_set(a, plan, call.conditioning) for a in dict.fromkeys(sets)}
         self.shared = call.conditioning.shared
         self._classifier = call.classifier_conditioning.allocate(1) if options.cond_fn.value is not None else {}
         self.classifier_keywords = {**self._classifier, **call.classifier_conditioning.shared}
@@ -176,30 +161,11 @@ class Buffers:
         schedule = padded[:-DELAY]
         weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if computes else schedule
         branch_set = BranchSet(conditioning.allocate(len(active)), padded, schedule, weights)
-        if computes or (len(active) > 1 and plan.agreement is not None):
-            branch_set.computed = self._branch_weights(active, branch_set, plan)
+        agreement = None
+        if len(active) > 1 and plan.agreement is not None:
+            pair = (active.index(options.conditional), active.index(options.unconditional))
+            fallback = torch.from_numpy(plan.fallback_weights).to(padded)
+            agreement = self.agreement = Agreement(padded, base_index(options, active), pair, fallback, plan.agreement)
+        if computes or agreement is not None:
+            branch_set.computed = BranchWeights(options, self.step, active, padded, weights, agreement)
         return branch_set
-
-    def _branch_weights(self, active: tuple[int, ...], branch_set: BranchSet, plan: GuidancePlan) -> BranchWeights:
-        options, buffers = self.options, self.step
-        base = len(active) - 1 if options.base is None else active.index(options.base)
-        conditional = active.index(options.conditional)
-        readers: list[Agreement | Mixing] = []
-        if plan.agreement is not None:
-            pair = (conditional, active.index(options.unconditional))
-            fallback = torch.from_numpy(plan.fallback_weights).to(branch_set.padded)
-            self.agreement = Agreement(buffers, branch_set.padded, base, pair, fallback, plan.agreement)
-            readers.append(self.agreement)
-        if options.uses_outputs(active):
-            mix, rescale = options.mix.value, options.rescale
-            readers.append(Mixing(buffers, branch_set.schedule, branch_set.weights, base, conditional, mix, rescale))
-        return BranchWeights(
-            readers,
-            branches=len(active),
-            base=base,
-            channels=buffers.x.shape[1],
-            momentum=buffers.momentum,
-            decay=options.momentum or 0.0,
-            conditional=conditional,
-            backend=options.config.backend,
-        )

@@ -27,18 +27,9 @@ __all__ = ["Call", "ProgramOptions", "check_functions", "check_shape", "clip_bou
 class ProgramOptions:
     """What buffers and programs depend on beside the shapes of a call's arguments; equal options can share them.
 
-    Attributes:
-        config: the sampler's, resolved.
-        table: the solver's.
-        model, denoised_fn, cond_fn: compared by what they do.
-        branch_models: by branch, the models of branches that the model does not run.
-        branches, base, conditional, unconditional: as `Guidance`.
-        mix, rescale, momentum: as `GuidancePlan`.
-        clip: whether x0 is clipped to bounds given with every call.
-        threshold: dynamic thresholding, instead of clip.
-        noise_source: "none", "tensor" or "philox".
-        keep_x0: whether x0 is kept for callbacks.
-        rows_per_graph: rows in one graph.
+    Functions are compared by what they do. Branches and roles are as in `Guidance`; mix, rescale and momentum as in
+    `GuidancePlan`; `clip` says whether x0 is clipped to bounds given with every call, `keep_x0` whether it is kept for
+    callbacks.
     """
 
     config: SamplerConfig
@@ -56,7 +47,7 @@ class ProgramOptions:
     momentum: float | None
     clip: bool
     threshold: DynamicThreshold | None
-    noise_source: str
+    noise_source: str  # "none", "tensor" or "philox"
     keep_x0: bool
     rows_per_graph: int
 
@@ -77,29 +68,17 @@ class ProgramOptions:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A checked call.
-
-    Attributes:
-        options: what programs depend on.
-        model: the model to call, compiled if wanted.
-        shape: (B, C, ...).
-        plan: of the guidance, for the table and batch.
-        conditioning: what the model is given.
-        classifier_conditioning: what cond_fn is given.
-        bounds: of x0, float64 [1] or [B]; None for none.
-        source: of the noise.
-        start: x_T, or None to draw it.
-    """
+    """A checked call."""
 
     options: ProgramOptions
-    model: Callable[..., Any]
-    shape: tuple[int, ...]
+    model: Callable[..., Any]  # compiled if wanted
+    shape: tuple[int, ...]  # (B, C, ...)
     plan: GuidancePlan
     conditioning: Conditioning
-    classifier_conditioning: Conditioning
-    bounds: Tensor | None
+    classifier_conditioning: Conditioning  # cond_fn's
+    bounds: Tensor | None  # of x0, float64 [1] or [B]
     source: NoiseSource
-    start: Tensor | None
+    start: Tensor | None  # x_T; None draws it
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -141,25 +120,16 @@ def check_functions(
         if not callable(model):
             raise TypeError(f"branch_models[{name!r}]: got {type(model).__name__}, expected a callable")
     raw = table.uses_raw_output or table.uses_unconditional or table["k_m"].any()
-    if functions["denoised_fn"] is not None and raw:
-        raise ValueError(
-            f"denoised_fn: got a function with the table {table.name}, "
-            "expected None: its rows use the model's output beside x0"
-        )
-    if functions["cond_fn"] is not None and not table.uses_gradient:
-        raise ValueError(
-            f"cond_fn: got a function with the table {table.name}, "
-            "expected None: its rows have no place for a gradient (p_g, a_g)"
-        )
+    for name, unfit, reason in (
+        ("denoised_fn", raw, "its rows use the model's output beside x0"),
+        ("cond_fn", not table.uses_gradient, "its rows have no place for a gradient (p_g, a_g)"),
+    ):
+        if functions[name] is not None and unfit:
+            raise ValueError(f"{name}: got a function with the table {table.name}, expected None: {reason}")
 
 
 def clip_bounds(clip: float | Sequence[float] | Tensor | DynamicThreshold | None) -> Tensor | DynamicThreshold | None:
-    """A clip as given, its numbers as float64 [n].
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: numbers that are not positive and finite.
-    """
+    """A clip as given, its numbers as float64 [n]; TypeError or ValueError unless they are positive and finite."""
     if clip is None or isinstance(clip, DynamicThreshold):
         return clip
     try:

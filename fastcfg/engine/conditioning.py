@@ -23,15 +23,10 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The keyword arguments of the model, branch by branch.
+    """The keyword arguments of the model, branch by branch."""
 
-    Attributes:
-        tensors: by keyword, one tensor [B, ...] per branch, of equal shape and dtype.
-        shared: by keyword, the values that are not tensors, the same for all branches.
-    """
-
-    tensors: Mapping[str, tuple[Tensor, ...]]
-    shared: Mapping[str, Any]
+    tensors: Mapping[str, tuple[Tensor, ...]]  # one tensor [B, ...] per branch, of equal shape and dtype
+    shared: Mapping[str, Any]  # values that are not tensors, the same for all branches
 
     def signature(self) -> tuple[Any, ...]:
         """What a captured program depends on: names, shapes, dtypes and shared values, but not tensor contents."""
@@ -55,16 +50,8 @@ class Conditioning:
 def check_conditioning(
     names: tuple[str, ...], given: Mapping[str, Mapping[str, Any] | None], batch: int, device: torch.device
 ) -> Conditioning:
-    """Check the branches' conditionings against each other and the batch.
-
-    Args:
-        names: the branches the guidance has, in batch order.
-        given: conditioning by branch name; None counts as not given.
-        batch: B.
-        device: where the model is.
-
-    Returns:
-        The conditioning of all branches in order, with [1, ...] tensors repeated.
+    """The conditioning of the named branches in order, with [1, ...] tensors repeated to the batch, from what was given
+    by branch (None counts as not given).
 
     Raises:
         TypeError: a conditioning that is not a mapping.

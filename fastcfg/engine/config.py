@@ -85,15 +85,12 @@ class SamplerConfig:
             ValueError: a device that does not exist, or a backend or torch.compile that cannot run on it.
         """
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-        parameter: Tensor | None = next((p for p in parameters if p.is_floating_point()), None)
-        device = _with_index(self.device or (parameter.device if parameter is not None else "cpu"))
+        like: Tensor = next((p for p in parameters if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
+        device, dtype = _with_index(self.device or like.device), self.dtype or like.dtype
         if self.compile is not None and (problem := inductor_problem(device)):
             raise ValueError(f"compile: {self.compile!r} cannot run here: {problem}")
         return replace(
-            self,
-            dtype=self.dtype or (parameter.dtype if parameter is not None else torch.float32),
-            device=device,
-            backend=resolve_backend(self.backend, device, self.state_dtype),
+            self, dtype=dtype, device=device, backend=resolve_backend(self.backend, device, self.state_dtype)
         )
 
     def __reduce__(self) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.progress import progress_bar
 from .call import Call
 from .program_cache import CachedPrograms
 from .programs import Program
@@ -18,52 +19,40 @@ __all__ = ["Preview", "Previews", "ProgressBar", "Run", "Step"]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What a callback or `Sampler.iterate` sees after each model evaluation.
-
-    Attributes:
-        row: index of the table's row just executed, 0 first.
-        rows: their number.
-        step: the step of the run it belongs to.
-        t: the time the model was called with.
-        x: the state after it, [B, C, ...], a copy.
-        x0: the predicted x0, [B, C, ...], a copy.
-    """
-
+class _Position:
     row: int
     rows: int
     step: int
     t: float
+
+
+@dataclass(frozen=True, eq=False)
+class Step(_Position):
+    """What a callback or `Sampler.iterate` sees after each model evaluation.
+
+    Attributes:
+        row: index of the table's row just executed, 0 first, of `rows`.
+        step: the step of the run it belongs to.
+        t: the time the model was called with.
+        x, x0: the state after it and the predicted x0, [B, C, ...], copies.
+    """
+
     x: Tensor
     x0: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Preview:
-    """What a preview function sees, one row after it was computed.
+class Preview(_Position):
+    """What a preview function sees, one row after it was computed: as `Step`, with x0 alone, in the host's memory and
+    the state's dtype, the caller's own."""
 
-    Attributes:
-        row, rows, step, t: as `Step`.
-        x0: the predicted x0 in the host's memory, [B, C, ...] in the state's dtype: the caller's own.
-    """
-
-    row: int
-    rows: int
-    step: int
-    t: float
     x0: Tensor
 
 
 class Run:
-    """A prepared run.
-
-    Args:
-        entry: its buffers, at the start of the run, and programs; given back to their cache at the end.
-        call: the call.
+    """A prepared run of a call, on buffers and programs that are given back to their cache at the end.
 
     Attributes:
-        buffers: the memory.
-        table: the solver's.
         branches: how many branches each row so far has evaluated.
         result: after the last row, the samples, which are the caller's own.
     """
@@ -124,13 +113,7 @@ class Run:
 
 
 class Previews:
-    """Hands x0 of every n-th row, and of the last, to a function when the next row is enqueued.
-
-    Args:
-        run: the run.
-        function: takes a `Preview`.
-        every: n.
-    """
+    """Hands x0 of every n-th row, and of the last, to a function of a `Preview` when the next row is enqueued."""
 
     def __init__(self, run: Run, function: Callable[[Preview], object], every: int) -> None:
         self._run, self._function, self._every = run, function, every
@@ -152,20 +135,12 @@ class Previews:
 
 
 class ProgressBar:
-    """Counts a run's rows on a bar.
-
-    Args:
-        run: the run.
-        bar: True makes one, False none; or the caller's own tqdm bar, for a run that is part of something larger.
-    """
+    """Counts a run's rows on a bar: True makes one, False none; or on the caller's own tqdm bar, for a run that is part
+    of something larger."""
 
     def __init__(self, run: Run, bar: Any) -> None:
         self._own = bar is True
-        if self._own:
-            from tqdm.auto import tqdm
-
-            bar = tqdm(total=run.table.num_rows, unit="step")
-        self._bar, self._row = bar, -1
+        self._bar, self._row = progress_bar(total=run.table.num_rows) if self._own else bar, -1
         if bar is not False:
             self._pace = Pace(run.buffers.options.device)
 

@@ -29,7 +29,7 @@ class NoiseSource:
 
     Attributes:
         start: () -> the starting noise, standard normal [B, C, ...].
-        fill: writes a row's noise to a buffer, fill(row, buffer); None where the step draws it itself.
+        fill: (row, buffer) writes a row's noise to the buffer; None where the step draws it itself.
         seeds: int64 [B], the samples' seeds where the step draws; else None.
         always: whether fill is called (with None for the buffer) even where the solver adds no noise, so that a
             generator moves as the original moves it.
@@ -50,11 +50,7 @@ def make_source(
     generator: torch.Generator | None,
     x_T: Tensor | None,
 ) -> NoiseSource:
-    """The source of a call's noise; arguments as `Sampler.sample`.
-
-    Raises:
-        TypeError, ValueError: a seed, generator or recording that does not fit.
-    """
+    """The source of a call's noise; arguments as `Sampler.sample`, checked."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
     if generator is not None and seed is not None:
@@ -98,13 +94,10 @@ def torch_source(
     dtype: torch.dtype = torch.float32,
     every_row: bool = False,
 ) -> NoiseSource:
-    """`torch.randn` on the device: the start, then one draw per row.
+    """`torch.randn` on the device: the start [B, C, ...], then one draw per row.
 
     Args:
-        seed: one integer for the whole batch; None draws from `generator`.
-        shape: (B, C, ...).
-        device: where to draw.
-        generator: on that device; None for torch's global one.
+        seed: one integer for the whole batch; None draws from `generator`, or from torch's global one.
         drawn: samples drawn each time, of which the first B are used: guided-diffusion's and GLIDE's loops draw for a
             doubled batch. The generator is left as if all had been drawn.
         dtype: of the steps' draws. The start is float32, as in the originals.
@@ -126,12 +119,13 @@ def torch_source(
         properties = torch.cuda.get_device_properties(device)
         threads = properties.max_threads_per_multi_processor
         skip = cuda_normal_offset(math.prod(whole), properties.multi_processor_count, threads)
-        fill = partial(_fill_and_skip, skip=skip, generator=generator or _default_generator(device))
+        torch.cuda.init()  # makes the default generators
+        default = torch.cuda.default_generators[device.index or 0]
+        fill = partial(_fill_and_skip, skip=skip, generator=generator or default)
     else:
         fill = partial(_fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
-    return NoiseSource(
-        lambda: torch.randn(whole, generator=generator, device=device)[: shape[0]], fill, always=every_row
-    )
+    start = partial(torch.randn, whole, generator=generator, device=device)
+    return NoiseSource(lambda: start()[: shape[0]], fill, always=every_row)
 
 
 def _draw(generator: torch.Generator | None, row: int, buffer: Tensor) -> None:
@@ -154,25 +148,16 @@ def _fill_and_skip(row: int, buffer: Tensor | None, *, skip: int, generator: tor
 
 
 def cuda_normal_offset(numel: int, multiprocessors: int, threads: int = 2048) -> int:
-    """How far `torch.randn` of `numel` float32 values moves a CUDA generator's offset.
+    """How far `torch.randn` of `numel` float32 values moves a CUDA generator's offset, on a GPU of so many
+    multiprocessors with `threads` each.
 
     torch (`aten/src/ATen/native/cuda/DistributionTemplates.h`) runs 256 threads a block, as many blocks as the elements
     need and fit on the GPU at once; a thread draws four values each time, and advances by four. Element i is the value
     that thread i draws first wherever the elements do not outnumber the threads, and else depends on a full grid:
     either way a larger draw begins with the elements of a smaller one.
-
-    Args:
-        numel: number of values.
-        multiprocessors: of the GPU.
-        threads: that fit on one of them.
     """
     grid = min(-(-numel // 256), multiprocessors * (threads // 256))
     return ((numel - 1) // (256 * grid * 4) + 1) * 4
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    torch.cuda.init()
-    return torch.cuda.default_generators[device.index or 0]
 
 
 def recorded_source(noise: Recording, rows: int, shape: tuple[int, ...], start: Callable[[], Tensor]) -> NoiseSource:

@@ -25,25 +25,15 @@ MAX_ENTRIES = 4
 
 @dataclass(frozen=True, eq=False)
 class CachedPrograms:
-    """Buffers and programs of one kind of call. As a context manager, they go back to the cache at the end.
-
-    Attributes:
-        cache: where they belong.
-        key: by which the next such call finds them.
-        buffers: the memory.
-        programs: on it.
-        pool: of their graphs.
-        fingerprint: of what was captured; None if nothing was.
-        generation: how often the cache had been refreshed.
-    """
+    """Buffers and programs of one kind of call. As a context manager, they go back to the cache at the end."""
 
     cache: ProgramCache
     key: Any
     buffers: Buffers
     programs: Programs
     pool: Pool
-    fingerprint: Fingerprint | None
-    generation: int
+    fingerprint: Fingerprint | None  # of what was captured; None if nothing was
+    generation: int  # how often the cache had been refreshed
 
     def __enter__(self) -> CachedPrograms:
         return self
@@ -53,10 +43,7 @@ class CachedPrograms:
 
 
 class ProgramCache:
-    """Buffers and programs that are not in use; the least recently used are dropped.
-
-    Args:
-        device: where they are.
+    """Buffers and programs on a device that are not in use; the least recently used are dropped.
 
     Attributes:
         captures: how often programs were made.
@@ -77,8 +64,7 @@ class ProgramCache:
         kept = self._kept.pop(key)
         buffers = None
         if kept is not None:
-            stale = self._stale(kept)
-            if not stale:
+            if not (stale := self._stale(kept)):
                 kept.buffers.enter_stream()
                 kept.buffers.load(call)
                 return kept
@@ -122,6 +108,4 @@ class ProgramCache:
         """Why programs are not valid any more; empty if they are."""
         if entry.generation != self._generation:
             return "refresh() was called"
-        if entry.fingerprint is None:
-            return ""
-        return entry.fingerprint.changes(entry.buffers.options.functions())
+        return "" if entry.fingerprint is None else entry.fingerprint.changes(entry.buffers.options.functions())

@@ -33,10 +33,9 @@ _LAUNCH_BOUND = 0.9
 
 @dataclass(frozen=True)
 class Decision:
-    """How the rows of a set of branches are run, and why.
+    """How the rows of a set of branches, given by their names, are run, and why.
 
     Attributes:
-        branches: their names.
         graph: "cuda", "stand-in" or "none".
         batching: "batched" (one forward for all branches) or "serial" (one for each).
         reason: why there is no graph, or none of several rows; else empty.
@@ -68,11 +67,6 @@ class _Choice:
 
 class Programs:
     """The programs on some buffers, for each set of branches that some row evaluates.
-
-    Args:
-        buffers: the memory they work on.
-        model: as `Sampler`, compiled where that is asked for.
-        pool: the memory of CUDA graphs.
 
     Attributes:
         decisions: by branches, how their rows are run.
@@ -131,16 +125,12 @@ class Programs:
                 best = choice
         self._single[active] = best.program
         if best.record is not None:
-            reason = self._repeat(active, best)
-        elif len(choices) > 1:
-            reason = "eager is as fast"
+            reason = self._repeat(active, best.record, best.batching)
         else:
-            reason = failure
-            if capture not in NO_CAPTURE:
+            reason = failure or "eager is as fast"
+            if failure and capture not in NO_CAPTURE:
                 self.problem = self.problem or failure
-        ways = {
-            f"{'graph' if choice.record else 'eager'} {choice.batching}": choice.seconds * 1e3 for choice in choices
-        }
+        ways = {f"{'graph' if way.record else 'eager'} {way.batching}": way.seconds * 1e3 for way in choices}
         self.decisions[active] = Decision(
             branches=tuple(options.branches[k] for k in active),
             graph="none" if best.record is None else "cuda" if options.device.type == "cuda" else "stand-in",
@@ -151,13 +141,11 @@ class Programs:
             passes=1 + (self._buffers.branch_sets[active].computed is not None),
         )
 
-    def _repeat(self, active: Branches, choice: _Choice) -> str:
+    def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
         """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
-        count = self._options.rows_per_graph
-        if choice.record is not None and count > 1:
-            rows = [self._eager(active, choice.batching, slot) for slot in range(count)]
+        if (count := self._options.rows_per_graph) > 1:
             try:
-                self._repeated[active] = choice.record(rows)
+                self._repeated[active] = record([self._eager(active, batching, slot) for slot in range(count)])
             except CaptureError as error:  # they may take more memory than there is
                 return f"one row in a graph: {error}"
         return ""
@@ -173,8 +161,7 @@ class Programs:
             examined = examine(eager, (first, last), self._options.device)
             record = partial(self._record, examined)
             graph = record([eager])
-            results = (buffers.step.x, buffers.step.model_input)
-            compared = compare(eager, graph, last, results)  # type: ignore[arg-type]
+            compared = compare(eager, graph, last, (buffers.step.x, buffers.step.model_input))  # type: ignore[arg-type]
             if not compared.same:
                 raise CaptureError("a replay gives other numbers than the model")
         except CaptureError as error:
@@ -184,18 +171,11 @@ class Programs:
 
     def _record(self, examined: Any, programs: list[Program]) -> Program:
         self._buffers.rehearse(0)
-        if self._options.device.type == "cuda":
-            return CudaGraph(programs, examined, self._pool)
-        return StandIn(programs)
+        on_gpu = self._options.device.type == "cuda"
+        return CudaGraph(programs, examined, self._pool) if on_gpu else StandIn(programs)
 
     def _eager(self, active: Branches, batching: str, slot: int = 0) -> Program:
-        """A row as a program.
-
-        Args:
-            active: the branches evaluated.
-            batching: "batched" or "serial".
-            slot: which of the noise buffers it reads.
-        """
+        """A row as a program, which reads the noise buffer `slot`."""
         options, backend = self._options, self._options.config.backend
         branch_set = self._buffers.branch_sets[active]
         spec = step_spec(options, active)

@@ -13,13 +13,10 @@ __all__ = ["Pace", "Readback"]
 
 
 class Readback:
-    """Copies one tensor to the host, one row late.
+    """Copies tensors like the first one to the host, one row late.
 
-    `push` takes the tensor's value in the order of the current stream; `take`, called after more work was enqueued,
-    waits until that value has arrived, while the device has work.
-
-    Args:
-        like: a tensor of the shape, dtype and device that will be pushed.
+    `push` takes a value in the order of the current stream; `take`, called after more work was enqueued, waits until
+    that value has arrived, while the device has work.
     """
 
     def __init__(self, like: Tensor) -> None:

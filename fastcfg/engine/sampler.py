@@ -28,12 +28,11 @@ _OPTIONS = tuple(field.name for field in fields(SamplerConfig))
 
 
 class _Own:
-    """The default of a call's argument for which the sampler has a value of its own."""
-
     def __repr__(self) -> str:
         return "<the sampler's>"
 
 
+# The default of a call's argument for which the sampler has a value of its own.
 OWN: Any = _Own()
 
 
@@ -42,32 +41,28 @@ class Sampler:
 
     The model is called as `model(x, t, **conditioning)` with x [K*B, C, ...] in its dtype, t [K*B], and the branches'
     conditionings concatenated along the batch in the order of the guidance spec. It returns [K*B, C, ...], or [K*B, 2C,
-    ...] with variance channels (of a tuple, the first element is used).
-
-    Threads may share a sampler: what differs from call to call is given to `sample` or `iterate`. A copied or pickled
-    sampler starts without buffers and graphs.
+    ...] with variance channels (of a tuple, the first element is used). Threads may share a sampler. A copied or
+    pickled one starts without buffers and graphs.
 
     Args:
         model: any callable; device and dtype are taken from the parameters of a `torch.nn.Module`.
         table: from `fastcfg.solvers` (or any `StepTable`).
         guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
-        branch_models: by name, the models of branches that the model does not run: a weaker one, or the same one
-            perturbed; any callables called like the model, one after the other. Such a branch takes the conditional
-            branch's conditioning unless it is given one with the same keys (as returned by the model's `precompute`,
-            where the branch's model has none).
-        clip: bound of x0: None for none, a number (1.0 for images in [-1, 1]), B numbers, or a `DynamicThreshold`. For
-            a table whose rows do not use x0 (`table.uses_x0`) it limits previews, not samples.
-        denoised_fn: changes x0 before the clip: x0 [B, C, ...] -> the same shape (guided-diffusion's argument of that
-            name; inpainting puts the known pixels back).
-        cond_fn: classifier guidance: (x [B, C, ...], t [B], **cond) -> ∇ log p(y | x_t), of x's shape
-            (guided-diffusion's argument of that name). Called with gradients off: it must turn them on for itself.
+        branch_models: by name, the models of branches that the model does not run (a weaker one, or the same one
+            perturbed), called like the model, one after the other. Such a branch takes the conditional branch's
+            conditioning unless it is given one with the same keys (as returned by the model's `precompute`, where the
+            branch's model has none).
+        clip: bound of x0: None, a number (1.0 for images in [-1, 1]), B numbers, or a `DynamicThreshold`. For a table
+            whose rows do not use x0 (`table.uses_x0`) it limits previews, not samples.
+        denoised_fn: changes x0 before the clip, [B, C, ...] to the same shape, as guided-diffusion's; inpainting puts
+            the known pixels back.
+        cond_fn: classifier guidance, as guided-diffusion's: (x [B, C, ...], t [B], **cond) -> ∇ log p(y | x_t), of x's
+            shape. Called with gradients off: it must turn them on for itself.
         config: a `SamplerConfig`; None for its defaults.
         **options: fields of `SamplerConfig`, which replace those of `config`.
 
-    Attributes:
-        model, table, guidance, branch_models, clip, denoised_fn, cond_fn: as given: the defaults of every call. They
-            may be replaced between calls; buffers and graphs are kept where the new values allow it.
-        config: the options, with device, dtype and backend settled. Its fields can be read from the sampler too.
+    All are attributes, the defaults of every call. They may be replaced between calls: buffers and graphs are kept
+    where the new values allow it. `config` has device, dtype and backend settled; its fields are the sampler's too.
 
     Raises:
         TypeError: model not callable, table not a StepTable, guidance not a Guidance, clip not numbers, or an unknown
@@ -178,23 +173,21 @@ class Sampler:
 
         Args:
             shape: (B, C, ...) of the samples.
-            cond: keyword arguments of the model for the conditional branch: tensors [B, ...] (or [1, ...], repeated),
-                or values that all branches share.
-            uncond: the same for the unconditional branch, with the same keys; a negative prompt goes here.
+            cond, uncond: keyword arguments of the model for these branches, with the same keys: tensors [B, ...] (or
+                [1, ...], repeated), or values that all branches share. A negative prompt goes to uncond.
             branches: conditionings of further branches by name, for guidance that has them.
             guidance, clip, denoised_fn, cond_fn: for this call, in place of the sampler's own.
             seed: sample i gets `seed + i`; a sequence gives each its own. With noise_source="torch" one integer seeds
                 the whole batch. None takes a seed from `generator`.
             generator: torch's, in place of its global one: of the seed with noise_source="philox", of all draws with
                 "torch" (then it must be on the sampler's device).
-            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, or a `NoiseSource`,
-                in place of the sampler's source.
+            noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, or a `NoiseSource`.
             x_T: the start [B, C, ...], in place of initial_scale times noise.
             progress: True shows a progress bar; a tqdm bar is updated. On a GPU the host then stays one row ahead.
             callback: called with a `Step` after every row, when it is enqueued. It costs two copies of the state per
                 row on the device, and no sync.
-            preview: called with a `Preview`, x0 in the host's memory, one row after it was computed: the device has
-                work while the host waits for the copy. The last row's comes at the end.
+            preview: called with a `Preview` one row after it was computed: the device has work while the host waits for
+                the copy. The last row's comes at the end.
             preview_every: preview every n-th row only (and the last).
 
         Returns:
@@ -207,19 +200,7 @@ class Sampler:
         progress = progress if hasattr(progress, "update") else bool(progress)
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(
-            shape,
-            keep_x0,
-            cond=cond,
-            uncond=uncond,
-            branches=branches,
-            guidance=guidance,
-            clip=clip,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            seed=seed,
-            generator=generator,
-            noise=noise,
-            x_T=x_T,
+            shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T
         )
         previews = None if preview is None else Previews(run, preview, preview_every)
         with ProgressBar(run, progress) as bar:
@@ -235,34 +216,24 @@ class Sampler:
         return run.result
 
     def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
-        """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples.
-
-        Args:
-            shape: as `sample`.
-            **arguments: the keyword arguments of `sample` up to `x_T`. They are checked at once.
-        """
+        """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples. It takes the
+        keyword arguments of `sample` up to `x_T`, and checks them at once."""
         run = self._prepare(shape, True, **arguments)
         return (run.step(row) for row in run.rows())
 
     def report(self) -> dict[str, Any]:
-        """How the last run was executed.
-
-        Returns:
-            backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is none, or none in part); rows;
-            branches, the number that each row evaluated; programs, a `Decision` as a dictionary for every set of
-            branches, with the measured times that it rests on; captures, how often this sampler has prepared programs;
-            and recaptured, why it last did so again, where something captured was no longer valid.
-        """
+        """How the last run was executed: backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is
+        none, or none in part); rows; branches, the number that each row evaluated; programs, a `Decision` as a
+        dictionary for every set of branches; captures, how often this sampler has prepared programs; and recaptured,
+        why it last did so again, where something captured was no longer valid."""
         if self._last is None:
             return {}
         options, by_branches, branches = self._last
         decisions = list(by_branches.values())
-        graphs = sorted({decision.graph for decision in decisions} - {"none"})
-        reasons = [decision.reason for decision in decisions if decision.reason]
         return {
             "backend": options.config.backend,
-            "graph": graphs[0] if graphs else "none",
-            "graph_reason": reasons[0] if reasons else "",
+            "graph": min({decision.graph for decision in decisions} - {"none"}, default="none"),
+            "graph_reason": next((decision.reason for decision in decisions if decision.reason), ""),
             "rows": len(branches),
             "branches": list(branches),
             "programs": [asdict(decision) for decision in decisions],
@@ -279,16 +250,13 @@ class Sampler:
         self._cache.release()
 
     def refresh(self) -> None:
-        """Capture again at the next call.
-
-        Graphs read weights that were changed in place, and replaced weights are noticed. Only what a graph cannot see
-        needs this: a model whose own Python values decide which operations it runs.
-        """
+        """Capture again at the next call. Graphs read weights that were changed in place, and replaced weights are
+        noticed: only a model whose own Python values decide which operations it runs needs this."""
         self._cache.refresh()
 
     @torch.no_grad()
     def _prepare(  # type: ignore[no-untyped-def]
-        self, shape, keep_x0=False, *, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
+        self, shape, keep_x0=False, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
         cond_fn=OWN, seed=None, generator=None, noise=None, x_T=None,
     ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
@@ -342,17 +310,14 @@ class Sampler:
         """What the caller gave, for cond_fn, and what the model takes. What does not depend on t is computed once:
         encoded text, and its keys and values."""
         given |= {name: given["cond"] for name in self.branch_models if given.get(name) is None}
-        device: Any = self.config.device
-        checked = check_conditioning(branches, given, batch, device)
-        model: Any = self.model
+        model, device = self.model, self.config.device
+        checked = check_conditioning(branches, given, batch, device)  # type: ignore[arg-type]
         if not hasattr(model, "precompute"):
             return checked, checked
-
-        def precomputed(name: str, value: Mapping[str, Any]) -> Any:
-            return getattr(self.branch_models.get(name), "precompute", model.precompute)(**value)
-
-        computed = {name: precomputed(name, value) for name, value in given.items() if value is not None}
-        return checked, check_conditioning(branches, computed, batch, device)
+        for name, value in given.items():
+            if value is not None:
+                given[name] = getattr(self.branch_models.get(name), "precompute", model.precompute)(**value)
+        return checked, check_conditioning(branches, given, batch, device)  # type: ignore[arg-type]
 
     def _callable(self) -> Callable[..., Any]:
         """The model, compiled if that is wanted."""

@@ -31,10 +31,8 @@ class Fingerprint:
     It covers modules, functions, methods, partials, callable objects and containers: their tensors, numbers and
     strings, and what they refer to through closures, defaults, attributes, and the globals that their code names (the
     guidance scale of GLIDE's notebooks, a LoRA's strength). Tensors changed in place do not change it. It keeps no
-    tensor and no module alive. Take it after a capture: a model may count its calls.
-
-    Args:
-        functions: by the names used in the results of `changes`.
+    tensor and no module alive. Take it after a capture: a model may count its calls. The functions' names are used in
+    the results of `changes`.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -106,11 +104,11 @@ class _Walk:
         hooks = len(attributes["_forward_hooks"]), len(attributes["_forward_pre_hooks"])
         self._note(name, "", (type(module), module.training, hooks))
         for tensors in (attributes["_parameters"], attributes["_buffers"]):
-            if tensors:
-                for key, tensor in tensors.items():
-                    if tensor is not None:
-                        self._note(name, key, _memory(tensor))
-        if not _is_torchs(type(module).__module__):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    self._note(name, key, _memory(tensor))
+        # Instances of torch's own classes are replaced, not changed.
+        if not type(module).__module__.startswith("torch."):
             for key, value in attributes.items():
                 if key not in _MODULE_ATTRIBUTES:
                     self._visit(self._child(name, key), value)
@@ -132,11 +130,6 @@ class _Identity:
         return isinstance(other, _Identity) and value is not None and value is other._reference()
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _is_torchs(package: str) -> bool:
-    """Whether a module class is torch's own: its instances are replaced, not changed."""
-    return package.startswith("torch.")
 
 
 def _memory(tensor: Tensor) -> Any:

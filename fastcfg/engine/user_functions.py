@@ -23,13 +23,7 @@ class DenoisedOutput:
     """Turns a model's output into x0, applies denoised_fn to it, and passes the result to the step as its output.
 
     Blend and x0 are rounded as in the step, which then has a table with p_x = 0 and p_m = 1: a function that returns x0
-    unchanged changes no bit.
-
-    Args:
-        function: x0 [B, C, ...] -> the same shape (guided-diffusion's `denoised_fn`), before the clip.
-        spec: of the step without the function.
-        buffers: of the run; their table predicts x0.
-        backend: "triton"; any other runs the reference.
+    unchanged changes no bit. `spec` is of the step without the function, and the buffers' table predicts x0.
     """
 
     def __init__(
@@ -39,11 +33,8 @@ class DenoisedOutput:
         self._pieces: Any = ops if backend == "triton" else pieces
 
     def __call__(self, output: Tensor) -> Tensor:
-        """[K*B, C or 2C, ...] to [B, C, ...], or [B, 2C, ...] where the variance is learned.
-
-        Raises:
-            ValueError: the output does not fit, or the function returned another shape.
-        """
+        """[K*B, C or 2C, ...] to [B, C, ...], or [B, 2C, ...] where the variance is learned; ValueError for an output
+        that does not fit, or another shape returned by the function."""
         check_output(output, self._spec, self._buffers)
         spec, buffers, x = self._spec, self._buffers, self._buffers.x
         channels, row = x.shape[1], buffers.counter[:1]
@@ -62,25 +53,14 @@ class DenoisedOutput:
 
 
 class ClassifierGradient:
-    """Writes ∇ log p(y | x_t) to the run's gradient buffer.
-
-    Args:
-        function: (x [B, C, ...], t [B], **conditioning) -> [B, C, ...] (guided-diffusion's `cond_fn`), called with
-            gradients off: it must turn them on for itself.
-        buffers: of the run.
-        conditioning: its keyword arguments.
-    """
+    """Writes ∇ log p(y | x_t), which cond_fn returns for the state, to the run's gradient buffer."""
 
     def __init__(self, function: Callable[..., Tensor], buffers: StepBuffers, conditioning: Mapping[str, Any]) -> None:
         self._function, self._buffers, self._conditioning = function, buffers, conditioning
         self._time = buffers.time[: len(buffers.x)]  # type: ignore[index]
 
     def __call__(self) -> None:
-        """Evaluate the function at the state.
-
-        Raises:
-            ValueError: it returned another shape.
-        """
+        """Evaluate the function at the state; ValueError if it returned another shape."""
         buffers = self._buffers
         gradient = self._function(buffers.x, self._time, **self._conditioning)
         _check("cond_fn", gradient, buffers.x)

@@ -23,32 +23,21 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def resolve_backend(
-    backend: str,
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    backends: Sequence[str] = BACKENDS,
+    backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32, backends: Sequence[str] = BACKENDS
 ) -> str:
-    """The backend that runs: "triton", "inductor" or "reference".
+    """The backend that runs for a state of this device and dtype: "triton", "inductor" or "reference".
 
-    Args:
-        backend: "auto" takes Triton on a GPU for a float32 state and the reference elsewhere; a backend asked for by
-            name must work or raise. Inductor, which compiles for seconds, runs only by name.
-        device: where the state is.
-        dtype: the state's dtype.
-        backends: the choices.
-
-    Raises:
-        ValueError: unknown backend, or one asked for where it cannot run.
+    "auto" takes Triton on a GPU for a float32 state and the reference elsewhere. Inductor, which compiles for seconds,
+    runs only by name. ValueError for a name not in `backends`, or a backend asked for where it cannot run.
     """
     check_one_of("backend", backend, backends)
-    problem = triton_problem(torch.device(device), dtype)
-    if backend == "triton" and problem:
-        raise ValueError(f"backend: 'triton' cannot run here: {problem}")
-    if backend == "inductor" and (reason := inductor_problem(torch.device(device))):
-        raise ValueError(f"backend: 'inductor' cannot run here: {reason}")
+    device = torch.device(device)
+    problem = inductor_problem(device) if backend == "inductor" else triton_problem(device, dtype)
     if backend == "auto":
         # Triton's interpreter is for tests: never chosen by "auto".
-        return "reference" if problem or torch.device(device).type == "cpu" else "triton"
+        return "reference" if problem or device.type == "cpu" else "triton"
+    if backend != "reference" and problem:
+        raise ValueError(f"backend: {backend!r} cannot run here: {problem}")
     return backend
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +19,13 @@ __all__ = ["Blender"]
 
 @dataclass(frozen=True, eq=False)
 class _Row:
-    """A row's part of the plan.
+    """A row's part of the plan."""
 
-    Attributes:
-        branches: the branches evaluated, by name.
-        base: index among them of the one that differences are measured from; None for the sum form.
-        share: of two branches, the weight of the one that is not the base, if it is one number for all samples.
-        weights: of several branches otherwise: float32 [B, K], or with uses_outputs `GuidancePlan.planned`'s row.
-        uses_outputs: whether the weights are computed from the outputs.
-    """
-
-    branches: tuple[str, ...]
-    base: int | None
-    share: float | None
-    weights: Tensor | None
-    uses_outputs: bool
+    branches: tuple[str, ...]  # those evaluated
+    base: int | None = None  # index among them of the one that differences are measured from; None for the sum form
+    share: float | None = None  # of two branches, the weight of the other one, if it is one number for all samples
+    weights: Tensor | None = None  # float32 [B, K], or the row of `GuidancePlan.planned` that they are computed from
+    uses_outputs: bool = False  # whether the weights are computed from the outputs
 
 
 class Blender:
@@ -81,15 +74,16 @@ class Blender:
         active, branches = plan.active[row], self.guidance.branches
         names = tuple(branches[k] for k in active)
         if len(active) == 1:
-            return _Row(names, None, None, None, False)
+            return _Row(names)
         base = None if self.guidance.base is None else active.index(self.guidance.base)
         if plan.planned is not None:
             columns = [*active, *range(len(branches), plan.planned.shape[2])]
-            return _Row(names, base, None, torch.from_numpy(plan.planned[row][:, columns].copy()).to(device), True)
+            planned = torch.from_numpy(plan.planned[row][:, columns].copy())
+            return _Row(names, base, weights=planned.to(device), uses_outputs=True)
         weights = plan.weights[row][:, list(active)]
         if base is not None and len(active) == 2 and (weights == weights[0]).all():
-            return _Row(names, base, float(weights[0, 1 - base]), None, False)
-        return _Row(names, base, None, torch.from_numpy(weights.copy()).to(device, torch.float32), False)
+            return _Row(names, base, share=float(weights[0, 1 - base]))
+        return _Row(names, base, weights=torch.from_numpy(weights.copy()).to(device, torch.float32))
 
     def branches(self, row: int) -> tuple[str, ...]:
         """The branches a row evaluates, by name: the keys of `__call__`'s outputs."""
@@ -102,11 +96,7 @@ class Blender:
 
     @torch.no_grad()
     def __call__(self, row: int, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Blend one row's outputs.
-
-        Args:
-            row: 0 to N - 1.
-            outputs: each [B, C, ...], of the row's branches by name.
+        """Blend the outputs [B, C, ...] of a row's branches (0 to N - 1), given by name.
 
         Returns:
             [B, C, ...] in the outputs' dtype, computed in float32 and rounded once.
@@ -123,31 +113,13 @@ class Blender:
         if plan.share is not None:
             return torch.lerp(parts[plan.base], parts[1 - plan.base], plan.share)  # type: ignore[index, operator]
         output = torch.cat(parts)
-        weights = self._weights(plan, output) if plan.uses_outputs else plan.weights
-        blended = guidance_blend(
-            output,
-            weights,  # type: ignore[arg-type]
-            base=plan.base,
-            scaled=plan.uses_outputs,
-            momentum=self.momentum if plan.uses_outputs else None,
-            backend=self._backend,
-        )
-        return blended.to(output.dtype)
-
-    def _weights(self, plan: _Row, output: Tensor) -> Tensor:
-        """[B, V]: the weights of a row that computes them from its outputs."""
-        conditional = plan.branches.index(self.guidance.branches[self.guidance.conditional])
-        base: int = plan.base  # type: ignore[assignment]
-        products, sums = gram(
-            output,
-            len(plan.branches),
-            base,
-            momentum=self.momentum,
-            decay=self._decay,
-            conditional=conditional,
-            backend=self._backend,
-        )
-        planned: Tensor = plan.weights  # type: ignore[assignment]
-        count = output[0].numel()
-        weights = mixed_weights(products, sums, count, planned, base, conditional, self._mix, self._rescale)
-        return weights.float()
+        options: dict[str, Any] = {"base": plan.base, "backend": self._backend}
+        weights: Any = plan.weights
+        if plan.uses_outputs:
+            conditional = plan.branches.index(self.guidance.branches[self.guidance.conditional])
+            roles: dict[str, Any] = {"momentum": self.momentum, "decay": self._decay, "conditional": conditional}
+            found = gram(output, len(parts), **options, **roles)
+            count, pair = output[0].numel(), (options["base"], conditional)
+            weights = mixed_weights(*found, count, weights, *pair, self._mix, self._rescale).float()
+            options |= {"scaled": True, "momentum": self.momentum}
+        return guidance_blend(output, weights, **options).to(output.dtype)

@@ -36,10 +36,8 @@ def gram(
     depend on the batch and are the same at every call.
 
     Args:
-        output: the model's, [K*B, C or 2C, ...], float32, float16 or bfloat16 (float64 on the reference path).
-            Contiguous and channels-last outputs are read as they are, others are copied first.
-        branches: K, at least 2.
-        base: index of the branch that differences are measured from.
+        output: the model's, [K*B, C or 2C, ...], as for `GuidedStep`.
+        branches, base: K, at least 2, and the index of the branch that differences are measured from.
         channels: C, the first channels of the output; all of them by default.
         momentum: float32 [B, C, ...], contiguous, rewritten in the same pass: h <- decay*h + (m_c - m_base).
         decay: finite.

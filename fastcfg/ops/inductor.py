@@ -35,10 +35,6 @@ class InductorStep:
     The first call with an output of a new layout compiles, for seconds; all steps of the process with the same spec,
     layouts and number of threads share the result. Coefficients are read from the table by the device counter: nothing
     compiled in changes from row to row.
-
-    Args:
-        spec: which of the terms exist.
-        buffers: the run's tensors.
     """
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:
@@ -64,7 +60,8 @@ class InductorStep:
             # The caller is being compiled: the step becomes part of it.
             ReferenceStep(self._spec, buffers)(output)
             return
-        if buffers.model_input is not None and _same_storage(output, buffers.model_input):
+        given = buffers.model_input
+        if given is not None and output.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
             # The model returned its input; Inductor orders loops for tensors that do not overlap.
             output = output.clone()
         wanted = (output.dtype, output.shape, output.stride(), torch.get_num_threads())
@@ -76,10 +73,6 @@ class InductorStep:
 
 def _layout(name: str, tensor: Tensor) -> _Layout:
     return name, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 @cache
@@ -112,9 +105,7 @@ def _round_once(module: torch.fx.GraphModule) -> None:
     """Replace addcmul, which Inductor compiles to a product and a sum on a CPU, by its fused multiply-add."""
     graph: Any = module.graph
     addcmul, copy = torch.ops.aten.addcmul, torch.ops.aten.copy_.default
-    for node in graph.find_nodes(op="call_function", target=addcmul.default) + graph.find_nodes(
-        op="call_function", target=addcmul.out
-    ):
+    for node in [n for n in graph.nodes if n.op == "call_function" and n.target in (addcmul.default, addcmul.out)]:
         c, a, b = node.args
         with graph.inserting_before(node):
             result = graph.call_function(inductor_fma(), (a, b, c))

@@ -11,18 +11,10 @@ from .checks import expect
 
 
 def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
-    """Fill `out` with each sample's starting noise.
+    """Fill `out`, contiguous float32 [B, ...], with standard normals: sample i depends on seeds[i] alone, int64 [B].
 
-    Args:
-        out: float32 [B, ...], contiguous.
-        seeds: int64 [B] on the same device.
-        backend: "auto", "triton", "inductor" (which draws by the reference) or "reference".
-
-    Returns:
-        `out`, standard normal; sample i depends on seeds[i] alone.
-
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run.
+    The backend is "auto", "triton", "inductor" (which draws by the reference) or "reference". ValueError for shapes,
+    dtypes or devices that do not fit, or a backend that cannot run.
     """
     if not out.ndim or not out.numel():
         raise ValueError(f"out: got shape {tuple(out.shape)}, expected [B, ...] with at least one element")

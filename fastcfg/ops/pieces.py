@@ -22,12 +22,7 @@ from .registered import Operation
 def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The prediction and the variance channels of a model with learned variances (Nichol & Dhariwal 2021).
 
-    Args:
-        output: [N, 2C, ...].
-        channels: C.
-
-    Returns:
-        The first and the last C channels, each [N, C, ...].
+    `output` is [N, 2C, ...] with C = `channels`; the results are its first and its last C channels, each [N, C, ...].
 
     Example:
         >>> mean, variance = split_model_output(torch.randn(4, 6, 8, 8), 3)
@@ -61,9 +56,6 @@ def guidance_blend(
         base: index of the branch that the differences are measured from.
         scaled: whether the base is weighted too, w_b m_b + Σ w_k (m_k - m_b); needs a base.
         momentum: float32 [B, C, ...], contiguous, added with the last weight.
-
-    Returns:
-        [B, C, ...].
 
     Example:
         >>> output = torch.randn(4, 3, 8, 8)                         # [cond; uncond]
@@ -104,15 +96,11 @@ def predict_x0(
     """x0 = p_x*x + p_m*m, the columns of a `StepTable`, limited to ±bound; NaN stays NaN.
 
     Args:
-        x: [B, C, ...].
-        output: the model's (blended) output m, [B, C, ...].
+        x, output: the state and the model's (blended) output m, each [B, C, ...].
         p_x, p_m: float32 [B].
         bound: float32 [B], positive; None for no limit.
         rest: float32 [B] twice, what rounding to float32 took from p_x and p_m (the columns p_x_rest and p_m_rest of
             `StepTable.on`); None for nothing.
-
-    Returns:
-        [B, C, ...].
 
     Example:
         >>> x, ε, ᾱ = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.5, 0.9])
@@ -123,17 +111,15 @@ def predict_x0(
     check_image("x", x)
     check_image("output", output, like=x)
     batch = (len(x),)
-    expect("p_x", p_x, batch, torch.float32, x.device)
-    expect("p_m", p_m, batch, torch.float32, x.device)
-    if bound is not None:
-        expect("bound", bound, batch, torch.float32, x.device)
-    if rest is not None:
-        expect("rest[0]", rest[0], batch, torch.float32, x.device)
-        expect("rest[1]", rest[1], batch, torch.float32, x.device)
+    p_x_rest, p_m_rest = rest or (None, None)
+    numbers = {"p_x": p_x, "p_m": p_m, "bound": bound, "rest[0]": p_x_rest, "rest[1]": p_m_rest}
+    for name, value in numbers.items():
+        if value is not None:
+            expect(name, value, batch, torch.float32, x.device)
     x, output = x.contiguous(), readable(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound, rest)
-    return _x0(x, output, p_x, p_m, bound, *(rest or (None, None)))
+    return _x0(x, output, p_x, p_m, bound, p_x_rest, p_m_rest)
 
 
 @torch.no_grad()
@@ -154,8 +140,7 @@ def posterior_mean_variance(
     Dhariwal 2021, https://arxiv.org/abs/2102.09672), or min_log where there are none.
 
     Args:
-        x0: the predicted x0, [B, C, ...].
-        x: x_t, [B, C, ...].
+        x0, x: the predicted x0 and x_t, each [B, C, ...].
         coef_x0, coef_x, min_log, max_log: float32 [B]; max_log is not used without variance channels.
         variance: the variance channels v, [B, C, ...].
         backend: they may differ by 2 ulp in the exponential.

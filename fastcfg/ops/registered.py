@@ -22,11 +22,7 @@ class Operation:
     """
 
     def __init__(
-        self,
-        schema: str,
-        allocate: Callable[..., Any],
-        launch: Callable[..., None],
-        mutates: Sequence[str] = (),
+        self, schema: str, allocate: Callable[..., Any], launch: Callable[..., None], mutates: Sequence[str] = ()
     ) -> None:
         self._allocate, self._launch = allocate, launch
         name, _, signature = schema.partition("(")

@@ -34,12 +34,9 @@ class RowOperation:
         """Run on the buffers, in place.
 
         Args:
-            output: [K*B, C, ...] or [K*B, 2C, ...] (then the second half are variance channels), float32, float16,
-                bfloat16 (or float64 on the reference path). Contiguous and channels-last outputs are read as they are,
-                others are copied first.
-
-        Raises:
-            ValueError: another shape, dtype or device.
+            output: [K*B, C, ...], or [K*B, 2C, ...] with variance channels as the second half, float32, float16 or
+                bfloat16 (float64 on the reference path). Contiguous and channels-last outputs are read as they are,
+                others are copied first. ValueError for another shape, dtype or device.
         """
         compiling = torch.compiler.is_compiling()
         signature = (output.shape, output.dtype, output.device)
@@ -64,13 +61,8 @@ class RowOperation:
 class GuidedStep(RowOperation):
     """The fused step bound to its buffers: calling it with the model's output advances the run by one row, in place.
 
-    Args:
-        spec: which terms exist.
-        buffers: the run's tensors, written in place.
-        backend: "auto", "triton", "inductor" or "reference".
-
-    Raises:
-        ValueError: buffers that do not fit the spec in shape, dtype, device or layout, or a backend that cannot run.
+    The backend is "auto", "triton", "inductor" or "reference". ValueError for buffers that do not fit the spec in
+    shape, dtype, device or layout, and for a backend that cannot run.
 
     Example:
         >>> from fastcfg import CFG, Schedule, solvers

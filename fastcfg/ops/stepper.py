@@ -22,7 +22,7 @@ class Stepper:
     GPU is one kernel, without copies from the host or to it.
 
     Args:
-        table: the table, for one branch (guidance is the caller's).
+        table: for one branch (guidance is the caller's).
         like: a sample [B, C, ...] in float32, float16 or bfloat16 (float64 on the reference path); the run's samples
             have its shape, dtype and device.
         clip: of x0: None, a bound, or a `DynamicThreshold`.

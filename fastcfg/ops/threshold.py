@@ -20,13 +20,9 @@ class QuantileBound(RowOperation):
     step that follows; the run stays at its row.
 
     Args:
-        threshold: the quantile and its limits.
-        spec: the guided step's; its description of the blend is used.
-        buffers: the guided step's, with bound and x0, which are written.
-        backend: "auto", "triton", "inductor" (which runs the reference here) or "reference".
-
-    Raises:
-        ValueError: buffers that do not fit the spec, samples of more than 2**24 elements, or a backend that cannot run.
+        threshold: the quantile and its limits, for samples of at most 2**24 elements.
+        spec, buffers: the guided step's; bound and x0 are written.
+        backend: as for `GuidedStep`; "inductor" runs the reference here.
 
     Example:
         >>> from fastcfg import Schedule, solvers
@@ -60,21 +56,9 @@ class QuantileBound(RowOperation):
 
     def _dispatched(self, output: Tensor) -> None:
         spec, buffers = self.spec, self.buffers
-        _step_bound_op(
-            output,
-            buffers.x,
-            buffers.table,
-            buffers.counter,
-            buffers.weights,
-            buffers.momentum if spec.momentum else None,
-            buffers.bound,
-            buffers.x0,
-            self._selection,
-            spec.branches,
-            spec.base,
-            spec.scaled,
-            *self._rank,
-        )
+        momentum = buffers.momentum if spec.momentum else None
+        tensors = buffers.x, buffers.table, buffers.counter, buffers.weights, momentum, buffers.bound, buffers.x0
+        _step_bound_op(output, *tensors, self._selection, spec.branches, spec.base, spec.scaled, *self._rank)
 
 
 @torch.no_grad()
@@ -86,17 +70,14 @@ def quantile_bound(
 
     Args:
         x0: [B, C, ...], at most 2**24 elements in a sample.
-        quantile: p in [0, 1].
-        floor: positive.
-        ceiling: at least floor; None for none.
+        quantile, floor, ceiling: as `DynamicThreshold`.
         backend: "auto", "triton" or "reference".
 
     Returns:
         float32 [B]; NaN for a sample with NaN.
 
     Raises:
-        TypeError: a quantile, floor or ceiling that is not a number.
-        ValueError: values, shapes or dtypes out of range, or a backend that cannot run.
+        TypeError, ValueError: values, shapes or dtypes that do not fit, or a backend that cannot run.
 
     Example:
         >>> quantile_bound(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)
@@ -113,16 +94,8 @@ def dynamic_threshold(
     x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """clip(x0, -s, s) / s with s = `quantile_bound` of the same arguments (Saharia et al. 2022, section 2.3,
-    https://arxiv.org/abs/2205.11487; diffusers' `_threshold_sample`).
-
-    Args:
-        x0, quantile, floor, ceiling, backend: as for `quantile_bound`.
-
-    Returns:
-        [B, C, ...], in [-1, 1]; NaN for a sample with NaN.
-
-    Raises:
-        TypeError, ValueError: as `quantile_bound`.
+    https://arxiv.org/abs/2205.11487; diffusers' `_threshold_sample`): [B, C, ...], in [-1, 1]; NaN for a sample with
+    NaN.
 
     Example:
         >>> dynamic_threshold(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)

@@ -9,11 +9,7 @@ from ..table import DEVICE_COLUMNS
 
 
 class RowReader:
-    """The counter's row, the next one, and the row's weights, in memory of their own.
-
-    Args:
-        buffers: the run's tensors.
-        weighted: whether to read the row's weights.
+    """The counter's row, the next one, and if wanted the row's weights, in memory of their own.
 
     Attributes:
         count: int32 scalar, the counter itself.

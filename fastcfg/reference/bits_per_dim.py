@@ -1,8 +1,8 @@
 """The originals' training losses and variational bound (guided-diffusion's `training_losses` and `calc_bpd_loop`),
 operation for operation.
 
-Throughout, x is [B, C, ...] and t int64 [B], indices into the (re-spaced) process; losses are [B], the bound's in bits
-per dimension. Functions take model outputs, not models.
+Throughout, x is [B, C, ...] (x_start: x0 in [-1, 1]; x_t: the model's input, x0 diffused to t) and t int64 [B], indices
+into the (re-spaced) process; losses are [B], the bound's in bits per dimension. Functions take outputs, not models.
 """
 
 from __future__ import annotations
@@ -23,18 +23,8 @@ LOSSES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 
 def vb_terms(schedule: Schedule, p: dict[str, Tensor], x_start: Tensor, x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """The bound's term at t: a KL divergence, or at t = 0 the likelihood of 8-bit values.
-
-    Args:
-        schedule: the process.
-        p: the result of `p_mean_variance` at x_t.
-        x_start: x0 in [-1, 1].
-        x_t: x0 diffused to t.
-        t: the timesteps.
-
-    Returns:
-        "output" [B], and p's "pred_xstart".
-    """
+    """The bound's term at t, as "output" [B] with p's "pred_xstart": a KL divergence, or at t = 0 the likelihood of
+    8-bit values. p is the result of `p_mean_variance` at x_t."""
     true_mean, _, true_log_variance = q_posterior_mean_variance(schedule, x_start, x_t, t)
     divergence = _mean_flat(_normal_kl(true_mean, true_log_variance, p["mean"], p["log_variance"])) / math.log(2.0)
     likelihood = _discretized_gaussian_log_likelihood(x_start, p["mean"], 0.5 * p["log_variance"])
@@ -57,13 +47,8 @@ def training_losses(
     """The loss of a model's output at x_t.
 
     Args:
-        schedule: the process.
-        model_output: [B, 2C, ...] for the learned variances, else [B, C, ...].
-        x_start: x0 in [-1, 1].
-        x_t: the model's input.
-        t: the timesteps.
+        model_output, prediction, variance: as in `p_mean_variance`.
         noise: the noise in x_t.
-        prediction, variance: as in `p_mean_variance`.
         loss: "mse" or "rescaled_mse" (plus the bound with learned variances, which takes the mean detached;
             "rescaled_mse" scales the bound by T / 1000), "kl" or "rescaled_kl" (the bound, or T times the bound).
 
@@ -83,18 +68,14 @@ def training_losses(
         term = bound(model_output)
         return {"loss": term * schedule.num_timesteps if loss == "rescaled_kl" else term}
 
-    terms = {}
-    channels = x_t.shape[1]
-    output = model_output
+    terms, output, channels = {}, model_output, x_t.shape[1]
     if variance.startswith("learned"):
         output, values = model_output[:, :channels], model_output[:, channels:]
         terms["vb"] = bound(torch.cat([output.detach(), values], dim=1))
         if loss == "rescaled_mse":
             terms["vb"] = terms["vb"] * (schedule.num_timesteps / 1000.0)
-    target = noise
-    if prediction == "x0":
-        target = x_start
-    elif prediction == "previous_x":
+    target = x_start if prediction == "x0" else noise
+    if prediction == "previous_x":
         target = q_posterior_mean_variance(schedule, x_start, x_t, t)[0]
     if output.shape != target.shape:
         raise ValueError(f"model_output: got shape {tuple(output.shape)}, expected {tuple(target.shape)}")
@@ -115,12 +96,8 @@ def prior_bpd(schedule: Schedule, x_start: Tensor) -> Tensor:
 def bits_per_dimension(
     schedule: Schedule, predict: Callable[[Tensor, Tensor], dict[str, Tensor]], x_start: Tensor
 ) -> dict[str, Tensor]:
-    """The whole bound of some images.
-
-    Args:
-        schedule: the process.
-        predict: (x_t, t) -> the result of `p_mean_variance`.
-        x_start: x0 in [-1, 1]. Noise is drawn like it, from torch's generator.
+    """The whole bound of some images, for which predict(x_t, t) returns the result of `p_mean_variance`. Noise is drawn
+    from torch's generator.
 
     Returns:
         total_bpd and prior_bpd [B]; by timestep, noisiest first, [B, T]: vb, xstart_mse, and mse (of ε).

@@ -15,20 +15,8 @@ _NO_VARIANCE = 1e-6
 def gram(
     output: Tensor, branches: int, base: int, channels: int, conditional: int, momentum: Tensor | None, decay: float
 ) -> Tensor:
-    """The Gram matrix of a sample's vectors and, as the last column, their sums.
-
-    Args:
-        output: [K*B, C or 2C, ...] in any floating dtype; the first C channels count.
-        branches: K.
-        base: the branch that differences are measured from.
-        channels: C.
-        conditional: the branch whose difference the momentum accumulates.
-        momentum: [B, C, ...], rewritten: decay*h + difference; None for none.
-        decay: a number.
-
-    Returns:
-        float64 [B, V, V + 1] with V = K, or K + 1 with momentum.
-    """
+    """float64 [B, V, V + 1]: the Gram matrix of every sample's vectors and, as the last column, their sums; arguments
+    and V as for `fastcfg.ops.gram`."""
     dtype = torch.promote_types(output.dtype, torch.float32 if momentum is None else momentum.dtype)
     parts = output.narrow(1, 0, channels).to(dtype).chunk(branches)
     vectors = [part if k == base else part - parts[base] for k, part in enumerate(parts)]

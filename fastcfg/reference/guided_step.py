@@ -15,10 +15,6 @@ class ReferenceStep:
     """A step bound to its buffers: calling it with the model's output advances the run by one row, in place.
 
     Nothing is read back to the host: like the kernel it can be captured in a CUDA graph.
-
-    Args:
-        spec: which terms exist.
-        buffers: the run's tensors.
     """
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers) -> None:

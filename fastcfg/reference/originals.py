@@ -103,10 +103,7 @@ def p_mean_variance(
     """p(x_{t-1} | x_t) from a model's output.
 
     Args:
-        schedule: the process.
         model_output: [B, 2C, ...] for the learned variances, else [B, C, ...]; any floating dtype.
-        x: x_t.
-        t: the timesteps.
         prediction: of the output's first C channels: "epsilon", "x0" or "previous_x".
         variance: "fixed_small", "fixed_large", "learned" or "learned_range", as in `fastcfg.solvers.ddpm`.
         clip_denoised: clamp x0 to [-1, 1].
@@ -130,18 +127,15 @@ def p_mean_variance(
     channels = x.shape[1]
     shape = (len(x), 2 * channels if variance.startswith("learned") else channels, *x.shape[2:])
     if model_output.shape != shape:
-        raise ValueError(
-            f"model_output: got shape {tuple(model_output.shape)}, expected {shape} for {variance} variance"
-        )
+        got = tuple(model_output.shape)
+        raise ValueError(f"model_output: got shape {got}, expected {shape} for {variance} variance")
     output = model_output[:, :channels]
     log_variance, sigma2 = _variance(schedule, variance, model_output[:, channels:], x, t)
 
-    if prediction == "epsilon":
-        pred_xstart = predict_xstart_from_eps(schedule, x, t, output)
-    elif prediction == "x0":
-        pred_xstart = output
-    else:
-        pred_xstart = predict_xstart_from_xprev(schedule, x, t, output)
+    pred_xstart = output
+    if prediction != "x0":
+        invert = predict_xstart_from_eps if prediction == "epsilon" else predict_xstart_from_xprev
+        pred_xstart = invert(schedule, x, t, output)
     if denoised_fn is not None:
         pred_xstart = denoised_fn(pred_xstart)
     if clip_denoised:
@@ -193,18 +187,15 @@ def ddim_reverse_sample(schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: 
 
 def _variance(schedule: Schedule, variance: str, values: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Log variance and variance; `values` are the model's variance channels, if it has any."""
-    fixed = {
-        "fixed_small": ("posterior_log_variance_clipped", "posterior_variance"),
-        "fixed_large": ("log_fixed_large_variance", "fixed_large_variance"),
-    }
-    if variance in fixed:
-        log_name, name = fixed[variance]
-        return _look_up(schedule, log_name, t, x), _look_up(schedule, name, t, x)
+    low = _look_up(schedule, "posterior_log_variance_clipped", t, x)
+    if variance == "fixed_small":
+        return low, _look_up(schedule, "posterior_variance", t, x)
+    if variance == "fixed_large":
+        large = "fixed_large_variance"
+        return _look_up(schedule, f"log_{large}", t, x), _look_up(schedule, large, t, x)
     if variance == "learned":
         return values, torch.exp(values)
-    low = _look_up(schedule, "posterior_log_variance_clipped", t, x)
-    high = _look_up(schedule, "log_betas", t, x)
-    fraction = (values + 1) / 2
+    high, fraction = _look_up(schedule, "log_betas", t, x), (values + 1) / 2
     log_variance = fraction * high + (1 - fraction) * low
     return log_variance, torch.exp(log_variance)
 

@@ -32,12 +32,8 @@ _WORD = 0xFFFFFFFF
 
 
 def sample_seeds(seed: int | Sequence[int], batch: int) -> torch.Tensor:
-    """int64 [batch]: `seed + i` for sample i, or the given sequence; seeds are taken modulo 2**64.
-
-    Raises:
-        TypeError: a seed that is not an integer.
-        ValueError: a sequence of another length than the batch.
-    """
+    """int64 [batch]: `seed + i` for sample i, or the given sequence; seeds are taken modulo 2**64. TypeError for a seed
+    that is not an integer, ValueError for a sequence of another length than the batch."""
     if isinstance(seed, torch.Tensor):
         seed = seed.tolist()
     first = as_integer(seed)
@@ -53,15 +49,8 @@ def sample_seeds(seed: int | Sequence[int], batch: int) -> torch.Tensor:
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Ten rounds of Philox4x32.
-
-    Args:
-        counter: four int64 tensors of 32-bit words.
-        key: two more; all six broadcast together.
-
-    Returns:
-        Four int64 tensors of 32-bit words.
-    """
+    """Four int64 tensors of 32-bit words: ten rounds of Philox4x32 on four such tensors, with a key of two more, which
+    all broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -80,17 +69,12 @@ def philox_normal(
     stream: int = STEP_STREAM,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Standard normals for a batch.
+    """Standard normals for a batch of samples of a shape: float32 [B, *shape], written to `out` if it is given.
 
     Args:
         seeds: int64 [B], one per sample, on the device to draw on.
-        shape: the shape of one sample.
         row: the row of the run (an int64 scalar tensor works without a sync).
         stream: `INITIAL_STREAM` for the starting noise, `STEP_STREAM` for the steps'.
-        out: float32 [B, *shape] to write to.
-
-    Returns:
-        float32 [B, *shape].
 
     Example:
         >>> philox_normal(sample_seeds(0, 2), (3, 8, 8)).shape

@@ -32,12 +32,7 @@ def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def guidance_blend(
-    output: Tensor,
-    weights: Tensor,
-    *,
-    base: int | None = None,
-    scaled: bool = False,
-    momentum: Tensor | None = None,
+    output: Tensor, weights: Tensor, *, base: int | None = None, scaled: bool = False, momentum: Tensor | None = None
 ) -> Tensor:
     """[K*B, C, ...] and weights [B, K] (or [B, K + 1] with momentum) to [B, C, ...], by `blend`."""
     branches = weights.shape[1] - (momentum is not None)

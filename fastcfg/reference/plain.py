@@ -53,13 +53,11 @@ def plain_row(
 
     Args:
         row: the row's coefficients, in the order of `DEVICE_COLUMNS`.
-        x: [B, C, ...].
+        x, noise, gradient, history: [B, C, ...].
         output: the model's [K*B, C or 2C, ...] in its dtype.
         spec: which terms exist; without `scaled` and `momentum`.
         weights: [B, K].
         bound: [B], or the `DynamicThreshold` that it follows from.
-        noise, gradient: like x.
-        history: the saved tensors, each like x.
 
     Returns:
         "x", the next state; "x0"; "saved", the tensor to save; and with a clip its "bound" [B, 1, ...].
@@ -96,15 +94,7 @@ def plain_row(
 
 
 class PlainTable:
-    """A table run row by row by `plain_row`, with its saved tensors.
-
-    Args:
-        table: the table.
-        like: a state [B, C, ...].
-
-    Attributes:
-        history: the saved tensors.
-    """
+    """A table run row by row by `plain_row` on states like a given one, with its saved tensors (`history`)."""
 
     def __init__(self, table: StepTable, like: Tensor) -> None:
         self._rows = table.on("cpu", like.dtype).tolist()
@@ -126,13 +116,10 @@ def original_row(
     """The next x of guided-diffusion's and GLIDE's step with guidance, by their own formulas in their order.
 
     Args:
-        schedule: the respaced process.
         solver: "ddpm" (learned range) or "ddim" (eta = 0).
-        x: float32 [B, C, ...].
+        x, noise: float32 [B, C, ...].
         output: the model's [2B, 2C, ...], the conditional half first.
         row: 0 for the noisiest timestep.
-        scale: of the guidance.
-        noise: like x.
     """
     batch, channels = x.shape[:2]
     weights = torch.tensor([scale, 0.0], device=x.device).expand(batch, 2)

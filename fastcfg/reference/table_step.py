@@ -15,26 +15,15 @@ from ._fma import fma
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory for the results, each tensor like x unless said otherwise; None allocates.
+    """Memory for the results, like x; None allocates."""
 
-    Attributes:
-        m: the blended output, later the standard deviation.
-        difference: a branch minus the base; needed if the base is weighted or more than two branches are blended in
-            delta form.
-        x0: the predicted x0.
-        low: [B, 1, ...], minus the clip bound.
-        saved: the tensor to save.
-        sum: the terms of x0 by the coefficients' rests, later the next x without its last term.
-        y: the next x; it may be x itself.
-    """
-
-    m: Tensor | None = None
-    difference: Tensor | None = None
-    x0: Tensor | None = None
-    low: Tensor | None = None
-    saved: Tensor | None = None
-    sum: Tensor | None = None
-    y: Tensor | None = None
+    m: Tensor | None = None  # the blended output, later the standard deviation
+    difference: Tensor | None = None  # a branch minus the base; with a weighted base, or three branches in delta form
+    x0: Tensor | None = None  # the predicted x0
+    low: Tensor | None = None  # [B, 1, ...], minus the clip bound
+    saved: Tensor | None = None  # the tensor to save
+    sum: Tensor | None = None  # the terms of x0 by the coefficients' rests, later the next x without its last term
+    y: Tensor | None = None  # the next x; it may be x itself
 
 
 def table_step(
@@ -58,15 +47,11 @@ def table_step(
         row: a scalar tensor in x's dtype for every one of `DEVICE_COLUMNS`.
         x: [B, C, ...], float32 or float64.
         outputs: the K branches' outputs, each like x.
-        spec: which terms exist.
-        weights: [B, K], the row's blend weights ([B, K + 1] with momentum); needed for K > 1.
-        variance: the conditional branch's variance channels, like x; needed for learned variance.
-        bound: [B], the clip bound of x0; needed for clip.
-        noise: standard normals like x; needed unless spec.noise_source is "none".
-        history: the saved tensors, each like x.
-        gradient: the classifier's, like x; needed for spec.gradient.
-        momentum: added to the blend, like x; needed for spec.momentum.
-        scratch: memory for the results.
+        spec: which terms exist, and so which of the following are needed.
+        weights: [B, K], the row's blend weights ([B, K + 1] with momentum).
+        variance: the conditional branch's variance channels.
+        bound: [B], the clip bound of x0.
+        noise, gradient, momentum, history: as in `StepBuffers`, each like x.
 
     Returns:
         The next x, x0 (None if it is not predicted), and the tensor to save (None if the solver saves nothing).

@@ -40,8 +40,8 @@ def check_count(name: str, value: Any, most: int | None = None, least: int = 1) 
     """An integer from `least` to `most` (None: no upper limit)."""
     count = as_integer(value)
     if count is None or count < least or (most is not None and count > most):
-        limits = f"at least {least}" if most is None else f"{least} to {most}"
-        raise ValueError(f"{name}: got {value!r}, expected {'an integer, ' if count is None else ''}{limits}")
+        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: got {value!r}, expected an integer {limits}")
     return count
 
 

@@ -11,17 +11,8 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path in the target's folder; on success it replaces the target, on an error it is removed.
-
-    Args:
-        path: the file to write.
-
-    Yields:
-        The path to write to; its suffix is the target's.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
+    """Yield a temporary path in the target's folder, with its suffix; on success it replaces the target, on an error it
+    is removed. OSError if the folder cannot be written to."""
     target = Path(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix)
     os.close(handle)
@@ -38,14 +29,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write UTF-8 text, whole or not at all.
-
-    Args:
-        path: the file to write.
-        text: its contents.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write UTF-8 text, whole or not at all; OSError if the file cannot be written."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

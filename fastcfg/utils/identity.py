@@ -27,10 +27,8 @@ class Same:
 
 
 class Alike(Same):
-    """Also equal for re-created closures: same code, same (or equal) captured values and defaults.
-
-    Methods and partials are compared part by part.
-    """
+    """Also equal for re-created closures: same code, same (or equal) captured values and defaults. Methods and partials
+    are compared part by part."""
 
     def __eq__(self, other: object) -> bool:
         try:

@@ -11,10 +11,8 @@ Value = TypeVar("Value")
 
 
 class LRU(Generic[Value]):
-    """A thread-safe mapping of at most `capacity` entries; a new entry drops the least recently used one.
-
-    Values are never None. Copies and pickles are empty: the contents are rebuilt on demand.
-    """
+    """A thread-safe mapping of at most `capacity` entries, never None; a new entry drops the least recently used one.
+    Copies and pickles are empty: the contents are rebuilt on demand."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity

@@ -16,15 +16,8 @@ def progress_bar(
     unit: str = "step",
     **options: Any,
 ) -> Any:
-    """A tqdm bar, on stderr; one that is not shown counts all the same.
-
-    Args:
-        show: False for a bar that draws nothing; a string is its label.
-        iterable: what the bar wraps; None for a bar that its user updates, also as a context manager.
-        total: number of units; None takes the iterable's length.
-        unit: what is counted.
-        **options: other arguments of `tqdm.auto.tqdm`.
-    """
+    """A tqdm bar with tqdm's arguments, on stderr; one that is not shown counts all the same. A string shown is its
+    label."""
     from tqdm.auto import tqdm
 
     label = {"desc": show} if isinstance(show, str) else {}

@@ -169,7 +169,7 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         ([PROMPT, "--steps", "0"], "argument --steps: got '0', expected an integer of at least 1, or steps such as"),
         ([PROMPT, "--steps", "many"], "argument --steps: got 'many', expected an integer of at least 1, or steps such"),
         ([PROMPT, "--steps", "90,90"], "steps: got '90,90', expected a number or another respacing (section_counts:"),
-        ([PROMPT, "--steps", "101"], f"steps: got 101, expected 1 to {TIMESTEPS}"),
+        ([PROMPT, "--steps", "101"], f"steps: got 101, expected an integer from 1 to {TIMESTEPS}"),
         ([PROMPT, "--solver", "eulr"], "argument --solver: invalid choice: 'eulr' (choose from "),
         ([PROMPT, "--eta", "0.5"], "eta: got 0.5 with solver 'ddpm', expected 0 or None"),
         ([PROMPT, "--eta", "-1", "--solver", "ddim"], "eta: got -1.0, expected a finite value of at least 0"),

@@ -199,7 +199,10 @@ B, U, BI, UI = "<base>", "<upsample>", "<base_inpaint>", "<upsample_inpaint>"
             ["--base", B, "--upsample", U, "--upsample-steps", "0"],
             "argument --upsample-steps: got '0', expected an i",
         ),
-        (["--base", B, "--upsample", U, "--upsample-steps", "101"], "steps: got 101, expected 1 to 100"),
+        (
+            ["--base", B, "--upsample", U, "--upsample-steps", "101"],
+            "steps: got 101, expected an integer from 1 to 100",
+        ),
         (["--base", BI, "--inpaint", "image.png"], "argument --inpaint: got 'image.png' without --mask, expected"),
         (["--base", BI, "--mask", "mask.png"], "argument --mask: got 'mask.png' without --inpaint, expected both or"),
         (

@@ -329,7 +329,7 @@ def test_previews_are_the_callers_own() -> None:
 @pytest.mark.parametrize("every", [0, 1.5, "2"])
 def test_a_bad_interval_of_previews_is_an_error(every: Any) -> None:
     sampler_, _ = build()
-    with pytest.raises(ValueError, match=r"preview_every: got .* expected .*at least 1"):
+    with pytest.raises(ValueError, match=r"preview_every: got .* expected an integer of at least 1"):
         draw(sampler_, preview=print, preview_every=every)
 
 

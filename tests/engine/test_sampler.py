@@ -827,7 +827,7 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
         ({"clip": "1"}, TypeError, "clip: got '1'"),
         ({"noise_source": "gaussian"}, ValueError, "noise_source: got 'gaussian', expected one of 'philox', 'torch'"),
         ({"batching": "both"}, ValueError, "batching: got 'both', expected one of 'auto', 'batched', 'serial'"),
-        ({"rows_per_graph": 0}, ValueError, "rows_per_graph: got 0, expected at least 1"),
+        ({"rows_per_graph": 0}, ValueError, "rows_per_graph: got 0, expected an integer of at least 1"),
         ({"compile": "fast"}, ValueError, "compile: got 'fast', expected one of None, 'default', 'max-autotune'"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of auto, triton, inductor, reference"),
         ({"backend": "triton", "state_dtype": torch.float64}, ValueError, "backend: 'triton' cannot run here"),

@@ -182,7 +182,7 @@ def test_initial_noise_refuses(out: Tensor, seeds: Tensor, message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"branches": 0}, "spec.branches: got 0, expected at least 1"),
+        ({"branches": 0}, "spec.branches: got 0, expected an integer of at least 1"),
         ({"base": 2}, "spec.base: got 2, expected a branch index below 2"),
         ({"base": -1}, "spec.base: got -1"),
         ({"conditional": 2}, "spec.conditional: got 2"),

@@ -206,7 +206,7 @@ def test_corrector_rows_come_first_in_each_step(build: Callable[..., StepTable],
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda s: solvers.langevin(s, steps_per_level=0), "steps_per_level: got 0, expected at least 1"),
+        (lambda s: solvers.langevin(s, steps_per_level=0), "steps_per_level: got 0, expected an integer of at least 1"),
         (lambda s: solvers.langevin(s, step_size=0.0), r"step_size: got 0.0, expected values in \(0, 4\)"),
         (lambda s: solvers.langevin(s, step_size=float("nan")), r"step_size: got nan, expected values in \(0, 4\)"),
         (
@@ -215,7 +215,7 @@ def test_corrector_rows_come_first_in_each_step(build: Callable[..., StepTable],
         ),
         (lambda s: solvers.sgld(s, 5, 3), r"timestep: got 5, expected 0 \.\.\. 4"),
         (lambda s: solvers.sgld(s, -1, 3), r"timestep: got -1, expected 0 \.\.\. 4"),
-        (lambda s: solvers.sgld(s, 1, 0), "num_steps: got 0, expected at least 1"),
+        (lambda s: solvers.sgld(s, 1, 0), "num_steps: got 0, expected an integer of at least 1"),
         (
             lambda s: solvers.sgld(s, 1, 3, step_size=[0.1, 0.2]),
             r"step_size: got shape \(2,\), expected a number or 3 n",

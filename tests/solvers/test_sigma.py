@@ -324,14 +324,14 @@ def test_zero_terminal_snr_is_diffusers() -> None:
         (lambda: Denoiser("x0", PROCESS), ValueError, "schedule: got one, expected None with prediction 'x0'"),
         (lambda: Denoiser("v", Schedule.named("linear", 20)), ValueError, "schedule: alphas_cumprod reaches 0"),
         (lambda: Denoiser("edm", sigma_data=0), ValueError, "sigma_data: got 0, expected a finite value above 0"),
-        (lambda: sigmas.karras(0, 0.1, 1.0), ValueError, "n: got 0, expected at least 1"),
+        (lambda: sigmas.karras(0, 0.1, 1.0), ValueError, "n: got 0, expected an integer of at least 1"),
         (
             lambda: sigmas.exponential(5, 2.0, 1.0),
             ValueError,
             "sigma_min, sigma_max: got 2.0, 1.0, expected 0 < ",
         ),
         (lambda: sigmas.polyexponential(5, 0.1, 1.0, 0), ValueError, "rho: got 0, expected a finite value above 0"),
-        (lambda: sigmas.from_schedule(PROCESS, 1001), ValueError, "n: got 1001, expected 1 to 1000"),
+        (lambda: sigmas.from_schedule(PROCESS, 1001), ValueError, "n: got 1001, expected an integer from 1 to 1000"),
         (
             lambda: sigmas.from_schedule(PROCESS, 5, "even"),
             ValueError,

@@ -28,7 +28,7 @@ def test_integers_count_by_protocol(value: Any) -> None:
 @pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
 def test_what_is_no_integer(value: Any) -> None:
     assert as_integer(value) is None
-    with pytest.raises(ValueError, match=r"^n: got .*, expected an integer, at least 1$"):
+    with pytest.raises(ValueError, match=r"^n: got .*, expected an integer of at least 1$"):
         check_count("n", value)
 
 
@@ -48,9 +48,9 @@ def test_what_is_no_number(value: Any) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: check_count("n", 0), "n: got 0, expected at least 1"),
-        (lambda: check_count("n", 6, 5), "n: got 6, expected 1 to 5"),
-        (lambda: check_count("n", -1, least=0), "n: got -1, expected at least 0"),
+        (lambda: check_count("n", 0), "n: got 0, expected an integer of at least 1"),
+        (lambda: check_count("n", 6, 5), "n: got 6, expected an integer from 1 to 5"),
+        (lambda: check_count("n", -1, least=0), "n: got -1, expected an integer of at least 0"),
         (lambda: check_finite("x", math.nan), "x: got nan, expected a finite number"),
         (lambda: check_finite("x", -0.5, least=0), "x: got -0.5, expected a finite value of at least 0"),
         (lambda: check_finite("x", math.inf, above=0), "x: got inf, expected a finite value above 0"),

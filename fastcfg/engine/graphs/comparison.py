@@ -19,37 +19,24 @@ _RUNS = 2
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of running a program and its recording.
+    """The result of running a program and its recording."""
 
-    Attributes:
-        same: whether both left the same bits, or the program itself does not reproduce its own.
-        program: seconds of a run.
-        recording: seconds of a replay.
-    """
-
-    same: bool
-    program: float
-    recording: float
+    same: bool  # whether both left the same bits, or the program itself does not reproduce its own
+    program: float  # seconds of a run
+    recording: float  # seconds of a replay
 
 
 def compare(program: Program, recording: Program, begin: Program, results: tuple[Tensor, ...]) -> Comparison:
-    """Run both twice from the same state.
-
-    Args:
-        program: what was recorded.
-        recording: its recording.
-        begin: sets the program's memory to the state to begin in.
-        results: the tensors to compare, on one device.
-    """
-    outcomes: dict[str, list[list[Tensor]]] = {"program": [], "recording": []}
-    seconds: dict[str, list[float]] = {"program": [], "recording": []}
+    """Run both twice from the state that `begin` sets, and compare the results, tensors on one device."""
+    seconds: tuple[list[float], list[float]] = [], []
+    outcomes: tuple[list[list[Tensor]], list[list[Tensor]]] = [], []
     for _ in range(_RUNS):
-        for name, run in (("program", program), ("recording", recording)):
+        for which, run in enumerate((program, recording)):
             begin()
-            seconds[name].append(_timed(run, results[0].device))
-            outcomes[name].append([tensor.clone() for tensor in results])
-    same = _equal(outcomes["program"][-1], outcomes["recording"][-1]) or not _equal(*outcomes["program"])
-    return Comparison(same, min(seconds["program"]), min(seconds["recording"]))
+            seconds[which].append(_timed(run, results[0].device))
+            outcomes[which].append([tensor.clone() for tensor in results])
+    same = _equal(outcomes[0][-1], outcomes[1][-1]) or not _equal(*outcomes[0])
+    return Comparison(same, *map(min, seconds))
 
 
 def _timed(run: Program, device: torch.device) -> float:

@@ -19,27 +19,17 @@ __all__ = ["Constant", "ReuseConstants", "copied_operands", "digest"]
 
 @dataclass(frozen=True, eq=False)
 class Constant:
-    """A host tensor that a program copies to the device in every run.
+    """A host tensor that a program copies to the device in every run."""
 
-    Attributes:
-        digest: of its shape, dtype and contents.
-        twin: its copy on the device.
-    """
-
-    digest: str
-    twin: Tensor
+    digest: str  # of its shape, dtype and contents
+    twin: Tensor  # its copy on the device
 
 
 class ReuseConstants(DispatchMode):
-    """Replaces host tensors by the constants' device twins, in the order in which the program copies them.
+    """Replaces host tensors by the constants' device twins, in the order in which a run of the program copies them.
 
-    The program then copies within the device, to memory of its own that it may write to.
-
-    Args:
-        constants: what the program copies in one run.
-
-    Raises:
-        CaptureError: in the program, where it copies something else.
+    The program then copies within the device, to memory of its own that it may write to. Where it copies something
+    else, a CaptureError is raised in it.
     """
 
     def __init__(self, constants: Sequence[Constant]) -> None:

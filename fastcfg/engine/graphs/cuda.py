@@ -29,11 +29,7 @@ _BROKEN: list[torch.cuda.CUDAGraph] = []
 
 
 class Pool:
-    """The memory shared by one owner's graphs, which may be replayed on any stream, but one after the other.
-
-    Args:
-        device: where they run.
-    """
+    """The memory shared by one owner's graphs, which may be replayed on any stream, but one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.lock = device, threading.Lock()
@@ -68,15 +64,10 @@ class Pool:
 
 
 class CudaGraph:
-    """Programs captured once, one after the other; calling the object replays them.
+    """Runs of one program, captured once, one after the other; calling the object replays them.
 
-    Args:
-        programs: runs of one program, which must have run before: nothing can be initialised during a capture.
-        examined: the result of `examine`.
-        pool: the memory it shares with other graphs.
-
-    Raises:
-        CaptureError: the program cannot be captured.
+    The program must have run before: nothing can be initialised during a capture. CaptureError says why it cannot be
+    captured.
     """
 
     def __init__(self, programs: Sequence[Callable[[], None]], examined: Examined, pool: Pool) -> None:
@@ -125,12 +116,8 @@ class CudaGraph:
 
 
 def _first(error: BaseException, outer: BaseException | None) -> BaseException:
-    """The original error: ending a broken capture raises a second one over it.
-
-    Args:
-        error: what was caught.
-        outer: the exception that was being handled before the capture began.
-    """
+    """The original error: ending a broken capture raises a second one over it. `outer` is the exception that was being
+    handled before the capture began."""
     while error.__context__ not in (None, outer) and not isinstance(error, CaptureError):
         error = error.__context__
     return error
@@ -151,11 +138,8 @@ def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
 
 
 def _mend(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> None:
-    """Clean up after a capture that CUDA refused to end.
-
-    torch's allocator would keep reserving memory for it, and its generator would refuse to draw. A capture that
-    succeeds resets the generator.
-    """
+    """Clean up after a capture that CUDA refused to end: torch's allocator would keep reserving memory for it, and its
+    generator would refuse to draw. A capture that succeeds resets the generator."""
     _BROKEN.append(graph)
     with suppress(RuntimeError):
         release_capture_pool(stream.device.index, pool)

@@ -19,26 +19,19 @@ __all__ = ["Examined", "examine"]
 
 @dataclass(frozen=True, eq=False)
 class Examined:
-    """The result for a program that can be captured.
+    """The result for a program that can be captured."""
 
-    Attributes:
-        constants: what it copies from the host in one run, in order.
-    """
-
-    constants: tuple[Constant, ...] = ()
+    constants: tuple[Constant, ...] = ()  # what it copies from the host in one run, in order
 
     @contextmanager
     def reused(self) -> Iterator[ReuseConstants]:
         """Context in which the program takes its constants from the device."""
-        reuse = ReuseConstants(self.constants)
-        with visible_copies(), reuse:
+        with visible_copies(), ReuseConstants(self.constants) as reuse:
             yield reuse
 
 
 def examine(
-    program: Callable[[], None],
-    states: tuple[Callable[[], None], Callable[[], None]],
-    device: torch.device,
+    program: Callable[[], None], states: tuple[Callable[[], None], Callable[[], None]], device: torch.device
 ) -> Examined:
     """Run a program three times and compare the last two, which begin in different states.
 
@@ -46,13 +39,8 @@ def examine(
     device, and nothing may differ between the runs except the contents of device memory. Host tensors are then the same
     in every row: they could depend on the device only through a read.
 
-    Args:
-        program: the program to capture.
-        states: functions that set the program's memory to the states to begin in, with times far apart.
-        device: where the program works.
-
-    Raises:
-        CaptureError: it cannot be captured; the message names operation and line.
+    The functions `states` set the program's memory to the states to begin in, with times far apart. CaptureError names
+    the operation that cannot be captured and its line.
     """
     traces = []
     with on_side_stream(device):

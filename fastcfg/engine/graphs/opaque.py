@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.nn import Module
@@ -26,16 +27,13 @@ class Opaque:
         return self._function(*args, **kwargs) if record is None else record(self._function, args, kwargs)
 
 
-class recording:  # noqa: N801
+@contextmanager
+def recording(record: Callable[..., Any]) -> Iterator[None]:
     """Context in which `Opaque` functions are run by `record(function, args, kwargs)`."""
-
-    def __init__(self, record: Callable[..., Any]) -> None:
-        self._record = record
-
-    def __enter__(self) -> None:
-        _THREAD.record = self._record
-
-    def __exit__(self, *error: object) -> None:
+    _THREAD.record = record
+    try:
+        yield
+    finally:
         _THREAD.record = None
 
 

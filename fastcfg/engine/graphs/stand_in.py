@@ -16,13 +16,10 @@ __all__ = ["StandIn"]
 
 
 class StandIn:
-    """A program's operations, recorded once with the tensors they touched, and replayed.
+    """The operations of programs, recorded once in a run of each with the tensors they touched, and replayed.
 
     As with a CUDA graph, Python does not run at replay, results land in the recorded tensors, and everything the
     program reads other than tensors is stale: mistakes that break a captured program break this one too.
-
-    Args:
-        programs: what to record, one after the other (running each).
     """
 
     def __init__(self, programs: Sequence[Callable[[], None]]) -> None:

@@ -23,10 +23,6 @@ def own_stream(purpose: str, device: torch.device) -> torch.cuda.Stream:
     torch hands out its 32 streams in turn, so a new one each time would soon be one on which another thread works or
     captures. And cuBLAS keeps a workspace for every stream it has worked on, 32 MiB on an H100; one allocated during a
     capture never leaves the graphs' pool.
-
-    Args:
-        purpose: any name.
-        device: a CUDA device.
     """
     key = threading.get_ident(), device.index, purpose
     if key not in _STREAMS:

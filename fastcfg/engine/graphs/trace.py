@@ -38,19 +38,12 @@ class Trace(DispatchMode):
 
     On a CPU, which stands in for a device, everything that exists before the program runs counts as on the device, and
     so does everything computed from it; what is made from numbers alone counts as on the host.
-
-    Args:
-        device: where the program works.
-
-    Attributes:
-        constants: what the program copied to the device, in order.
-        reads: descriptions of the operations that read from the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.constants: list[Constant] = []
-        self.reads: list[str] = []
+        self.constants: list[Constant] = []  # what the program copied to the device, in order
+        self.reads: list[str] = []  # the operations that read from the device, described
         self._device = device
         self._events: list[_Event] = []
         # Made by the host, by address; kept alive so that the address is not used again.
@@ -65,8 +58,7 @@ class Trace(DispatchMode):
                 pairs = zip_longest(mine.arguments, its.arguments, fillvalue="nothing")
                 old, new = next(pair for pair in pairs if pair[0] != pair[1])
                 return f"{mine} with {new} in place of {old}"
-        longer = max(self._events, other._events, key=len)
-        shorter = min(self._events, other._events, key=len)
+        shorter, longer = sorted((self._events, other._events), key=len)
         return f"{longer[len(shorter)]} in some steps only" if len(longer) > len(shorter) else ""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
