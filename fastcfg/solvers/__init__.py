@@ -1,6 +1,6 @@
 """Solvers: each builds a `StepTable` from a `Schedule` or noise levels. One module per family, in the paper's symbols.
 
-All raise TypeError for anything else in the place of these. `by_name` builds them from names.
+All raise TypeError for anything else in place of these. `by_name` builds tables from names.
 """
 
 from .cfg_pp import ddim_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
@@ -26,12 +26,9 @@ __all__ = [
     "deis",
     "dpm2",
     "dpm2_ancestral",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2s_ancestral",
-    "dpmpp_3m_sde",
-    "euler",
-    "euler_ancestral",
+]
+__all__ += ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "euler", "euler_ancestral"]
+__all__ += [
     "euler_ancestral_cfg_pp",
     "euler_cfg_pp",
     "heun",
@@ -41,8 +38,5 @@ __all__ = [
     "plms",
     "predictor_corrector",
     "prk",
-    "sa_solver",
-    "sgld",
-    "tcd",
-    "unipc",
 ]
+__all__ += ["sa_solver", "sgld", "tcd", "unipc"]

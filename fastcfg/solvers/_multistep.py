@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..table import StepTable
 from ._prediction import Array
@@ -22,7 +23,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 
 
 def integrals(kernel: Callable[[Array], Array], λ: float, λ_to: float, known: Array) -> Array:
-    """w_i = ∫ k(λ) ℓ_i(λ) dλ from λ to λ_to, with ℓ_i the Lagrange polynomials of the levels `known`; like `known`."""
+    """w_i = ∫ k(λ) ℓ_i(λ) dλ from λ to λ_to, with ℓ_i the Lagrange polynomials of the levels `known`."""
     τ = λ + (λ_to - λ) * (_NODES + 1) / 2
     basis = [np.prod([(τ - b) / (a - b) for b in known if b != a], axis=0) for a in known]
     return (λ_to - λ) / 2 * (np.array(basis) @ (_WEIGHTS * kernel(τ)))
@@ -61,16 +62,9 @@ def multistep_table(
     slopes: bool = False,
     **columns: Any,
 ) -> StepTable:
-    """The table of steps at levels σ [N].
-
-    Args:
-        denoiser, σ: as `denoising_table`.
-        A: [N], of x.
-        predictor: N arrays, the weights of m_n, m_{n-1}, ... in the step from level n.
-        corrector: N arrays, those of m_n, m_{n-1}, ... in the step to level n taken again; empty for none.
-        slopes: whether m is d = (x - x0)/σ rather than x0.
-        **columns: further ones.
-    """
+    """The table of steps at levels σ [N], from A [N] and the weights of m_n, m_{n-1}, ...: N arrays each for the step
+    from level n (predictor) and, unless empty, for the step to level n taken again (corrector). m is x0, or with
+    `slopes` d = (x - x0)/σ; `columns` are further ones."""
     on = np.zeros((1 + max(map(len, [*predictor, *corrector])), len(σ)))
     for n, weights in enumerate(predictor):
         on[: len(weights), n] += weights
@@ -83,12 +77,32 @@ def multistep_table(
     return denoising_table(denoiser, σ, σ[0], a_x=A + on[0] * m_x, a_0=on[0] * m_0, **saved, **columns)
 
 
-def history(weights: Array) -> dict[str, Any]:
-    """The columns a_h0 to a_h2 and slot of rows that save one tensor each.
+def data_table(
+    denoiser: Denoiser,
+    levels: Array,
+    order: int,
+    corrector_order: int,
+    lower_order_final: bool,
+    B: Callable[[Array], Array],
+    c: ArrayLike = 1.0,
+    **columns: Any,
+) -> StepTable:
+    """The table of a predictor and a corrector with `data_weights`, for c [N] and B(h), h [N] being the steps in λ. The
+    corrector's order counts the x0 at the end of its step."""
+    σ, c = levels[:-1], np.broadcast_to(c, len(levels) - 1)
+    with np.errstate(divide="ignore"):
+        λ = -np.log(levels)
+    predictor, corrector, Bs = [], [np.zeros(0)], B(np.diff(λ))
+    for n, p in enumerate(orders(levels, order, lower_order_final)):
+        predictor.append(data_weights(λ[n], λ[n + 1], λ[n - np.arange(p)], Bs[n], c[n]))
+    for n, q in enumerate(orders(levels, corrector_order - 1, lower_order_final)[:-1]):
+        corrector.append(data_weights(λ[n], λ[n + 1], λ[n + 1 - np.arange(q + 1)], Bs[n], c[n]))
+    return multistep_table(denoiser, σ, (levels[1:] / σ) ** c, predictor, corrector, **columns)
 
-    Args:
-        weights: [ages, R], of what the row before, the one before that, ... saved; up to 3 ages.
-    """
+
+def history(weights: Array) -> dict[str, Any]:
+    """The columns a_h0 to a_h2 and slot of rows that save one tensor each, from the weights [ages, R] of what the row
+    before, the one before that, ... saved; up to 3 ages."""
     ages, rows = len(weights), np.arange(weights.shape[1])
     # A row's tensor replaces that of `ages` rows before, which it is the last to read.
     a_h = np.zeros((3, len(rows)))

@@ -56,18 +56,12 @@ def epsilon_coefficients(ᾱ: Array, p_x: Array, p_m: Array, prediction: str) ->
 
 
 def timestep_table(
-    schedule: Schedule, rescale_timesteps: bool, *, ascending: bool = False, slot: int = -1, **columns: Any
+    schedule: Schedule, prediction: str, rescale_timesteps: bool, ascending: bool = False, /, **columns: Any
 ) -> StepTable:
-    """A table of one row per timestep, noisiest first unless `ascending`, from columns [T] indexed by timestep.
-
-    Args:
-        schedule: the process, whose times the model is given.
-        rescale_timesteps: as the solvers.
-        ascending: least noisy timestep first.
-        slot: of every row.
-        **columns: arrays by timestep, and attributes of the table.
-    """
+    """A table of one row per timestep, noisiest first unless `ascending`: the prediction's p_x and p_m with `columns`,
+    arrays [T] by timestep and attributes of the table."""
+    p_x, p_m = x0_coefficients(schedule, prediction)
+    columns |= {"t": schedule.model_timesteps(rescale_timesteps), "p_x": p_x, "p_m": p_m}
     order = slice(None) if ascending else slice(None, None, -1)
-    columns = {key: value[order] if isinstance(value, np.ndarray) else value for key, value in columns.items()}
-    times = schedule.model_timesteps(rescale_timesteps)[order]
-    return StepTable.from_columns(t=times, slot=slot, integer_time=not rescale_timesteps, **columns)
+    ordered = {key: value[order] if isinstance(value, np.ndarray) else value for key, value in columns.items()}
+    return StepTable.from_columns(integer_time=not rescale_timesteps, **ordered)

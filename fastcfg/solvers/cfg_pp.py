@@ -23,10 +23,7 @@ def ddim_cfg_pp(
 ) -> StepTable:
     """DDIM with CFG++: algorithm 2 of the paper.
 
-    Args, errors: as `ddim`.
-
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
+    Args, errors, result: as `ddim`.
 
     Example:
         >>> ddim_cfg_pp(Schedule.named("linear", 1000).respace(25)).uses_unconditional
@@ -35,17 +32,8 @@ def ddim_cfg_pp(
     σ, direction = noise_split(schedule, eta)
     p_x, p_m = x0_coefficients(schedule, prediction)
     e_x, e_m = epsilon_coefficients(schedule.alphas_cumprod, p_x, p_m, prediction)
-    return timestep_table(
-        schedule,
-        rescale_timesteps,
-        p_x=p_x,
-        p_m=p_m,
-        a_x=direction * e_x,
-        a_0=np.sqrt(schedule.alphas_cumprod_prev),
-        a_u=direction * e_m,
-        s=σ,
-        name="ddim_cfg_pp",
-    )
+    columns = {"a_x": direction * e_x, "a_0": np.sqrt(schedule.alphas_cumprod_prev), "a_u": direction * e_m, "s": σ}
+    return timestep_table(schedule, prediction, rescale_timesteps, **columns, name="ddim_cfg_pp")
 
 
 def euler_cfg_pp(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:

@@ -9,7 +9,7 @@ import numpy as np
 from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_finite
-from ._prediction import check_schedule, level_coefficients, timestep_table, x0_coefficients
+from ._prediction import check_schedule, level_coefficients, timestep_table
 
 _SIGMA_DATA = 0.5
 
@@ -21,17 +21,14 @@ def lcm(
 
     f = c_out x0 + c_skip x, then noise up to the next timestep. It is diffusers' `LCMScheduler`.
 
-    Args:
+    Args, errors: as `ddim`, and
         schedule: the process, re-spaced to the timesteps wanted, usually two to eight:
             `schedule.respace(fastcfg.schedule.consistency_timesteps(4))`.
-        timestep_scaling: s of c_skip = 0.25/((s t)² + 0.25) and c_out = s t/√((s t)² + 0.25), t the original timestep.
-        prediction, rescale_timesteps: as `ddim`.
+        timestep_scaling: s of c_skip = 0.25/((s t)² + 0.25) and c_out = s t/√((s t)² + 0.25), t the original timestep;
+            above 0.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first. The last row returns f.
-
-    Raises:
-        ValueError: unknown prediction, or timestep_scaling not above 0.
 
     Example:
         >>> from fastcfg.schedule import consistency_timesteps
@@ -40,20 +37,12 @@ def lcm(
         [999.0, 759.0, 499.0, 259.0]
     """
     check_finite("timestep_scaling", timestep_scaling, above=0)
-    p_x, p_m = x0_coefficients(schedule, prediction)
+    check_schedule(schedule)
     st = timestep_scaling * schedule.timestep_map
     c_skip, c_out = _SIGMA_DATA**2 / (st**2 + _SIGMA_DATA**2), st / np.sqrt(st**2 + _SIGMA_DATA**2)
     ᾱ_prev = schedule.alphas_cumprod_prev
-    return timestep_table(
-        schedule,
-        rescale_timesteps,
-        p_x=p_x,
-        p_m=p_m,
-        a_x=np.sqrt(ᾱ_prev) * c_skip,
-        a_0=np.sqrt(ᾱ_prev) * c_out,
-        s=np.sqrt(1 - ᾱ_prev),
-        name="lcm",
-    )
+    columns = {"a_x": np.sqrt(ᾱ_prev) * c_skip, "a_0": np.sqrt(ᾱ_prev) * c_out, "s": np.sqrt(1 - ᾱ_prev)}
+    return timestep_table(schedule, prediction, rescale_timesteps, **columns, name="lcm")
 
 
 def tcd(
@@ -69,18 +58,13 @@ def tcd(
     https://arxiv.org/abs/2402.19159: along ε to s = (1-γ) t', then noise up to t'. It is diffusers' `TCDScheduler`,
     with γ for its `eta`. ε is re-derived from the clipped x0.
 
-    Args:
+    Args, errors: as `ddim`, without prediction "previous_x", and
         schedule: the whole process: s is between the timesteps.
         timesteps: falling ones, as `fastcfg.schedule.consistency_timesteps(4)`. The run ends at timestep 0.
         gamma: γ, 0 for no noise to 1 for steps through x at timestep 0.
-        prediction: "epsilon", "x0" or "v".
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
 
     Returns:
         A table of one row per timestep. The last row adds no noise.
-
-    Raises:
-        ValueError: unknown prediction, gamma out of its range, or timesteps not as described.
     """
     check_schedule(schedule)
     if not 0 <= gamma <= 1:
@@ -94,13 +78,6 @@ def tcd(
     p_x, p_m = level_coefficients(ᾱ, prediction)
     ratio = ᾱ_prev / ᾱ_s
     a_x = np.sqrt(ratio * (1 - ᾱ_s) / (1 - ᾱ))
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[t],
-        p_x=p_x,
-        p_m=p_m,
-        a_x=a_x,
-        a_0=np.sqrt(ᾱ_prev) - a_x * np.sqrt(ᾱ),
-        s=np.sqrt(1 - ratio),
-        integer_time=not rescale_timesteps,
-        name="tcd",
-    )
+    columns = {"p_x": p_x, "p_m": p_m, "a_x": a_x, "a_0": np.sqrt(ᾱ_prev) - a_x * np.sqrt(ᾱ), "s": np.sqrt(1 - ratio)}
+    times = schedule.model_timesteps(rescale_timesteps)[t]
+    return StepTable.from_columns(t=times, integer_time=not rescale_timesteps, **columns, name="tcd")

@@ -7,7 +7,7 @@ import numpy as np
 from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_finite
-from ._prediction import Array, check_schedule, timestep_table, x0_coefficients
+from ._prediction import Array, check_schedule, timestep_table
 
 
 def ddim(
@@ -15,14 +15,14 @@ def ddim(
 ) -> StepTable:
     """Equation 12 of the paper: guided-diffusion's and GLIDE's `ddim_sample_loop`.
 
-    ε is re-derived from the clipped x0, as in the originals. A classifier's gradient g moves ε by -√(1-ᾱ) g, and x0 is
-    not clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's `condition_score`). The variance channels
-    of a model with learned variances are ignored.
+    ε is re-derived from the clipped x0, as in the originals; learned variances are ignored. A classifier's gradient g
+    moves ε by -√(1-ᾱ) g, and x0 is not clipped again (Dhariwal & Nichol 2021, algorithm 2; guided-diffusion's
+    `condition_score`).
 
     Args:
         schedule: the process, re-spaced to the number of steps wanted.
-        eta: 0 for the deterministic sampler, 1 for the noise level of DDPM; any value of at least 0 for which the
-            variance exists.
+        eta: 0 for the deterministic sampler, 1 for the noise level of DDPM; finite, at least 0, and such that σ² is at
+            most 1 - ᾱ of the previous step.
         prediction: "epsilon", "x0", "v" or "previous_x".
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
@@ -31,15 +31,15 @@ def ddim(
 
     Raises:
         TypeError: schedule not a Schedule.
-        ValueError: unknown prediction, or eta negative, not finite, or so large that σ² exceeds 1 - ᾱ of the previous
-            step.
+        ValueError: unknown prediction, or eta out of its range.
 
     Example:
         >>> ddim(Schedule.named("linear", 1000).respace("ddim25")).uses_noise
         False
     """
     σ, direction = noise_split(schedule, eta)
-    return _table(schedule, prediction, rescale_timesteps, schedule.alphas_cumprod_prev, direction, s=σ, name="ddim")
+    columns = _columns(schedule, schedule.alphas_cumprod_prev, direction)
+    return timestep_table(schedule, prediction, rescale_timesteps, **columns, s=σ, name="ddim")
 
 
 def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
@@ -52,8 +52,8 @@ def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_tim
     """
     check_schedule(schedule)
     ᾱ_next = schedule.alphas_cumprod_next
-    options = {"ascending": True, "name": "ddim_reverse"}
-    return _table(schedule, prediction, rescale_timesteps, ᾱ_next, np.sqrt(1 - ᾱ_next), **options)
+    columns = _columns(schedule, ᾱ_next, np.sqrt(1 - ᾱ_next))
+    return timestep_table(schedule, prediction, rescale_timesteps, True, **columns, name="ddim_reverse")
 
 
 def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
@@ -63,39 +63,21 @@ def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescal
     This is for reproducing that fork's images: it is not DPM-Solver++, and more steps do not bring it nearer to the
     ODE's solution, because x0 stays that of ε. `plms` of order 2 extrapolates both.
 
-    Args, errors: as `ddim`.
-
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first, with one saved tensor. The last row returns x0.
+    Args, errors, result: as `ddim`, with one saved tensor.
     """
-    p_x, p_m = x0_coefficients(schedule, prediction)
+    check_schedule(schedule)
     ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
     ε_x, ε_0 = 1 / np.sqrt(1 - ᾱ), -np.sqrt(ᾱ / (1 - ᾱ))
     direction = np.sqrt(1 - ᾱ_prev)
     # The first step has no ε before it.
     first = np.arange(len(ᾱ)) == len(ᾱ) - 1
     now, last = np.where(first, 1.0, 1.5) * direction, np.where(first, 0.0, -0.5) * direction
-    return timestep_table(
-        schedule,
-        rescale_timesteps,
-        p_x=p_x,
-        p_m=p_m,
-        a_x=now * ε_x,
-        a_0=np.sqrt(ᾱ_prev) + now * ε_0,
-        a_h0=last,
-        k_x=ε_x,
-        k_0=ε_0,
-        slot=0,
-        name="ddim_extrapolated",
-    )
+    columns = {"a_x": now * ε_x, "a_0": np.sqrt(ᾱ_prev) + now * ε_0, "a_h0": last, "k_x": ε_x, "k_0": ε_0, "slot": 0}
+    return timestep_table(schedule, prediction, rescale_timesteps, **columns, name="ddim_extrapolated")
 
 
 def noise_split(schedule: Schedule, eta: float) -> tuple[Array, Array]:
-    """(σ, √(1 - ᾱ_prev - σ²)), each [T] by timestep: equation 16 of the paper, and what is left for ε.
-
-    Raises:
-        TypeError, ValueError: as `ddim`.
-    """
+    """(σ, √(1 - ᾱ_prev - σ²)), each [T] by timestep: equation 16 of the paper, and what is left for ε."""
     check_schedule(schedule)
     check_finite("eta", eta, least=0)
     ᾱ, ᾱ_prev = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
@@ -103,18 +85,15 @@ def noise_split(schedule: Schedule, eta: float) -> tuple[Array, Array]:
     direction = 1 - ᾱ_prev - σ**2
     # At eta = 1 rounding may take the first step a little below 0.
     if direction.min() < -1e-12:
-        raise ValueError(
-            f"eta: got {eta}, expected less: sigma exceeds the noise that is left at {int((direction < 0).sum())} steps"
-        )
+        steps = int((direction < 0).sum())
+        raise ValueError(f"eta: got {eta}, expected less: sigma exceeds the noise that is left at {steps} steps")
     return σ, np.sqrt(np.maximum(direction, 0))
 
 
-def _table(schedule, prediction, rescale_timesteps, ᾱ_to, direction, **options) -> StepTable:  # type: ignore[no-untyped-def]
+def _columns(schedule: Schedule, ᾱ_to: Array, direction: Array) -> dict[str, Array]:
     """x' = √ᾱ_to x0 + direction ε + s z with ε = (x - √ᾱ x0) / √(1-ᾱ), as rows over (x, x0)."""
-    p_x, p_m = x0_coefficients(schedule, prediction)
     # Where ᾱ is 0 nothing of the image is left, and a classifier's gradient vanishes.
     ᾱ = schedule.alphas_cumprod
     p_g = np.divide(1 - ᾱ, np.sqrt(ᾱ), out=np.zeros_like(ᾱ), where=ᾱ > 0)
     a_x = direction / schedule.sqrt_one_minus_alphas_cumprod
-    a_0 = np.sqrt(ᾱ_to) - a_x * schedule.sqrt_alphas_cumprod
-    return timestep_table(schedule, rescale_timesteps, p_x=p_x, p_m=p_m, a_x=a_x, a_0=a_0, p_g=p_g, **options)
+    return {"a_x": a_x, "a_0": np.sqrt(ᾱ_to) - a_x * schedule.sqrt_alphas_cumprod, "p_g": p_g}

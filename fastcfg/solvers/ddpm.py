@@ -7,7 +7,7 @@ import numpy as np
 from ..schedule import Schedule
 from ..table import NO_NOISE, StepTable
 from ..utils.checks import check_one_of
-from ._prediction import Array, timestep_table, x0_coefficients
+from ._prediction import Array, check_schedule, timestep_table
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
@@ -20,19 +20,16 @@ def ddpm(
     A classifier's gradient g moves the mean by σ² g, at the last step too (Dhariwal & Nichol 2021, algorithm 1;
     guided-diffusion's `condition_mean`).
 
-    Args:
-        schedule: the process, re-spaced to the number of steps wanted.
-        prediction: "epsilon", "x0", "v" or "previous_x".
+    Args, errors: as `ddim`, and
         variance: "fixed_small" (β̃), "fixed_large" (β), "learned" (the model's second C channels are log σ²) or
             "learned_range" (they interpolate log σ² between log β̃ at -1 and log β at +1; Nichol & Dhariwal 2021,
             https://arxiv.org/abs/2102.09672).
-        rescale_timesteps: give the model float times in the range of a 1000-step process.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first. The last row adds no noise.
 
     Raises:
-        ValueError: unknown prediction or variance, or a schedule whose coefficients are not finite.
+        ValueError: unknown variance, or a schedule whose coefficients are not finite.
 
     Example:
         >>> table = ddpm(Schedule.named("squaredcos_cap_v2", 1000).respace(50))
@@ -40,15 +37,12 @@ def ddpm(
         (50, True)
     """
     check_one_of("variance", variance, VARIANCES)
-    p_x, p_m = x0_coefficients(schedule, prediction)
+    check_schedule(schedule)
     n = schedule.num_timesteps
     zero: Array = np.zeros(n)
-
+    a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
     if prediction == "previous_x":
         a_x, a_0, a_m = zero, zero, np.ones(n)
-    else:
-        a_x, a_0, a_m = schedule.posterior_mean_coef2, schedule.posterior_mean_coef1, zero
-
     # log2 std = l_0 + l_v*v. The last step is the mean itself; its variance a_g counts only for a gradient.
     noisy = np.arange(n) > 0
     s = l_0 = l_v = zero
@@ -64,18 +58,6 @@ def ddpm(
         l_0, l_v = np.where(noisy, (high + low) / (4 * np.log(2)), NO_NOISE), (high - low) / (4 * np.log(2))
         a_g = np.exp(0.5 * (high + low))
 
-    return timestep_table(
-        schedule,
-        rescale_timesteps,
-        p_x=p_x,
-        p_m=p_m,
-        a_x=a_x,
-        a_0=a_0,
-        a_m=a_m,
-        s=s,
-        l_0=l_0,
-        l_v=l_v,
-        a_g=a_g,
-        learned_variance=variance.startswith("learned"),
-        name="ddpm",
-    )
+    columns = {"a_x": a_x, "a_0": a_0, "a_m": a_m, "s": s, "l_0": l_0, "l_v": l_v, "a_g": a_g}
+    learned = {"learned_variance": variance.startswith("learned")}
+    return timestep_table(schedule, prediction, rescale_timesteps, **columns, **learned, name="ddpm")

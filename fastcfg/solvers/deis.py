@@ -16,17 +16,13 @@ def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, d
     It is diffusers' `DEISMultistepScheduler` ("logrho"). The paper's ρAB, with polynomials in ρ, is `lms`; its tAB has
     them in the time t of the process.
 
-    Args:
-        sigmas, denoiser: as `euler`, with its errors.
+    Args, errors: as `euler`, and
         order: the number of ε combined, 1 (`euler`) to 3, less in the first steps.
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them in fewer than 15
             steps. A step to 0 is of first order in any case.
 
     Returns:
-        A table of N rows with order - 1 saved tensors. Its start is sigmas[0] times noise.
-
-    Raises:
-        ValueError: unknown order.
+        A table of N rows with order - 1 saved tensors.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: got {order}, expected 1, 2 or 3")

@@ -59,11 +59,7 @@ class Denoiser:
         check_finite("sigma_data", self.sigma_data, above=0)
 
     def columns(self, σ: Array) -> dict[str, Array]:
-        """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0.
-
-        Raises:
-            ValueError: levels above 1 with "flow".
-        """
+        """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0, ValueError above 1 for a flow."""
         one = np.ones_like(σ)
         if self.prediction == "flow":
             if σ.max() > 1:
@@ -86,12 +82,7 @@ RAW = Denoiser()
 
 
 def noise_levels(sigmas: ArrayLike) -> Array:
-    """`sigmas` as float64 [N + 1], checked.
-
-    Raises:
-        TypeError: not numbers.
-        ValueError: not one dimension of at least two finite levels that fall strictly, the last at least 0.
-    """
+    """`sigmas` as float64 [N + 1], checked as `euler` says."""
     try:
         σ = np.array(sigmas, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -111,14 +102,10 @@ def at_least_0(**numbers: float) -> None:
 
 
 def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any) -> StepTable:
-    """A table of rows at noise levels σ [R], for a start of standard deviation σ_max.
-
-    Raises:
-        TypeError: denoiser not a Denoiser.
-        ValueError: noise in the steps of a flow, where the state has another scale at every level.
-    """
+    """A table of rows at noise levels σ [R], for a start of standard deviation σ_max."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
+    # The state of a flow has another scale at every level.
     if denoiser.prediction == "flow" and np.any(columns.get("s", 0)):
         raise ValueError("denoiser: got prediction 'flow' for steps that add noise, expected a solver without")
     return StepTable.from_columns(**denoiser.columns(σ), integer_time=False, initial_scale=float(σ_max), **columns)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,8 @@ from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_count
 from ._prediction import Array, check_schedule, x0_coefficients
+
+_Ints = NDArray[np.int64]
 
 
 def langevin(
@@ -37,19 +38,15 @@ def langevin(
     have about one scale. (Keeping x/√ᾱ instead, which variance-exploding levels keep, scales x by 20,000 on the way
     through the cosine schedule.) Samples get better with the number of steps; count on several hundred.
 
-    Args:
+    Args, errors: as `ddim`, and
         schedule: the process, re-spaced to the levels wanted.
-        steps_per_level: Langevin steps at each of them.
+        steps_per_level: Langevin steps at each of them, at least 1.
         step_size: δ/(1-ᾱ), in (0, 4). Larger steps mix faster and leave more noise.
         denoise: end with a row that returns x0, without the last level's noise (Jolicoeur-Martineau et al. 2020,
             https://arxiv.org/abs/2009.05475).
-        prediction, rescale_timesteps: as `ddim`.
 
     Returns:
         A table of `steps_per_level` rows for each level, which share a step; the row of `denoise` is in the last one.
-
-    Raises:
-        ValueError: unknown prediction, steps_per_level below 1, or step_size out of range.
 
     Example:
         >>> table = langevin(Schedule.named("cosine", 1000).respace(100), steps_per_level=5)
@@ -78,21 +75,14 @@ def sgld(
 
     With guidance of scale γ they sample the density proportional to p(x_t)^(1-γ) p(x_t | y)^γ.
 
-    Args:
-        schedule: the process, re-spaced or not.
+    Args, errors: as `langevin`, and
         timestep: the level, an index into the schedule, 0 the least noisy.
-        num_steps: Langevin steps.
+        num_steps: Langevin steps, at least 1.
         step_size: δ/(1-ᾱ), in (0, 4): one number, or one for each step, say a (b + i)^-c with 1/2 < c <= 1 to end
             without a bias.
-        denoise: end with a row that returns x0.
-        prediction, rescale_timesteps: as `langevin`.
 
     Returns:
         A table of `num_steps` rows, and the row of `denoise` in the last one's step.
-
-    Raises:
-        ValueError: unknown prediction, a timestep outside the schedule, num_steps below 1, or step sizes out of range
-            or of another number.
     """
     check_schedule(schedule)
     check_count("num_steps", num_steps)
@@ -112,7 +102,7 @@ def predictor_corrector(
         predictor: a table of this package for the same schedule, such as `ddpm(schedule)` or `ddim(schedule)`; its rows
             say what the model predicts.
         schedule: the process.
-        corrector_steps: Langevin steps before each step of the predictor.
+        corrector_steps: Langevin steps before each step of the predictor, at least 1.
         step_size: δ/(1-ᾱ), in (0, 4).
 
     Returns:
@@ -120,8 +110,8 @@ def predictor_corrector(
 
     Raises:
         TypeError: a predictor that is no table, or a schedule that is no Schedule.
-        ValueError: a predictor whose steps do not begin at timesteps of the schedule, or whose x is not that of the
-            schedule (c_in is not 1), corrector_steps below 1, or step_size out of range.
+        ValueError: a number out of its range, or a predictor with steps that do not begin at timesteps of the schedule,
+            or with an x that is not the schedule's (c_in is not 1).
 
     Example:
         >>> from fastcfg.solvers import ddim
@@ -140,31 +130,32 @@ def predictor_corrector(
     first = np.flatnonzero(np.diff(predictor.steps, prepend=-1))
     ᾱ = schedule.alphas_cumprod[_levels(predictor, first, schedule)]
     columns = {name: predictor[name][first] for name in ("t", "p_x", "p_m")}
-    rows = StepTable.from_columns(**columns, **_step(ᾱ, size, predictor.learned_variance)).rows
-    return replace(
-        predictor,
-        rows=_at_heads(predictor.rows, first, rows, corrector_steps),
-        steps=_at_heads(predictor.steps, first, predictor.steps[first], corrector_steps),
-        name="predictor_corrector",
-    )
+    inserted = StepTable.from_columns(**columns, **_step(ᾱ, size, predictor.learned_variance)).rows
+    # Before the first row of each of the predictor's steps.
+    at = np.repeat(first, corrector_steps)
+    rows = np.insert(predictor.rows, at, np.repeat(inserted, corrector_steps, axis=0), axis=0)
+    steps = np.insert(predictor.steps, at, predictor.steps[at])
+    return replace(predictor, rows=rows, steps=steps, name="predictor_corrector")
 
 
-def _table(schedule, levels, sizes, steps, denoise, prediction, rescale_timesteps, name) -> StepTable:  # type: ignore[no-untyped-def]
+def _table(
+    schedule: Schedule,
+    levels: _Ints,
+    sizes: Array,
+    steps: _Ints,
+    denoise: bool,
+    prediction: str,
+    rescale: bool,
+    name: str,
+) -> StepTable:
     """Langevin steps at some levels, and a row that returns the x0 of the last one."""
     columns = _step(schedule.alphas_cumprod[levels], sizes)
     if denoise:
         levels, steps = np.append(levels, levels[-1]), np.append(steps, steps[-1])
         columns = {key: np.append(column, float(key == "a_0")) for key, column in columns.items()}
     p_x, p_m = x0_coefficients(schedule, prediction)
-    return StepTable.from_columns(
-        steps=steps,
-        t=schedule.model_timesteps(rescale_timesteps)[levels],
-        p_x=p_x[levels],
-        p_m=p_m[levels],
-        integer_time=not rescale_timesteps,
-        name=name,
-        **columns,
-    )
+    columns |= {"t": schedule.model_timesteps(rescale)[levels], "p_x": p_x[levels], "p_m": p_m[levels]}
+    return StepTable.from_columns(steps=steps, **columns, integer_time=not rescale, name=name)
 
 
 def _step(ᾱ: Array, step_size: Array, learned_variance: bool = False) -> dict[str, Array]:
@@ -175,7 +166,7 @@ def _step(ᾱ: Array, step_size: Array, learned_variance: bool = False) -> dict[
     return {"a_x": np.broadcast_to(1 - step_size / 2, ᾱ.shape), "a_0": step_size / 2 * np.sqrt(ᾱ), **noise}
 
 
-def _levels(predictor: StepTable, first: NDArray[np.int64], schedule: Schedule) -> NDArray[np.int64]:
+def _levels(predictor: StepTable, first: _Ints, schedule: Schedule) -> _Ints:
     """The timestep at which each step of the predictor begins."""
     times = predictor["t"][first].tolist()
     # Float times are not always rescaled ones: those of `prk` lie between two timesteps.
@@ -183,15 +174,8 @@ def _levels(predictor: StepTable, first: NDArray[np.int64], schedule: Schedule) 
         level_of = {time: level for level, time in enumerate(schedule.model_timesteps(rescale).tolist())}
         if set(times) <= level_of.keys():
             return np.array([level_of[time] for time in times])
-    raise ValueError(
-        f"predictor: got the table {predictor.name} with steps beginning at times {times}, expected some of the "
-        f"schedule's, {schedule.model_timesteps().tolist()}"
-    )
-
-
-def _at_heads(values: NDArray[Any], first: NDArray[np.int64], inserted: NDArray[Any], repeats: int) -> NDArray[Any]:
-    """`values` with each of `inserted`, repeated, before the entries at `first`."""
-    return np.insert(values, np.repeat(first, repeats), np.repeat(inserted, repeats, axis=0), axis=0)
+    got, expected = f"the table {predictor.name} with steps beginning at times {times}", schedule.model_timesteps()
+    raise ValueError(f"predictor: got {got}, expected some of the schedule's, {expected.tolist()}")
 
 
 def _sizes(step_size: float | Sequence[float], num_steps: int) -> Array:

@@ -32,16 +32,10 @@ def plms(
     three steps of `prk`, would need four, one more than a table has: within the third, its start, the sum of its ε so
     far and the ε of both steps before are all still needed.
 
-    Args:
-        schedule: the process, re-spaced to the number of steps wanted.
-        order: 1 (DDIM) to 4.
-        prediction, rescale_timesteps: as `ddim`.
+    Args, errors: as `ddim`, and order: 1 (DDIM) to 4.
 
     Returns:
         A table of `schedule.num_timesteps` rows, noisiest first.
-
-    Raises:
-        ValueError: unknown order or prediction.
 
     Example:
         >>> table = plms(Schedule.named("linear", 1000).respace(20))
@@ -59,18 +53,11 @@ def plms(
     for row in range(len(rows)):
         b = ADAMS_BASHFORTH[min(row + 1, order)]
         weights[row, : len(b)] = b
-    return StepTable.from_columns(
-        t=schedule.model_timesteps(rescale_timesteps)[::-1],
-        p_x=p_x,
-        p_m=p_m,
-        a_x=A + B * weights[:, 0] * e_x,
-        a_m=B * weights[:, 0] * e_m,
-        k_x=e_x,
-        k_m=e_m,
-        **history((B[:, None] * weights[:, 1:order]).T),
-        integer_time=not rescale_timesteps,
-        name="plms",
-    )
+    now = B * weights[:, 0]
+    columns = {"p_x": p_x, "p_m": p_m, "a_x": A + now * e_x, "a_m": now * e_m, "k_x": e_x, "k_m": e_m}
+    columns |= history((B[:, None] * weights[:, 1:order]).T)
+    times = schedule.model_timesteps(rescale_timesteps)[::-1]
+    return StepTable.from_columns(t=times, **columns, integer_time=not rescale_timesteps, name="plms")
 
 
 def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
@@ -79,16 +66,11 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
     As in that fork, the steps lead from t = T-2 to t = 0 (x_T is taken for x_{T-2}, and x_0 is returned unchanged), and
     the stages halfway between two timesteps take the mean of their ᾱ and of their model times: times are floats.
 
-    Args:
-        schedule: the process, re-spaced to 2 more than the number of steps wanted.
-        prediction: "epsilon", "x0" or "v".
-        rescale_timesteps: give the model times in the range of a 1000-step process.
+    Args, errors: as `ddim`, without prediction "previous_x", and
+        schedule: the process, re-spaced to 2 more than the number of steps wanted: at least 3 timesteps.
 
     Returns:
         A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first; the four of a step share its index.
-
-    Raises:
-        ValueError: unknown prediction, or fewer than 3 timesteps.
 
     Example:
         >>> table = prk(Schedule.named("linear", 1000).respace(20))
@@ -108,28 +90,21 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
     start, half, _, end = ᾱ.reshape(-1, 4).T
     A_half, B_half = _transfer(start, half)
     A, B = _transfer(start, end)
-    zero, one = np.zeros(len(t)), np.ones(len(t))
     # With X the step's start: h0 <- X at the first stage, h1 <- A_half X + B_half (ε_1 + 2 ε_2) at the second. At the
     # fourth x is A X + B ε_3, so A X + B (ε_1 + 2 ε_2 + 2 ε_3 + ε_4)/6 is a sum over x, ε_4, h0 and h1.
     c = B / (6 * B_half)
-    on_x = np.stack([A_half, zero, zero, one / 3], axis=1).ravel()
-    on_ε = np.stack([B_half, B_half, B, B / 6], axis=1).ravel()
-    saved_ε = np.stack([zero, 2 * B_half, zero, zero], axis=1).ravel()
-    return StepTable.from_columns(
-        steps=np.repeat(np.arange(len(t)), 4),
-        t=np.interp(stages, indices, schedule.model_timesteps(rescale_timesteps)),
-        p_x=p_x,
-        p_m=p_m,
-        a_x=on_x + on_ε * e_x,
-        a_m=on_ε * e_m,
-        a_h0=np.stack([zero, A_half, A, 2 * A / 3 - c * A_half], axis=1).ravel(),
-        a_h1=np.stack([zero, zero, zero, c], axis=1).ravel(),
-        k_x=np.tile([1.0, 1.0, 0.0, 0.0], len(t)) + saved_ε * e_x,
-        k_m=saved_ε * e_m,
-        slot=np.tile([0.0, 1.0, -1.0, -1.0], len(t)),
-        integer_time=False,
-        name="prk",
-    )
+    on_x, on_ε, saved_ε = _rows(A_half, 0, 0, 1 / 3), _rows(B_half, B_half, B, B / 6), _rows(0, 2 * B_half, 0, 0)
+    columns = {"p_x": p_x, "p_m": p_m, "a_x": on_x + on_ε * e_x, "a_m": on_ε * e_m}
+    columns |= {"a_h0": _rows(0, A_half, A, 2 * A / 3 - c * A_half), "a_h1": _rows(0, 0, 0, c)}
+    columns |= {"k_x": np.tile([1.0, 1.0, 0.0, 0.0], len(t)) + saved_ε * e_x, "k_m": saved_ε * e_m}
+    columns |= {"slot": np.tile([0.0, 1.0, -1.0, -1.0], len(t)), "steps": np.repeat(np.arange(len(t)), 4)}
+    times = np.interp(stages, indices, schedule.model_timesteps(rescale_timesteps))
+    return StepTable.from_columns(t=times, **columns, integer_time=False, name="prk")
+
+
+def _rows(*stages: Array | float) -> Array:
+    """The rows of a column from its value at each stage, [N] or one number."""
+    return np.stack(np.broadcast_arrays(*stages), axis=1).ravel()
 
 
 def _transfer(ᾱ: Array, ᾱ_to: Array) -> tuple[Array, Array]:

@@ -30,9 +30,7 @@ def euler(
     s_noise: float = 1.0,
     denoiser: Denoiser = RAW,
 ) -> StepTable:
-    """Euler's method on the probability-flow ODE: algorithm 2 of Karras et al. 2022 at first order. Without churn it is
-    DDIM.
-
+    """Euler's method on the probability-flow ODE: algorithm 2 of Karras et al. 2022 at first order; DDIM without churn.
     (diffusers' `EulerDiscreteScheduler` and `EDMEulerScheduler` add the noise of their churn after the model call.)
 
     Args:
@@ -65,13 +63,7 @@ def euler_ancestral(
     """Euler steps to σ_down, then noise: DDPM with the small variance at eta 1 (Ho et al. 2020,
     https://arxiv.org/abs/2006.11239).
 
-    Args:
-        sigmas, denoiser: as `euler`, with its errors.
-        eta: 0 for the ODE to 1.
-        s_noise: factor of the noise, at least 0.
-
-    Raises:
-        ValueError: eta or s_noise out of its range.
+    Args, errors, result: as `euler`, and eta: 0 for the ODE to 1; s_noise: factor of the noise, at least 0.
     """
     σ, _, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
     return denoising_table(denoiser, σ, σ[0], a_x=σ_down / σ, a_0=1 - σ_down / σ, s=σ_up, name="euler_ancestral")
@@ -195,15 +187,8 @@ def _two_stages(
         return np.stack(np.broadcast_arrays(one, two, σ)[:2], axis=1).ravel()[:rows]
 
     columns = {column: interleaved(first.get(column, 0.0), second.get(column, 0.0)) for column in {*first, *second}}
-    return denoising_table(
-        denoiser,
-        interleaved(σ, σ_mid),
-        start,
-        **columns,
-        slot=interleaved(np.where(σ_to > 0, 0.0, -1.0), -1.0),
-        steps=np.arange(rows) // 2,
-        name=name,
-    )
+    columns["slot"] = interleaved(np.where(σ_to > 0, 0.0, -1.0), -1.0)
+    return denoising_table(denoiser, interleaved(σ, σ_mid), start, **columns, steps=np.arange(rows) // 2, name=name)
 
 
 def _or_1(σ: Array) -> Array:

@@ -19,14 +19,10 @@ SOLVER_TYPES = ("midpoint", "heun")
 
 
 def dpmpp_2m(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
-    """DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2): second order.
+    """DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2): second order, but for the first
+    step and one to 0.
 
-    The first step, and one to 0, are of first order.
-
-    Args, errors: as `euler`.
-
-    Returns:
-        A table of N rows with one saved tensor.
+    Args, errors, result: as `euler`, with one saved tensor.
     """
     return _dpmpp_2m(sigmas, denoiser, 0.0, 1.0, "midpoint", "dpmpp_2m")
 
@@ -41,17 +37,10 @@ def dpmpp_2m_sde(
 ) -> StepTable:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, section 5), with k-diffusion's eta.
 
-    Args:
-        sigmas, denoiser: as `euler`, with its errors.
+    Args, errors, result: as `euler`, with one saved tensor, and
         eta: 0 for the ODE (then `dpmpp_2m`, for "midpoint"), 1 for the paper's SDE, or more noise still.
         s_noise: factor of the noise, at least 0.
         solver_type: how x0 is extrapolated: "midpoint", or "heun".
-
-    Returns:
-        A table of N rows with one saved tensor.
-
-    Raises:
-        ValueError: eta, s_noise or solver_type out of its range.
     """
     check_one_of("solver_type", solver_type, SOLVER_TYPES)
     return _dpmpp_2m(sigmas, denoiser, eta, s_noise, solver_type, "dpmpp_2m_sde")
@@ -64,10 +53,7 @@ def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, d
     for its second derivative), so at eta 0 it is of second order with a small error. The first two steps have the order
     that the x0 before them allow.
 
-    Args, errors: as `euler_ancestral`, with eta unbounded.
-
-    Returns:
-        A table of N rows with two saved tensors.
+    Args, errors, result: as `euler_ancestral`, with eta unbounded and two saved tensors.
     """
     σ, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
     rows = np.arange(len(σ))
@@ -82,36 +68,17 @@ def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, d
     on_D_1, on_D_2 = on_second / r1 - on_first / r0, -on_second / r1
     # Row i's x0 replaces D_2, which it is the last to read.
     odd = rows % 2 == 1
-    return denoising_table(
-        denoiser,
-        σ,
-        σ[0],
-        a_x=a_x,
-        a_0=1 - a_x + on_first / r0,
-        a_h0=np.where(odd, on_D_1, on_D_2),
-        a_h1=np.where(odd, on_D_2, on_D_1),
-        s=noise,
-        k_0=1.0,
-        slot=rows % 2,
-        name="dpmpp_3m_sde",
-    )
+    columns = {"a_x": a_x, "a_0": 1 - a_x + on_first / r0, "s": noise, "k_0": 1.0, "slot": rows % 2}
+    columns |= {"a_h0": np.where(odd, on_D_1, on_D_2), "a_h1": np.where(odd, on_D_2, on_D_1)}
+    return denoising_table(denoiser, σ, σ[0], **columns, name="dpmpp_3m_sde")
 
 
 def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepTable:
     """Linear multistep: Adams-Bashforth for uneven steps, on the ODE dx/dσ = d of Karras et al. 2022
     (https://arxiv.org/abs/2206.00364).
 
-    The first steps have the order that the slopes before them allow.
-
-    Args:
-        sigmas, denoiser: as `euler`, with its errors.
-        order: 1 (`euler`) to 4, the number of slopes d combined.
-
-    Returns:
-        A table of N rows with order - 1 saved tensors.
-
-    Raises:
-        ValueError: unknown order.
+    Args, errors, result: as `euler`, with order - 1 saved tensors, and order: 1 (`euler`) to 4, the number of slopes d
+    combined, less in the first steps.
     """
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order: got {order}, expected 1, 2, 3 or 4")
@@ -127,17 +94,8 @@ def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepT
             others = np.delete(known, j)
             basis = np.prod((τ[:, None] - others) / (level - others), axis=1)
             weights[j, i] = (levels[i + 1] - levels[i]) / 2 * (node_weights @ basis)
-    return denoising_table(
-        denoiser,
-        σ,
-        σ[0],
-        a_x=1 + weights[0] / σ,
-        a_0=-weights[0] / σ,
-        k_x=1 / σ,
-        k_0=-1 / σ,
-        **history(weights[1:order]),
-        name="lms",
-    )
+    columns = {"a_x": 1 + weights[0] / σ, "a_0": -weights[0] / σ, "k_x": 1 / σ, "k_0": -1 / σ}
+    return denoising_table(denoiser, σ, σ[0], **columns, **history(weights[1:order]), name="lms")
 
 
 def _dpmpp_2m(
@@ -146,9 +104,8 @@ def _dpmpp_2m(
     σ, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
     extrapolated = (1 - a_x) / 2 if solver_type == "midpoint" else 1 - (1 - a_x) / h
     weight = np.where(taken & (np.arange(len(σ)) >= 1), extrapolated / _ratio(h, 1), 0.0)
-    return denoising_table(
-        denoiser, σ, σ[0], a_x=a_x, a_0=1 - a_x + weight, a_h0=-weight, s=noise, k_0=1.0, slot=0, name=name
-    )
+    columns = {"a_x": a_x, "a_0": 1 - a_x + weight, "a_h0": -weight, "s": noise, "k_0": 1.0, "slot": 0}
+    return denoising_table(denoiser, σ, σ[0], **columns, name=name)
 
 
 def _sde_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, Array, Array, Array, NDArray[np.bool_]]:
@@ -164,5 +121,4 @@ def _sde_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, A
 
 def _ratio(h: Array, age: int) -> Array:
     """h of the step `age` steps before, over h; 1 where there is none."""
-    before = np.concatenate([h[:age], h[:-age]])[: len(h)]
-    return before / h
+    return np.concatenate([h[:age], h[:-age]])[: len(h)] / h

@@ -7,8 +7,7 @@ from numpy.typing import ArrayLike
 
 from ..table import StepTable
 from ..utils.checks import check_one_of
-from ._multistep import data_weights, multistep_table, orders
-from ._prediction import Array
+from ._multistep import data_table
 from .denoiser import RAW, Denoiser, noise_levels
 
 VARIANTS = ("bh1", "bh2")
@@ -23,18 +22,14 @@ def unipc(
     It is diffusers' `UniPCMultistepScheduler`. B(h) counts only where two x0 are combined; elsewhere the solution of
     equation 3 does not contain it.
 
-    Args:
-        sigmas, denoiser: as `euler`, with its errors.
+    Args, errors: as `euler`, and
         order: p, 1 to 3, less in the first steps.
         variant: B(h): "bh1" is -h, "bh2" is e^-h - 1, in λ = -log σ.
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them. A step to 0 is of
             first order in any case.
 
     Returns:
-        A table of N rows with p saved tensors. Its start is sigmas[0] times noise.
-
-    Raises:
-        ValueError: unknown order or variant.
+        A table of N rows with p saved tensors.
 
     Example:
         >>> from fastcfg import sigmas
@@ -46,15 +41,5 @@ def unipc(
         raise ValueError(f"order: got {order}, expected 1, 2 or 3")
     check_one_of("variant", variant, VARIANTS)
     levels = noise_levels(sigmas)
-    with np.errstate(divide="ignore"):
-        λ = -np.log(levels)
-    predictor: list[Array] = []
-    corrector: list[Array] = [np.zeros(0)]
-    for n, p in enumerate(orders(levels, order, lower_order_final)):
-        h = λ[n + 1] - λ[n]
-        B = -h if variant == "bh1" else np.expm1(-h)
-        before = λ[n - np.arange(p)]
-        predictor.append(data_weights(λ[n], λ[n + 1], before, B))
-        if n + 2 < len(λ):
-            corrector.append(data_weights(λ[n], λ[n + 1], np.append(λ[n + 1], before), B))
-    return multistep_table(denoiser, levels[:-1], levels[1:] / levels[:-1], predictor, corrector, name="unipc")
+    B = np.negative if variant == "bh1" else lambda h: np.expm1(-h)
+    return data_table(denoiser, levels, order, order + 1, lower_order_final, B, name="unipc")
