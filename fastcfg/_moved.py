@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+
+from .utils.caller import warn_caller
 
 __all__ = ["MOVED", "install"]
 
@@ -81,7 +82,7 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         new = "fastcfg." + MOVED[module.__name__.partition(".")[2]]
-        warnings.warn(f"{module.__name__} has moved to {new}", DeprecationWarning, stacklevel=2)
+        warn_caller(f"{module.__name__} has moved to {new}", DeprecationWarning)
         # The import system takes what it finds here: both names are one module.
         sys.modules[module.__name__] = importlib.import_module(new)
 

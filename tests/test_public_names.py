@@ -138,3 +138,19 @@ def test_public_names_still_import(module: str) -> None:
         for name in NAMES[module].split():
             if not hasattr(found, name):  # `from package import module`
                 importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize("statement", ["import fastcfg.pipeline", "from fastcfg import noise", "fastcfg.stepper"])
+def test_an_old_name_warns_where_it_is_used(statement: str) -> None:
+    code = "\n".join(
+        [
+            "import sys, fastcfg",
+            "for name in ('pipeline', 'noise', 'stepper'):",
+            "    sys.modules.pop('fastcfg.' + name, None)",
+            "    vars(fastcfg).pop(name, None)",
+            statement,
+        ]
+    )
+    with pytest.warns(DeprecationWarning, match="has moved to fastcfg") as caught:
+        exec(compile(code, "user.py", "exec"), {"__name__": "user"})
+    assert [(warning.filename, warning.lineno) for warning in caught] == [("user.py", 5)]

@@ -7,13 +7,14 @@ import warnings
 
 __all__ = ["warn_caller"]
 
-# Frames of these packages are passed over: ours, and torch's decorators around it.
-_PASSED_OVER = ("fastcfg", "torch", "contextlib")
+# Frames of these packages are passed over: ours, torch's decorators around it, and imports.
+_PASSED_OVER = ("fastcfg", "torch", "contextlib", "importlib")
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """`warnings.warn` at the innermost frame outside the library."""
-    level, frame = 1, sys._getframe(1)
+    frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level + 1)
+        frame = frame.f_back
+    module, registry = frame.f_globals.get("__name__"), frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, category, frame.f_code.co_filename, frame.f_lineno, module, registry)
