@@ -44,14 +44,8 @@ _DISTANCE = 1000  # of a unit vector from a span it lies in, in roundings
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A run as rows: x' = a_x*x + a_m*m + sum_j a_h[j]*h_j + s*z, h_slot <- k_x*x + k_m*m.
-
-    Attributes:
-        a_x, a_m, s, k_x, k_m: [C].
-        a_h: [C, 3].
-        slot: [C], -1 where nothing is saved.
-        draws: per row the coefficients of its draws; s is the root of their sum of squares.
-    """
+    """A run as rows: x' = a_x*x + a_m*m + sum_j a_h[j]*h_j + s*z, h_slot <- k_x*x + k_m*m. All are [C], but a_h is
+    [C, 3]; slot is -1 where nothing is saved, and s the root of the sum of squares of a row's draws."""
 
     a_x: Array
     a_m: Array

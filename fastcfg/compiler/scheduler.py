@@ -157,7 +157,10 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], clippe
         name=type(scheduler).__name__,
         **found,
     )
-    trial = _run_on_random_inputs(original, first, table)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [normal_sample(generator, 6 if learned else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
+    noise = normal_sample(generator) * table.initial_scale
+    trial = record(original, first, noise, inputs.__getitem__, lambda draw: normal_sample(generator))
     predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
     further, sums = _further(response, trial, predicted)
     return Compiled(table, rows.draws, further=further, sums=sums)
@@ -249,14 +252,6 @@ def _learned_variance(
         "l_0": np.where(quiet, NO_NOISE, logs[1]),
         "l_v": np.where(quiet, 0.0, (logs[2] - logs[0]) / 2),
     }
-
-
-def _run_on_random_inputs(scheduler: Any, first: int, table: StepTable) -> Recording:
-    generator = torch.Generator().manual_seed(0)
-    channels = 6 if table.learned_variance else 3
-    outputs = [normal_sample(generator, channels).clamp(-1.5, 1.5) for _ in range(len(table))]
-    start = normal_sample(generator) * table.initial_scale
-    return record(scheduler, first, start, outputs.__getitem__, lambda draw: normal_sample(generator))
 
 
 def _further(response: Response, trial: Recording, predicted: list[Tensor]) -> tuple[str, Array | None]:

@@ -221,14 +221,10 @@ class Process:
         Args:
             model: called as model(x, times, **model_kwargs): a network, any function, or `fastcfg.ClassifierFree`,
                 with which the engine runs half the batch.
-            shape: (B, C, ...), with `ClassifierFree` of the doubled batch.
-            noise: x_T; drawn by default.
-            clip_denoised: clamp x0 to [-1, 1].
-            denoised_fn: applied to x0 before the clamp.
+            shape, noise: (B, C, ...), with `ClassifierFree` of the doubled batch; and x_T, drawn by default.
+            clip_denoised, denoised_fn: clamp x0 to [-1, 1], and a function applied to x0 before.
             cond_fn: (x, times, **model_kwargs) -> ∇ log p(y | x_t).
-            model_kwargs: for model and cond_fn.
-            device: where to run; by default that of the model's parameters or the noise.
-            progress: show a progress bar.
+            device, progress: where to run, by default where the model's parameters or the noise are; show a bar.
             **engine: arguments the originals lack: seed, guidance_scale (wraps the model in `ClassifierFree`), backend
                 ("reference": the originals' own operations, bit for bit), noise_source ("torch", "philox" or a
                 function (step, shape) -> normals, step 0 executed first), graph, threshold (a `DynamicThreshold`
