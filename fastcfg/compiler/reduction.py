@@ -181,14 +181,11 @@ def _rows_saving(family: Array, response: Response, outputs: Array) -> Rows | No
     slots = _slots(used, calls)
     if slots is None:
         return None
-    a_h = np.zeros((calls, MAX_HISTORY))
+    a_h, k_x, k_m = np.zeros((calls, MAX_HISTORY)), np.zeros(calls), np.zeros(calls)
     for i, past in enumerate(used):
         for r, coefficient in past.items():
             a_h[i, slots[r]] = coefficient
-    k_x, k_m = np.zeros(calls), np.zeros(calls)
-    for r in range(calls):
-        if slots[r] < 0:
-            continue
+    for r in np.flatnonzero(slots >= 0).tolist():
         fit = _fit(family[r], [states[r], outputs[r]], family[:0], np.abs(family[r]).max(), response.rounding)
         if fit is None:
             return None

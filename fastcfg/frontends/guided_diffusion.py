@@ -103,8 +103,7 @@ class GaussianDiffusion(Process):
 
     Args:
         betas: [T] in (0, 1].
-        model_mean_type: what the model predicts.
-        model_var_type: where the variance comes from.
+        model_mean_type, model_var_type: what the model predicts, and where the variance comes from.
         loss_type: of `training_losses`.
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 

@@ -273,22 +273,21 @@ class Process:
         return self._last(loop_call("ddim_reverse", engine, model=model, shape=tuple(x.shape), noise=x, **options))
 
     def _last(self, call: LoopCall) -> Tensor:
-        if self._needs_originals(call):
-            *_, last = self._originals_steps(call)
-            return last["sample"]
-        return self._runner.final(call, self._table(call))
+        if (steps := self._originals_steps(call)) is None:
+            return self._runner.final(call, self._table(call))
+        *_, last = steps
+        return last["sample"]
 
     def _steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
-        if self._needs_originals(call):
-            return self._originals_steps(call)
-        return self._runner.steps(call, self._table(call))
+        steps = self._originals_steps(call)
+        return self._runner.steps(call, self._table(call)) if steps is None else steps
 
-    def _needs_originals(self, call: LoopCall) -> bool:
+    def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]] | None:
+        """The originals' own loop; None for calls that the engine runs."""
         # With a predicted x_{t-1} the mean is the output itself, and denoised_fn changes only the reported x0.
         reported_only = self._prediction == "previous_x" and call.solver == "ddpm" and call.denoised_fn is not None
-        return call.backend == "reference" or reported_only
-
-    def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
+        if call.backend != "reference" and not reported_only:
+            return None
         times = range(self.num_timesteps)
         if call.solver == "ddim_reverse":
             return step_by_step(
