@@ -21,8 +21,6 @@ from .patching import draw_function, drawing
 from .sampler import taken_by, trace_sampler
 from .scheduler import StepWithOptions
 
-__all__ = ["SamplerRehearsal", "StepRehearsal", "compile_and_rehearse", "rehearse_step"]
-
 
 @dataclass(frozen=True)
 class StepRehearsal:

@@ -81,12 +81,10 @@ class GaussianDiffusion(Process):
         torch.Size([2, 3, 8, 8])
     """
 
+    _takes_tuples = True
+
     def __init__(self, *, betas: ArrayLike) -> None:
         self._set_schedule(make_schedule(betas))
-
-    def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
-        output, extra = output if isinstance(output, tuple) else (output, None)
-        return output, {"extra": extra}
 
 
 class SpacedDiffusion(SpacedProcess, GaussianDiffusion):

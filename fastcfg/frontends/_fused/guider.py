@@ -17,8 +17,6 @@ from ...ops.blender import Blender
 from .fall_through import FallThroughError, falling_through, log_once
 from .subclass import STATE, subclass
 
-__all__ = ["fused_guider", "is_guider"]
-
 # Attributes of diffusers' guiders by field of our specs, for each of its classes with a `forward` of its own.
 _COMMON: dict[str, Any] = {"scale": "guidance_scale", "interval": ("_start", "_stop"), "rescale": "guidance_rescale"}
 _COMMON |= {"formulation": "use_original_formulation"}

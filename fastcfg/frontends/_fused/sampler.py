@@ -19,8 +19,6 @@ from ...utils.lru import LRU
 from ..classifier_free import split_by_branch
 from .fall_through import FallThroughError, falling_through, log_once
 
-__all__ = ["fused"]
-
 # Arguments the engine takes, the first three always; all others go to the compiler.
 _ENGINE = ("model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler")
 

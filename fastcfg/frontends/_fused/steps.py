@@ -15,8 +15,6 @@ from ...utils.identity import view_index
 from ...utils.lru import LRU
 from .fall_through import FallThroughError, falling_through
 
-__all__ = ["FusedSteps"]
-
 
 class _Selection(NamedTuple):
     """A compiled table in use: its row 0 is at position `first`, and `options` are the arguments of `step`."""

@@ -78,6 +78,8 @@ class Process:
 
     # What the model predicts, as in `fastcfg.solvers`.
     _prediction, _variance, _rescale = "epsilon", "learned_range", False
+    # Whether models may return (output, extra), as GLIDE's may.
+    _takes_tuples = False
 
     def _set_schedule(self, schedule: Schedule) -> None:
         self._schedule, self.num_timesteps = schedule, schedule.num_timesteps
@@ -132,14 +134,12 @@ class Process:
         Raises:
             ValueError: t or the model's output has the wrong shape.
         """
-        output, extra = self._split_output(self._call(model, x, t, model_kwargs))
+        output, extra = self._call(model, x, t, model_kwargs), {}
+        if self._takes_tuples:
+            output, extra["extra"] = output if isinstance(output, tuple) else (output, None)
         types = {"prediction": self._prediction, "variance": self._variance}
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **types}
         return {**originals.p_mean_variance(self._schedule, output, x, t, **options), **extra}
-
-    def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
-        """The model's output, and further entries of `p_mean_variance`."""
-        return output, {}
 
     def condition_mean(
         self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Keywords = None
