@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["draw_function", "drawing", "in_float64", "modules_of", "replaced"]
-
 # Held while names are replaced: two threads at once could restore them in the wrong order.
 _lock = RLock()
 _BROWNIAN_TREE = "BrownianTreeNoiseSampler"

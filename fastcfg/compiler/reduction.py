@@ -44,14 +44,8 @@ _DISTANCE = 1000  # of a unit vector from a span it lies in, in roundings
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """A run as rows: x' = a_x*x + a_m*m + sum_j a_h[j]*h_j + s*z, h_slot <- k_x*x + k_m*m.
-
-    Attributes:
-        a_x, a_m, s, k_x, k_m: [C].
-        a_h: [C, 3].
-        slot: [C], -1 where nothing is saved.
-        draws: per row the coefficients of its draws; s is the root of their sum of squares.
-    """
+    """A run as rows: x' = a_x*x + a_m*m + sum_j a_h[j]*h_j + s*z, h_slot <- k_x*x + k_m*m. All are [C], but a_h is
+    [C, 3]; slot is -1 where nothing is saved, and s the root of the sum of squares of a row's draws."""
 
     a_x: Array
     a_m: Array
@@ -187,14 +181,11 @@ def _rows_saving(family: Array, response: Response, outputs: Array) -> Rows | No
     slots = _slots(used, calls)
     if slots is None:
         return None
-    a_h = np.zeros((calls, MAX_HISTORY))
+    a_h, k_x, k_m = np.zeros((calls, MAX_HISTORY)), np.zeros(calls), np.zeros(calls)
     for i, past in enumerate(used):
         for r, coefficient in past.items():
             a_h[i, slots[r]] = coefficient
-    k_x, k_m = np.zeros(calls), np.zeros(calls)
-    for r in range(calls):
-        if slots[r] < 0:
-            continue
+    for r in np.flatnonzero(slots >= 0).tolist():
         fit = _fit(family[r], [states[r], outputs[r]], family[:0], np.abs(family[r]).max(), response.rounding)
         if fit is None:
             return None

@@ -7,7 +7,6 @@ and give callbacks and noise samplers the original's arguments.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,8 @@ from ..utils.identity import value_key
 from ..utils.lru import LRU
 from .assembly import Compiled
 from .patching import draw_function, drawing
-from .sampler import trace_sampler
+from .sampler import taken_by, trace_sampler
 from .scheduler import StepWithOptions
-
-__all__ = ["SamplerRehearsal", "StepRehearsal", "compile_and_rehearse", "rehearse_step"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def rehearse_step(
 
 @dataclass(frozen=True)
 class SamplerRehearsal:
-    """What a sampling function of k-diffusion's form asks of its callback and noise sampler.
+    """What a sampling function asks of its callback and noise sampler.
 
     Attributes:
         draws: the noise sampler's arguments (sigma, sigma_next) for every draw; None for `torch.randn_like`.
@@ -166,11 +163,8 @@ def _rehearse(
         trees.append((args, kwargs))
         return noise_sampler
 
-    arguments: dict[str, Any] = {"callback": callback, "disable": True}
-    if given_noise:
-        arguments["noise_sampler"] = noise_sampler
-    known = inspect.signature(sample_fn).parameters
-    arguments = {name: value for name, value in arguments.items() if name in known} | dict(options)
+    offered: dict[str, Any] = {"noise_sampler": noise_sampler} if given_noise else {}
+    arguments = taken_by(sample_fn, callback=callback, disable=True, **offered) | dict(options)
     try:
         with drawing(sample_fn, lambda _: drawn(None), brownian_tree), torch.no_grad():
             result = sample_fn(model, x, sigmas, **arguments)

@@ -26,7 +26,7 @@ _LEAST = 64  # calls and draws always allowed in a run
 
 
 def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, **options: Any) -> StepTable:
-    """The table of a sampling function, with the arguments its user gives it.
+    """The table of a sampling function, with the arguments its user gives it: one row per model call.
 
     The table's model is the function's: a denoiser D(x, sigma), called with float times. Its state starts as the first
     model input: x with deviation `sigmas[0]` plus noise the function adds before (churn in the first step); their
@@ -38,9 +38,6 @@ def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor
             supplied if it takes them.
         sigmas: noise levels, the last usually 0.
         **options: such as eta, s_churn, order, solver_type.
-
-    Returns:
-        A table with one row per model call.
 
     Raises:
         TypeError: sample_fn is not callable.
@@ -87,6 +84,12 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
     return Compiled(table, rows.draws, start, start_draws)
 
 
+def taken_by(sample_fn: Callable[..., Tensor], **offered: Any) -> dict[str, Any]:
+    """The arguments that a function has."""
+    known = inspect.signature(sample_fn).parameters
+    return {name: value for name, value in offered.items() if name in known}
+
+
 class _Recording(Recording):
     """A recorded run of a sampling function, with the model's outputs and the draws returned by number.
 
@@ -101,10 +104,8 @@ class _Recording(Recording):
         self.callbacks: list[int] = []
 
     def run(self, sample_fn: Callable[..., Tensor], x: Tensor, sigmas: Tensor, options: dict[str, Any]) -> _Recording:
-        filled: dict[str, Any] = {"disable": True, "callback": lambda _: self.callbacks.append(len(self.times))}
-        filled |= {"noise_sampler": lambda *_: self._draw(None)}
-        known = inspect.signature(sample_fn).parameters
-        given = {name: value for name, value in filled.items() if name in known} | options
+        offered: dict[str, Any] = {"disable": True, "callback": lambda _: self.callbacks.append(len(self.times))}
+        given = taken_by(sample_fn, noise_sampler=lambda *_: self._draw(None), **offered) | options
         with drawing(sample_fn, self._draw), in_float64(), torch.no_grad():
             self.states.append(sample_fn(self._model, x, sigmas, **given).double())
         return self

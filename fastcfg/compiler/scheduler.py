@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -38,7 +38,7 @@ def compile_scheduler(
     clipped: bool = False,
     **set_timesteps: Any,
 ) -> StepTable:
-    """The table of a scheduler object, in the configuration its user gave it.
+    """The table of a scheduler object, in the configuration its user gave it: one row per timestep.
 
     The clip of x0 is not in the table: give `scheduler_clip(scheduler)` to the sampler as `clip`.
 
@@ -51,9 +51,6 @@ def compile_scheduler(
         clipped: whether the sampler will clip x0 although the scheduler does not. Other tables avoid x0: rows over
             state and output round less often.
         **set_timesteps: further arguments of `set_timesteps`.
-
-    Returns:
-        A table with one row per timestep.
 
     Raises:
         ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them.
@@ -147,17 +144,14 @@ def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], clippe
         found |= _clipped_coefficients(linear, first, p_x, p_m)
     if learned:
         found |= _learned_variance(linear, first, rows.draws, response.rounding)
-    table = StepTable.from_columns(
-        c_in=_scales(response),
-        t=response.times,
-        integer_time=response.integer_time,
-        initial_scale=start,
-        learned_variance=learned,
-        steps=np.arange(response.calls) // getattr(scheduler, "order", 1),
-        name=type(scheduler).__name__,
-        **found,
-    )
-    trial = _run_on_random_inputs(original, first, table)
+    found |= {"c_in": _scales(response), "t": response.times, "integer_time": response.integer_time}
+    steps = np.arange(response.calls) // getattr(scheduler, "order", 1)
+    found |= {"initial_scale": start, "learned_variance": learned, "steps": steps}
+    table = StepTable.from_columns(name=type(scheduler).__name__, **found)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [normal_sample(generator, 6 if learned else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
+    noise = normal_sample(generator) * table.initial_scale
+    trial = record(original, first, noise, inputs.__getitem__, lambda draw: normal_sample(generator))
     predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
     further, sums = _further(response, trial, predicted)
     return Compiled(table, rows.draws, further=further, sums=sums)
@@ -233,9 +227,7 @@ def _clipped_coefficients(linear: Any, first: int, p_x: Array, p_m: Array) -> di
     return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
 
 
-def _learned_variance(
-    scheduler: Any, first: int, draws: tuple[tuple[float, ...], ...], rounding: float
-) -> dict[str, Array]:
+def _learned_variance(scheduler: Any, first: int, draws: Sequence[Any], rounding: float) -> dict[str, Array]:
     """s, l_0 and l_v of learned variances: the logarithm of the deviation is linear in the variance channels v."""
     logs = []
     for v in (-1.0, 0.0, 1.0):
@@ -243,20 +235,8 @@ def _learned_variance(
         logs.append(np.log2(np.where(s > 0, s, 1.0)))
     if np.abs(logs[0] - 2 * logs[1] + logs[2]).max() > 1e-4:
         raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected it to be")
-    quiet = np.array([not any(row) for row in draws])
-    return {
-        "s": np.zeros(len(draws)),
-        "l_0": np.where(quiet, NO_NOISE, logs[1]),
-        "l_v": np.where(quiet, 0.0, (logs[2] - logs[0]) / 2),
-    }
-
-
-def _run_on_random_inputs(scheduler: Any, first: int, table: StepTable) -> Recording:
-    generator = torch.Generator().manual_seed(0)
-    channels = 6 if table.learned_variance else 3
-    outputs = [normal_sample(generator, channels).clamp(-1.5, 1.5) for _ in range(len(table))]
-    start = normal_sample(generator) * table.initial_scale
-    return record(scheduler, first, start, outputs.__getitem__, lambda draw: normal_sample(generator))
+    quiet, l_v = np.array([not any(row) for row in draws]), (logs[2] - logs[0]) / 2
+    return {"s": np.zeros_like(l_v), "l_0": np.where(quiet, NO_NOISE, logs[1]), "l_v": np.where(quiet, 0.0, l_v)}
 
 
 def _further(response: Response, trial: Recording, predicted: list[Tensor]) -> tuple[str, Array | None]:

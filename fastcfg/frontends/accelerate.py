@@ -78,13 +78,12 @@ def _gaussian(obj: Any) -> Any:
     options = {name: getattr(obj, name) for name in _TYPES} if typed else {}
     for name, value in options.items():
         # point-e's are strings, and other projects have further ones.
-        if getattr(value, "name", None) not in _TYPES[name].__members__:
-            accepted = ", ".join(_TYPES[name].__members__)
-            raise _unknown(f"{type(obj).__name__} with {name} {value!r} (not one of {accepted})")
-    if typed:
-        if not hasattr(obj, "rescale_timesteps"):
-            raise _unknown(f"{type(obj).__name__} without rescale_timesteps")
-        options["rescale_timesteps"] = obj.rescale_timesteps
+        known = _TYPES[name].__members__
+        if getattr(value, "name", None) not in known:
+            raise _unknown(f"{type(obj).__name__} with {name} {value!r} (not one of {', '.join(known)})")
+    if typed and not hasattr(obj, "rescale_timesteps"):
+        raise _unknown(f"{type(obj).__name__} without rescale_timesteps")
+    options |= {"rescale_timesteps": obj.rescale_timesteps} if typed else {}
     result = kind.__new__(kind)
     module.GaussianDiffusion.__init__(result, betas=obj.betas, **options)
     if spaced:

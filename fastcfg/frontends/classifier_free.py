@@ -40,11 +40,7 @@ class ClassifierFree:
         self.guidance_scale = check_finite("guidance_scale", guidance_scale)
 
     def __call__(self, x_t: Tensor, ts: Tensor, **kwargs: Any) -> Tensor:
-        """Args: x_t: [2B, C, ...]; ts: [2B]; **kwargs: for the model. Returns [2B, C or 2C, ...].
-
-        Raises:
-            ValueError: an odd batch.
-        """
+        """x_t [2B, C, ...] at times ts [2B] to [2B, C or 2C, ...]. Raises ValueError for an odd batch."""
         if len(x_t) % 2:
             raise ValueError(f"x_t: got a batch of {len(x_t)}, expected an even one: [conditional; unconditional]")
         half = x_t[: len(x_t) // 2]

@@ -27,15 +27,12 @@ _Component = TypeVar("_Component")
 def fuse(component: _Component) -> _Component:
     """A scheduler or guider of the same class (a subclass of it) and state that runs as one fused kernel.
 
-    `fastcfg.accelerate` does the same. A scheduler's `set_timesteps` compiles. Its `step` neither reads from the device
-    nor copies to it (except for the first of a shape and dtype, which allocates memory), draws noise as the original
-    does, and returns the same. Everything else is the original's: the constructor, `config`, `save_pretrained`,
-    `add_noise`, `order`, `begin_index`.
+    The component, of diffusers or of its protocol, is not changed. `fastcfg.accelerate` does the same.
 
-    A guider's `forward` blends the predictions in float32 and rounds once: `fastcfg.ops.blender.Blender`.
-
-    Args:
-        component: a scheduler or guider of diffusers, or of its protocol. It is not changed.
+    A scheduler's `set_timesteps` compiles. Its `step` neither reads from the device nor copies to it (except for the
+    first of a shape and dtype, which allocates memory), draws noise as the original does, and returns the same.
+    Everything else is the original's: the constructor, `config`, `save_pretrained`, `add_noise`, `order`,
+    `begin_index`. A guider's `forward` blends in float32 and rounds once: `fastcfg.ops.blender.Blender`.
 
     Raises:
         TypeError: another object.
@@ -76,12 +73,9 @@ def __getattr__(name: str) -> Any:
     import diffusers
 
     found = getattr(diffusers, name, None)
-    fused = _fused(found, found) if isinstance(found, type) else None
-    if fused is None:
-        raise AttributeError(
-            f"module {__name__!r} has no attribute {name!r}, nor is it one of diffusers' schedulers or guiders"
-        )
-    return fused
+    if isinstance(found, type) and (fused := _fused(found, found)) is not None:
+        return fused
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}, nor is it a scheduler or guider of diffusers")
 
 
 def __dir__() -> list[str]:

@@ -60,19 +60,15 @@ def get_beta_schedule(
     Raises:
         UnknownScheduleError: another name (also a NotImplementedError, as in the original).
     """
+    ends = {"beta_start": beta_start, "beta_end": beta_end}
     try:
-        return legacy_betas(
-            beta_schedule, beta_start=beta_start, beta_end=beta_end, num_timesteps=num_diffusion_timesteps
-        )
+        return legacy_betas(beta_schedule, **ends, num_timesteps=num_diffusion_timesteps)
     except ValueError as error:
         raise UnknownScheduleError(str(error)) from None
 
 
 class GaussianDiffusion(Process):
     """GLIDE's `GaussianDiffusion`: the model predicts ε and a variance in the learned range.
-
-    Args:
-        betas: [T] in (0, 1].
 
     Raises:
         ValueError: betas that are not a process (also an AssertionError, as in the original), or a single one (also an
@@ -85,12 +81,10 @@ class GaussianDiffusion(Process):
         torch.Size([2, 3, 8, 8])
     """
 
+    _takes_tuples = True
+
     def __init__(self, *, betas: ArrayLike) -> None:
         self._set_schedule(make_schedule(betas))
-
-    def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
-        output, extra = output if isinstance(output, tuple) else (output, None)
-        return output, {"extra": extra}
 
 
 class SpacedDiffusion(SpacedProcess, GaussianDiffusion):
@@ -100,13 +94,8 @@ class SpacedDiffusion(SpacedProcess, GaussianDiffusion):
 def create_gaussian_diffusion(
     steps: int, noise_schedule: str, timestep_respacing: str | Sequence[int]
 ) -> SpacedDiffusion:
-    """GLIDE's `model_creation.create_gaussian_diffusion`.
-
-    Args:
-        steps: T of the original process.
-        noise_schedule: for `get_named_beta_schedule`.
-        timestep_respacing: for `space_timesteps`; empty keeps all.
-    """
+    """GLIDE's `model_creation.create_gaussian_diffusion`: a schedule of `get_named_beta_schedule`, respaced
+    by `space_timesteps` (empty keeps all)."""
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
         betas=get_named_beta_schedule(noise_schedule, steps),
@@ -132,19 +121,15 @@ def create_model_and_diffusion(
         >>> model, diffusion = create_model_and_diffusion(**options)
     """
     check_options(options, model_and_diffusion_defaults())
-    steps, noise_schedule, respacing = (
-        options.pop(name) for name in ("diffusion_steps", "noise_schedule", "timestep_respacing")
-    )
+    names = ("diffusion_steps", "noise_schedule", "timestep_respacing")
+    steps, noise_schedule, respacing = (options.pop(name) for name in names)
     model = create_model(**options, tokenizer=glide_tokenizer() if tokenizer is None else tokenizer)
     return model, create_gaussian_diffusion(steps, noise_schedule, respacing)
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Weights from a file, for `load_state_dict`. The original downloads them by name; this reads local files only.
-
-    Args:
-        path: a state dict in safetensors, or written by `torch.save` (`base.pt`), of which only tensors are unpickled.
-        device: where to put the weights.
+    """Weights for `load_state_dict`, on a device. The original downloads them by name; this reads local files only: a
+    state dict in safetensors, or written by `torch.save` (`base.pt`), of which only tensors are unpickled.
 
     Raises:
         ValueError: the file does not exist or is not a state dict.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,9 +40,8 @@ from ._gaussian.schedules import betas_for_alpha_bar, check_options, make_schedu
 __all__ = ["NUM_CLASSES", "GaussianDiffusion", "LossType", "ModelMeanType", "ModelVarType", "SpacedDiffusion"]
 __all__ += ["betas_for_alpha_bar", "create_gaussian_diffusion", "get_named_beta_schedule", "space_timesteps"]
 __all__ += ["create_classifier", "create_classifier_and_diffusion", "create_model", "create_model_and_diffusion"]
-__all__ += ["sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults"]
-__all__ += ["classifier_and_diffusion_defaults", "classifier_defaults", "diffusion_defaults"]
-__all__ += ["model_and_diffusion_defaults"]
+__all__ += ["classifier_and_diffusion_defaults", "classifier_defaults", "diffusion_defaults", "sr_create_model"]
+__all__ += ["model_and_diffusion_defaults", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults"]
 
 
 class ModelMeanType(enum.Enum):
@@ -103,8 +103,7 @@ class GaussianDiffusion(Process):
 
     Args:
         betas: [T] in (0, 1].
-        model_mean_type: what the model predicts.
-        model_var_type: where the variance comes from.
+        model_mean_type, model_var_type: what the model predicts, and where the variance comes from.
         loss_type: of `training_losses`.
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
@@ -190,10 +189,7 @@ class GaussianDiffusion(Process):
         Returns:
             total_bpd and prior_bpd [B]; vb, xstart_mse and mse (of ε) [B, T], the noisiest step first.
         """
-
-        def predict(x_t: Tensor, t: Tensor) -> dict[str, Tensor]:
-            return self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-
+        predict = partial(self.p_mean_variance, model, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
         return bits_per_dim.bits_per_dimension(self._schedule, predict, x_start)
 
 
@@ -217,13 +213,11 @@ def create_gaussian_diffusion(
 
     Args:
         steps: T of the original process.
-        learn_sigma: the model interpolates the variance (LEARNED_RANGE).
-        sigma_small: without learn_sigma, the variance is FIXED_SMALL instead of FIXED_LARGE.
+        learn_sigma, sigma_small: the variance is LEARNED_RANGE, or else FIXED_SMALL instead of FIXED_LARGE.
         noise_schedule: for `get_named_beta_schedule`.
-        use_kl: train on the bound (RESCALED_KL).
+        use_kl, rescale_learned_sigmas: the loss is RESCALED_KL, or else RESCALED_MSE instead of MSE.
         predict_xstart: the model predicts x0, else ε.
         rescale_timesteps: as `GaussianDiffusion`.
-        rescale_learned_sigmas: RESCALED_MSE instead of MSE.
         timestep_respacing: for `space_timesteps`; empty keeps all.
     """
     loss = LossType.RESCALED_KL if use_kl else LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
@@ -239,10 +233,7 @@ def create_gaussian_diffusion(
 
 
 def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusion]:
-    """guided-diffusion's `script_util.create_model_and_diffusion`.
-
-    Args:
-        **options: all of `model_and_diffusion_defaults()`.
+    """guided-diffusion's `script_util.create_model_and_diffusion`: takes all of `model_and_diffusion_defaults()`.
 
     Raises:
         TypeError: an option is missing or unknown.

@@ -24,17 +24,13 @@ __all__ = ["fuse"]
 def fuse(sample_fn: Callable[..., Tensor], backend: str = "auto", graph: str | bool = "auto") -> Callable[..., Tensor]:
     """A sampling function with fused steps; `fastcfg.accelerate` does the same.
 
-    Sigmas may be on a GPU: they are read once, before the first step. Noise is drawn as the original draws it, also
-    from its own Brownian tree. Callbacks get the original's dictionary, after the step.
+    The signature and name are the same. Sigmas may be on a GPU: they are read once, before the first step. Noise is
+    drawn as the original draws it, also from its own Brownian tree. Callbacks get its dictionary, after the step.
 
     Args:
         sample_fn: called as sample_fn(model, x, sigmas, extra_args, callback, disable, **options), where model(x [B, C,
-            ...], sigma [B], **extra_args) returns the denoised x. Without the arguments model, x and sigmas it runs as
-            before.
+            ...], sigma [B], **extra_args) returns the denoised x; one without model, x and sigmas runs as before.
         backend, graph: as for `Sampler`.
-
-    Returns:
-        A function with the same signature and name.
 
     Raises:
         TypeError: sample_fn is not callable.

@@ -17,15 +17,11 @@ __all__ = ["classifier_gradient", "load_samples", "save_samples", "to_uint8"]
 
 
 def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0) -> Callable[..., Tensor]:
-    """The cond_fn of `classifier_sample.py`: scale * ∇ log p(y | x_t) of a classifier of noisy images.
+    """The cond_fn of `classifier_sample.py`: scale * ∇ log p(y | x_t) of a classifier of noisy images, (x [B, C, ...],
+    t [B]) -> logits [B, classes].
 
-    Args:
-        classifier: (x [B, C, ...], t [B]) -> logits [B, classes].
-        scale: strength of the guidance (`--classifier_scale`).
-
-    Returns:
-        A function (x, t, y int64 [B]) -> [B, C, ...], for the loops' `cond_fn`; `model_kwargs` must contain y. It
-        selects by `gather`, which a CUDA graph can capture.
+    It is a function (x, t, y int64 [B]) -> [B, C, ...], for the loops' `cond_fn`; `model_kwargs` must contain y. It
+    selects by `gather`, which a CUDA graph can capture.
 
     Example:
         >>> cond_fn = classifier_gradient(lambda x, t: x.flatten(1)[:, :10], scale=2.0)

@@ -30,18 +30,15 @@ class Finding:
 
     Attributes:
         check: "step" (one fused step), "noise" (what is drawn), "loop" (50 rows) or "model" (the user's own).
-        backend: of fastcfg.
-        dtype: the model's; the state is float32.
+        backend, dtype: of fastcfg, and the model's; the state is float32.
         options: what was run.
         way: "eager" or "captured".
         shape: [B, C, ...].
         tensor: what was compared: "x", "model_input", "x0" or "history".
-        bitwise: whether it equals the float32 reference on the CPU bit for bit; None where that was not compared.
-        reference_ulp: the distance from that reference in ulps, of a pipeline from its own scheduler's samples; None
-            where that was not compared.
+        bitwise, reference_ulp: whether it equals the float32 reference on the CPU bit for bit, and the distance from
+            it in ulps, of a pipeline from its own scheduler's samples; None where that was not compared.
         allowed_ulp: the largest such distance allowed: 0 asks for equal bits, None for nothing.
-        error: from float64; None where only bits are compared.
-        torch: plain torch's error.
+        error, torch: from float64, and plain torch's; None where only bits are compared.
         trajectory, torch_trajectory: of loops, the largest relative error after every row, and plain torch's.
         note: a remark.
         factor: the error allowed, in errors of plain torch (2; of a pipeline 4).

@@ -145,16 +145,11 @@ def check_loops(
 def check_model(
     problem: Problem, backends: Sequence[str], rows: int, seed: int, progress: Callable[..., Any]
 ) -> list[Finding]:
-    """The first rows of a user's sampler, by every backend in three ways.
+    """The first rows of a user's sampler, by every backend in three ways; other arguments as for `check_steps`.
 
     Teacher-forced: the model's outputs are recorded in a run with a float64 state, and every backend gets these in
     place of the model, so that only fastcfg's arithmetic is compared. Free and captured: the model runs on each
     backend's own states.
-
-    Args:
-        problem: the user's.
-        backends, seed, progress: as for `check_steps`.
-        rows: how many.
 
     Raises:
         ValueError: guidance that evaluates other branches from run to run, or a model that fails.
@@ -247,9 +242,7 @@ def plain_loop(
     Args:
         problem: what is sampled, with a clip that is a number.
         base: its sampler, which has resolved table, guidance, clip, dtype, device and memory format.
-        model: its model, or one in place of it.
-        seed: of start and noise.
-        rows: how many.
+        model, seed: its model, or one in place of it; and the seed of start and noise.
         state: float32, with the blend in the model's dtype; or float64, with everything beside the model in it.
         formula: (x, output, row, noise) -> the next x, in place of the table's equations.
     """

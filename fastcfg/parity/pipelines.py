@@ -23,6 +23,7 @@ from .findings import Finding, distance_in_ulps, dtype_name
 _ALLOWED_ULP = {torch.float32: 10.0, torch.float16: 3.0, torch.bfloat16: 3.0}
 # A table sums saved tensors where a scheduler recomputes: measured at most 2.5 times its error in float32.
 _FACTOR = 4.0
+_PER_CALL = ("generator", "return_dict")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +55,10 @@ class _EnoughError(Exception):
 def check_pipeline(
     problem: PipelineProblem, backends: Sequence[str], rows: int, progress: Callable[..., Any]
 ) -> list[Finding]:
-    """The first rows of a pipeline, by every backend.
+    """The first rows of a pipeline, by every backend; other arguments as for `check_steps`.
 
     The pipeline runs until its scheduler has made that many steps. The fused step gets the same outputs, start and
     noise (teacher-forced), and is compared with the scheduler's samples and with the table in float64.
-
-    Args:
-        problem: the pipeline.
-        backends, progress: as for `check_steps`.
-        rows: how many.
 
     Raises:
         ValueError: a scheduler that is no table, or a pipeline that fails, begins in the middle, or changes the
@@ -115,11 +111,7 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
     def recording_step(model_output: Tensor, timestep: Any, sample: Tensor, *arguments: Any, **options: Any) -> Any:
         if len(recorded.times) == rows:
             raise _EnoughError
-        further = {
-            name: value
-            for name, value in options.items()
-            if name not in ("generator", "return_dict") and value not in (None, named[name].default)
-        }
+        further = {n: v for n, v in options.items() if n not in _PER_CALL and v not in (None, named[n].default)}
         if arguments or (recorded.states and further != recorded.options):
             raise ValueError(f"its steps are given {further or 'further arguments'}, expected the same in every step")
         recorded.options = further

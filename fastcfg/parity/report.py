@@ -33,8 +33,9 @@ def as_text(findings: Sequence[Finding]) -> list[str]:
         errors = (worst.error and worst.error.ulp, worst.error and worst.error.rms_ulp, worst.torch and worst.torch.ulp)
         numbers = ("" if number is None else f"{number:.2f}" for number in (*errors, worst.bound_ulp))
         rows.append((*key, _bits(group), *numbers, _verdict(group)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
-    return ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [f"{'>' if i in _NUMBERS else '<'}{width}" for i, width in enumerate(widths)]
+    return ["  ".join(map(format, row, sides)).rstrip() for row in rows]
 
 
 def _bits(group: Sequence[Finding]) -> str:
@@ -50,17 +51,9 @@ def _verdict(group: Sequence[Finding]) -> str:
     return "ok" if any(f.allowed_ulp is not None or f.bound_ulp is not None for f in group) else "no bound"
 
 
-def _aligned(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    cells = enumerate(zip(row, widths, strict=True))
-    return [cell.rjust(width) if i in _NUMBERS else cell.ljust(width) for i, (cell, width) in cells]
-
-
 def plot(findings: Sequence[Finding], path: str | os.PathLike[str]) -> None:
-    """Draw the errors along the trajectories as a PNG; needs matplotlib.
-
-    Args:
-        findings: of loops or of a user's model.
-        path: the file to write, whole or not at all.
+    """Draw the errors along the trajectories of loops or a user's model as a PNG; needs matplotlib. The file is written
+    whole or not at all.
 
     Raises:
         ValueError: matplotlib is not installed.

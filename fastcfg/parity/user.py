@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..engine.sampler import Sampler
+from ..utils.checks import listed
 from .loops import Problem
 from .pipelines import PipelineProblem
 
@@ -22,14 +23,12 @@ _NAMES = ("model", "table", "sampler", "guidance", *_CALL, *_OPTIONS)
 
 
 def load_problem(source: str, device: torch.device | str) -> Problem | PipelineProblem:
-    """The result of a user's function, ready to sample.
+    """The result of a user's function, ready to sample; `device` is that of a model without parameters.
 
-    Args:
-        source: "PATH.py:function" or "module:function". The function takes no arguments and returns a dictionary, or an
-            object with such attributes: "model" and "table" (or a `Sampler` as "sampler"), "shape", and any of "cond",
-            "uncond", "branches", "guidance", "clip", "denoised_fn", "cond_fn", "dtype" and "memory_format", as
-            `Sampler` and `Sampler.sample` take them. Or {"pipeline": one of diffusers', "call": its arguments}.
-        device: of a model without parameters.
+    The function, "PATH.py:function" or "module:function", takes no arguments and returns a dictionary, or an object
+    with such attributes: "model" and "table" (or a `Sampler` as "sampler"), "shape", and any of "cond", "uncond",
+    "branches", "guidance", "clip", "denoised_fn", "cond_fn", "dtype" and "memory_format", as `Sampler` and
+    `Sampler.sample` take them. Or {"pipeline": one of diffusers', "call": its arguments}.
 
     Raises:
         ValueError: no such file, module or function, an error in it, or another kind of result.
@@ -62,9 +61,7 @@ def load_problem(source: str, device: torch.device | str) -> Problem | PipelineP
         given |= {name: getattr(sampler, name) for name in ("model", "table", "guidance", *_OPTIONS)}
         device = sampler.device
     if missing := [name for name in ("model", "table", "shape") if name not in given]:
-        raise ValueError(
-            f"--model: {source!r} returned {', '.join(sorted(given)) or 'nothing'}, expected also {missing[0]!r}"
-        )
+        raise ValueError(f"--model: {source!r} returned {listed(sorted(given))}, expected also {missing[0]!r}")
     options = {name: given[name] for name in _OPTIONS if given.get(name) is not None}
     parameters = given["model"].parameters() if isinstance(given["model"], torch.nn.Module) else ()
     options["device"] = next((p.device for p in parameters), device)

@@ -153,7 +153,7 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same row in float64.
         run = vars(ours)["_fastcfg_state"]
-        selection, rehearsal = run._tables.selection, run._memory.rehearsals.get((output.dtype, x.dtype))
+        selection, rehearsal = run._tables.selection, run._rehearsals.get((output.dtype, x.dtype))
         compiled, row = selection.compiled, first + position - selection.first
         truth = truth or Stepper(compiled.table, x.double(), scheduler_clip(original))
         draw = functools.partial(rehearsal.draw, x.shape, generator=redrawn, dtype=rehearsal.noise_dtype)
@@ -206,7 +206,7 @@ def test_nothing_is_warned_of_that_the_user_did_not_do(monkeypatch: pytest.Monke
 def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
     ours = fuse(make("DPMSolverMultistepScheduler", {}))
     want = sample(ours)
-    kept = vars(ours)["_fastcfg_state"]._memory.steppers
+    kept = vars(ours)["_fastcfg_state"]._steppers
     assert len(kept) == 1
     # One that is given up in the middle leaves nothing behind.
     ours.set_timesteps(STEPS)
@@ -214,13 +214,13 @@ def test_a_later_run_takes_its_memory_from_an_earlier_one() -> None:
     for t in ours.timesteps[:3]:
         x = ours.step(100 * torch.ones_like(x), t, x).prev_sample
     assert torch.equal(sample(ours), want)
-    assert vars(ours)["_fastcfg_state"]._memory.steppers is kept
+    assert vars(ours)["_fastcfg_state"]._steppers is kept
     for size in range(1, 7):
         ours.set_timesteps(STEPS)
         ours.step(torch.ones(1, 3, size, 4), ours.timesteps[0], torch.ones(1, 3, size, 4))
     assert len(kept) == 4
     ours.set_timesteps(STEPS + 1)
-    assert vars(ours)["_fastcfg_state"]._memory.steppers is not kept
+    assert vars(ours)["_fastcfg_state"]._steppers is not kept
 
 
 def test_the_benchmark_times_both_in_turns(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

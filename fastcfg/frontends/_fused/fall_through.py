@@ -6,8 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["FallThroughError", "falling_through", "log_once"]
-
 _logger = logging.getLogger("fastcfg")
 _logged: set[tuple[str, str]] = set()
 

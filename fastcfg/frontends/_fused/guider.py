@@ -17,8 +17,6 @@ from ...ops.blender import Blender
 from .fall_through import FallThroughError, falling_through, log_once
 from .subclass import STATE, subclass
 
-__all__ = ["fused_guider", "is_guider"]
-
 # Attributes of diffusers' guiders by field of our specs, for each of its classes with a `forward` of its own.
 _COMMON: dict[str, Any] = {"scale": "guidance_scale", "interval": ("_start", "_stop"), "rescale": "guidance_rescale"}
 _COMMON |= {"formulation": "use_original_formulation"}
@@ -111,13 +109,10 @@ class _FusedBlend:
         return blender(step, outputs)
 
     def _blender_of(self, guider: Any, steps: int, like: Tensor) -> Blender:
-        if getattr(guider, f"{_APG_NAME}_norm_dim", None) is not None:
+        if getattr(guider, "adaptive_projected_guidance_norm_dim", None) is not None:
             raise FallThroughError("its norms are over some of the dimensions only")
         kind, names = self._method  # type: ignore[misc]
-        options: dict[str, Any] = {
-            field: _number(guider, name) if isinstance(name, str) else tuple(_number(guider, one) for one in name)
-            for field, name in names.items()
-        }
+        options: dict[str, Any] = {field: _number(guider, name) for field, name in names.items()}
         options["formulation"] = "original" if options["formulation"] else "standard"
         key = (options, steps, like.shape, like.dtype, like.device)
         if self._blender is None or key != self._key:
@@ -131,8 +126,10 @@ class _FusedBlend:
         return self._blender
 
 
-def _number(guider: Any, name: str) -> Any:
-    """A guider's attribute. Some are private, and other versions of diffusers may lack them."""
+def _number(guider: Any, name: str | tuple[str, str]) -> Any:
+    """A guider's attribute, or a pair. Some are private, and other versions of diffusers may lack them."""
+    if isinstance(name, tuple):
+        return tuple(_number(guider, one) for one in name)
     value = getattr(guider, name, guider)
     if value is guider:
         raise FallThroughError(f"it has no attribute {name}")

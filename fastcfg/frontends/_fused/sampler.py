@@ -19,8 +19,6 @@ from ...utils.lru import LRU
 from ..classifier_free import split_by_branch
 from .fall_through import FallThroughError, falling_through, log_once
 
-__all__ = ["fused"]
-
 # Arguments the engine takes, the first three always; all others go to the compiler.
 _ENGINE = ("model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler")
 
@@ -122,11 +120,12 @@ class _SamplerCall:
     def _called_back(self, start: Tensor) -> Callable[[Step], None]:
         """A callback of the engine that gives the caller's callback its dictionaries."""
         x, function, before = self.x, self.callback, start
+
+        def placed(info: dict[str, Any]) -> dict[str, Any]:
+            return {name: value.to(x.device) if isinstance(value, Tensor) else value for name, value in info.items()}
+
         # Copied to the device before the first step: later a copy would be waited for.
-        prepared = {
-            row: {name: value.to(x.device) if isinstance(value, Tensor) else value for name, value in info.items()}
-            for row, info in self.rehearsal.callbacks.items()
-        }
+        prepared = {row: placed(info) for row, info in self.rehearsal.callbacks.items()}
 
         def called(step: Step) -> None:
             nonlocal before

@@ -13,8 +13,6 @@ from .fall_through import FallThroughError, log_once
 from .steps import FusedSteps
 from .subclass import STATE, subclass
 
-__all__ = ["fused_class"]
-
 
 @functools.cache
 def fused_class(original: type) -> type:

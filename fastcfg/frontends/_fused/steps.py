@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +15,6 @@ from ...utils.identity import view_index
 from ...utils.lru import LRU
 from .fall_through import FallThroughError, falling_through
 
-__all__ = ["FusedSteps"]
-
 
 class _Selection(NamedTuple):
     """A compiled table in use: its row 0 is at position `first`, and `options` are the arguments of `step`."""
@@ -26,15 +23,6 @@ class _Selection(NamedTuple):
     first: int
     options: Mapping[str, Any]
     stateful: bool  # whether the table saves tensors
-
-
-@dataclass(frozen=True, eq=False)
-class _Memory:
-    """Steppers by table, shape and dtype, and rehearsals by dtypes: the next run takes them over if it has the same
-    table."""
-
-    steppers: LRU[Stepper] = field(default_factory=lambda: LRU(4))
-    rehearsals: LRU[StepRehearsal] = field(default_factory=lambda: LRU(4))
 
 
 class _Positions:
@@ -108,23 +96,19 @@ class _Tables:
 
 
 class FusedSteps:
-    """`step` and `scale_model_input` of a scheduler, by its compiled table. Methods raise `FallThroughError` where the
-    original must run.
+    """`step` and `scale_model_input` of a scheduler, of a fused class and with timesteps set, by its compiled table.
 
-    Args:
-        scheduler: an instance of a fused class, with timesteps set and before its first step.
-        original: the class that was fused.
-        options: the arguments of `step` in the run before.
-
-    Attributes:
-        timesteps: the scheduler's; when they are replaced, these steps have ended.
-        options: the arguments of the last step.
+    Methods raise `FallThroughError` where the original must run. When the scheduler's `timesteps` are replaced, these
+    steps have ended. `options` are the arguments of the last step; at first, of the run before.
     """
 
     def __init__(self, scheduler: Any, original: type, options: Mapping[str, Any]) -> None:
         self.timesteps, self.options = scheduler.timesteps, dict(options)
         self._scheduler = scheduler
-        self._positions, self._tables, self._memory = _Positions(scheduler), _Tables(scheduler, original), _Memory()
+        self._positions, self._tables = _Positions(scheduler), _Tables(scheduler, original)
+        # By table, shape and dtype, and by dtypes: the next run takes them over if it has the same table.
+        self._steppers: LRU[Stepper] = LRU(4)
+        self._rehearsals: LRU[StepRehearsal] = LRU(4)
         named = list(inspect.signature(original.step).parameters.values())  # type: ignore[attr-defined]
         self._defaults = {parameter.name: parameter.default for parameter in named[4:]}
         self._clip = scheduler_clip(scheduler)
@@ -136,7 +120,7 @@ class FusedSteps:
         """Compile a run from the first timestep with the options of the run before, and take over its memory."""
         self._whole = self._tables.compiled(0, self.options)
         if before is not None and before._whole is self._whole:
-            self._memory, self._scales = before._memory, before._scales
+            self._steppers, self._rehearsals, self._scales = before._steppers, before._rehearsals, before._scales
 
     def scale(self, sample: Tensor, timestep: Any) -> Tensor:
         """`scale_model_input`."""
@@ -206,11 +190,11 @@ class FusedSteps:
         return changed
 
     def _rehearsal(self, selection: _Selection, output: torch.dtype, sample: torch.dtype) -> StepRehearsal:
-        if (found := self._memory.rehearsals.get((output, sample))) is None:
+        if (found := self._rehearsals.get((output, sample))) is None:
             compiled, first, options = selection.compiled, selection.first, selection.options
             with falling_through(ValueError):
                 found = rehearse_step(self._tables.twin, compiled, first, options, output, sample)
-            self._memory.rehearsals.put((output, sample), found)
+            self._rehearsals.put((output, sample), found)
         return found
 
     def _apply(self, compiled: Compiled, row: int, output: Tensor, sample: Tensor, noise: Any) -> list[Tensor]:
@@ -223,9 +207,9 @@ class FusedSteps:
             return [value.reshape(sample.shape) for value in values]
         keep_x0 = compiled.further == "x0"
         key = (compiled.table, sample.shape, sample.dtype, sample.device)
-        if (stepper := self._memory.steppers.get(key)) is None:
+        if (stepper := self._steppers.get(key)) is None:
             stepper = Stepper(compiled.table, sample, self._clip, keep_x0=keep_x0)
-            self._memory.steppers.put(key, stepper)
+            self._steppers.put(key, stepper)
         following, x0 = stepper(row, output, sample, noise)
         if compiled.further == "none":
             return [following]

@@ -7,8 +7,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["STATE", "as_subclass", "is_fused", "subclass"]
-
 # The attribute of an instance with our state, which is not copied or pickled with it.
 STATE = "_fastcfg_state"
 

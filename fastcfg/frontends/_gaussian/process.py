@@ -78,6 +78,8 @@ class Process:
 
     # What the model predicts, as in `fastcfg.solvers`.
     _prediction, _variance, _rescale = "epsilon", "learned_range", False
+    # Whether models may return (output, extra), as GLIDE's may.
+    _takes_tuples = False
 
     def _set_schedule(self, schedule: Schedule) -> None:
         self._schedule, self.num_timesteps = schedule, schedule.num_timesteps
@@ -132,14 +134,12 @@ class Process:
         Raises:
             ValueError: t or the model's output has the wrong shape.
         """
-        output, extra = self._split_output(self._call(model, x, t, model_kwargs))
+        output, extra = self._call(model, x, t, model_kwargs), {}
+        if self._takes_tuples:
+            output, extra["extra"] = output if isinstance(output, tuple) else (output, None)
         types = {"prediction": self._prediction, "variance": self._variance}
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **types}
         return {**originals.p_mean_variance(self._schedule, output, x, t, **options), **extra}
-
-    def _split_output(self, output: Any) -> tuple[Tensor, dict[str, Any]]:
-        """The model's output, and further entries of `p_mean_variance`."""
-        return output, {}
 
     def condition_mean(
         self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Keywords = None
@@ -221,14 +221,10 @@ class Process:
         Args:
             model: called as model(x, times, **model_kwargs): a network, any function, or `fastcfg.ClassifierFree`,
                 with which the engine runs half the batch.
-            shape: (B, C, ...), with `ClassifierFree` of the doubled batch.
-            noise: x_T; drawn by default.
-            clip_denoised: clamp x0 to [-1, 1].
-            denoised_fn: applied to x0 before the clamp.
+            shape, noise: (B, C, ...), with `ClassifierFree` of the doubled batch; and x_T, drawn by default.
+            clip_denoised, denoised_fn: clamp x0 to [-1, 1], and a function applied to x0 before.
             cond_fn: (x, times, **model_kwargs) -> ∇ log p(y | x_t).
-            model_kwargs: for model and cond_fn.
-            device: where to run; by default that of the model's parameters or the noise.
-            progress: show a progress bar.
+            device, progress: where to run, by default where the model's parameters or the noise are; show a bar.
             **engine: arguments the originals lack: seed, guidance_scale (wraps the model in `ClassifierFree`), backend
                 ("reference": the originals' own operations, bit for bit), noise_source ("torch", "philox" or a
                 function (step, shape) -> normals, step 0 executed first), graph, threshold (a `DynamicThreshold`
@@ -277,22 +273,21 @@ class Process:
         return self._last(loop_call("ddim_reverse", engine, model=model, shape=tuple(x.shape), noise=x, **options))
 
     def _last(self, call: LoopCall) -> Tensor:
-        if self._needs_originals(call):
-            *_, last = self._originals_steps(call)
-            return last["sample"]
-        return self._runner.final(call, self._table(call))
+        if (steps := self._originals_steps(call)) is None:
+            return self._runner.final(call, self._table(call))
+        *_, last = steps
+        return last["sample"]
 
     def _steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
-        if self._needs_originals(call):
-            return self._originals_steps(call)
-        return self._runner.steps(call, self._table(call))
+        steps = self._originals_steps(call)
+        return self._runner.steps(call, self._table(call)) if steps is None else steps
 
-    def _needs_originals(self, call: LoopCall) -> bool:
+    def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]] | None:
+        """The originals' own loop; None for calls that the engine runs."""
         # With a predicted x_{t-1} the mean is the output itself, and denoised_fn changes only the reported x0.
         reported_only = self._prediction == "previous_x" and call.solver == "ddpm" and call.denoised_fn is not None
-        return call.backend == "reference" or reported_only
-
-    def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
+        if call.backend != "reference" and not reported_only:
+            return None
         times = range(self.num_timesteps)
         if call.solver == "ddim_reverse":
             return step_by_step(
