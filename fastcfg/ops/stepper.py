@@ -80,7 +80,7 @@ class Stepper:
         if threshold is not None:
             apart = replace(buffers, x=zeros(*like.shape), x0=zeros(*like.shape), source=None)
             self._predicting = QuantileBound(threshold, quiet, apart, backend)
-        self._counter, self._history = buffers.counter, buffers.history
+        self._counter, self.history = buffers.counter, buffers.history
         # Every row's counter is on the device beforehand: a number from the host would be a copy.
         rows = torch.arange(len(table), dtype=torch.int32)
         self._starts = torch.stack([rows, torch.zeros_like(rows)], dim=1).to(like.device).unbind()
@@ -106,9 +106,9 @@ class Stepper:
         """
         if row != self._next:
             self._counter.copy_(self._starts[row])
-        if row == 0 and self._history is not None:
+        if row == 0 and self.history is not None:
             # Rows multiply saved tensors they do not use by 0, and 0 times an earlier run's infinity is NaN.
-            self._history.zero_()
+            self.history.zero_()
         sample = sample.contiguous()
         if self._predicting is not None:
             self._predicting.buffers.x.copy_(sample)

@@ -171,3 +171,65 @@ def test_options_are_those_of_the_object() -> None:
         fastcfg.accelerate(diffusion(glide), graph=False)
     with pytest.raises(TypeError, match="options: got clip for a function, expected backend or graph"):
         fastcfg.accelerate(euler, clip=1.0)
+
+
+def through_file(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def steps_of(scheduler: Any, x: torch.Tensor, timesteps: Any) -> torch.Tensor:
+    for t in timesteps:
+        x = scheduler.step(0.3 * x.roll(1, -1), t, x, return_dict=False)[0]
+    return x
+
+
+@pytest.mark.skipif(diffusers is None, reason="diffusers is not installed")
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s)), through_file])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "HeunDiscreteScheduler",
+        "LMSDiscreteScheduler",
+    ],
+)
+def test_a_scheduler_copied_in_the_middle_of_a_run_continues(name: str, copied: Any, caplog: Any) -> None:
+    scheduler = fastcfg.accelerate(getattr(diffusers, name)())
+    scheduler.set_timesteps(12)
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    half = steps_of(scheduler, x, scheduler.timesteps[:5])
+    other = copied(scheduler)
+    again = copied(other)
+    want = steps_of(scheduler, half, scheduler.timesteps[5:])
+    assert torch.equal(steps_of(other, half, other.timesteps[5:]), want)
+    assert torch.equal(steps_of(again, half, again.timesteps[5:]), want)
+    assert not caplog.records  # fused, all of them
+    other.set_timesteps(12)
+    assert torch.equal(steps_of(other, x, other.timesteps), want)
+
+
+@pytest.mark.skipif(diffusers is None, reason="diffusers is not installed")
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda g: pickle.loads(pickle.dumps(g))])
+def test_a_guider_copied_in_the_middle_of_a_run_continues(copied: Any) -> None:
+    guider = fastcfg.accelerate(diffusers.AdaptiveProjectedGuidance(adaptive_projected_guidance_momentum=-0.5))
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        (torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)) for _ in range(4)
+    ]
+
+    def blend(guider: Any, steps: Any) -> list[torch.Tensor]:
+        results = []
+        for step in steps:
+            guider.set_state(step=step, num_inference_steps=4, timestep=torch.tensor(500))
+            results.append(guider.forward(*pairs[step]).pred)
+        return results
+
+    blend(guider, range(2))
+    other = copied(guider)
+    want = blend(guider, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(blend(other, range(2, 4)), want, strict=True))

@@ -81,12 +81,27 @@ class _FusedBlend:
         self._method = _METHODS.get(owner.__name__) if owner.__module__.startswith("diffusers.") else None
         self._key: Any = None
         self._blender: Blender | None = None
+        self._momentum: Tensor | None = None  # of a copied guider, until a blender takes it
+
+    def midway(self) -> tuple[type, dict[str, Any]] | None:
+        """What a copy of the guider needs to continue; None if nothing."""
+        momentum = self._momentum if self._blender is None else self._blender.momentum
+        return None if momentum is None else (type(self), {"momentum": momentum.clone()})
+
+    @classmethod
+    def resumed(cls, guider: Any, original: type, momentum: Tensor) -> _FusedBlend:
+        """The blend of a copy, from what `midway` returned."""
+        blend = cls(original)
+        blend._momentum = momentum
+        return blend
 
     def __call__(self, guider: Any, predictions: Mapping[str, Tensor]) -> Tensor | None:
         """The guided prediction; None if there is nothing to blend."""
         step = _number(guider, "_step")
-        if step == 0 and self._blender is not None:
-            self._blender.begin()
+        if step == 0:
+            self._momentum = None
+            if self._blender is not None:
+                self._blender.begin()
         if len(predictions) < 2:
             return None
         if self._method is None:
@@ -116,7 +131,7 @@ class _FusedBlend:
         options["formulation"] = "original" if options["formulation"] else "standard"
         key = (options, steps, like.shape, like.dtype, like.device)
         if self._blender is None or key != self._key:
-            before = None if self._blender is None else self._blender.momentum
+            before = self._momentum if self._blender is None else self._blender.momentum
             with falling_through(TypeError, ValueError):
                 self._blender = Blender(kind(**options), steps, like)
             self._key, momentum = key, self._blender.momentum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,14 @@ class _Tables:
             raise FallThroughError("the second value its steps return is neither x0 nor a sum of sample and output")
         return compiled
 
+    def begin(self, first: int, options: Mapping[str, Any]) -> None:
+        """Choose the table of a run that began at a position, for a scheduler copied in the middle of it."""
+        if "_step_index" in vars(self.twin):
+            self.twin._step_index = None
+        with suppress(FallThroughError):
+            compiled = self.compiled(first, options)
+            self.selection = _Selection(compiled, first, options, compiled.table.num_history > 0)
+
     def select(self, position: int, follows: bool, options: Mapping[str, Any]) -> _Selection:
         """The table of a step; `follows` says whether the step before it was fused."""
         now = self.selection
@@ -115,6 +124,33 @@ class FusedSteps:
         self._whole: Compiled | None = None
         self._scales: list[float] = []
         self._fallen = ""
+        self._saved: Tensor | None = None  # the tensors that a copied run had saved, until a stepper takes them
+
+    def midway(self) -> tuple[type, dict[str, Any]] | None:
+        """What a copy of the scheduler needs to continue a fused run; None outside of one."""
+        following, now = self._positions.next, self._tables.selection
+        if self._fallen or following is None or now is None:
+            return None
+        steppers = self._steppers.values()
+        saved = steppers[-1].history if now.stateful and steppers else self._saved
+        values = {"options": dict(now.options), "first": now.first, "following": following}
+        return type(self), values | {"saved": None if saved is None else saved.clone()}
+
+    @classmethod
+    def resumed(
+        cls,
+        scheduler: Any,
+        original: type,
+        options: Mapping[str, Any],
+        first: int,
+        following: int,
+        saved: Tensor | None,
+    ) -> FusedSteps:
+        """The steps of a copy, from what `midway` returned."""
+        steps = cls(scheduler, original, options)
+        steps._tables.begin(first, options)
+        steps._positions.next, steps._saved = following, saved
+        return steps
 
     def compile(self, before: FusedSteps | None = None) -> None:
         """Compile a run from the first timestep with the options of the run before, and take over its memory."""
@@ -210,6 +246,9 @@ class FusedSteps:
         if (stepper := self._steppers.get(key)) is None:
             stepper = Stepper(compiled.table, sample, self._clip, keep_x0=keep_x0)
             self._steppers.put(key, stepper)
+            if self._saved is not None and stepper.history is not None:
+                stepper.history.copy_(self._saved)
+                self._saved = None
         following, x0 = stepper(row, output, sample, noise)
         if compiled.further == "none":
             return [following]

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# The attribute of an instance with our state, which is not copied or pickled with it.
+# The attribute of an instance with our state. Of it only what `midway` returns is copied or pickled.
 STATE = "_fastcfg_state"
 
 
@@ -22,7 +22,8 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
 
     def reduce(self: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != STATE}
-        return _rebuilt, (again, original, state)
+        ours = vars(self).get(STATE)
+        return _rebuilt, (again, original, state, None if ours is None else ours.midway())
 
     names = {
         "__doc__": original.__doc__,
@@ -54,8 +55,12 @@ def _reduce_class(fused: Any) -> Any:
     return (fused._fastcfg_again, (fused._fastcfg_original,)) if is_fused(fused) else fused.__qualname__
 
 
-def _rebuilt(again: Callable[[type], type], original: type, state: Mapping[str, Any]) -> Any:
-    return _with_state(again(original), state)
+def _rebuilt(again: Callable[[type], type], original: type, state: Mapping[str, Any], midway: Any = None) -> Any:
+    new = _with_state(again(original), state)
+    if midway is not None:
+        kind, values = midway
+        vars(new)[STATE] = kind.resumed(new, original, **values)
+    return new
 
 
 def _with_state(kind: Any, state: Mapping[str, Any]) -> Any:
