@@ -75,9 +75,8 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """Default options of an upsampler and its diffusion process."""
-    options = model_and_diffusion_defaults()
-    for name in ("image_size", "channel_mult", "use_new_attention_order"):
-        del options[name]
+    without = ("image_size", "channel_mult", "use_new_attention_order")
+    options = {name: value for name, value in model_and_diffusion_defaults().items() if name not in without}
     return {**options, "large_size": 256, "small_size": 64}
 
 

@@ -100,14 +100,10 @@ class Text2ImUNet(UNetModel):
                 self.unemb.weight = self.token_embedding.weight
 
     def get_text_emb(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Encode text: integer ids [B, text_ctx], and a mask, True on real tokens, which `xf_padding` needs.
+        """Encode text: integer ids [B, text_ctx], and a bool mask, True on real tokens, which `xf_padding` needs.
 
-        Returns:
-            Keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
-            `xf_out` [B, xf_width, text_ctx], attended to.
-
-        Raises:
-            ValueError: a wrong shape, or a mask that is missing or not bool.
+        Returns keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
+        `xf_out` [B, xf_width, text_ctx], attended to. ValueError for a wrong shape, or a missing or unsuitable mask.
         """
         self._check_text(tokens, mask)
         if self.cache is not None:

@@ -72,15 +72,12 @@ class LayerOptions:
 
 
 class UNetEncoder(nn.Module):
-    """The contracting half of a UNet: base of `UNetModel` and `EncoderUNetModel`; see there for arguments and errors.
+    """The contracting half of a UNet: base of `UNetModel` and `EncoderUNetModel`, which state arguments and errors.
 
-    Attributes:
-        widths: channels of each level.
-        block_channels: output channels of each input block.
+    `widths` are the channels of each level, `block_channels` the output channels of each input block.
     """
 
-    use_checkpoint = False
-    use_fp16 = False
+    use_checkpoint = use_fp16 = False
 
     def __init__(
         self,

