@@ -54,6 +54,8 @@ MOVED = {
     "blender": "ops.blender",
     "frontends._scheduler_run": "frontends._fused.steps",
     "models.glide_meta": "models.glide",
+    "models.attention": "models.blocks",
+    "models.resblock": "models.blocks",
     "training.judge": "training.shapes.judge",
     "training.folder_data": "training.folder.data",
     "training.folder_config": "training.folder.config",

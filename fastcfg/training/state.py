@@ -80,7 +80,6 @@ def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
                 raise ValueError(f"resume: got {got}, expected {expected}")
     longer = any(getattr(saved, name) != getattr(config, name) for name in _LENGTH)
     if longer and any(step > max(c.steps - c.decay_steps, 0) for c in (saved, config)):
-        raise ValueError(
-            f"resume: got a run of another length at step {step}, expected the state's steps = {saved.steps} and "
-            f"decay_steps = {saved.decay_steps}, because the decay has begun"
-        )
+        expected = f"the state's steps = {saved.steps} and decay_steps = {saved.decay_steps}"
+        got = f"a run of another length at step {step}"
+        raise ValueError(f"resume: got {got}, expected {expected}, because the decay has begun")

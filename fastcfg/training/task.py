@@ -16,8 +16,8 @@ class Task:
     """A network, its data, and its losses besides that of the noise. Steps are counted from 0.
 
     Attributes:
-        model: the network in train mode, with its `tokenizer`; frozen parameters have `requires_grad` False.
-        meta: the checkpoint's description of the network, without the recipe.
+        model, meta: the network in train mode, frozen parameters with `requires_grad` False, and its description
+            without the recipe.
         heads: layers trained beside the network and dropped afterwards.
         fingerprint: identifies the data: a run resumes only on equal data. Empty if the recipe determines them.
         summary: one line about the data found, or "".

@@ -29,10 +29,8 @@ _SHIFTS = (-0.5, 0.0, 0.5)
 class Finding:
     """One object found in a picture.
 
-    Attributes:
-        colour: nearest palette colour, or None if the object is not of one palette colour.
-        shape, overlap: best matching shape, or None if none overlaps well; and the best overlap, in [0, 1].
-        centre: centroid (x, y) in pixels.
+    The nearest palette colour, or None if the object is not of one; the best matching shape, or None if none overlaps
+    well; the centroid (x, y) in pixels; and the best overlap, in [0, 1].
     """
 
     colour: str | None
@@ -45,10 +43,7 @@ class Finding:
 class Verdict:
     """The correct parts of a picture, under the best assignment of found to wanted objects.
 
-    Attributes:
-        colours, shapes: every object has its colour; every object has its shape.
-        relation: the objects are arranged as wanted; True for a scene without relation.
-        count: the number of objects is right; if not, all others are False.
+    `relation`, the arrangement, is True for a scene without one. If the number of objects is wrong, all are False.
     """
 
     colours: bool
@@ -109,7 +104,7 @@ def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
-    """Colour, shape and position of one component."""
+    """The object of one component."""
     member = labels == label
     inner = ~_dilate(~member)
     core = rgb[inner if inner.any() else member]

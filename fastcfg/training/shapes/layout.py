@@ -14,19 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.attention import AttentionBlock
+from ...models.blocks import AttentionBlock
 from ...models.text2im import Text2ImUNet
 from .scenes import COLOURS, SHAPES
 
-# A cell covered less than this is background.
-_OCCUPIED = 0.25
+_OCCUPIED = 0.25  # a cell covered less than this is background
 
 
 class LayoutHead(nn.Module):
-    """Reads colour and shape from the last attention block of a network, which several threads may call at once.
-
-    ValueError if the network has no attention block.
-    """
+    """Reads colour and shape from a network's last attention block (ValueError without one), for each thread apart."""
 
     def __init__(self, model: Text2ImUNet) -> None:
         super().__init__()
