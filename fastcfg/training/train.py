@@ -90,9 +90,8 @@ def train(
         stop_after: stop when this many steps have been made in all, as if interrupted.
         tell: called with a line about the data, before the first step.
 
-    Raises:
-        ValueError: the recipe does not fit the network, data or state; `out_dir` contains a run and `resume` is False.
-        OSError: the folder cannot be written to, or data or weights cannot be read.
+    ValueError if the recipe does not fit network, weights, data or state, or `out_dir` contains a run and `resume` is
+    False; OSError if the folder cannot be written to, or data or weights cannot be read.
 
     Example:
         >>> result = train(ShapesConfig(steps=100), "run", progress=False)
@@ -144,10 +143,7 @@ def train(
 
 
 def draw_noise(num_timesteps: int, noisy_share: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Draw timesteps, int64 [B], and noise, float32, for pictures of `shape` [B, C, H, W]; see `TrainConfig`.
-
-    Always from torch's CPU generator. `num_timesteps` is the length T of the diffusion.
-    """
+    """Draw timesteps, int64 [B], and noise, float32 of `shape` [B, C, H, W]; always from torch's CPU generator."""
     t = torch.randint(num_timesteps, shape[:1])
     noise = torch.randn(shape)
     if noisy_share:

@@ -46,8 +46,7 @@ class FolderTask(Task):
             raise ValueError(f"side_x, side_y: got {size[0]}x{size[1]}, expected {expected}")
         if size[0] == size[1]:
             self.meta = dataclasses.replace(self.meta, image_size=size[0])
-        self.model.use_checkpoint = config.use_checkpoint
-        self.model.cache_text_emb = False
+        self.model.use_checkpoint, self.model.cache_text_emb = config.use_checkpoint, False
         self.model.train()
         _freeze(self.model, config)
         self.heads = nn.ModuleList()

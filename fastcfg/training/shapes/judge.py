@@ -66,8 +66,7 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
         >>> judge(render(scene, np.random.default_rng(0)), scene).correct
         True
     """
-    found = find_objects(image)
-    wanted = scene.objects
+    found, wanted = find_objects(image), scene.objects
     if len(found) != len(wanted):
         return Verdict(colours=False, shapes=False, relation=False, count=False)
     verdicts = []
@@ -124,15 +123,13 @@ def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
     """The mask and its 8-neighbours; the picture's rim has none outside."""
-    padded = np.pad(mask, 1)
-    height, width = mask.shape
+    padded, (height, width) = np.pad(mask, 1), mask.shape
     return np.logical_or.reduce([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)])
 
 
 def _match_shape(alpha: np.ndarray) -> tuple[str, float, tuple[float, float]]:
     """Best shape of a coverage map, its overlap, and the map's centroid."""
-    grid = np.arange(IMAGE_SIZE) + 0.5
-    total = float(alpha.sum())
+    grid, total = np.arange(IMAGE_SIZE) + 0.5, float(alpha.sum())
     x, y = float((alpha.sum(axis=0) @ grid) / total), float((alpha.sum(axis=1) @ grid) / total)
     best, best_overlap = SHAPES[0], 0.0
     for shape in SHAPES:

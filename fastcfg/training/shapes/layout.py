@@ -37,7 +37,6 @@ class LayoutHead(nn.Module):
         self.shape = nn.Conv2d(channels, len(SHAPES) + 1, 1)
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook: keep the features of this thread's call."""
         self._heard.features = output
 
     def forward(self, colours: Tensor, shapes: Tensor) -> Tensor:
@@ -47,11 +46,11 @@ class LayoutHead(nn.Module):
         """
         features = self.norm(self._heard.features.float())
         self._heard.features = None
-        cells = features.shape[-1]
         losses = []
         for head, names in ((self.colour, colours), (self.shape, shapes)):
             # The name that fills most of each cell.
-            areas = F.adaptive_avg_pool2d(F.one_hot(names, head.out_channels).movedim(-1, 1).float(), cells)
+            masks = F.one_hot(names, head.out_channels).movedim(-1, 1).float()
+            areas = F.adaptive_avg_pool2d(masks, features.shape[-1])
             areas[:, 0] = torch.where(areas[:, 0] <= 1 - _OCCUPIED, 0.0, 2.0)
             losses.append(F.cross_entropy(head(features), areas.argmax(dim=1), reduction="none"))
         return (losses[0] + losses[1]).mean(dim=(1, 2))

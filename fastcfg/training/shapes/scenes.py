@@ -140,8 +140,7 @@ def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> 
             synonyms = SIZE_WORDS[item.size]
             words = f"{synonyms[rng.integers(len(synonyms))]} {words}"
         nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
-    opening = _OPENINGS[rng.integers(len(_OPENINGS))]
-    phrases = _RELATION_PHRASES[relation]
+    opening, phrases = _OPENINGS[rng.integers(len(_OPENINGS))], _RELATION_PHRASES[relation]
     joint = f" {phrases[rng.integers(len(phrases))]} "
     return f"{opening} {joint.join(nouns)}".strip()
 
