@@ -283,7 +283,7 @@ class CLIPModel:
         return _normalised(self.text_encoder(*self.encode_prompts(prompts)))
 
     def image_embeddings(self, images: Tensor, t: Tensor) -> Tensor:
-        """The same of noised images [B, 3, image_size, image_size] in [-1, 1] at timesteps `t` [B] of all."""
+        """The same of noised images [B, 3, H, W] in [-1, 1], at timesteps `t` [B] of the full schedule."""
         return _normalised(self.image_encoder((images + 1) * 127.5, t))
 
     def cond_fn(self, prompts: Sequence[str], grad_scale: float) -> Callable[..., Tensor]:

@@ -62,8 +62,8 @@ class FolderData:
         """Return the batch of a step, see `Task`, and start on the next ones.
 
         A missing or dropped caption is all padding. For the upsampler it has `low_res`, float32
-        [B, 3, H / upscale_factor, W / upscale_factor]. Each unreadable picture gives one warning; ValueError if there
-        is no other.
+        [B, 3, H / upscale_factor, W / upscale_factor]. Each unreadable picture gives one warning; ValueError if none
+        can be read.
         """
         for other in [other for other in self._ahead if not step <= other <= step + _AHEAD]:
             for future in self._ahead.pop(other):
