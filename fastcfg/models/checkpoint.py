@@ -18,10 +18,8 @@ from .tokenizer import Tokenizer
 FORMAT = "fastcfg-checkpoint"
 FORMAT_VERSION = 1
 
-NETWORKS: dict[str, type[Text2ImUNet]] = {
-    network.__name__: network
-    for network in (Text2ImUNet, SuperResText2ImUNet, InpaintText2ImUNet, SuperResInpaintText2ImUnet)
-}
+_NETWORKS = (Text2ImUNet, SuperResText2ImUNet, InpaintText2ImUNet, SuperResInpaintText2ImUnet)
+NETWORKS: dict[str, type[Text2ImUNet]] = {network.__name__: network for network in _NETWORKS}
 """Networks that a checkpoint can contain, by name."""
 
 
@@ -31,8 +29,7 @@ class CheckpointMeta:
 
     Attributes:
         model: constructor arguments of the network, without the tokenizer.
-        schedule: name of the noise schedule, see `Schedule.named`.
-        num_timesteps: length T of the schedule.
+        schedule, num_timesteps: name and length T of the noise schedule, see `Schedule.named`.
         image_size: height and width of the pictures in pixels.
         recipe: the training recipe, for information.
         network: class of the network, a name in `NETWORKS`.
@@ -48,8 +45,7 @@ class CheckpointMeta:
     def build(self, tokenizer: HasVocabulary | None, device: str = "meta") -> Text2ImUNet:
         """Make the network; on the meta device without weights, for `load_state_dict(..., assign=True)`.
 
-        Raises:
-            KeyError, TypeError, ValueError: unknown network or unsuitable arguments.
+        KeyError, TypeError or ValueError for an unknown network or unsuitable arguments.
         """
         with torch.device(device):
             return NETWORKS[self.network](tokenizer=tokenizer, **self.model)
@@ -58,13 +54,8 @@ class CheckpointMeta:
 def save_checkpoint(path: str | os.PathLike[str], model: Text2ImUNet, meta: CheckpointMeta) -> None:
     """Write a checkpoint as one safetensors file, whole or not at all.
 
-    Args:
-        path: the file to write.
-        model: the network; stored are its weights as float16 and its tokenizer (GLIDE's adds 2.3 MB to 770 MB).
-        meta: description of the network.
-
-    Raises:
-        ValueError: the model's tokenizer is not a `Tokenizer`, or the model is not `meta.network`.
+    Stored are the weights as float16, the model's tokenizer (GLIDE's adds 2.3 MB to 770 MB) and the description.
+    ValueError if the tokenizer is not a `Tokenizer`, or the model is not `meta.network`.
 
     Example:
         >>> save_checkpoint("shapes.safetensors", model, meta)
@@ -76,12 +67,8 @@ def save_checkpoint(path: str | os.PathLike[str], model: Text2ImUNet, meta: Chec
         raise ValueError(f"model: got a tokenizer of type {type(model.tokenizer).__name__}, expected a Tokenizer")
     if type(model).__name__ != meta.network:
         raise ValueError(f"model: got a {type(model).__name__}, expected the {meta.network} that meta names")
-    header = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "tokenizer": json.loads(model.tokenizer.to_json()),
-        **dataclasses.asdict(meta),
-    }
+    tokenizer = json.loads(model.tokenizer.to_json())
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "tokenizer": tokenizer, **dataclasses.asdict(meta)}
     weights = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
     with replacing(path) as temporary:
         save_file(weights, temporary, metadata={"fastcfg": json.dumps(header)})
@@ -99,14 +86,9 @@ def has_header(path: str | os.PathLike[str]) -> bool:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Text2ImUNet, Tokenizer, CheckpointMeta]:
-    """Read a checkpoint of `save_checkpoint`.
+    """Read a checkpoint of `save_checkpoint`: the network in eval mode, float32, on the CPU; tokenizer; description.
 
-    Returns:
-        The network in eval mode, float32, on the CPU; its tokenizer; its description.
-
-    Raises:
-        ValueError: the file is not such a checkpoint.
-        OSError: the file cannot be read.
+    ValueError if the file is not such a checkpoint; OSError if it cannot be read.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file

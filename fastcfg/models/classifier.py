@@ -21,10 +21,8 @@ _SPATIAL_WIDTH = 2048
 class AttentionPool2d(nn.Module):
     """Attention of the mean position to all positions and itself (guided-diffusion, class of the same name).
 
-    Args:
-        spacial_dim, embed_dim: size (in the original's spelling) and channels of the feature map.
-        num_heads_channels: channels per attention head; ValueError unless a divisor of `embed_dim`.
-        output_dim: channels of the output; `embed_dim` if None.
+    Arguments, in the original's spelling: size and channels of the feature map; channels per attention head, ValueError
+    unless a divisor of `embed_dim`; channels of the output, `embed_dim` if None.
     """
 
     def __init__(
@@ -34,8 +32,7 @@ class AttentionPool2d(nn.Module):
         if num_heads_channels < 1 or embed_dim % num_heads_channels:
             expected = f"a divisor of the {embed_dim} channels"
             raise ValueError(f"num_heads_channels: got {num_heads_channels}, expected {expected}")
-        self.spacial_dim = spacial_dim
-        self.num_heads = embed_dim // num_heads_channels
+        self.spacial_dim, self.num_heads = spacial_dim, embed_dim // num_heads_channels
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
         self.qkv_proj = PointwiseConv1d(embed_dim, 3 * embed_dim)
         self.c_proj = PointwiseConv1d(embed_dim, output_dim or embed_dim)
@@ -120,11 +117,9 @@ class EncoderUNetModel(UNetEncoder):
             self.out = nn.Sequential(first, *between, nn.Linear(_SPATIAL_WIDTH, out_channels))
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """Logits [B, out_channels], of the dtype of `x`, of noised images; ValueError for a shape that does not fit.
+        """Logits [B, out_channels] of noised images; arguments, dtype and errors as `UNetModel.forward`.
 
-        Args:
-            x: [B, in_channels, H, W]; H and W multiples of 2 ** (levels - 1), for "attention" `image_size`.
-            timesteps: [B], integer or float.
+        The "attention" pool takes images of `image_size` only.
         """
         emb = self._embed(x, timesteps)
         if self.pool == "attention" and x.shape[2:] != (self.image_size, self.image_size):

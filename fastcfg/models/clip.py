@@ -283,10 +283,7 @@ class CLIPModel:
         return _normalised(self.text_encoder(*self.encode_prompts(prompts)))
 
     def image_embeddings(self, images: Tensor, t: Tensor) -> Tensor:
-        """Embeddings, float32 [B, n_embd] of length 1, of noised images [B, 3, image_size, image_size] in [-1, 1].
-
-        `t`: timesteps [B] of the full schedule.
-        """
+        """The same of noised images [B, 3, H, W] in [-1, 1], at timesteps `t` [B] of the full schedule."""
         return _normalised(self.image_encoder((images + 1) * 127.5, t))
 
     def cond_fn(self, prompts: Sequence[str], grad_scale: float) -> Callable[..., Tensor]:
@@ -313,9 +310,9 @@ class CLIPModel:
 
 
 def create_clip_model(*, device: torch.device | str | None = None, tokenizer: HasEncode | None = None) -> CLIPModel:
-    """GLIDE's CLIP with initial weights (`clip.model_creation.create_clip_model` with its only configuration).
+    """GLIDE's CLIP (`clip.model_creation.create_clip_model` with its only configuration) with initial weights.
 
-    The weights are on `device`, or on torch's default device.
+    They are on `device`; None for torch's default device.
     """
     with torch.device(torch.get_default_device() if device is None else device):
         text = TextEncoder(n_bpe_vocab=65536, max_text_len=77, n_embd=512, n_head=8, n_xf_blocks=12)

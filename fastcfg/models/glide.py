@@ -98,19 +98,16 @@ def create_model(
 ) -> Text2ImUNet:
     """Make a `Text2ImUNet`, or a subclass, from GLIDE's options (`model_creation.create_model`).
 
-    Arguments and errors are those of `Text2ImUNet`, except:
+    Arguments and errors are those of `Text2ImUNet`, except (ValueError also for lists not of positive integers):
 
     Args:
-        image_size: height and width: 64, 128 or 256, or 2 ** (levels + 2) if `channel_mult` is given.
+        image_size: height and width: 64, 128 or 256, or 2 ** (levels + 2) if `channel_mult` is given, or ValueError.
         num_channels: base width.
         channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,4"; empty for the size's default.
         attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
         inpaint: the model also sees the known part of the image and its mask.
         super_res: the model also sees a smaller image.
         tokenizer: becomes the model's `tokenizer`; None for the size of GLIDE's vocabulary only.
-
-    Raises:
-        ValueError: an image size without default or other than that of `channel_mult`, lists not of positive integers.
     """
     options = {name: value for name, value in locals().items() if name not in ("use_fp16", "tokenizer")}
     network, arguments = describe_model(**options)

@@ -75,9 +75,8 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """Default options of an upsampler and its diffusion process."""
-    options = model_and_diffusion_defaults()
-    for name in ("image_size", "channel_mult", "use_new_attention_order"):
-        del options[name]
+    without = ("image_size", "channel_mult", "use_new_attention_order")
+    options = {name: value for name, value in model_and_diffusion_defaults().items() if name not in without}
     return {**options, "large_size": 256, "small_size": 64}
 
 
@@ -101,18 +100,15 @@ def create_model(
 ) -> UNetModel:
     """Make an image model from guided-diffusion's options (`script_util.create_model`).
 
-    Arguments and errors are those of `UNetModel`, except:
+    Arguments and errors are those of `UNetModel`, except (ValueError also for lists not of positive integers):
 
     Args:
-        image_size: height and width: 64, 128, 256 or 512 unless `channel_mult` is given.
+        image_size: height and width: 64, 128, 256 or 512, or ValueError, unless `channel_mult` is given.
         num_channels: base width.
         channel_mult: width of each level as a multiple of `num_channels`, e.g. "1,2,3,4"; empty for the size's default.
         learn_sigma: the model learns its variance: it has six output channels, not three.
         class_cond: the model is conditioned on `NUM_CLASSES` classes.
         attention_resolutions: heights of the feature maps with attention, e.g. "32,16,8".
-
-    Raises:
-        ValueError: an image size without default, lists not of positive integers.
     """
     return _make_unet(UNetModel, "image_size", _CHANNEL_MULT, **locals())  # the arguments by name
 

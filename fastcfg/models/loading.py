@@ -31,12 +31,8 @@ def load_network(
         tokenizer: for a state dict: a tokenizer, or an argument of `read_tokenizer`. A checkpoint has its own.
         options: for a state dict: GLIDE's options that differ from its defaults for the network.
 
-    Returns:
-        The network in eval mode, float32, on the CPU; its tokenizer; its description.
-
-    Raises:
-        ValueError: the file is neither, options or tokenizer do not fit the weights, or a checkpoint with options.
-        OSError: a file cannot be read.
+    Returns what `load_checkpoint` does. ValueError if the file is neither, options or tokenizer do not fit the weights,
+    or for a checkpoint with options; OSError if a file cannot be read.
 
     Example:
         >>> model, tokenizer, meta = load_network("upsample.pt")

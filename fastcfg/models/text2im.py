@@ -1,4 +1,4 @@
-"""The text-conditional UNet of GLIDE."""
+"""The text-conditional UNet of GLIDE, and its text transformer: bidirectional, pre-norm."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .nn import LayerNorm32, convert_modules
-from .transformer import Transformer
+from .nn import LayerNorm32, attend, convert_modules
 from .unet import UNetModel
 
 # The original leaves positional and padding embeddings uninitialised. CLIP's value works for training from scratch.
@@ -18,6 +18,62 @@ _POSITION_STD = 0.01
 # The forms of text, of which a call takes one: tokens, encoded by `get_text_emb`, and made ready by `precompute`.
 _TEXT = ("tokens", "mask", "xf_proj", "xf_out", "xf_kv")
 _FORMS = ({"tokens"}, {"tokens", "mask"}, {"xf_proj", "xf_out"}, {"xf_proj", "xf_kv"})
+
+
+class MultiheadAttention(nn.Module):
+    """Self-attention over all positions; the channels are queries, keys and values head by head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.c_qkv = nn.Linear(width, 3 * width)
+        self.c_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(attend(*self.c_qkv(x).unflatten(2, (self.heads, 3, -1)).unbind(3)))
+
+
+class MLP(nn.Module):
+    """Two layers with the exact GELU and four times the width in between."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Attention, then MLP, both residual and pre-norm."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attn = MultiheadAttention(width, heads)
+        self.ln_1 = LayerNorm32(width)
+        self.mlp = MLP(width)
+        self.ln_2 = LayerNorm32(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Text transformer of GLIDE (`xf.Transformer`); ValueError unless `width` is a multiple of `heads`."""
+
+    def __init__(self, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"xf_heads: got {heads}, expected a divisor of xf_width {width}")
+        self.resblocks = nn.ModuleList([ResidualAttentionBlock(width, heads) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map token features [B, T, width] to the same shape."""
+        for block in self.resblocks:
+            x = block(x)
+        return x
 
 
 class HasVocabulary(Protocol):
@@ -100,16 +156,16 @@ class Text2ImUNet(UNetModel):
                 self.unemb.weight = self.token_embedding.weight
 
     def get_text_emb(self, tokens: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Encode text: integer ids [B, text_ctx], and a mask, True on real tokens, which `xf_padding` needs.
+        """Encode text: integer ids [B, text_ctx], and a bool mask, True on real tokens, which `xf_padding` needs.
 
-        Returns:
-            Keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
-            `xf_out` [B, xf_width, text_ctx], attended to.
-
-        Raises:
-            ValueError: a wrong shape, or a mask that is missing or not bool.
+        Returns keyword arguments for `forward`: `xf_proj` [B, 4 * model_channels], added to the timestep embedding, and
+        `xf_out` [B, xf_width, text_ctx], attended to. ValueError for a wrong shape, or a missing or unsuitable mask.
         """
-        self._check_text(tokens, mask)
+        if tokens.ndim != 2 or tokens.shape[1] != self.text_ctx:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [B, {self.text_ctx}]")
+        if self.xf_padding and (mask is None or mask.shape != tokens.shape or mask.dtype != torch.bool):
+            got = "None" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise ValueError(f"mask: got {got}, expected torch.bool of shape {tuple(tokens.shape)}")
         if self.cache is not None:
             if _same(self.cache["tokens"], tokens) and _same(self.cache["mask"], mask):
                 return {name: self.cache[name] for name in ("xf_proj", "xf_out")}  # type: ignore[misc]
@@ -199,14 +255,6 @@ class Text2ImUNet(UNetModel):
             return xf_proj, xf_kv.to(self.dtype).split(widths, dim=2)
         features = xf_out.to(self.dtype).transpose(1, 2)  # type: ignore[union-attr]
         return xf_proj, [block.encoder_kv(features) for block in blocks]  # type: ignore[misc]
-
-    def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
-        """Raise ValueError unless tokens and mask have the network's shapes and dtypes."""
-        if tokens.ndim != 2 or tokens.shape[1] != self.text_ctx:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, expected [B, {self.text_ctx}]")
-        if self.xf_padding and (mask is None or mask.shape != tokens.shape or mask.dtype != torch.bool):
-            got = "None" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
-            raise ValueError(f"mask: got {got}, expected torch.bool of shape {tuple(tokens.shape)}")
 
     def _convert_blocks(self, dtype: torch.dtype) -> None:
         """Cast the text matrices too; positional and padding embedding stay float32."""

@@ -19,11 +19,8 @@ class Tokenizer:
     """Tokenizer with GLIDE's interface (`glide_text2im.tokenizer.bpe.Encoder`), on the `tokenizers` library.
 
     Text is lower-cased with `str.lower()` and not changed further. No start or end token is added, and no text is
-    special: `<|endoftext|>` is encoded like any other characters. The empty text has no ids.
-
-    Attributes:
-        n_vocab: number of ids.
-        end_token: id of `<|endoftext|>`, also used for padding.
+    special: `<|endoftext|>` is encoded like any other characters. The empty text has no ids. `n_vocab` is the number of
+    ids, `end_token` that of `<|endoftext|>`, also used for padding.
 
     Example:
         >>> tokenizer = Tokenizer.word_level(["a", "red", "circle"])
@@ -37,25 +34,18 @@ class Tokenizer:
 
     def __init__(self, backend: Any) -> None:
         """Wrap a `tokenizers.Tokenizer`; ValueError if its vocabulary lacks `<|endoftext|>`."""
-        end_token = backend.token_to_id(END_TOKEN)
-        if end_token is None:
-            raise ValueError(f"backend: got a vocabulary without {END_TOKEN!r}, expected it to pad with")
-        self._backend = backend
-        self._unknown_id = backend.token_to_id(UNKNOWN_TOKEN)
         self.n_vocab: int = backend.get_vocab_size()
-        self.end_token: int = end_token
+        self.end_token: int = backend.token_to_id(END_TOKEN)
+        self._backend, self._unknown_id = backend, backend.token_to_id(UNKNOWN_TOKEN)
+        if self.end_token is None:
+            raise ValueError(f"backend: got a vocabulary without {END_TOKEN!r}, expected it to pad with")
 
     @classmethod
     def from_gpt2_files(cls, encoder_json: str | os.PathLike[str], vocab_bpe: str | os.PathLike[str]) -> Tokenizer:
         """GLIDE's tokenizer, from GPT-2's two vocabulary files, each possibly gzipped (`.gz`).
 
-        Args:
-            encoder_json: `encoder.json`, token to id.
-            vocab_bpe: `vocab.bpe`, merges by rank after a version line.
-
-        Raises:
-            OSError: a file cannot be read.
-            ValueError: a file is invalid.
+        These are `encoder.json`, token to id, and `vocab.bpe`, merges by rank after a version line. OSError if a file
+        cannot be read; ValueError if it is invalid.
         """
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers
@@ -128,9 +118,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the lower-cased text; all words unknown to a word-level vocabulary get the same id.
 
-        Raises:
-            TypeError: `text` is not a string.
-            ValueError: `text` has lone surrogates, which UTF-8 cannot encode.
+        TypeError for anything but a string; ValueError for lone surrogates, which UTF-8 cannot encode.
         """
         return self._encode(text).ids
 
@@ -143,14 +131,9 @@ class Tokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """The words of the text that the vocabulary lacks, each once, in order; none for byte-level vocabularies."""
-        encoding = self._encode(text)
-        lowered = text.lower()
-        words = [
-            lowered[start:stop]
-            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
-            if token == self._unknown_id
-        ]
-        return list(dict.fromkeys(words))
+        encoding, lowered = self._encode(text), text.lower()
+        places = [at for token, at in zip(encoding.ids, encoding.offsets, strict=True) if token == self._unknown_id]
+        return list(dict.fromkeys(lowered[start:stop] for start, stop in places))
 
     def padded_tokens_and_mask(self, tokens: Sequence[int], text_ctx: int) -> tuple[list[int], list[bool]]:
         """Cut ids, or pad them with `end_token`, to `text_ctx` ids; also returns their mask, True on real ids."""

@@ -89,12 +89,9 @@ class UNetModel(UNetEncoder):
         """Apply the network; returns [B, out_channels, *spatial], of the dtype of `x`.
 
         Args:
-            x: [B, in_channels, *spatial]; sizes are multiples of 2 ** (levels - 1).
+            x: [B, in_channels, *spatial]; sizes are multiples of 2 ** (levels - 1), or ValueError.
             timesteps: [B], integer or float.
-            y: [B] integer classes, for class-conditional models only.
-
-        Raises:
-            ValueError: a shape does not fit, or `y` is missing or unexpected.
+            y: [B] integer classes, for class-conditional models only, or ValueError.
         """
         return self._forward_blocks(x, self._embed(x, timesteps, y))
 

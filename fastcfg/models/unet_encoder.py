@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionBlock
+from .blocks import AttentionBlock, ResBlock
 from .nn import CONVOLUTIONS, Downsample, Upsample, conv_nd, convert_modules, timestep_embedding
-from .resblock import ResBlock
 
 
 class UNetBlock(nn.Sequential):
@@ -49,15 +48,10 @@ class LayerOptions:
     use_new_attention_order: bool
     encoder_channels: int | None = None
 
-    @property
-    def emb_channels(self) -> int:
-        """Width of the timestep embedding."""
-        return 4 * self.model_channels
-
     def res_block(self, channels: int, width: int | None = None, **resampling: bool) -> ResBlock:
         """A residual block of `channels` in and `width` out."""
-        shift = self.use_scale_shift_norm
-        return ResBlock(channels, self.emb_channels, self.dropout, width, shift, self.dims, **resampling)
+        emb, shift = 4 * self.model_channels, self.use_scale_shift_norm
+        return ResBlock(channels, emb, self.dropout, width, shift, self.dims, **resampling)
 
     def attention(self, channels: int, heads: int) -> AttentionBlock:
         """An attention block."""
@@ -72,15 +66,12 @@ class LayerOptions:
 
 
 class UNetEncoder(nn.Module):
-    """The contracting half of a UNet: base of `UNetModel` and `EncoderUNetModel`; see there for arguments and errors.
+    """The contracting half of a UNet: base of `UNetModel` and `EncoderUNetModel`, which state arguments and errors.
 
-    Attributes:
-        widths: channels of each level.
-        block_channels: output channels of each input block.
+    `widths` are the channels of each level, `block_channels` the output channels of each input block.
     """
 
-    use_checkpoint = False
-    use_fp16 = False
+    use_checkpoint = use_fp16 = False
 
     def __init__(
         self,
@@ -100,7 +91,7 @@ class UNetEncoder(nn.Module):
         self.dims = options.dims
         self.size_divisor = 2 ** (len(self.widths) - 1)
 
-        emb_channels = options.emb_channels
+        emb_channels = 4 * self.model_channels
         self.time_embed = nn.Sequential(
             nn.Linear(self.model_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )

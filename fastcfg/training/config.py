@@ -22,7 +22,7 @@ _Recipe = TypeVar("_Recipe", bound="TrainConfig")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a run, whatever it trains on; `ShapesConfig` and `FolderConfig` add their own.
+    """Settings of a run; `ShapesConfig` and `FolderConfig` add their own. ValueError for a value out of range.
 
     The learning rate rises linearly over `warmup_steps`, stays, and falls to 0 as half a cosine over the last
     `decay_steps`. A run can therefore be resumed with another length as long as its decay has not begun.
@@ -41,9 +41,6 @@ class TrainConfig:
             other load better than two cores that meet in every layer: 60 pictures/s against 8 beside one busy process.
         seed: seed of initial weights, data, noise and dropout.
         model: options of the network.
-
-    Raises:
-        ValueError: a value out of range.
     """
 
     # Settings that do not change the result: a resumed run may have other values.

@@ -25,17 +25,15 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def thin(entries: Sequence[dict[str, float]], points: int = 200) -> dict[str, list[float]]:
-    """Average a log over at most `points` stretches of equal length.
+    """Average a log over at most `points` stretches of equal length: means by key, to 6 significant digits.
 
-    Returns the means by key, to 6 significant digits; `step` is each stretch's last step. All entries have the same
-    numeric keys.
+    `step` is each stretch's last step. All entries have the same numeric keys.
     """
     curve: dict[str, list[float]] = {}
     for key in entries[0] if entries else ():
         values = np.array([entry[key] for entry in entries], dtype=np.float64)
         stretches = np.array_split(values, min(points, len(entries)))
-        last = key == "step"
-        curve[key] = [int(part[-1]) if last else float(f"{part.mean():.6g}") for part in stretches]
+        curve[key] = [int(part[-1]) if key == "step" else float(f"{part.mean():.6g}") for part in stretches]
     return curve
 
 

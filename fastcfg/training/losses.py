@@ -25,12 +25,9 @@ _SMALLEST_PROBABILITY = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class LossTerms:
-    """Losses of each sample, float [B].
+    """Losses of each sample, float [B]: `loss` is `mse_weight * mse + vlb`, `mse` the mean squared error of the noise.
 
-    Attributes:
-        loss: the training loss, `mse_weight * mse + vlb`.
-        mse: mean squared error of the noise.
-        vlb: the term of the variational bound at t in bits per dimension, times T / 1000.
+    `vlb` is the term of the variational bound at t in bits per dimension, times T / 1000.
     """
 
     loss: Tensor
@@ -41,12 +38,9 @@ class LossTerms:
 class HybridLoss:
     """Loss of a model with output [B, 2C, ...]: the noise, then the variance's position between its bounds.
 
-    Args:
-        schedule: the schedule of the diffusion.
-        mse_weight_cap: the squared error has the weight `min(1 / alphas_cumprod, mse_weight_cap)`: 1 is the plain loss,
-            infinity the squared error of v; values between favour the noisy steps, where the layout is decided.
-            ValueError below 1.
-        dtype: dtype of tables and result.
+    The squared error has the weight `min(1 / alphas_cumprod, mse_weight_cap)`: a cap of 1 is the plain loss, infinity
+    the squared error of v; values between favour the noisy steps, where the layout is decided. ValueError below 1.
+    `dtype` is that of tables and result.
 
     Example:
         >>> loss = HybridLoss(Schedule.named("squaredcos_cap_v2", 1000))
@@ -91,16 +85,14 @@ class HybridLoss:
         predicted_start = recip * x_t - recipm1 * epsilon
         low, high = self._at("min_log_variance", t, x_t), self._at("max_log_variance", t, x_t)
         log_variance = fraction * high + (1 - fraction) * low
-        true_mean, mean = self._posterior_mean(x_start, x_t, t), self._posterior_mean(predicted_start, x_t, t)
+        # Means of q(x_{t-1} | x_t, x_0).
+        of_start, of_x_t = (self._at(f"posterior_mean_coef{k}", t, x_t) for k in (1, 2))
+        true_mean, mean = (of_start * start + of_x_t * x_t for start in (x_start, predicted_start))
         difference = low - log_variance
         divergence = 0.5 * (difference.exp() - 1 - difference + (true_mean - mean) ** 2 * torch.exp(-log_variance))
         likelihood = -_discretized_log_likelihood(x_start, mean, log_variance)
         first = (t == 0).view(-1, *[1] * (x_t.ndim - 1))
         return torch.where(first, likelihood, divergence).flatten(1).mean(dim=1) / math.log(2.0)
-
-    def _posterior_mean(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Mean of q(x_{t-1} | x_t, x_0)."""
-        return self._at("posterior_mean_coef1", t, x_t) * x_start + self._at("posterior_mean_coef2", t, x_t) * x_t
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Entries of a table at t, shaped to multiply `like`."""

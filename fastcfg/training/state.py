@@ -28,10 +28,8 @@ def save_state(
 ) -> None:
     """Write a run's state, whole or not at all. Random numbers are not saved: they depend on seed and step only.
 
-    Args:
-        config, fingerprint: the recipe, and what identifies the run's data.
-        step, seconds: number of steps made, and the time they took.
-        parts: objects with `state_dict` and `load_state_dict`, by name.
+    `fingerprint` identifies the run's data; `step` and `seconds` are the number of steps made and the time they took;
+    `parts` are objects with `state_dict` and `load_state_dict`, by name.
     """
     state: dict[str, Any] = {"format": _FORMAT, "config": dataclasses.asdict(config), "fingerprint": fingerprint}
     state |= {"step": step, "seconds": seconds, **{name: part.state_dict() for name, part in parts.items()}}
@@ -70,9 +68,7 @@ def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
     if type(saved) is not type(config):
         got, expected = type(config).__name__, type(saved).__name__
         raise ValueError(f"resume: got a {got}, expected the state's {expected}")
-    for start in saved.starts() | config.starts():
-        if start >= max(step, 1):
-            continue
+    for start in {start for start in saved.starts() | config.starts() if start < max(step, 1)}:
         old, new = dataclasses.asdict(saved.at(start)), dataclasses.asdict(config.at(start))
         for name in new:
             if old[name] != new[name] and name not in _LENGTH | config.FREE:
@@ -80,7 +76,6 @@ def _check_same_run(saved: TrainConfig, config: TrainConfig, step: int) -> None:
                 raise ValueError(f"resume: got {got}, expected {expected}")
     longer = any(getattr(saved, name) != getattr(config, name) for name in _LENGTH)
     if longer and any(step > max(c.steps - c.decay_steps, 0) for c in (saved, config)):
-        raise ValueError(
-            f"resume: got a run of another length at step {step}, expected the state's steps = {saved.steps} and "
-            f"decay_steps = {saved.decay_steps}, because the decay has begun"
-        )
+        expected = f"the state's steps = {saved.steps} and decay_steps = {saved.decay_steps}"
+        got = f"a run of another length at step {step}"
+        raise ValueError(f"resume: got {got}, expected {expected}, because the decay has begun")

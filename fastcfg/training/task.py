@@ -16,8 +16,8 @@ class Task:
     """A network, its data, and its losses besides that of the noise. Steps are counted from 0.
 
     Attributes:
-        model: the network in train mode, with its `tokenizer`; frozen parameters have `requires_grad` False.
-        meta: the checkpoint's description of the network, without the recipe.
+        model, meta: the network in train mode, frozen parameters with `requires_grad` False, and its description
+            without the recipe.
         heads: layers trained beside the network and dropped afterwards.
         fingerprint: identifies the data: a run resumes only on equal data. Empty if the recipe determines them.
         summary: one line about the data found, or "".
@@ -27,9 +27,8 @@ class Task:
     model: Text2ImUNet
     meta: CheckpointMeta
     heads: nn.ModuleList
-    fingerprint: str = ""
-    summary: str = ""
-    glide: bool = False
+    fingerprint = summary = ""
+    glide = False
 
     def empty_model(self) -> Text2ImUNet:
         """A network like `model` without weights, on torch's meta device."""
@@ -58,10 +57,9 @@ class Task:
     def losses(
         self, shard: Mapping[str, Tensor], text: Mapping[str, Tensor], config: TrainConfig
     ) -> dict[str, tuple[float, Tensor]]:
-        """Further losses of rows of a batch, called after the network and in the same thread.
+        """Further losses by name, the same at every step: the weight, and the sum over the rows `shard` of a batch.
 
-        Takes the rows, on the network's device, their `xf_proj` and `xf_out`, and the settings of the step. Returns by
-        name the weight and the sum over the rows; the same names at every step.
+        Called after the network and in the same thread, with their `xf_proj` and `xf_out`, and the step's settings.
         """
         return {}
 

@@ -35,11 +35,8 @@ from .task import Task, seed_for
 RECIPE, STATE, CHECKPOINT, LOG, PLOT = "recipe.json", "state.pt", "model.safetensors", "log.jsonl", "loss_curve.png"
 GLIDE = "glide.pt"
 
-# The last part of the diffusion, to which `noisy_share` moves pictures.
-_NOISY = 0.15
-
-# Largest share of a run spent on saving, about: the state of a network of GLIDE's size is 6 GB.
-_SAVING_SHARE = 0.05
+_NOISY = 0.15  # the last part of the diffusion, to which `noisy_share` moves pictures
+_SAVING_SHARE = 0.05  # of a run's time, at most about: the state of a network of GLIDE's size is 6 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +46,7 @@ class TrainResult:
     Attributes:
         steps, seconds: number of steps made, and the time they took, those before resuming included.
         loss: mean loss of the last tenth of the logged steps.
-        checkpoint: file of the averaged weights.
-        glide: file of the same weights as a state dict for GLIDE's own code, or None, see `Task`.
+        checkpoint, glide: file of the averaged weights, and of the same for GLIDE's own code, or None, see `Task`.
     """
 
     steps: int
@@ -89,16 +85,13 @@ def train(
     state gives the same result as an uninterrupted one: bit for bit on a CPU; GPU kernels may add in another order.
 
     Args:
-        config, device: the recipe, and the device to train on.
         out_dir, resume: folder to write to, made if missing; continue from the state in it.
         progress: show a progress bar on stderr.
-        save_seconds: time between writes.
         stop_after: stop when this many steps have been made in all, as if interrupted.
         tell: called with a line about the data, before the first step.
 
-    Raises:
-        ValueError: the recipe does not fit the network, data or state; `out_dir` contains a run and `resume` is False.
-        OSError: the folder cannot be written to, or data or weights cannot be read.
+    ValueError if the recipe does not fit network, weights, data or state, or `out_dir` contains a run and `resume` is
+    False; OSError if the folder cannot be written to, or data or weights cannot be read.
 
     Example:
         >>> result = train(ShapesConfig(steps=100), "run", progress=False)
@@ -121,8 +114,8 @@ def train(
         write_text(out / RECIPE, config.to_json())
         write_text(out / LOG, "".join(json.dumps(entry) + "\n" for entry in log))
         end = config.steps if stop_after is None else min(stop_after, config.steps)
-        started = saved = time.monotonic()
-        pause = save_seconds
+        started, pause = time.monotonic(), save_seconds
+        saved = started
         bar = progress_bar(progress, total=config.steps, initial=step, mininterval=1.0)
         with bar, open(out / LOG, "a", encoding="utf-8") as log_file:
             while step < end:
@@ -150,10 +143,7 @@ def train(
 
 
 def draw_noise(num_timesteps: int, noisy_share: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Draw timesteps, int64 [B], and noise, float32, for pictures of `shape` [B, C, H, W]; see `TrainConfig`.
-
-    Always from torch's CPU generator. `num_timesteps` is the length T of the diffusion.
-    """
+    """Draw timesteps, int64 [B], and noise, float32 of `shape` [B, C, H, W]; always from torch's CPU generator."""
     t = torch.randint(num_timesteps, shape[:1])
     noise = torch.randn(shape)
     if noisy_share:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcfg.models.attention import AttentionBlock
+from fastcfg.models.blocks import AttentionBlock
 
 
 @pytest.mark.parametrize("form", ["get_text_emb", "precompute", "precompute encoded"])

@@ -25,7 +25,7 @@ _AHEAD = 2
 class _Sample(NamedTuple):
     """One row of a batch, its picture as float32 [3, H, W]."""
 
-    image: np.ndarray
+    images: np.ndarray
     low_res: np.ndarray | None
     tokens: Sequence[int]
     mask: Sequence[bool]
@@ -38,8 +38,7 @@ class FolderData:
     Each pass over the folder has every picture once, in an order of its own. A picture that cannot be read is replaced
     by the next readable one. Dropped captions, the choice of a caption, crop and mirroring are drawn for every row.
 
-    `text_ctx` is the number of text positions, `size` the width and height of the pictures: multiples of
-    `upscale_factor` if it is used, or ValueError.
+    `size` is the width and height of the pictures: multiples of `upscale_factor` if it is used, or ValueError.
     """
 
     def __init__(
@@ -63,8 +62,8 @@ class FolderData:
         """Return the batch of a step, see `Task`, and start on the next ones.
 
         A missing or dropped caption is all padding. For the upsampler it has `low_res`, float32
-        [B, 3, H / upscale_factor, W / upscale_factor]. Each unreadable picture gives one warning; ValueError if there
-        is no other.
+        [B, 3, H / upscale_factor, W / upscale_factor]. Each unreadable picture gives one warning; ValueError if none
+        can be read.
         """
         for other in [other for other in self._ahead if not step <= other <= step + _AHEAD]:
             for future in self._ahead.pop(other):
@@ -78,13 +77,10 @@ class FolderData:
             if message not in self._told:
                 self._told.add(message)
                 warnings.warn(f"skipped: {message}", stacklevel=2)
-        batch = {
-            "images": torch.from_numpy(np.stack([sample.image for sample in samples])),
-            "tokens": torch.tensor([sample.tokens for sample in samples]),
-            "mask": torch.tensor([sample.mask for sample in samples]),
-        }
-        low_res = [sample.low_res for sample in samples if sample.low_res is not None]
-        return {**batch, "low_res": torch.from_numpy(np.stack(low_res))} if low_res else batch
+        batch = {name: torch.tensor([getattr(sample, name) for sample in samples]) for name in ("tokens", "mask")}
+        for name in ("images", "low_res") if self._low_size else ("images",):
+            batch[name] = torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+        return batch
 
     def close(self) -> None:
         """End the threads."""
@@ -92,9 +88,8 @@ class FolderData:
 
     def _sample(self, step: int, row: int) -> _Sample:
         """Make one row of a step's batch."""
-        rng = np.random.default_rng([self._config.seed, step, row])
+        rng, pictures = np.random.default_rng([self._config.seed, step, row]), self._pictures
         dropped, choice = rng.random() < self._config.uncond_p, rng.random()
-        pictures = self._pictures
         passes, index = divmod(step * self._config.batch_size + row, len(pictures))
         order = self._order(passes)
         unreadable: list[str] = []

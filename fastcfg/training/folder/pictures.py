@@ -25,14 +25,9 @@ class Picture:
 class PictureFolder:
     """The pictures of a folder and its subfolders, sorted by name, with their captions.
 
-    Attributes:
-        pictures: the pictures to train on; `skip_uncaptioned` leaves out those without a caption.
-        uncaptioned, skipped: number of pictures found without a caption, and of these left out.
-        fingerprint: SHA-256 of the pictures' names, sizes in bytes, and captions. Another picture of the same size goes
-            unnoticed.
-
-    Raises:
-        ValueError: no such folder, no pictures in it, two that share a caption file, or a caption that is not UTF-8.
+    `skip_uncaptioned` leaves out `pictures` without a caption; `uncaptioned` and `skipped` count those found and left
+    out. `fingerprint` is the SHA-256 of names, sizes in bytes, and captions: another picture of the same size goes
+    unnoticed. ValueError for no folder, no pictures in it, two that share a caption file, or a caption not in UTF-8.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, skip_uncaptioned: bool = False) -> None:

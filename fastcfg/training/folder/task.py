@@ -22,18 +22,14 @@ from .data import FolderData
 from .pictures import PictureFolder
 
 _TRANSFORMER = (*TEXT_LAYERS, "transformer_proj.")
-# The attention blocks' layers for the text: they must follow a transformer that is trained.
-_TEXT_ATTENTION = ".encoder_kv."
+_TEXT_ATTENTION = ".encoder_kv."  # attention blocks' layers for the text: they follow a transformer that is trained
 
 
 class FolderTask(Task):
     """The `Task` of a folder: no heads, and the averaged weights also for GLIDE's own code.
 
-    `resumed`, the checkpoint of the run to resume, replaces `init` and `tokenizer`.
-
-    Raises:
-        ValueError: weights, options, tokenizer or data are invalid or do not go together.
-        OSError: a file cannot be read.
+    `resumed`, the checkpoint of the run to resume, replaces `init` and `tokenizer`. ValueError if weights, options,
+    tokenizer or data are invalid or do not go together; OSError if a file cannot be read.
     """
 
     glide = True
@@ -50,8 +46,7 @@ class FolderTask(Task):
             raise ValueError(f"side_x, side_y: got {size[0]}x{size[1]}, expected {expected}")
         if size[0] == size[1]:
             self.meta = dataclasses.replace(self.meta, image_size=size[0])
-        self.model.use_checkpoint = config.use_checkpoint
-        self.model.cache_text_emb = False
+        self.model.use_checkpoint, self.model.cache_text_emb = config.use_checkpoint, False
         self.model.train()
         _freeze(self.model, config)
         self.heads = nn.ModuleList()

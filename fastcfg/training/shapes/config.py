@@ -90,8 +90,8 @@ class ShapesConfig(TrainConfig):
         """The settings in force at a step, with those of the stages begun and no stages of their own."""
         changes: dict[str, Any] = {}
         for stage in sorted(self.stages, key=lambda stage: stage["at"]):
-            if stage["at"] <= step:
-                changes |= {name: value for name, value in stage.items() if name != "at"}
+            changes |= stage if stage["at"] <= step else {}
+        changes.pop("at", None)
         return dataclasses.replace(self, stages=[], **changes)
 
     def starts(self) -> set[int]:

@@ -25,8 +25,7 @@ class ShapesData:
     def batch(self, step: int) -> dict[str, Tensor]:
         """Make the batch of a step, see `Task`. The mask of a dropped caption is all False.
 
-        It also has `colours` and `shapes`, int64 [B, 32, 32], see `render_named`; `at_words` and `about`, int64
-        [B, text_ctx, 4] and [B, 5], see `reading_targets`.
+        It also has `colours` and `shapes` of `render_named`, and `at_words` and `about` of `batch_targets`.
         """
         config = self._config
         rng = np.random.default_rng([config.seed, step])

@@ -29,10 +29,8 @@ _SHIFTS = (-0.5, 0.0, 0.5)
 class Finding:
     """One object found in a picture.
 
-    Attributes:
-        colour: nearest palette colour, or None if the object is not of one palette colour.
-        shape, overlap: best matching shape, or None if none overlaps well; and the best overlap, in [0, 1].
-        centre: centroid (x, y) in pixels.
+    The nearest palette colour, or None if the object is not of one; the best matching shape, or None if none overlaps
+    well; the centroid (x, y) in pixels; and the best overlap, in [0, 1].
     """
 
     colour: str | None
@@ -45,10 +43,7 @@ class Finding:
 class Verdict:
     """The correct parts of a picture, under the best assignment of found to wanted objects.
 
-    Attributes:
-        colours, shapes: every object has its colour; every object has its shape.
-        relation: the objects are arranged as wanted; True for a scene without relation.
-        count: the number of objects is right; if not, all others are False.
+    `relation`, the arrangement, is True for a scene without one. If the number of objects is wrong, all are False.
     """
 
     colours: bool
@@ -71,8 +66,7 @@ def judge(image: np.ndarray, scene: Scene) -> Verdict:
         >>> judge(render(scene, np.random.default_rng(0)), scene).correct
         True
     """
-    found = find_objects(image)
-    wanted = scene.objects
+    found, wanted = find_objects(image), scene.objects
     if len(found) != len(wanted):
         return Verdict(colours=False, shapes=False, relation=False, count=False)
     verdicts = []
@@ -109,7 +103,7 @@ def connected_components(mask: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
-    """Colour, shape and position of one component."""
+    """The object of one component."""
     member = labels == label
     inner = ~_dilate(~member)
     core = rgb[inner if inner.any() else member]
@@ -129,15 +123,13 @@ def _describe(rgb: np.ndarray, labels: np.ndarray, label: int) -> Finding:
 
 def _dilate(mask: np.ndarray) -> np.ndarray:
     """The mask and its 8-neighbours; the picture's rim has none outside."""
-    padded = np.pad(mask, 1)
-    height, width = mask.shape
+    padded, (height, width) = np.pad(mask, 1), mask.shape
     return np.logical_or.reduce([padded[i : i + height, j : j + width] for i in range(3) for j in range(3)])
 
 
 def _match_shape(alpha: np.ndarray) -> tuple[str, float, tuple[float, float]]:
     """Best shape of a coverage map, its overlap, and the map's centroid."""
-    grid = np.arange(IMAGE_SIZE) + 0.5
-    total = float(alpha.sum())
+    grid, total = np.arange(IMAGE_SIZE) + 0.5, float(alpha.sum())
     x, y = float((alpha.sum(axis=0) @ grid) / total), float((alpha.sum(axis=1) @ grid) / total)
     best, best_overlap = SHAPES[0], 0.0
     for shape in SHAPES:

@@ -14,19 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...models.attention import AttentionBlock
+from ...models.blocks import AttentionBlock
 from ...models.text2im import Text2ImUNet
 from .scenes import COLOURS, SHAPES
 
-# A cell covered less than this is background.
-_OCCUPIED = 0.25
+_OCCUPIED = 0.25  # a cell covered less than this is background
 
 
 class LayoutHead(nn.Module):
-    """Reads colour and shape from the last attention block of a network, which several threads may call at once.
-
-    ValueError if the network has no attention block.
-    """
+    """Reads colour and shape from a network's last attention block (ValueError without one), for each thread apart."""
 
     def __init__(self, model: Text2ImUNet) -> None:
         super().__init__()
@@ -41,7 +37,6 @@ class LayoutHead(nn.Module):
         self.shape = nn.Conv2d(channels, len(SHAPES) + 1, 1)
 
     def _listen(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook: keep the features of this thread's call."""
         self._heard.features = output
 
     def forward(self, colours: Tensor, shapes: Tensor) -> Tensor:
@@ -51,11 +46,11 @@ class LayoutHead(nn.Module):
         """
         features = self.norm(self._heard.features.float())
         self._heard.features = None
-        cells = features.shape[-1]
         losses = []
         for head, names in ((self.colour, colours), (self.shape, shapes)):
             # The name that fills most of each cell.
-            areas = F.adaptive_avg_pool2d(F.one_hot(names, head.out_channels).movedim(-1, 1).float(), cells)
+            masks = F.one_hot(names, head.out_channels).movedim(-1, 1).float()
+            areas = F.adaptive_avg_pool2d(masks, features.shape[-1])
             areas[:, 0] = torch.where(areas[:, 0] <= 1 - _OCCUPIED, 0.0, 2.0)
             losses.append(F.cross_entropy(head(features), areas.argmax(dim=1), reduction="none"))
         return (losses[0] + losses[1]).mean(dim=(1, 2))

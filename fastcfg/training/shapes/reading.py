@@ -34,10 +34,7 @@ _ANYWHERE = 4
 
 
 def reading_targets(text: str, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """The answers expected for a caption of a scene: indices of choices, or `IGNORED` where nothing is asked.
-
-    At each word, int64 [words, 4], and about the scene, int64 [5].
-    """
+    """Indices of the right choices, `IGNORED` where none: int64 at each word, [words, 4], and about the scene, [5]."""
     words = text.split()
     at_words = np.full((len(words), len(_WORD_CHOICES)), IGNORED)
     size_words = {word: size for size, synonyms in SIZE_WORDS.items() for word in synonyms}

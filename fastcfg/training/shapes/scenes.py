@@ -44,26 +44,17 @@ SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 _MARGIN, _GAP, _CROSS_AXIS_JITTER = 1.0, 2.0, 3.0  # in pixels
 
 
-def _star_vertices() -> np.ndarray:
-    angles = -np.pi / 2 + np.arange(10) * np.pi / 5
-    radii = np.where(np.arange(10) % 2 == 0, 1.22, 0.5)
-    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
-
-
-def _cross_vertices() -> np.ndarray:
-    long, wide = 1.08, 0.38
-    quarter = np.array([(wide, -long), (wide, -wide), (long, -wide)])
-    turn = np.array([[0.0, 1.0], [-1.0, 0.0]])
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
-
-
+_ANGLES = -np.pi / 2 + np.arange(10) * np.pi / 5
+_STAR = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1) * np.tile([[1.22], [0.5]], (5, 1))
+_ARM, _QUARTER_TURN = np.array([(0.38, -1.08), (0.38, -0.38), (1.08, -0.38)]), np.array([[0.0, 1.0], [-1.0, 0.0]])
+_CROSS = np.concatenate([_ARM @ np.linalg.matrix_power(_QUARTER_TURN, k) for k in range(4)])
 # Polygons of a shape of radius 1, centred on their bounding box; the circle has none.
 _POLYGONS: dict[str, np.ndarray | None] = {
     "circle": None,
     "square": np.array([(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]),
     "triangle": np.array([(0.0, -1.0), (1.12, 1.0), (-1.12, 1.0)]),
-    "star": _star_vertices(),
-    "cross": _cross_vertices(),
+    "star": _STAR,
+    "cross": _CROSS,
 }
 SHAPES: tuple[str, ...] = tuple(_POLYGONS)
 COLOURS: tuple[str, ...] = tuple(PALETTE)
@@ -149,8 +140,7 @@ def caption(scene: Scene, rng: np.random.Generator, name_sizes: float = 0.5) -> 
             synonyms = SIZE_WORDS[item.size]
             words = f"{synonyms[rng.integers(len(synonyms))]} {words}"
         nouns.append(f"{'an' if words[0] in 'aeiou' else 'a'} {words}")
-    opening = _OPENINGS[rng.integers(len(_OPENINGS))]
-    phrases = _RELATION_PHRASES[relation]
+    opening, phrases = _OPENINGS[rng.integers(len(_OPENINGS))], _RELATION_PHRASES[relation]
     joint = f" {phrases[rng.integers(len(phrases))]} "
     return f"{opening} {joint.join(nouns)}".strip()
 
