@@ -34,7 +34,7 @@ class Blender:
     outputs take one more pass over them. Nothing is read back to the host.
 
     Args:
-        guidance: any spec but `AdaptiveCFG`, which ends by itself.
+        guidance: any spec but `AdaptiveCFG`, which ends by itself (ValueError).
         num_steps: N, the length of the run.
         like: one branch's output [B, C, ...], in float32, float16 or bfloat16; the run's outputs have its shape, dtype
             and device.
@@ -42,9 +42,6 @@ class Blender:
 
     Attributes:
         momentum: float32 [B, C, ...], for guidance that has one; `begin` clears it.
-
-    Raises:
-        ValueError: guidance that ends by itself or cannot run so many steps or samples, or another dtype.
 
     Example:
         >>> from fastcfg import APG
@@ -65,9 +62,7 @@ class Blender:
         self.guidance = guidance
         self._mix, self._rescale, self._decay = plan.mix, plan.rescale, plan.momentum or 0.0
         self._backend = backend
-        self.momentum: Tensor | None = None
-        if plan.momentum is not None:
-            self.momentum = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        self.momentum = None if plan.momentum is None else like.new_zeros(like.shape, dtype=torch.float32)
         self._rows = [self._row(plan, row, like.device) for row in range(num_steps)]
 
     def _row(self, plan: GuidancePlan, row: int, device: torch.device) -> _Row:

@@ -16,7 +16,7 @@ from .errors import CaptureError, describe, failing_line
 from .streams import SIDE, own_stream
 
 if TYPE_CHECKING:
-    from .examine import Examined
+    from .trace import Examined
 
 __all__ = ["CudaGraph", "Pool"]
 
