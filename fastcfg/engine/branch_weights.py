@@ -14,8 +14,6 @@ from ..ops.gram import mixed_weights
 from ..step import StepBuffers
 from .call import ProgramOptions
 
-__all__ = ["DELAY", "Agreement", "BranchWeights"]
-
 # An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
 DELAY = 2
 

@@ -16,8 +16,6 @@ from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
 from .conditioning import Conditioning
 
-__all__ = ["BranchSet", "Buffers"]
-
 
 @dataclass(eq=False)
 class BranchSet:

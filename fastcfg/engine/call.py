@@ -20,8 +20,6 @@ from .config import SamplerConfig
 from .noise import NoiseSource
 from .staleness import torch_settings
 
-__all__ = ["Call", "ProgramOptions", "check_functions", "check_shape", "clip_bounds"]
-
 
 @dataclass(frozen=True)
 class ProgramOptions:

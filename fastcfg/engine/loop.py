@@ -15,8 +15,6 @@ from .program_cache import CachedPrograms
 from .programs import Program
 from .readback import Pace, Readback
 
-__all__ = ["Preview", "Previews", "ProgressBar", "Run", "Step"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Position:

@@ -18,8 +18,6 @@ from ..reference.philox import sample_seeds
 from ..table import StepTable
 from .config import SamplerConfig
 
-__all__ = ["NoiseSource", "cuda_normal_offset", "make_source", "philox_source", "recorded_source", "torch_source"]
-
 Recording = Tensor | Callable[[int, tuple[int, ...]], Tensor]
 
 

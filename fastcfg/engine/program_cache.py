@@ -17,8 +17,6 @@ from .graphs import Pool
 from .programs import Programs
 from .staleness import Fingerprint
 
-__all__ = ["CachedPrograms", "ProgramCache"]
-
 # Shapes and option sets whose buffers and graphs are kept for the next call.
 MAX_ENTRIES = 4
 

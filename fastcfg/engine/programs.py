@@ -20,8 +20,6 @@ from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
 from .user_functions import ClassifierGradient, DenoisedOutput
 
-__all__ = ["Decision", "Programs"]
-
 Program = Callable[[], None]
 Branches = tuple[int, ...]
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ..utils.checks import listed
 
-__all__ = ["Fingerprint", "torch_settings"]
-
 # Functions of these packages do not use weights among their globals.
 _LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
 _MAX_NAMES = 3

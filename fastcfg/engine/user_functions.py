@@ -14,8 +14,6 @@ from ..reference import pieces
 from ..step import StepBuffers, StepSpec
 from ..table import DEVICE_COLUMNS
 
-__all__ = ["ClassifierGradient", "DenoisedOutput"]
-
 _P = [DEVICE_COLUMNS.index(name) for name in ("p_x", "p_m", "p_x_rest", "p_m_rest")]
 
 

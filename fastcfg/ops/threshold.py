@@ -68,7 +68,7 @@ def quantile_bound(
     x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """The bound of dynamic thresholding: `torch.quantile` of |x0| over each sample, bit for bit, limited to
-    [floor, ceiling].
+    [floor, ceiling]. TypeError or ValueError for arguments that do not fit, or a backend that cannot run.
 
     Args:
         x0: [B, C, ...], at most 2**24 elements in a sample.
@@ -77,9 +77,6 @@ def quantile_bound(
 
     Returns:
         float32 [B]; NaN for a sample with NaN.
-
-    Raises:
-        TypeError, ValueError: values, shapes or dtypes that do not fit, or a backend that cannot run.
 
     Example:
         >>> quantile_bound(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 
-__all__ = ["warn_caller"]
-
 # Frames of these packages are passed over: ours, and torch's decorators around it.
 _PASSED_OVER = ("fastcfg", "torch", "contextlib")
 

@@ -18,8 +18,6 @@ from .streams import SIDE, own_stream
 if TYPE_CHECKING:
     from .trace import Examined
 
-__all__ = ["CudaGraph", "Pool"]
-
 # torch's generator supports one capture at a time, and a device-wide wait, with which torch.cuda.graph begins, would
 # break a capture in another thread.
 _CAPTURING = threading.RLock()

@@ -14,8 +14,6 @@ from torch.nn import Module
 from ...utils._torch_private import made_by_compile, tree_leaves, tree_map, without_dispatch_modes
 from .trace import DispatchMode
 
-__all__ = ["Opaque", "StandIn", "is_compiled"]
-
 _THREAD = threading.local()
 
 

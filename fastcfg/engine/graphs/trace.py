@@ -16,8 +16,6 @@ from ...utils._torch_private import TorchDispatchMode, lift_only_cpu_tensors, tr
 from .errors import CaptureError, SourceLine, calling_line, describe
 from .streams import on_side_stream
 
-__all__ = ["Constant", "DispatchMode", "Examined", "ReuseConstants", "Trace", "copied_operands", "examine"]
-
 # The host reads values to decide what such an operation returns, or its shape. Results on the host are reads as well.
 _READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
