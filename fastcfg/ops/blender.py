@@ -37,7 +37,7 @@ class Blender:
         guidance: any spec but `AdaptiveCFG`, which ends by itself (ValueError).
         num_steps: N, the length of the run.
         like: one branch's output [B, C, ...], in float32, float16 or bfloat16; the run's outputs have its shape, dtype
-            and device.
+            and device; ValueError for another dtype.
         backend: "auto", "triton" or "reference".
 
     Attributes:
@@ -91,14 +91,8 @@ class Blender:
 
     @torch.no_grad()
     def __call__(self, row: int, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Blend the outputs [B, C, ...] of a row's branches (0 to N - 1), given by name.
-
-        Returns:
-            [B, C, ...] in the outputs' dtype, computed in float32 and rounded once.
-
-        Raises:
-            ValueError: other branches than the row's.
-        """
+        """Blend the outputs [B, C, ...] of a row's branches, given by name, to [B, C, ...] in their dtype, computed in
+        float32 and rounded once. Rows are numbered 0 to N - 1; ValueError for other branches than the row's."""
         plan = self._rows[row]
         if set(outputs) != set(plan.branches):
             raise ValueError(f"outputs: got {sorted(outputs)}, expected those of row {row}: {sorted(plan.branches)}")
