@@ -43,8 +43,7 @@ class DynamicThreshold:
         ceiling: at least floor, or None for none (diffusers: sample_max_value, whose default 1 makes the bound 1).
 
     Raises:
-        TypeError: an attribute that is not a number.
-        ValueError: an attribute out of range.
+        TypeError, ValueError: an attribute that is not a number, or out of range.
 
     Example:
         >>> from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, solvers
@@ -73,11 +72,8 @@ class DynamicThreshold:
             raise ValueError(f"ceiling: got {self.ceiling!r}, expected None or at least the floor, {self.floor!r}")
 
     def rank(self, size: int, dtype: torch.dtype = torch.float32) -> QuantileRank:
-        """The quantile's rank among `size` magnitudes of a dtype, float32 or float64, with `torch.quantile`'s rounding.
-
-        Raises:
-            ValueError: more magnitudes than `MAX_SIZE`.
-        """
+        """The quantile's rank among `size` magnitudes (at most `MAX_SIZE`, else ValueError) of a dtype, float32 or
+        float64, with `torch.quantile`'s rounding."""
         if size > MAX_SIZE:
             raise ValueError(f"size: got {size} elements in a sample, expected at most 2**24 for dynamic thresholding")
         # The product of two float32 numbers is exact in float64.

@@ -30,26 +30,39 @@ class BranchRoles(Protocol):
 class StepSpec:
     """Everything that changes the code of a step; equal specs run the same kernel.
 
-    A step without clip, gradient and keep_x0 need not predict x0 if its rows use raw_output and not x0
-    (`StepTable.uses_x0`); its bits are the same.
+    Attributes:
+        branches: K, the number of branches evaluated.
+        base: the branch that differences are measured from; None for the weighted sum (see `fastcfg.guidance`).
+        conditional, unconditional: the branches of which variance channels are used, and which a_u multiplies.
+        scaled: whether the base is weighted too: w_b m_b + sum of w_k (m_k - m_b).
+        momentum: whether a tensor is added to the blend, with a weight after the branches'.
+        learned_variance: whether std comes from the variance channels.
+        predict_x0: whether x0 is predicted. A step without clip, gradient and keep_x0 need not predict it if its rows
+            use raw_output and not x0 (`StepTable.uses_x0`); its bits are the same.
+        raw_output, gradient: whether a_m is used; whether p_g and a_g are.
+        history, saves_states: the number of saved tensors, 0 to 3, and whether they are copies of states, which are as
+            large as x and so added after it.
+        clip, rescale: whether x0 is clipped to a bound per sample, and then divided by it (dynamic thresholding).
+        noise_source: "none", "tensor" (read from a buffer) or "philox" (drawn by the step).
+        keep_x0: whether x0 is written out.
     """
 
-    branches: int = 1  # K, the number evaluated
-    base: int | None = None  # the branch that differences are measured from; None for the weighted sum
-    conditional: int = 0  # the branch whose variance channels are used
-    unconditional: int | None = None  # the branch that a_u multiplies; None if no row uses it
-    scaled: bool = False  # the base is weighted too: w_b m_b + sum of w_k (m_k - m_b)
-    momentum: bool = False  # a tensor is added to the blend, with a weight after the branches'
-    learned_variance: bool = False  # std comes from the variance channels
+    branches: int = 1
+    base: int | None = None
+    conditional: int = 0
+    unconditional: int | None = None
+    scaled: bool = False
+    momentum: bool = False
+    learned_variance: bool = False
     predict_x0: bool = True
-    raw_output: bool = False  # a_m is used
-    gradient: bool = False  # p_g and a_g are used
-    history: int = 0  # the number of saved tensors, 0 to 3
-    saves_states: bool = False  # these are copies of states, which are as large as x and so added after it
-    clip: bool = False  # x0 is clipped to a bound per sample
-    rescale: bool = False  # the clipped x0 is then divided by the bound (dynamic thresholding); needs clip
-    noise_source: str = "none"  # "none", "tensor" (read from a buffer) or "philox" (drawn by the step)
-    keep_x0: bool = False  # x0 is written out
+    raw_output: bool = False
+    gradient: bool = False
+    history: int = 0
+    saves_states: bool = False
+    clip: bool = False
+    rescale: bool = False
+    noise_source: str = "none"
+    keep_x0: bool = False
 
     @classmethod
     def of(
@@ -83,23 +96,38 @@ class StepSpec:
 
 @dataclass(eq=False)
 class StepBuffers:
-    """The tensors of a run, all on one device, contiguous (model_input also channels-last), and written in place.
+    """The tensors of a run, all on one device and all written in place.
 
-    They are in the state's dtype, which is that of the table (float32, or float64 on the reference path), where none is
-    given. With a source, x, x0, noise and source may be float16 or bfloat16; the step computes in the state's.
+    The state's dtype is that of the table: float32, or float64 on the reference path. Tensors without a dtype here are
+    contiguous and have the state's.
+
+    Attributes:
+        x: [B, C, ...]: the state.
+        table: [R + 1, columns], from `StepTable.on`.
+        counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
+        weights: [R, B, K], or [R, B, K + 1] with momentum.
+        bound: [B]: the clip bound of each sample.
+        noise, gradient, momentum: [B, C, ...]: standard normals, the classifier's gradient, what is added to the blend.
+        seeds: int64 [B].
+        history: [H + 1, B, C, ...]: the saved tensors, and one that rows without a slot may write to.
+        x0: [B, C, ...]; with dynamic thresholding also where x0 waits for its bound.
+        model_input: [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot.
+        time: [S*B], int64 or floating: the model's time.
+        source: [B, C, ...]: where the state is read from, if not from x. Source, x, x0 and noise may then be float16 or
+            bfloat16; the step computes in the state's dtype.
     """
 
-    x: torch.Tensor  # the state, [B, C, ...]
-    table: torch.Tensor  # [R + 1, columns], from `StepTable.on`
-    counter: torch.Tensor  # int32 [2]: the row to execute next, and the ticket by which a launch knows its last program
-    weights: torch.Tensor | None = None  # [R, B, K], or [R, B, K + 1] with momentum
-    bound: torch.Tensor | None = None  # [B], the clip bound of each sample
-    noise: torch.Tensor | None = None  # standard normals like x
-    seeds: torch.Tensor | None = None  # int64 [B]
-    history: torch.Tensor | None = None  # [H + 1, B, C, ...]: those saved, and one that rows without a slot may write
-    gradient: torch.Tensor | None = None  # the classifier's, like x
-    momentum: torch.Tensor | None = None  # what is added to the blend, like x
-    x0: torch.Tensor | None = None  # like x; with dynamic thresholding also where x0 waits for its bound
-    model_input: torch.Tensor | None = None  # [S*B, C, ...] in the model's dtype: c_in*x, once for every branch slot
-    time: torch.Tensor | None = None  # int64 or floating [S*B], the model's time
-    source: torch.Tensor | None = None  # where the state is read from, if not from x, like x
+    x: torch.Tensor
+    table: torch.Tensor
+    counter: torch.Tensor
+    weights: torch.Tensor | None = None
+    bound: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    seeds: torch.Tensor | None = None
+    history: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    momentum: torch.Tensor | None = None
+    x0: torch.Tensor | None = None
+    model_input: torch.Tensor | None = None
+    time: torch.Tensor | None = None
+    source: torch.Tensor | None = None

@@ -100,17 +100,13 @@ class StepTable:
             **columns: one value or R values for columns named in `COLUMNS`, at least one of length R; and the
                 attributes learned_variance, initial_scale, integer_time, name.
 
-        Raises:
-            ValueError: unknown column, lengths that differ, or what the class itself raises.
-
         Example:
             >>> table = StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0)     # the model predicts x0, and x' = x0
             >>> table.num_rows
             2
         """
         options: dict[str, Any] = {name: columns.pop(name) for name in _ATTRIBUTES if name in columns}
-        unknown = sorted(set(columns) - set(COLUMNS))
-        if unknown:
+        if unknown := sorted(set(columns) - set(COLUMNS)):
             raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
         values = {name: np.asarray(value, dtype=np.float64) for name, value in columns.items()}
         lengths = {value.shape for value in values.values()} - {()}
@@ -259,8 +255,7 @@ class StepTable:
             raise ValueError(f"{path}: not a table of this version of fastcfg ({error})") from error
 
     def _check(self) -> None:
-        bad = [name for name in COLUMNS if not np.isfinite(self[name]).all()]
-        if bad:
+        if bad := [name for name in COLUMNS if not np.isfinite(self[name]).all()]:
             hint = "; alphas_cumprod reaches 0, which ε-prediction cannot invert: use v-prediction"
             raise ValueError(f"rows of {self.name}: non-finite values in {', '.join(bad)}{hint * ('p_m' in bad)}")
         check_finite("initial_scale", self.initial_scale, least=0)

@@ -14,8 +14,6 @@ from ..ops.gram import mixed_weights
 from ..step import StepBuffers
 from .call import ProgramOptions
 
-__all__ = ["DELAY", "Agreement", "BranchWeights"]
-
 # An agreement on row r acts on row r + 2: the host reads it when row r + 1 is enqueued.
 DELAY = 2
 
@@ -66,16 +64,9 @@ class BranchWeights:
 class Agreement:
     """Ends the guidance of each sample once its branches agree.
 
-    Once the cosine between a sample's branches has reached the bound, the sample is unguided from two rows later on,
-    independently of the rest of the batch. When all samples are, the host, which reads `done` one row late, can stop
-    evaluating the other branch.
-
-    Args:
-        planned: as `BranchWeights`.
-        base: index of the branch that differences are measured from.
-        pair: indices of the branches that are compared.
-        fallback: [P], the (planned) weights of an unguided sample.
-        cosine: the bound.
+    Once the cosine between a sample's `pair` of branches has reached the bound, the sample is unguided (its weights are
+    `fallback`, [P]) from two rows later on, independently of the rest of the batch. When all samples are, the host,
+    which reads `done` one row late, can stop evaluating the other branch.
     """
 
     def __init__(self, planned: Tensor, base: int, pair: tuple[int, int], fallback: Tensor, cosine: float) -> None:

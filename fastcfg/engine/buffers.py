@@ -16,8 +16,6 @@ from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
 from .conditioning import Conditioning
 
-__all__ = ["BranchSet", "Buffers"]
-
 
 @dataclass(eq=False)
 class BranchSet:
@@ -33,13 +31,9 @@ class BranchSet:
 class Buffers:
     """Static buffers: the state, what the model is given, and everything the step reads and writes.
 
-    Made for a first call; `load` prepares them for it and for every later call with an equal key.
-
-    Attributes:
-        step: the step's; its `noise` is that of a graph's first row, and `noises` those of all its rows.
-        branch_sets: by branches.
-        agreement: with adaptive guidance, what ends it.
-        shared, classifier_keywords: keyword arguments that the model and cond_fn are given as they are.
+    Made for a first call; `load` prepares them for it and for every later call with an equal key. The step's `noise` is
+    that of a graph's first row, `noises` those of all its rows; the model and cond_fn are given the keyword arguments
+    `shared` and `classifier_keywords` as they are.
     """
 
     @torch.inference_mode(False)

@@ -20,8 +20,6 @@ from .config import SamplerConfig
 from .noise import NoiseSource
 from .staleness import torch_settings
 
-__all__ = ["Call", "ProgramOptions", "check_functions", "check_shape", "clip_bounds"]
-
 
 @dataclass(frozen=True)
 class ProgramOptions:
@@ -115,8 +113,8 @@ def check_functions(
             raise TypeError(f"{name}: got {type(function).__name__}, expected a function or None")
     for name, model in branch_models.items():
         if name not in guidance.branches:
-            expected = ", ".join(guidance.branches)
-            raise ValueError(f"branch_models: got {name!r}, expected branches of the guidance: {expected}")
+            known = ", ".join(guidance.branches)
+            raise ValueError(f"branch_models: got {name!r}, expected branches of the guidance: {known}")
         if not callable(model):
             raise TypeError(f"branch_models[{name!r}]: got {type(model).__name__}, expected a callable")
     raw = table.uses_raw_output or table.uses_unconditional or table["k_m"].any()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.checks import listed
 from ..utils.identity import Alike, Same, identity_key
 
 __all__ = ["Alike", "Conditioning", "Same", "Shared", "check_conditioning"]
@@ -64,15 +65,15 @@ def check_conditioning(
     if not present and len(names) == 1:
         return Conditioning({}, {})
     if set(present) != set(names):
-        raise ValueError(
-            f"conditioning: got {_listed(present)}, expected {_listed(names)} (the branches of the guidance)"
-        )
+        expected = f"{listed(sorted(names))} (the branches of the guidance)"
+        raise ValueError(f"conditioning: got {listed(sorted(present))}, expected {expected}")
 
     first, *others = names
     keys = set(present[first])
     for name in others:
         if set(present[name]) != keys:
-            raise ValueError(f"{name}: got keys {_listed(present[name])}, expected those of {first}: {_listed(keys)}")
+            got, expected = listed(sorted(present[name])), listed(sorted(keys))
+            raise ValueError(f"{name}: got keys {got}, expected those of {first}: {expected}")
     tensors: dict[str, tuple[Tensor, ...]] = {}
     shared: dict[str, Any] = {}
     for key in present[first]:
@@ -86,10 +87,8 @@ def check_conditioning(
         else:
             for name, value in zip(names, values, strict=True):
                 if identity_key(value) != identity_key(values[0]):
-                    raise ValueError(
-                        f"{name}[{key!r}]: got {value!r}, expected {values[0]!r} as in {first} "
-                        "(values that are not tensors are shared)"
-                    )
+                    expected = f"{values[0]!r} as in {first} (values that are not tensors are shared)"
+                    raise ValueError(f"{name}[{key!r}]: got {value!r}, expected {expected}")
             shared[key] = values[0]
     return Conditioning(tensors, shared)
 
@@ -101,14 +100,8 @@ def _checked(key: str, branch: str, value: Any, like: Tensor, batch: int, device
     if value.ndim == 0 or len(value) not in (1, batch):
         raise ValueError(f"{label}: got shape {tuple(value.shape)}, expected a first dimension of {batch} (or 1)")
     if value.shape[1:] != like.shape[1:] or value.dtype != like.dtype:
-        raise ValueError(
-            f"{label}: got {value.dtype} {tuple(value.shape)}, "
-            f"expected {like.dtype} {(batch, *like.shape[1:])} as in the other branches"
-        )
+        expected = f"{like.dtype} {(batch, *like.shape[1:])} as in the other branches"
+        raise ValueError(f"{label}: got {value.dtype} {tuple(value.shape)}, expected {expected}")
     if value.device != device:
         raise ValueError(f"{label}: got device {value.device}, expected the model's, {device}")
     return value.detach().expand(batch, *value.shape[1:])
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(names)) or "nothing"

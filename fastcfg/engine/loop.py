@@ -15,8 +15,6 @@ from .program_cache import CachedPrograms
 from .programs import Program
 from .readback import Pace, Readback
 
-__all__ = ["Preview", "Previews", "ProgressBar", "Run", "Step"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Position:
@@ -50,18 +48,13 @@ class Preview(_Position):
 
 
 class Run:
-    """A prepared run of a call, on buffers and programs that are given back to their cache at the end.
+    """A prepared run of a call, on buffers and programs that are given back to their cache at the end."""
 
-    Attributes:
-        branches: how many branches each row so far has evaluated.
-        result: after the last row, the samples, which are the caller's own.
-    """
-
-    result: Tensor
+    result: Tensor  # after the last row, the samples, which are the caller's own
 
     def __init__(self, entry: CachedPrograms, call: Call) -> None:
         self.buffers, self.table = entry.buffers, call.options.table
-        self.branches: list[int] = []
+        self.branches: list[int] = []  # how many each row so far has evaluated
         self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
 
     def rows(self) -> Iterator[int]:

@@ -18,8 +18,6 @@ from ..reference.philox import sample_seeds
 from ..table import StepTable
 from .config import SamplerConfig
 
-__all__ = ["NoiseSource", "cuda_normal_offset", "make_source", "philox_source", "recorded_source", "torch_source"]
-
 Recording = Tensor | Callable[[int, tuple[int, ...]], Tensor]
 
 
@@ -51,7 +49,7 @@ def make_source(
     x_T: Tensor | None,
 ) -> NoiseSource:
     """The source of a call's noise; arguments as `Sampler.sample`, checked."""
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if not isinstance(generator, torch.Generator | None):
         raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
     if generator is not None and seed is not None:
         raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")

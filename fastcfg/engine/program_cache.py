@@ -17,8 +17,6 @@ from .graphs import Pool
 from .programs import Programs
 from .staleness import Fingerprint
 
-__all__ = ["CachedPrograms", "ProgramCache"]
-
 # Shapes and option sets whose buffers and graphs are kept for the next call.
 MAX_ENTRIES = 4
 
@@ -43,15 +41,11 @@ class CachedPrograms:
 
 
 class ProgramCache:
-    """Buffers and programs on a device that are not in use; the least recently used are dropped.
-
-    Attributes:
-        captures: how often programs were made.
-        recaptured: why programs were last made again although there were some; empty if that never happened.
-    """
+    """Buffers and programs on a device that are not in use; the least recently used are dropped."""
 
     def __init__(self, device: torch.device) -> None:
-        self.captures, self.recaptured = 0, ""
+        self.captures = 0  # how often programs were made
+        self.recaptured = ""  # why they were last made again although there were some; empty if that never happened
         self._kept: LRU[CachedPrograms] = LRU(MAX_ENTRIES)
         self._pool = Pool(device)
         self._generation = 0
@@ -75,8 +69,7 @@ class ProgramCache:
         pool, generation = self._pool, self._generation
         programs = Programs(buffers, call.model, pool)
         self.captures += 1
-        model = call.options.model
-        if programs.problem and model not in self._warned:
+        if programs.problem and (model := call.options.model) not in self._warned:
             self._warned.add(model)
             warn_caller(f"running eagerly: the model {programs.problem}")
         captured = any(decision.graph != "none" for decision in programs.decisions.values())

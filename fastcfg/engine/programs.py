@@ -20,8 +20,6 @@ from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
 from .user_functions import ClassifierGradient, DenoisedOutput
 
-__all__ = ["Decision", "Programs"]
-
 Program = Callable[[], None]
 Branches = tuple[int, ...]
 
@@ -33,24 +31,16 @@ _LAUNCH_BOUND = 0.9
 
 @dataclass(frozen=True)
 class Decision:
-    """How the rows of a set of branches, given by their names, are run, and why.
-
-    Attributes:
-        graph: "cuda", "stand-in" or "none".
-        batching: "batched" (one forward for all branches) or "serial" (one for each).
-        reason: why there is no graph, or none of several rows; else empty.
-        milliseconds: of a row, by "eager" or "graph" and batching, where they were measured.
-        constants: how many tensors the model copies from the host in every call, and the graph does not.
-        passes: over the state in a row beside the model: one for the step, and one where the guidance uses the outputs;
-            those of dynamic thresholding are not counted.
-    """
+    """How the rows of a set of branches are run, and why."""
 
     branches: tuple[str, ...]
-    graph: str = "none"
-    batching: str = "batched"
-    reason: str = ""
-    milliseconds: dict[str, float] = field(default_factory=dict)
-    constants: int = 0
+    graph: str = "none"  # or "cuda", "stand-in"
+    batching: str = "batched"  # one forward for all branches; or "serial", one for each
+    reason: str = ""  # why there is no graph, or none of several rows
+    milliseconds: dict[str, float] = field(default_factory=dict)  # of a row, by "eager" or "graph" and batching
+    constants: int = 0  # tensors that the model copies from the host in every call, and the graph does not
+    # Over the state in a row beside the model: one for the step, and one where the guidance uses the outputs; those of
+    # dynamic thresholding are not counted.
     passes: int = 1
 
 
@@ -66,12 +56,8 @@ class _Choice:
 
 
 class Programs:
-    """The programs on some buffers, for each set of branches that some row evaluates.
-
-    Attributes:
-        decisions: by branches, how their rows are run.
-        problem: why the model could not be captured; empty if nothing failed.
-    """
+    """The programs on some buffers, for each set of branches that some row evaluates: by branches, the `decisions` on
+    how their rows are run, and as `problem`, why the model could not be captured; empty if nothing failed."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -104,10 +90,8 @@ class Programs:
         row, count = 0, self._options.rows_per_graph
         while row < len(active):
             branches = active[row]
-            if branches in self._repeated and active[row : row + count] == (branches,) * count:
-                runs.append((row, count, self._repeated[branches]))
-            else:
-                runs.append((row, 1, self._single[branches]))
+            repeats = branches in self._repeated and active[row : row + count] == (branches,) * count
+            runs.append((row, count, self._repeated[branches]) if repeats else (row, 1, self._single[branches]))
             row += runs[-1][1]
         return runs
 

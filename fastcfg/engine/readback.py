@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .graphs.streams import own_stream
 
-__all__ = ["Pace", "Readback"]
-
 
 class Readback:
     """Copies tensors like the first one to the host, one row late.

@@ -65,9 +65,7 @@ class Sampler:
     where the new values allow it. `config` has device, dtype and backend settled; its fields are the sampler's too.
 
     Raises:
-        TypeError: model not callable, table not a StepTable, guidance not a Guidance, clip not numbers, or an unknown
-            option.
-        ValueError: any other bad argument.
+        TypeError, ValueError: an argument of another type, an unknown option, or a value that does not fit.
 
     Example:
         >>> import torch
@@ -100,10 +98,8 @@ class Sampler:
             raise TypeError(f"config: got {type(config).__name__}, expected a SamplerConfig or None")
         if unknown := sorted(set(options) - set(_OPTIONS)):
             raise TypeError(f"options: got {', '.join(unknown)}, expected some of {', '.join(_OPTIONS)}")
-        self.model, self.table = model, table
-        self.guidance = _checked_guidance(guidance)
-        self.branch_models = dict(branch_models or {})
-        self.clip = clip
+        self.model, self.table, self.guidance = model, table, _checked_guidance(guidance)
+        self.branch_models, self.clip = dict(branch_models or {}), clip
         self.denoised_fn, self.cond_fn = denoised_fn, cond_fn
         self.config = replace(config or SamplerConfig(), **options)
         self._start_empty()
@@ -307,8 +303,8 @@ class Sampler:
     def _conditionings(
         self, given: dict[str, Any], branches: tuple[str, ...], batch: int
     ) -> tuple[Conditioning, Conditioning]:
-        """What the caller gave, for cond_fn, and what the model takes. What does not depend on t is computed once:
-        encoded text, and its keys and values."""
+        """What the caller gave, for cond_fn, and what the model takes: encoded text, and its keys and values, are
+        computed once."""
         given |= {name: given["cond"] for name in self.branch_models if given.get(name) is None}
         model, device = self.model, self.config.device
         checked = check_conditioning(branches, given, batch, device)  # type: ignore[arg-type]
@@ -321,8 +317,7 @@ class Sampler:
 
     def _callable(self) -> Callable[..., Any]:
         """The model, compiled if that is wanted."""
-        mode = self.config.compile
-        if mode is None:
+        if (mode := self.config.compile) is None:
             return self.model
         wanted = (Alike(self.model), mode)
         if self._compiled is None or self._compiled[0] != wanted:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ..utils.checks import listed
 
-__all__ = ["Fingerprint", "torch_settings"]
-
 # Functions of these packages do not use weights among their globals.
 _LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
 _MAX_NAMES = 3
@@ -55,8 +53,8 @@ class Fingerprint:
         replaced = [name for name, value in its.items() if name in mine and mine[name] != value]
         new = [name for name in its if name not in mine]
         gone = [name for name in mine if name not in its]
-        parts = ((replaced, "replaced"), (new, "new"), (gone, "gone"))
-        return "; ".join(f"{listed(names, _MAX_NAMES)} {what}" for names, what in parts if names)
+        parts = {"replaced": replaced, "new": new, "gone": gone}
+        return "; ".join(f"{listed(names, _MAX_NAMES)} {what}" for what, names in parts.items() if names)
 
 
 class _Walk:
@@ -190,7 +188,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 def torch_settings(device: torch.device) -> tuple[Any, ...]:
     """torch's global settings that choose a program's kernels on a device, hashable. Does not initialise CUDA."""
-    backends = torch.backends
+    backends, cuda = torch.backends, torch.backends.cuda
     return (
         torch.is_autocast_enabled(device.type),
         torch.get_autocast_dtype(device.type),
@@ -199,13 +197,10 @@ def torch_settings(device: torch.device) -> tuple[Any, ...]:
         torch.get_deterministic_debug_mode(),
         *(backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.mkldnn.enabled),
         _setting(lambda: backends.cudnn.allow_tf32),
-        _setting(lambda: backends.cuda.matmul.allow_tf32),
-        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        backends.cuda.flash_sdp_enabled(),
-        backends.cuda.mem_efficient_sdp_enabled(),
-        backends.cuda.math_sdp_enabled(),
-        backends.cuda.cudnn_sdp_enabled(),
+        _setting(lambda: cuda.matmul.allow_tf32),
+        *(cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        cuda.cudnn_sdp_enabled(),
     )
 
 

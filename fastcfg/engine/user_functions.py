@@ -14,8 +14,6 @@ from ..reference import pieces
 from ..step import StepBuffers, StepSpec
 from ..table import DEVICE_COLUMNS
 
-__all__ = ["ClassifierGradient", "DenoisedOutput"]
-
 _P = [DEVICE_COLUMNS.index(name) for name in ("p_x", "p_m", "p_x_rest", "p_m_rest")]
 
 
@@ -26,9 +24,7 @@ class DenoisedOutput:
     unchanged changes no bit. `spec` is of the step without the function, and the buffers' table predicts x0.
     """
 
-    def __init__(
-        self, function: Callable[[Tensor], Tensor], spec: StepSpec, buffers: StepBuffers, backend: str
-    ) -> None:
+    def __init__(self, function: Callable[..., Tensor], spec: StepSpec, buffers: StepBuffers, backend: str) -> None:
         self._function, self._spec, self._buffers = function, spec, buffers
         self._pieces: Any = ops if backend == "triton" else pieces
 

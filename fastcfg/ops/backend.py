@@ -75,9 +75,3 @@ def _cpp_problem() -> str:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def through_dispatcher() -> bool:
-    """Whether to launch through `torch.library`: under `torch.compile`, and in the interpreter, so that the stand-in
-    for graphs can record the launch."""
-    return torch.compiler.is_compiling() or interpreting()

@@ -34,17 +34,14 @@ class Blender:
     outputs take one more pass over them. Nothing is read back to the host.
 
     Args:
-        guidance: any spec but `AdaptiveCFG`, which ends by itself.
+        guidance: any spec but `AdaptiveCFG`, which ends by itself (ValueError).
         num_steps: N, the length of the run.
         like: one branch's output [B, C, ...], in float32, float16 or bfloat16; the run's outputs have its shape, dtype
-            and device.
+            and device; ValueError for another dtype.
         backend: "auto", "triton" or "reference".
 
     Attributes:
         momentum: float32 [B, C, ...], for guidance that has one; `begin` clears it.
-
-    Raises:
-        ValueError: guidance that ends by itself or cannot run so many steps or samples, or another dtype.
 
     Example:
         >>> from fastcfg import APG
@@ -65,9 +62,7 @@ class Blender:
         self.guidance = guidance
         self._mix, self._rescale, self._decay = plan.mix, plan.rescale, plan.momentum or 0.0
         self._backend = backend
-        self.momentum: Tensor | None = None
-        if plan.momentum is not None:
-            self.momentum = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        self.momentum = None if plan.momentum is None else like.new_zeros(like.shape, dtype=torch.float32)
         self._rows = [self._row(plan, row, like.device) for row in range(num_steps)]
 
     def _row(self, plan: GuidancePlan, row: int, device: torch.device) -> _Row:
@@ -96,14 +91,8 @@ class Blender:
 
     @torch.no_grad()
     def __call__(self, row: int, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Blend the outputs [B, C, ...] of a row's branches (0 to N - 1), given by name.
-
-        Returns:
-            [B, C, ...] in the outputs' dtype, computed in float32 and rounded once.
-
-        Raises:
-            ValueError: other branches than the row's.
-        """
+        """Blend the outputs [B, C, ...] of a row's branches, given by name, to [B, C, ...] in their dtype, computed in
+        float32 and rounded once. Rows are numbered 0 to N - 1; ValueError for other branches than the row's."""
         plan = self._rows[row]
         if set(outputs) != set(plan.branches):
             raise ValueError(f"outputs: got {sorted(outputs)}, expected those of row {row}: {sorted(plan.branches)}")

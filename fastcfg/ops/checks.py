@@ -10,6 +10,7 @@ from ..table import DEVICE_COLUMNS, MAX_HISTORY
 from ..utils.checks import check_count, check_one_of
 
 LOADED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LOADED = f"one of {', '.join(map(str, LOADED_DTYPES))}"
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -25,16 +26,14 @@ def readable(output: Tensor) -> Tensor:
 
 
 def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
-    """Raise unless a tensor is a non-empty [B, C, ...] in a dtype that kernels load, like `like` in shape and
-    device."""
+    """Raise unless a tensor is a non-empty [B, C, ...] in a dtype that kernels load, in shape and device as `like`."""
     if tensor.ndim < 3 or not tensor.numel():
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [B, C, ...] with at least one element")
     if tensor.dtype not in LOADED_DTYPES:
-        raise ValueError(f"{name}: got {tensor.dtype}, expected one of {', '.join(map(str, LOADED_DTYPES))}")
+        raise ValueError(f"{name}: got {tensor.dtype}, expected {_LOADED}")
     if like is not None and (tensor.shape != like.shape or tensor.device != like.device):
-        raise ValueError(
-            f"{name}: got shape {tuple(tensor.shape)} on {tensor.device}, expected {tuple(like.shape)} on {like.device}"
-        )
+        expected = f"{tuple(like.shape)} on {like.device}"
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)} on {tensor.device}, expected {expected}")
 
 
 def check_spec(spec: StepSpec) -> None:
@@ -67,15 +66,12 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, ...] with at least one element")
     state = x.dtype if buffers.source is None else buffers.table.dtype
     if state not in (torch.float32, torch.float64) or not x.is_contiguous():
-        raise ValueError(
-            f"x: got {x.dtype} with strides {x.stride()}, "
-            "expected contiguous torch.float32 (or torch.float64 on the reference path)"
-        )
-    shape, batch = tuple(x.shape), len(x)
-    rows = len(buffers.table) - 1
+        expected = "contiguous torch.float32 (or torch.float64 on the reference path)"
+        raise ValueError(f"x: got {x.dtype} with strides {x.stride()}, expected {expected}")
+    shape, batch, rows = tuple(x.shape), len(x), len(buffers.table) - 1
     if buffers.source is not None:
         if x.dtype not in (*LOADED_DTYPES, state):
-            raise ValueError(f"x: got {x.dtype}, expected one of {', '.join(map(str, LOADED_DTYPES))}")
+            raise ValueError(f"x: got {x.dtype}, expected {_LOADED}")
         expect("source", buffers.source, shape, x.dtype, x.device)
     expect("table", buffers.table, (rows + 1, len(DEVICE_COLUMNS)), state, x.device)
     expect("counter", buffers.counter, (2,), torch.int32, x.device)
@@ -99,18 +95,15 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
 def _check_model_input(model_input: Tensor, time: Tensor | None, x: Tensor) -> None:
     rows = len(model_input)
     if not rows or rows % len(x) or model_input.shape[1:] != x.shape[1:] or model_input.device != x.device:
-        raise ValueError(
-            f"model_input: got {tuple(model_input.shape)} on {model_input.device}, "
-            f"expected [S*{len(x)}, {', '.join(map(str, x.shape[1:]))}] on {x.device}"
-        )
+        expected = f"[S*{len(x)}, {', '.join(map(str, x.shape[1:]))}] on {x.device}"
+        raise ValueError(f"model_input: got {tuple(model_input.shape)} on {model_input.device}, expected {expected}")
     if not model_input.dtype.is_floating_point:
         raise ValueError(f"model_input: got {model_input.dtype}, expected a floating dtype")
     if not model_input.is_contiguous() and not is_channels_last(model_input):
         raise ValueError(f"model_input: got strides {model_input.stride()}, expected contiguous or channels-last")
     if time is None or time.shape != (rows,) or time.device != x.device or not time.is_contiguous():
-        raise ValueError(
-            f"time: got {None if time is None else (tuple(time.shape), time.device)}, expected [{rows}] on {x.device}"
-        )
+        got = None if time is None else (tuple(time.shape), time.device)
+        raise ValueError(f"time: got {got}, expected [{rows}] on {x.device}")
     if time.dtype != torch.int64 and not time.dtype.is_floating_point:
         raise ValueError(f"time: got {time.dtype}, expected torch.int64 or a floating dtype")
 
@@ -122,15 +115,12 @@ def check_output(output: Tensor, spec: StepSpec, buffers: StepBuffers) -> None:
     narrow, wide = ((spec.branches * batch, c, *x.shape[2:]) for c in (channels, 2 * channels))
     allowed = (wide,) if spec.learned_variance else (narrow, wide)
     if tuple(output.shape) not in allowed:
-        reason = " (the solver uses learned variances)" if spec.learned_variance else ""
-        raise ValueError(
-            f"model output: got shape {tuple(output.shape)}, expected {' or '.join(map(str, allowed))}{reason}"
-        )
+        expected = " or ".join(map(str, allowed)) + " (the solver uses learned variances)" * spec.learned_variance
+        raise ValueError(f"model output: got shape {tuple(output.shape)}, expected {expected}")
     state = buffers.table.dtype
     if not output.dtype.is_floating_point or output.dtype.itemsize > state.itemsize:
-        raise ValueError(
-            f"model output: got {output.dtype}, expected a floating dtype no wider than the state's {state}"
-        )
+        expected = f"a floating dtype no wider than the state's {state}"
+        raise ValueError(f"model output: got {output.dtype}, expected {expected}")
     if output.device != x.device:
         raise ValueError(f"model output: got device {output.device}, expected {x.device}")
 
@@ -140,8 +130,5 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
     if tensor is None:
         raise ValueError(f"{name}: got None, expected {dtype} {shape}")
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device or not tensor.is_contiguous():
-        layout = "" if tensor.is_contiguous() else " non-contiguous"
-        raise ValueError(
-            f"{name}: got{layout} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-            f"expected {dtype} {shape} on {device}"
-        )
+        got = f"{' non-contiguous' * (not tensor.is_contiguous())} {tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name}: got{got} on {tensor.device}, expected {dtype} {shape} on {device}")

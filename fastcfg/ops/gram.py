@@ -88,18 +88,10 @@ def _gram_result(output: Tensor, momentum: Tensor | None, branches: int, *_: Any
     return torch.empty((len(output) // branches, vectors, vectors + 1), dtype=torch.float64, device=output.device)
 
 
-def _launch_gram(
-    output: Tensor,
-    momentum: Tensor | None,
-    branches: int,
-    base: int,
-    channels: int,
-    conditional: int,
-    decay: float,
-    out: Tensor,
-) -> None:
+def _launch_gram(*arguments: Any) -> None:
     from ..kernels.gram import launch_gram, partial_shape
 
+    output, momentum, _, base, channels, conditional, decay, out = arguments
     spatial = output[0, 0].numel()
     shape = partial_shape(out.shape[1], len(out), channels * spatial)
     partial = torch.empty(shape, dtype=torch.float32, device=output.device)

@@ -114,7 +114,7 @@ def predict_x0(
     p_x_rest, p_m_rest = rest or (None, None)
     numbers = {"p_x": p_x, "p_m": p_m, "bound": bound, "rest[0]": p_x_rest, "rest[1]": p_m_rest}
     for name, value in numbers.items():
-        if value is not None:
+        if value is not None or name in ("p_x", "p_m"):
             expect(name, value, batch, torch.float32, x.device)
     x, output = x.contiguous(), readable(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":

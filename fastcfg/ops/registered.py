@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .backend import through_dispatcher
+from .backend import interpreting
 
 
 class Operation:
-    """A kernel with the memory for its results. A call launches it, under `torch.compile` and in the interpreter by way
-    of the dispatcher.
+    """A kernel with the memory for its results. A call launches it: by way of the dispatcher under `torch.compile`, and
+    in the interpreter, so that the stand-in for graphs can record the launch.
 
     Args:
         schema: `torch.library`'s, "name(arguments) -> results"; the first argument is a tensor.
@@ -32,7 +32,7 @@ class Operation:
         self._registered.register_fake(allocate)
 
     def __call__(self, *arguments: Any) -> Any:
-        return (self._registered if through_dispatcher() else self._run)(*arguments)
+        return (self._registered if torch.compiler.is_compiling() or interpreting() else self._run)(*arguments)
 
     def _run(self, *arguments: Any) -> Any:
         results = self._allocate(*arguments)

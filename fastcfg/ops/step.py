@@ -17,10 +17,10 @@ from .inductor import InductorStep
 
 
 class RowOperation:
-    """An operation on a run's buffers, called with the model's output of a row.
+    """An operation on a run's buffers, called with the model's output of a row. Nothing is read back to the host.
 
     The subclass's constructor checks spec and buffers, once, and sets `backend` and `_run`, which a call outside
-    `torch.compile` runs. Nothing is read back to the host.
+    `torch.compile` runs.
     """
 
     backend: str

@@ -26,11 +26,8 @@ class Stepper:
         like: a sample [B, C, ...] in float32, float16 or bfloat16 (float64 on the reference path); the run's samples
             have its shape, dtype and device.
         clip: of x0: None, a bound, or a `DynamicThreshold`.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton" or "reference"; ValueError if it cannot run, or for a sample of another dtype.
         keep_x0: whether to return x0 too.
-
-    Raises:
-        ValueError: a sample without elements or of another dtype, or a backend that cannot run.
 
     Example:
         >>> from fastcfg import Schedule, solvers
@@ -94,15 +91,12 @@ class Stepper:
 
         Args:
             row: of the table. A row that does not follow the last one costs a copy on the device.
-            output: the model's, [B, C, ...], or [B, 2C, ...] with variance channels.
+            output: the model's, [B, C, ...], or [B, 2C, ...] with variance channels, no wider than the state.
             sample: [B, C, ...], not changed.
             noise: standard normals [B, C, ...], in the sample's dtype or float32; None for rows without noise.
 
         Returns:
             The next sample, and x0 (limited by the clip) or None: new tensors, in the sample's dtype.
-
-        Raises:
-            ValueError: an output of another shape or device, or wider than the state.
         """
         if row != self._next:
             self._counter.copy_(self._starts[row])

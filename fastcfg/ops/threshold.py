@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,7 +68,7 @@ def quantile_bound(
     x0: Tensor, quantile: float = 0.995, floor: float = 1.0, ceiling: float | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """The bound of dynamic thresholding: `torch.quantile` of |x0| over each sample, bit for bit, limited to
-    [floor, ceiling].
+    [floor, ceiling]. TypeError or ValueError for arguments that do not fit, or a backend that cannot run.
 
     Args:
         x0: [B, C, ...], at most 2**24 elements in a sample.
@@ -75,9 +77,6 @@ def quantile_bound(
 
     Returns:
         float32 [B]; NaN for a sample with NaN.
-
-    Raises:
-        TypeError, ValueError: values, shapes or dtypes that do not fit, or a backend that cannot run.
 
     Example:
         >>> quantile_bound(torch.linspace(-3, 3, 7).view(1, 1, 7), 0.5)
@@ -142,29 +141,21 @@ _threshold = Operation(
 )
 
 
-@torch.library.custom_op("fastcfg::step_bound", mutates_args=("bound", "x0", "selection"))
-def _step_bound_op(
-    output: Tensor,
-    x: Tensor,
-    table: Tensor,
-    counter: Tensor,
-    weights: Tensor | None,
-    momentum: Tensor | None,
-    bound: Tensor,
-    x0: Tensor,
-    selection: Tensor,
-    branches: int,
-    base: int | None,
-    scaled: bool,
-    rank: int,
-    weight: float,
-    floor: float,
-    ceiling: float,
-) -> None:
-    """`_launch_step_bound` for the dispatcher."""
+def _run_registered(output: Tensor, *arguments: Any) -> None:
+    x, table, counter, weights, momentum, bound, x0, selection, branches, base, scaled, *rank = arguments
     spec = StepSpec(branches, base, scaled=scaled, momentum=momentum is not None)
     buffers = StepBuffers(x, table, counter, weights=weights, momentum=momentum, bound=bound, x0=x0)
-    _launch_step_bound(output, spec, buffers, selection, QuantileRank(rank, weight, floor, ceiling))
+    _launch_step_bound(output, spec, buffers, selection, QuantileRank(*rank))
+
+
+_step_bound_op = torch.library.custom_op(
+    "fastcfg::step_bound",
+    _run_registered,
+    mutates_args=("bound", "x0", "selection"),
+    schema="(Tensor output, Tensor x, Tensor table, Tensor counter, Tensor? weights, Tensor? momentum,"
+    " Tensor(a!) bound, Tensor(b!) x0, Tensor(c!) selection, int branches, int? base, bool scaled,"
+    " int rank, float weight, float floor, float ceiling) -> ()",
+)
 
 
 def _launch_step_bound(

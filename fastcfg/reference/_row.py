@@ -9,27 +9,21 @@ from ..table import DEVICE_COLUMNS
 
 
 class RowReader:
-    """The counter's row, the next one, and if wanted the row's weights, in memory of their own.
-
-    Attributes:
-        count: int32 scalar, the counter itself.
-        index: int32 [2]: the row and the next one.
-        row, next: of either row, a scalar tensor for every column.
-        weights: [B, K], or None.
-    """
+    """The counter's row, the next one (a scalar tensor for every column), and if wanted the row's weights, in memory of
+    their own."""
 
     def __init__(self, buffers: StepBuffers, weighted: bool) -> None:
         self._buffers = buffers
         # Views are made once: at small sizes dispatches cost most.
-        self.count = buffers.counter[0]
+        self.count = buffers.counter[0]  # int32, the counter itself
         self._offsets = torch.arange(2, dtype=torch.int32, device=buffers.x.device)
-        self.index = torch.empty_like(self._offsets)
+        self.index = torch.empty_like(self._offsets)  # the row and the next one
         self._first = self.index[:1]
         self._rows = torch.empty_like(buffers.table[:2])
         self._weights = torch.empty_like(buffers.weights[:1]) if weighted else None  # type: ignore[index]
         self.row = dict(zip(DEVICE_COLUMNS, self._rows[0].unbind(), strict=True))
         self.next = dict(zip(DEVICE_COLUMNS, self._rows[1].unbind(), strict=True))
-        self.weights = None if self._weights is None else self._weights[0]
+        self.weights = None if self._weights is None else self._weights[0]  # [B, K]
 
     def read(self) -> None:
         """Look the rows up."""

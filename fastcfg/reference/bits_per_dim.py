@@ -17,8 +17,6 @@ from ..schedule import Schedule
 from ..utils.checks import check_one_of
 from .originals import p_mean_variance, predict_eps_from_xstart, q_mean_variance, q_posterior_mean_variance, q_sample
 
-__all__ = ["bits_per_dimension", "prior_bpd", "training_losses", "vb_terms"]
-
 LOSSES = ("mse", "rescaled_mse", "kl", "rescaled_kl")
 
 

@@ -13,15 +13,6 @@ from . import quantile
 from ._fma import fma
 from .table_step import blend, per_sample, predict
 
-__all__ = [
-    "guidance_blend",
-    "posterior_mean_variance",
-    "predict_x0",
-    "quantile_bound",
-    "split_model_output",
-    "threshold",
-]
-
 
 def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """[N, 2C, ...] to its first and its last C channels."""

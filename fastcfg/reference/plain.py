@@ -16,8 +16,6 @@ from ..table import DEVICE_COLUMNS, StepTable
 from . import originals
 from .table_step import per_sample
 
-__all__ = ["PlainTable", "blended", "original_row", "plain_row"]
-
 
 def blended(output: Tensor, channels: int, spec: StepSpec, weights: Tensor | None) -> Tensor:
     """The guided output [B, C, ...] of K branches' [K*B, C or 2C, ...], every result rounded to its dtype."""

@@ -8,25 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes
-from torch.utils._python_dispatch import _get_current_dispatch_mode as current_dispatch_mode
-from torch.utils._pytree import tree_leaves, tree_map
-
-__all__ = [
-    "TorchDispatchMode",
-    "cpp_compiler_problem",
-    "current_dispatch_mode",
-    "fake_tensors",
-    "inductor_compile",
-    "inductor_fma",
-    "lift_only_cpu_tensors",
-    "made_by_compile",
-    "release_capture_pool",
-    "tree_leaves",
-    "tree_map",
-    "without_dispatch_modes",
-]
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_dispatch_modes  # noqa: F401
+from torch.utils._python_dispatch import _get_current_dispatch_mode as current_dispatch_mode  # noqa: F401
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 
 def lift_only_cpu_tensors(value: bool) -> bool:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Alike", "NoValueError", "Same", "identity_key", "value_key", "view_index"]
-
 
 class Same:
     """Equal for the same object (`value`), which it keeps alive: a freed object's id may be given to another one."""

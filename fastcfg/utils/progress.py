@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["progress_bar"]
-
 
 def progress_bar(
     show: bool | str = True,

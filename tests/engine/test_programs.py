@@ -18,7 +18,7 @@ from torch import Tensor
 from fastcfg import CFG, AdaptiveCFG, Guidance, Sampler, Schedule, solvers
 from fastcfg.engine import config, programs
 from fastcfg.engine.graphs import CaptureError, Comparison
-from fastcfg.engine.graphs.modes import DispatchMode
+from fastcfg.engine.graphs.trace import DispatchMode
 from fastcfg.engine.readback import Pace, Readback
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 

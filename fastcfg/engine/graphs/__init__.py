@@ -8,9 +8,8 @@ capture it, and `compare` checks the recording against the program.
 from .comparison import Comparison, compare
 from .cuda import CudaGraph, Pool
 from .errors import CaptureError
-from .examine import Examined, examine
-from .opaque import Opaque, is_compiled
-from .stand_in import StandIn
+from .stand_in import Opaque, StandIn, is_compiled
+from .trace import Examined, examine
 
 __all__ = [
     "CaptureError",

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Comparison", "compare"]
-
 Program = Callable[[], None]
 
 # The faster of each counts. Runs of a large model take long; on a device those of a small model hardly vary.

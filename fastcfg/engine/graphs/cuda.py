@@ -16,9 +16,7 @@ from .errors import CaptureError, describe, failing_line
 from .streams import SIDE, own_stream
 
 if TYPE_CHECKING:
-    from .examine import Examined
-
-__all__ = ["CudaGraph", "Pool"]
+    from .trace import Examined
 
 # torch's generator supports one capture at a time, and a device-wide wait, with which torch.cuda.graph begins, would
 # break a capture in another thread.

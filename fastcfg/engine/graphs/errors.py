@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import linecache
 import sys
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
 import torch
-
-__all__ = ["CaptureError", "SourceLine", "calling_line", "describe", "failing_line"]
 
 # File name, line number and function name.
 SourceLine = tuple[str, int, str]
@@ -34,24 +34,17 @@ def describe(where: SourceLine | None) -> str:
 
 def calling_line() -> SourceLine | None:
     """The model's innermost line on the stack: the first outside torch and the engine."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if _is_models(frame):
-            return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back
-    return None
+    return next(_models_lines(traceback.walk_stack(sys._getframe(1))), None)
 
 
 def failing_line(trace: TracebackType | None) -> SourceLine | None:
     """The model's innermost line that an exception passed through."""
-    found = None
-    while trace is not None:
-        if _is_models(trace.tb_frame):
-            found = trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame.f_code.co_name
-        trace = trace.tb_next
-    return found
+    lines = list(_models_lines(traceback.walk_tb(trace)))
+    return lines[-1] if lines else None
 
 
-def _is_models(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    return file.startswith(_MODELS) or not file.startswith((*_LIBRARIES, "<frozen"))
+def _models_lines(frames: Iterable[tuple[FrameType, int]]) -> Iterator[SourceLine]:
+    for frame, line in frames:
+        file = frame.f_code.co_filename
+        if file.startswith(_MODELS) or not file.startswith((*_LIBRARIES, "<frozen")):
+            yield file, line, frame.f_code.co_name

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
-from ...utils._torch_private import tree_leaves, tree_map, without_dispatch_modes
-from .modes import DispatchMode
-from .opaque import recording
+from ...utils._torch_private import made_by_compile, tree_leaves, tree_map, without_dispatch_modes
+from .trace import DispatchMode
 
-__all__ = ["StandIn"]
+_THREAD = threading.local()
 
 
 class StandIn:
@@ -64,3 +66,30 @@ class _Recorder(DispatchMode):
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+class Opaque:
+    """A compiled function, which a stand-in records as one call: its operations cannot be seen."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        record = getattr(_THREAD, "record", None)
+        return self._function(*args, **kwargs) if record is None else record(self._function, args, kwargs)
+
+
+@contextmanager
+def recording(record: Callable[..., Any]) -> Iterator[None]:
+    """Context in which `Opaque` functions are run by `record(function, args, kwargs)`."""
+    _THREAD.record = record
+    try:
+        yield
+    finally:
+        _THREAD.record = None
+
+
+def is_compiled(function: Any) -> bool:
+    """Whether torch.compile made a function, a module or one of its parts."""
+    modules = function.modules() if isinstance(function, Module) else ()
+    return any(made_by_compile(item) for item in (function, *modules))

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["SIDE", "on_side_stream", "own_stream"]
-
 # The purpose of the stream on which a thread examines and captures: what examining initialises, capturing finds.
 SIDE = "capture"
 

@@ -26,9 +26,8 @@ from fastcfg.engine.graphs import (
     streams,
 )
 from fastcfg.engine.graphs import cuda as cuda_module
-from fastcfg.engine.graphs.constants import copied_operands
-from fastcfg.engine.graphs.modes import DispatchMode
-from fastcfg.engine.graphs.opaque import _THREAD
+from fastcfg.engine.graphs.stand_in import _THREAD
+from fastcfg.engine.graphs.trace import DispatchMode, copied_operands
 
 pytestmark = pytest.mark.quick
 
