@@ -37,9 +37,8 @@ def _try_writing(option: str, path: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(
-            f"argument {option}: got {path!r}, expected a folder that can be written to ({error.strerror})"
-        ) from error
+        expected = f"a folder that can be written to ({error.strerror})"
+        raise UsageError(f"argument {option}: got {path!r}, expected {expected}") from error
 
 
 def check_plot(path: str | None) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,9 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastcfg.training.train import STATE, train
 
     if find_spec("matplotlib") is None:
-        raise UsageError(
-            "train draws its loss curve with matplotlib, which is not installed: pip install fastcfg[train]"
-        )
+        raise UsageError("train draws its loss curve with matplotlib, not installed: pip install fastcfg[train]")
     check_folder("--out", arguments.out)
     settings = {name: getattr(arguments, name) for name in (*_SETTINGS, *_FOLDER_SETTINGS)}
     with usage_errors():
@@ -122,18 +121,13 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    options = {"resume": arguments.resume, "progress": not arguments.no_progress, "device": device}
+    tell = partial(print, "data    ", file=sys.stderr, flush=True)
     try:
         # `train` checks recipe, data and state before its first step.
         with usage_errors(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            result = train(
-                config,
-                arguments.out,
-                resume=arguments.resume,
-                progress=not arguments.no_progress,
-                device=device,
-                tell=lambda line: print(f"data     {line}", file=sys.stderr, flush=True),
-            )
+            result = train(config, arguments.out, tell=tell, **options)
     except KeyboardInterrupt:
         if (Path(arguments.out) / STATE).is_file():
             raise KeyboardInterrupt("the same command with --resume goes on from the last save") from None
@@ -183,6 +177,5 @@ def _read(recipe: str | Path) -> dict[str, Any]:
     try:
         return dataclasses.asdict(read_recipe(recipe))
     except OSError as error:
-        raise UsageError(
-            f"argument --recipe: got {str(recipe)!r}, expected a JSON file of settings ({error.strerror})"
-        ) from error
+        got = f"{str(recipe)!r}, expected a JSON file of settings ({error.strerror})"
+        raise UsageError(f"argument --recipe: got {got}") from error

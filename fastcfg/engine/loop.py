@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.progress import progress_bar
 from .call import Call
 from .program_cache import CachedPrograms
 from .programs import Program
@@ -161,11 +162,7 @@ class ProgressBar:
 
     def __init__(self, run: Run, bar: Any) -> None:
         self._own = bar is True
-        if self._own:
-            from tqdm.auto import tqdm
-
-            bar = tqdm(total=run.table.num_rows, unit="step")
-        self._bar, self._row = bar, -1
+        self._bar, self._row = progress_bar(total=run.table.num_rows) if self._own else bar, -1
         if bar is not False:
             self._pace = Pace(run.buffers.options.device)
 

@@ -86,7 +86,7 @@ def by_hand(path: Path, inpaint: bool) -> Tensor:
 
 
 def enlarged_by_hand(path: Path, samples: Tensor, inpaint: bool) -> Tensor:
-    """The upsampler likewise: no guidance, temperature 0.997; DDIM, or DDPM to inpaint."""
+    """The upsampler from the same parts: no guidance, temperature 0.997; DDIM, or DDPM to inpaint."""
     model, _, _ = load_network(path, words(), UPSAMPLER)
     diffusion = create_gaussian_diffusion(100, "linear", UP_STEPS)
     image, mask = known(SIZE)

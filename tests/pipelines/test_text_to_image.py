@@ -37,7 +37,7 @@ def pipeline(checkpoint: Path) -> TextToImage:
 
 
 def by_sampler(checkpoint: Path, prompt: str, negative: str, scale: float, solver: str, seeds: list[int]) -> Tensor:
-    """The same pictures from the parts the pipeline is made of, tokens encoded anew at every step."""
+    """The same pictures from the parts the pipeline is made of, tokens encoded again at every step."""
     model, tokenizer, _ = load_checkpoint(checkpoint)
     schedule = Schedule.named("squaredcos_cap_v2", TIMESTEPS).respace(STEPS)
     table = solvers.ddpm(schedule, variance="learned_range") if solver == "ddpm" else solvers.ddim(schedule)
