@@ -35,15 +35,11 @@ def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Arra
 
     Args:
         n: number of levels above 0, at least 1.
-        sigma_min: the last of them, above 0.
-        sigma_max: the first, at least sigma_min.
+        sigma_min, sigma_max: the last of them, above 0, and the first.
         rho: above 0; larger values make steps at low noise shorter.
 
     Returns:
-        float64 [n + 1].
-
-    Raises:
-        ValueError: an argument out of its range.
+        float64 [n + 1]. ValueError for an argument out of its range.
 
     Example:
         >>> karras(3, 0.1, 10.0).round(2).tolist()

@@ -59,10 +59,13 @@ def examine() -> dict[str, Any]:
     backend = resolve_backend("auto", device)
     checks = {"fused_step": _checked(lambda: _check_step(device, backend)), "checkpoint": _checked(_check_checkpoint)}
     driver, gpus = _gpus()  # after the step: NVML lists this process only once it uses the GPU
+    cuda = device.type == "cuda"
+    yes = "the step and the model are captured together where the model allows it"
+    graphs = {"supported": cuda, "reason": yes if cuda else "CUDA graphs need a GPU; programs run eagerly"}
     usable = all(check["ok"] for check in checks.values())
     findings = {"usable": usable, "versions": versions(optional=True), "platform": platform.platform(), "cpu": _cpu()}
     findings |= {"gpus": gpus, "nvml": driver, "device": device.type}
-    findings |= {"backend": {"auto": backend, "others": _others(backend, device)}, "graphs": _graphs(device)}
+    findings |= {"backend": {"auto": backend, "others": _others(backend, device)}, "graphs": graphs}
     return findings | {"checks": checks}
 
 
@@ -110,12 +113,6 @@ def _others(chosen: str, device: torch.device) -> dict[str, str]:
         "reference": "slower than the fused kernel",
     }
     return {name: reason for name, reason in reasons.items() if name != chosen}
-
-
-def _graphs(device: torch.device) -> dict[str, Any]:
-    yes = "the step and the model are captured together where the model allows it"
-    supported = device.type == "cuda"
-    return {"supported": supported, "reason": yes if supported else "CUDA graphs need a GPU; programs run eagerly"}
 
 
 def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -40,8 +40,7 @@ def _state(nvml: Any, uuid: str) -> dict[str, Any]:
             return None
 
     gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
-    limit = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu)
-    power = ask(nvml.nvmlDeviceGetPowerUsage, gpu)
+    limit, power = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu), ask(nvml.nvmlDeviceGetPowerUsage, gpu)
     reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
     memory = ask(nvml.nvmlDeviceGetMemoryInfo, gpu, nvml.nvmlMemory_v2)  # version 1 includes the driver's own
     pids = [process.pid for process in ask(nvml.nvmlDeviceGetComputeRunningProcesses, gpu) or ()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,10 @@ def _try_writing(option: str, path: str, folder: Path) -> None:
 
 def check_plot(path: str | None) -> None:
     """`check_output` of --plot, if it was given, and of matplotlib."""
-    from importlib.util import find_spec
-
-    if path is None:
-        return
-    check_output("--plot", path, ".png")
-    if find_spec("matplotlib") is None:
-        raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
+    if path is not None:
+        check_output("--plot", path, ".png")
+        if find_spec("matplotlib") is None:
+            raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
 
 
 def check_json(path: str | None) -> None:

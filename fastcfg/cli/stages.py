@@ -145,16 +145,9 @@ class Stages:
         """How the upsampler ran; None without one."""
         if self.upsampler is None:
             return None
-        report = self.upsampler.report()
-        seeds = [seed + _SEED_OFFSET for seed in request.seeds]
-        summary: dict[str, Any] = {
-            "file": file,
-            "image_size": self.image_size,
-            **self.upsampling,
-            "rows": report["rows"],
-        }
-        summary |= {"seeds": seeds} | {name: report[name] for name in ("backend", "graph", "graph_reason")}
-        return summary | {"seconds": self.seconds}
+        report, seeds = self.upsampler.report(), [seed + _SEED_OFFSET for seed in request.seeds]
+        own = {"file": file, "image_size": self.image_size, **self.upsampling, "rows": report["rows"], "seeds": seeds}
+        return own | {name: report[name] for name in ("backend", "graph", "graph_reason")} | {"seconds": self.seconds}
 
 
 def load_stages(models: Models, device: str) -> Stages:

@@ -69,15 +69,11 @@ def add_parser(commands: Any) -> None:
     _add_flag(parser, "--bf16", "run the network in bfloat16, all else in float32 (default: on, with --data off)")
     text = "any other setting of the recipe, its value as JSON; may be repeated"
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help=text)
-    _add_folder_arguments(parser)
     add_option(parser, "--threads", "N", "CPU threads (default: torch's choice)", type=count)
     add_device(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
-
-def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of fine-tuning on a folder."""
-    group, count = parser.add_argument_group("fine-tuning on a folder of pictures"), integer(1)
+    group = parser.add_argument_group("fine-tuning on a folder of pictures")
     weights = "weights to start from: a checkpoint of `fastcfg train`, or a state dict of GLIDE, .pt or .safetensors"
     words = "folder with encoder.json and vocab.bpe, possibly .gz, or a tokenizer as JSON (default: GLIDE's)"
     ratio = "smallest area of a random crop, as a share of the largest crop's (default: 0.8)"
@@ -146,14 +142,18 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _config(recipe: str | Path | None, resumed: str | None, given: dict[str, Any], others: list[str]) -> TrainConfig:
     """The recipe of a file, or else of a resumed run's folder, with given settings and `others`, NAME=VALUE each."""
-    from fastcfg.training.recipes import make_recipe
+    from fastcfg.training.recipes import make_recipe, read_recipe
     from fastcfg.training.train import RECIPE
 
     if recipe is None and resumed is not None:
         recipe = Path(resumed) / RECIPE
         if not recipe.is_file():
             raise UsageError(f"argument --resume: got {resumed!r}, which has no {RECIPE}, expected a run's folder")
-    values = {} if recipe is None else _read(recipe)
+    try:
+        values = {} if recipe is None else dataclasses.asdict(read_recipe(recipe))
+    except OSError as error:
+        got = f"{str(recipe)!r}, expected a JSON file of settings ({error.strerror})"
+        raise UsageError(f"argument --recipe: got {got}") from error
     values |= {name: value for name, value in given.items() if value is not None}
     if "data" not in values and (alone := [name for name in _FOLDER_SETTINGS if name in values]):
         option = f"--{alone[0].replace('_', '-')}"
@@ -169,13 +169,3 @@ def _config(recipe: str | Path | None, resumed: str | None, given: dict[str, Any
         merge = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **value} if merge else value
     return make_recipe(values)
-
-
-def _read(recipe: str | Path) -> dict[str, Any]:
-    from fastcfg.training.recipes import read_recipe
-
-    try:
-        return dataclasses.asdict(read_recipe(recipe))
-    except OSError as error:
-        got = f"{str(recipe)!r}, expected a JSON file of settings ({error.strerror})"
-        raise UsageError(f"argument --recipe: got {got}") from error

@@ -24,13 +24,10 @@ class GuidancePlan:
             included, and what the method adds. None for other guidance.
         mix: (Gram matrix [B, V, V], planned [B, P]) -> a row's weights [B, V] of the vectors of `ops.gram`; None takes
             the planned ones.
-        rescale: as `CFG.rescale`.
-        momentum: the decay of the momentum; None for none.
-        agreement: of adaptive guidance: the cosine between the conditional and the unconditional branch at which a
-            sample's guidance ends; None for guidance that does not end by itself.
+        rescale, momentum: as `CFG.rescale`; the decay of the momentum, None for none.
+        agreement: the cosine of cond and uncond at which adaptive guidance ends for a sample; None for other guidance.
         fallback_branches: the branches evaluated once guidance has ended for every sample.
-        fallback_weights: float64 [K] or [P], the (planned) weights of a sample whose guidance has ended while that of
-            others has not.
+        fallback_weights: float64 [K] or [P], the (planned) weights of a sample for which it has ended, but not for all.
     """
 
     weights: NDArray[np.float64]
@@ -54,8 +51,7 @@ class Guidance:
         conditional: index of the branch that provides the variance channels.
         unconditional: index of the branch that a_u multiplies (CFG++), None if there is none.
 
-    Raises:
-        ValueError: fields that are not finite or out of their range.
+    Fields that are not finite or out of their range raise ValueError.
     """
 
     # Fields of some specs, see `CFG`; the defaults of the others.

@@ -101,8 +101,7 @@ class AdaptiveCFG(CFG):
         threshold: the cosine, at most 1; the paper uses 0.991. Branches of norm 0 have none and do not agree.
 
     Raises:
-        ValueError: as `CFG`, a threshold that is no cosine, or (when planned) a table that adds the unconditional
-            output.
+        ValueError: as `CFG`, a threshold that is no cosine, or (when planned) a table with an unconditional output.
     """
 
     threshold: Cosine = 0.991

@@ -190,9 +190,8 @@ class PerpNeg(Guidance):
     each branch, two passes. Where cond equals uncond nothing is projected.
 
     Attributes:
-        scale: s, as `CFG.scale`.
+        scale, interval, rescale: as `CFG`.
         negatives: the weights w_k by branch name, each as `CFG.scale`, positive to lead away.
-        interval, rescale: as `CFG`.
     """
 
     scale: Scale = 7.5

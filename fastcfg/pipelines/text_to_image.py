@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..engine.sampler import Step
 from ..guidance import Guidance
 from ..guidance.by_name import guidance_by_name
-from ..models.tokenizer import Tokenizer
 from ..utils.checks import check_count, check_finite
 from .base import SOLVERS, Drawing, Pipeline
 from .pictures import picture_seeds
 
 __all__ = ["SOLVERS", "TextToImage"]
-
-_EMBEDDED = "shapes.safetensors"
 
 
 class TextToImage(Pipeline):
@@ -33,33 +27,13 @@ class TextToImage(Pipeline):
         >>> images = pipeline.sample("a red circle above a blue square", num_samples=4, seed=0)
         >>> images.shape
         torch.Size([4, 3, 32, 32])
+
+    With GLIDE's weights: `TextToImage.load("base.pt", "cuda").sample("an oil painting of a corgi", steps=100)`.
     """
 
     _NETWORKS = ("Text2ImUNet", "InpaintText2ImUNet")
     _PURPOSE = "draw from text"
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        *,
-        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> TextToImage:
-        """`Pipeline.load`; without a path, the model that comes with the package.
-
-        Example:
-            >>> pipeline = TextToImage.load("base.pt", "cuda")
-            >>> images = pipeline.sample("an oil painting of a corgi", steps=100)
-        """
-        with ExitStack() as stack:
-            if path is None:
-                from importlib.resources import as_file, files
-
-                path = stack.enter_context(as_file(files("fastcfg") / "checkpoints" / _EMBEDDED))
-            return super().load(path, device, dtype, tokenizer=tokenizer, options=options)
+    _EMBEDDED = "shapes.safetensors"
 
     def sample(
         self,

@@ -59,10 +59,8 @@ class Upsampler(Pipeline):
             prompts: one prompt for all, or one per picture.
             steps, solver: as `TextToImage.sample`; GLIDE's notebooks take "fast27", and "ddpm" for inpainting.
             temperature: factor of the starting noise; a little less than 1 makes sharper pictures.
-            seed: picture i has the seed `seed + i`; or one seed per picture; None or -1 for a random one. Give other
-                seeds than the small pictures', or both start from the same normals.
-            inpaint: as `TextToImage.sample`, of the enlarged size.
-            schedule, eta, backend, graph, noise_source, batch_size, progress, callback: as `TextToImage.sample`.
+            seed: as `TextToImage.sample`; not the small pictures' seeds, or both start from the same normals.
+            inpaint: as `TextToImage.sample`, of the enlarged size; so are the other arguments.
 
         Returns:
             float32 [N, 3, H, H] in [-1, 1].

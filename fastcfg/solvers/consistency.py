@@ -27,8 +27,7 @@ def lcm(
         timestep_scaling: s of c_skip = 0.25/((s t)² + 0.25) and c_out = s t/√((s t)² + 0.25), t the original timestep;
             above 0.
 
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first. The last row returns f.
+    Result: as `ddim`, but the last row returns f.
 
     Example:
         >>> from fastcfg.schedule import consistency_timesteps

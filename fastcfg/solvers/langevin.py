@@ -32,11 +32,10 @@ def langevin(
     rescale_timesteps: bool = False,
 ) -> StepTable:
     """Annealed Langevin dynamics (Song & Ermon 2019, https://arxiv.org/abs/1907.05600) from the noisiest level to the
-    least noisy one.
+    least noisy one. Samples get better with the number of steps; count on several hundred.
 
     Between levels x stays as it is, as in the corrector-only sampler of Song et al. 2021: variance-preserving levels
-    have about one scale. (Keeping x/√ᾱ instead, which variance-exploding levels keep, scales x by 20,000 on the way
-    through the cosine schedule.) Samples get better with the number of steps; count on several hundred.
+    have about one scale. (Keeping x/√ᾱ, as for variance-exploding levels, scales x by 20,000 in the cosine schedule.)
 
     Args, errors: as `ddim`, and
         schedule: the process, re-spaced to the levels wanted.
@@ -109,7 +108,7 @@ def predictor_corrector(
         The predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
 
     Raises:
-        TypeError: a predictor that is no table, or a schedule that is no Schedule.
+        TypeError: predictor not a StepTable, or schedule not a Schedule.
         ValueError: a number out of its range, or a predictor with steps that do not begin at timesteps of the schedule,
             or with an x that is not the schedule's (c_in is not 1).
 

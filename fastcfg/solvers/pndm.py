@@ -32,10 +32,7 @@ def plms(
     three steps of `prk`, would need four, one more than a table has: within the third, its start, the sum of its ε so
     far and the ε of both steps before are all still needed.
 
-    Args, errors: as `ddim`, and order: 1 (DDIM) to 4.
-
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first.
+    Args, errors, result: as `ddim`, and order: 1 (DDIM) to 4.
 
     Example:
         >>> table = plms(Schedule.named("linear", 1000).respace(20))

@@ -335,6 +335,11 @@ def test_load_refuses(files: dict[str, Path], load: Callable[[dict[str, Path]], 
         load(files)
 
 
+def test_only_pictures_from_text_have_weights_in_the_package() -> None:
+    with pytest.raises(TypeError, match="path: got None, expected a file of weights"):
+        Upsampler.load()
+
+
 def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: got no input_blocks.0.0.weight, expected one of GLIDE's"):
