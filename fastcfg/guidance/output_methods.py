@@ -30,9 +30,8 @@ class GramGuidance(CFG):
     """Base of guidance that is a function of the Gram matrix: subclass it and write `mix`.
 
     A sample's vectors are u = uncond and d = cond - uncond; the output is w_u u + w_d d with the weights that `mix`
-    returns. A sample with a scale that guides nothing (1, or 0 with
-    formulation "original"), and rows outside the interval, are the conditional branch's: `mix` does not see them.
-    Formulation "sum" is "standard".
+    returns. A sample with a scale that guides nothing (1, or 0 with formulation "original"), and rows outside the
+    interval, are the conditional branch's: `mix` does not see them. Formulation "sum" is "standard".
 
     Example:
         Guidance of a bounded length: ||s d|| is at most that of uncond.
@@ -124,7 +123,7 @@ class APG(GramGuidance):
     """Adaptive projected guidance: strong scales without oversaturation (Sadat et al. 2024,
     https://arxiv.org/abs/2410.02416; diffusers' AdaptiveProjectedGuidance).
 
-    m = uncond + s (g' - (1 - η) proj_cond g') with g' = g min(1, norm_threshold / ||g||), where g is cond - uncond or,
+    m = uncond + s (g' - (1 - η) proj_cond g') with g' = g min(1, r / ||g||), where g is cond - uncond or,
     with momentum β, the running sum h <- (cond - uncond) + β h of the guided rows so far. Norms and projections are
     over a whole sample. With momentum, one more tensor is read twice and written once per row. Nothing is projected
     onto a cond of norm 0, and a g of norm 0 stays 0.
@@ -132,8 +131,7 @@ class APG(GramGuidance):
     Attributes:
         formulation: "standard", or "original" for cond in place of the first uncond.
         eta: η, how much of the parallel part remains; the paper takes 0.
-        momentum: β, negative in the paper (-0.5, -0.75); None for none.
-        norm_threshold: r; 0 for no limit.
+        momentum, norm_threshold: β, negative in the paper (-0.5, -0.75), None for none; the limit r, 0 for none.
     """
 
     eta: Number = 1.0

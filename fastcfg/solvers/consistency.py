@@ -62,8 +62,7 @@ def tcd(
         timesteps: falling ones, as `fastcfg.schedule.consistency_timesteps(4)`. The run ends at timestep 0.
         gamma: γ, 0 for no noise to 1 for steps through x at timestep 0.
 
-    Returns:
-        A table of one row per timestep. The last row adds no noise.
+    Result: a table of one row per timestep. The last row adds no noise.
     """
     check_schedule(schedule)
     if not 0 <= gamma <= 1:

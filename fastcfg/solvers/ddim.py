@@ -26,8 +26,7 @@ def ddim(
         prediction: "epsilon", "x0", "v" or "previous_x".
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
+    Result: a table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
 
     Raises:
         TypeError: schedule not a Schedule.

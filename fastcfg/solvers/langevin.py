@@ -80,8 +80,7 @@ def sgld(
         step_size: δ/(1-ᾱ), in (0, 4): one number, or one for each step, say a (b + i)^-c with 1/2 < c <= 1 to end
             without a bias.
 
-    Returns:
-        A table of `num_steps` rows, and the row of `denoise` in the last one's step.
+    Result: a table of `num_steps` rows, and the row of `denoise` in the last one's step.
     """
     check_schedule(schedule)
     check_count("num_steps", num_steps)
@@ -104,8 +103,7 @@ def predictor_corrector(
         corrector_steps: Langevin steps before each step of the predictor, at least 1.
         step_size: δ/(1-ᾱ), in (0, 4).
 
-    Returns:
-        The predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
+    Result: the predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
 
     Raises:
         TypeError: predictor not a StepTable, or schedule not a Schedule.

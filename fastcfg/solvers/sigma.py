@@ -42,8 +42,7 @@ def euler(
         s_noise: factor of its noise, at least 0.
         denoiser: what the model predicts, by default D(x, σ).
 
-    Returns:
-        A table of N rows. Its start is sigmas[0] times noise, and the first churn's.
+    Result: a table of N rows. Its start is sigmas[0] times noise, and the first churn's.
 
     Raises:
         TypeError: denoiser not a Denoiser.
