@@ -197,11 +197,8 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("gpu", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']:.0f} GiB")]
     if "power_limit_w" in gpu:
         shown = {name: f"{value:.0f}" if isinstance(value, int | float) else "?" for name, value in gpu.items()}
-        clocks = (
-            "SM {sm_clock_mhz} of {sm_clock_max_mhz} MHz",
-            "memory {memory_clock_mhz} of {memory_clock_max_mhz} MHz",
-        )
-        texts = ("{power_w} of {power_limit_w} W, {temperature_c} C", *clocks)
-        lines += [("", text.format_map(shown)) for text in texts]
+        lines += [("", "{power_w} of {power_limit_w} W, {temperature_c} C".format_map(shown))]
+        lines += [("", "SM {sm_clock_mhz} of {sm_clock_max_mhz} MHz".format_map(shown))]
+        lines += [("", "memory {memory_clock_mhz} of {memory_clock_max_mhz} MHz".format_map(shown))]
         lines += [("", f"clocks held down by: {', '.join(gpu['throttle_reasons'] or []) or 'nothing'}")]
     return lines

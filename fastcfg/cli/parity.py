@@ -31,8 +31,7 @@ loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick:
 
 An ulp is the spacing of a tensor's dtype at its largest value. A line of the table shows the worst shape and tensor of
 a backend, dtype and option set: whether all have the reference's bits ("same code" where the reference on a CPU is
-compared with itself), the largest and the RMS error, plain torch's
-largest, the bound, and ok or FAILED.
+compared with itself), the largest and the RMS error, plain torch's largest, the bound, and ok or FAILED.
 
 Exit status: 0 if everything is within bounds, 1 if something is not, 2 if the arguments cannot be used."""
 
