@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def check_plot(path: str | None) -> None:
     """`check_output` of --plot, if it was given, and of matplotlib."""
     if path is not None:
         check_output("--plot", path, ".png")
-        if find_spec("matplotlib") is None:
+        if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
 
 
