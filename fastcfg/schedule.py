@@ -25,15 +25,11 @@ LEGACY_BETA_SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd
 
 
 def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> Array:
-    """Discretise a continuous cumulative product of (1 - beta).
-
-    Args:
-        num_timesteps: number of betas T, at least 1.
-        alpha_bar: the cumulative product as a function of t in [0, 1].
-        max_beta: upper bound on each beta, below 1 so that the last step stays invertible.
+    """Discretise a continuous cumulative product of (1 - beta), a function of t in [0, 1].
 
     Returns:
-        float64 [T]: `min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta)`.
+        float64 [T], T at least 1: `min(1 - alpha_bar((i + 1) / T) / alpha_bar(i / T), max_beta)`, where `max_beta` is
+        below 1 so that the last step stays invertible.
     """
     check_count("num_timesteps", num_timesteps)
     edges = [alpha_bar(i / num_timesteps) for i in range(num_timesteps + 1)]
@@ -41,16 +37,9 @@ def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float],
 
 
 def named_betas(name: str, num_timesteps: int) -> Array:
-    """Betas by the field's names.
-
-    Args:
-        name: "linear" (Ho et al. 2020, scaled so that any T covers the range of T = 1000), "cosine" or
-            "squaredcos_cap_v2" (the same function, Nichol & Dhariwal 2021, as guided-diffusion and GLIDE call it),
-            "scaled_linear" (Rombach et al. 2022).
-        num_timesteps: T.
-
-    Returns:
-        float64 [T].
+    """Betas float64 [T] by the field's names: "linear" (Ho et al. 2020, scaled so that any T covers the range of
+    T = 1000), "cosine" or "squaredcos_cap_v2" (the same function, Nichol & Dhariwal 2021, as guided-diffusion and GLIDE
+    call it), "scaled_linear" (Rombach et al. 2022).
 
     Raises:
         ValueError: unknown name, T < 1, or a T so small that betas leave [0, 1] ("linear" needs T >= 20).
@@ -70,43 +59,31 @@ def named_betas(name: str, num_timesteps: int) -> Array:
 
 
 def legacy_betas(name: str, *, beta_start: float, beta_end: float, num_timesteps: int) -> Array:
-    """Betas of GLIDE's deprecated `get_beta_schedule`: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
-
-    Returns:
-        float64 [num_timesteps].
-
-    Raises:
-        ValueError: unknown name or num_timesteps < 1.
-    """
+    """Betas float64 [T] of GLIDE's deprecated `get_beta_schedule`: "quad", "linear", "warmup10", "warmup50", "const" or
+    "jsd". ValueError for an unknown name, or T < 1."""
     check_count("num_timesteps", num_timesteps)
     if name == "quad":
         return np.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=np.float64) ** 2
-    if name == "linear":
-        return np.linspace(beta_start, beta_end, num_timesteps, dtype=np.float64)
-    if name in ("warmup10", "warmup50"):
+    # By name, the share of the timesteps over which betas rise to the last one.
+    shares = {"linear": 1.0, "warmup10": 0.1, "warmup50": 0.5, "const": 0.0}
+    if name in shares:
         betas = np.full(num_timesteps, beta_end, dtype=np.float64)
-        rise = int(num_timesteps * (0.1 if name == "warmup10" else 0.5))
+        rise = int(num_timesteps * shares[name])
         betas[:rise] = np.linspace(beta_start, beta_end, rise, dtype=np.float64)
         return betas
-    if name == "const":
-        return np.full(num_timesteps, beta_end, dtype=np.float64)
     if name == "jsd":
         return 1.0 / np.linspace(num_timesteps, 1, num_timesteps, dtype=np.float64)
     raise ValueError(f"name: unknown beta schedule {name!r}, expected one of {', '.join(LEGACY_BETA_SCHEDULES)}")
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
-    """Choose the timesteps of the original process that a shorter one keeps (guided-diffusion's and GLIDE's
-    `space_timesteps`).
+    """The timesteps that a shorter process keeps of T (guided-diffusion's and GLIDE's `space_timesteps`).
 
     Args:
-        num_timesteps: T of the original process.
+        num_timesteps: T.
         section_counts: how many steps to keep of each of as many equal sections: a list, or a string like "10,15,20" or
             "100". "ddimN" keeps N steps at an integer stride (Song et al. 2020); "fast27" is GLIDE's choice for its
             upsampler, made by hand.
-
-    Returns:
-        The kept timesteps.
 
     Raises:
         ValueError: malformed string, no sections, or more steps asked of a section than it has.
@@ -121,10 +98,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             for step in range(1, num_timesteps):
                 if len(range(0, num_timesteps, step)) == wanted:
                     return set(range(0, num_timesteps, step))
-            raise ValueError(
-                f"section_counts: no integer stride over {num_timesteps} timesteps gives {wanted} steps, "
-                f"got {section_counts!r}"
-            )
+            problem = f"no integer stride over {num_timesteps} timesteps gives {wanted} steps"
+            raise ValueError(f"section_counts: {problem}, got {section_counts!r}")
         if section_counts == "fast27":
             # The noisiest step moves by two: GLIDE's authors saw DDIM artifacts.
             return (space_timesteps(num_timesteps, "10,10,3,2,2") - {num_timesteps - 1}) | {num_timesteps - 3}
@@ -152,10 +127,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
 
 def consistency_timesteps(n: int, num_timesteps: int = 1000, original_steps: int = 50) -> list[int]:
     """The timesteps that consistency models are distilled for, and sampled at (diffusers' LCMScheduler): n of the
-    multiples of num_timesteps // original_steps, less 1.
-
-    Returns:
-        n timesteps, the noisiest first.
+    multiples of num_timesteps // original_steps, less 1, the noisiest first.
 
     Raises:
         ValueError: n not in 1 ... original_steps, or original_steps above num_timesteps.
@@ -215,14 +187,9 @@ class Schedule:
         return cls(named_betas(name, num_timesteps))
 
     def respace(self, timesteps: str | int | Sequence[int] | set[int]) -> Schedule:
-        """Keep some timesteps, with betas re-derived so that alphas_cumprod is unchanged at them (guided-diffusion's
-        `SpacedDiffusion`).
-
-        Args:
-            timesteps: a string or an integer for `space_timesteps`, or the collection of timesteps to keep.
-
-        Returns:
-            A new schedule whose `timestep_map` refers to the original process, also after several calls.
+        """Keep some timesteps, a collection or a string or integer for `space_timesteps`, with betas re-derived so that
+        alphas_cumprod is unchanged at them (guided-diffusion's `SpacedDiffusion`). The new `timestep_map` refers to the
+        original process, also after several calls.
 
         Raises:
             ValueError: no timestep kept, or one outside the process.
@@ -231,11 +198,9 @@ class Schedule:
             timesteps = str(timesteps)
         keep = sorted(space_timesteps(self.num_timesteps, timesteps) if isinstance(timesteps, str) else set(timesteps))
         if not keep or keep[0] < 0 or keep[-1] >= self.num_timesteps:
-            raise ValueError(
-                f"timesteps: got {keep or 'none'}, expected at least one in 0 ... {self.num_timesteps - 1}"
-            )
-        kept = self.alphas_cumprod[keep]
-        return Schedule(1 - kept / np.append(1.0, kept[:-1]), self.timestep_map[keep], self.original_num_timesteps)
+            got, expected = keep or "none", f"at least one in 0 ... {self.num_timesteps - 1}"
+            raise ValueError(f"timesteps: got {got}, expected {expected}")
+        return self._with(self.alphas_cumprod[keep], self.timestep_map[keep])
 
     def zero_terminal_snr(self) -> Schedule:
         """The process whose √ᾱ are shifted to end at 0, pure noise, and scaled to begin as before (Lin et al. 2023,
@@ -250,7 +215,11 @@ class Schedule:
             raise ValueError("betas: got one timestep, expected at least 2")
         root = self.sqrt_alphas_cumprod
         ᾱ = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
-        return Schedule(1 - ᾱ / np.append(1.0, ᾱ[:-1]), self.timestep_map, self.original_num_timesteps)
+        return self._with(ᾱ, self.timestep_map)
+
+    def _with(self, ᾱ: Array, timestep_map: NDArray[np.int64]) -> Schedule:
+        """The schedule with some ᾱ at some timesteps of the same original process."""
+        return Schedule(1 - ᾱ / np.append(1.0, ᾱ[:-1]), timestep_map, self.original_num_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -313,8 +282,7 @@ class Schedule:
     @cached_property
     def posterior_log_variance_clipped(self) -> Array:
         """log β̃_t, where β̃_0 = 0 is replaced by β̃_1 (by β_0 in a process of one step)."""
-        first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
-        return np.log(np.append(first, self.posterior_variance[1:]))
+        return np.log(np.append(self._first_variance, self.posterior_variance[1:]))
 
     @cached_property
     def posterior_mean_coef1(self) -> Array:
@@ -329,14 +297,16 @@ class Schedule:
     @cached_property
     def fixed_large_variance(self) -> Array:
         """β_t with β̃_1 at t = 0: the "fixed large" variance."""
-        first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
-        return np.append(first, self.betas[1:])
+        return np.append(self._first_variance, self.betas[1:])
+
+    @property
+    def _first_variance(self) -> np.float64:
+        return self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
 
 
 def _counts(texts: Sequence[str], section_counts: str) -> list[int]:
     try:
         return [int(text) for text in texts]
     except ValueError:
-        raise ValueError(
-            f"section_counts: got {section_counts!r}, expected '100', '10,15,20', 'ddim25' or the like, or 'fast27'"
-        ) from None
+        expected = "'100', '10,15,20', 'ddim25' or the like, or 'fast27'"
+        raise ValueError(f"section_counts: got {section_counts!r}, expected {expected}") from None

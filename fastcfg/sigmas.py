@@ -14,19 +14,8 @@ from numpy.typing import NDArray
 from .schedule import Schedule
 from .utils.checks import check_count, check_finite, check_one_of
 
-__all__ = [
-    "ALIGN_YOUR_STEPS",
-    "SPACINGS",
-    "align_your_steps",
-    "beta",
-    "discrete_sigmas",
-    "exponential",
-    "flow",
-    "flow_mu",
-    "from_schedule",
-    "karras",
-    "polyexponential",
-]
+__all__ = ["ALIGN_YOUR_STEPS", "SPACINGS", "align_your_steps", "beta", "discrete_sigmas", "exponential", "flow"]
+__all__ += ["flow_mu", "from_schedule", "karras", "polyexponential"]
 
 Array = NDArray[np.float64]
 
@@ -46,15 +35,11 @@ def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Arra
 
     Args:
         n: number of levels above 0, at least 1.
-        sigma_min: the last of them, above 0.
-        sigma_max: the first, at least sigma_min.
+        sigma_min, sigma_max: the last of them, above 0, and the first.
         rho: above 0; larger values make steps at low noise shorter.
 
     Returns:
-        float64 [n + 1].
-
-    Raises:
-        ValueError: an argument out of its range.
+        float64 [n + 1]. ValueError for an argument out of its range.
 
     Example:
         >>> karras(3, 0.1, 10.0).round(2).tolist()
@@ -84,11 +69,7 @@ def beta(n: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: f
     ComfyUI's scheduler of that name, and the paper, take timesteps in place of levels: spacing "beta" of
     `from_schedule`.
 
-    Args:
-        n, sigma_min, sigma_max: as `karras`.
-        alpha, beta: of the distribution, in (0, 10].
-
-    Returns, errors: as `karras`.
+    Args, result, errors: as `karras`, and alpha, beta: of the distribution, in (0, 10].
 
     Example:
         >>> beta(3, 0.1, 10.0).round(2).tolist()
@@ -102,15 +83,8 @@ def align_your_steps(n: int, model: str = "sd15") -> Array:
     """Levels optimised for a model (Sabour et al. 2024, https://arxiv.org/abs/2404.14507): the ten published ones,
     interpolated in their logarithm for another n.
 
-    Args:
-        n: number of levels above 0, at least 1.
-        model: "sd15" (Stable Diffusion 1.5), "sdxl" or "svd" (Stable Video Diffusion).
-
-    Returns:
-        float64 [n + 1] with the 0 at the end.
-
-    Raises:
-        ValueError: n below 1 or an unknown model.
+    Args, result, errors: as `karras`, and model: "sd15" (Stable Diffusion 1.5), "sdxl" or "svd" (Stable Video
+    Diffusion).
     """
     check_count("n", n)
     check_one_of("model", model, ALIGN_YOUR_STEPS)
@@ -145,12 +119,7 @@ def flow(n: int, shift: float = 1.0) -> Array:
 
 def flow_mu(tokens: int, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
     """mu of a dynamic shift, for `flow(n, shift=math.exp(mu))`: on the line through two pairs (tokens, mu), by default
-    FLUX's (diffusers' `calculate_shift`).
-
-    Args:
-        tokens: the number of image tokens: (height/16) (width/16) for FLUX.
-        low, high: the pairs, of different tokens.
-    """
+    FLUX's (diffusers' `calculate_shift`). Tokens are the image's: (height/16) (width/16) for FLUX."""
     return low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0])
 
 
@@ -182,11 +151,7 @@ def from_schedule(schedule: Schedule, n: int, spacing: str = "linspace") -> tupl
 
 
 def discrete_sigmas(schedule: Schedule) -> Array:
-    """float64 [T]: √((1-ᾱ)/ᾱ) at every timestep, the least noisy first.
-
-    Raises:
-        ValueError: ᾱ reaches 0, where sigma is infinite.
-    """
+    """float64 [T]: √((1-ᾱ)/ᾱ) at every timestep, the least noisy first; ValueError where ᾱ reaches 0."""
     if not schedule.alphas_cumprod[-1] > 0:
         raise ValueError("schedule: alphas_cumprod reaches 0, expected a process whose last noise level is finite")
     return schedule.sqrt_recipm1_alphas_cumprod
@@ -237,7 +202,6 @@ def _incomplete_beta(x: Array, alpha: float, beta: float) -> Array:
 def _check(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> None:
     check_count("n", n)
     if not 0 < sigma_min <= sigma_max < np.inf:
-        raise ValueError(
-            f"sigma_min, sigma_max: got {sigma_min}, {sigma_max}, expected 0 < sigma_min <= sigma_max, both finite"
-        )
+        expected = "0 < sigma_min <= sigma_max, both finite"
+        raise ValueError(f"sigma_min, sigma_max: got {sigma_min}, {sigma_max}, expected {expected}")
     check_finite("rho", rho, above=0)

@@ -29,7 +29,6 @@ ELSEWHERE = {
     "fastcfg.models.text2im.Text2ImUNet.precompute": "a network",
     "fastcfg.models.weights.read_state_dict": "GLIDE's weights",
     "fastcfg.pipelines.text_to_image.TextToImage": "20 s: tests/pipelines/test_text_to_image.py",
-    "fastcfg.pipelines.text_to_image.TextToImage.load": "GLIDE's weights",
     "fastcfg.training.train.train": "a training run: tests/training/test_train.py",
     "fastcfg.pipelines.upsampler.Upsampler": "GLIDE's weights",
 }

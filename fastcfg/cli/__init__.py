@@ -35,9 +35,8 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's parser; each subcommand sets `run`, a function of the parsed arguments."""
-    parser = Parser(
-        prog="fastcfg", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="fastcfg", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=formatter)
     parser.add_argument("--version", action="version", version=f"fastcfg {__version__}")
     add_debug(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -47,15 +46,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
+    """Run the command with some arguments, or for None with the process's; return the exit status.
 
-    Args:
-        argv: its arguments; None takes those of the process.
-
-    Returns:
-        The exit status: 0; 1 if `doctor` finds fastcfg unusable, `parity` something out of bounds, or `bench` a
-        provider that is wrong or fails, and for any unexpected error; 2 for arguments that cannot be used and files
-        that cannot be read or written; 130 if interrupted. Errors are one line on stderr; --debug adds the traceback.
+    It is 0; 1 if `doctor` finds fastcfg unusable, `parity` something out of bounds, or `bench` a provider that is wrong
+    or fails, and for any unexpected error; 2 for arguments that cannot be used and files that cannot be read or
+    written; 130 if interrupted. Errors are one line on stderr; --debug adds the traceback.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     try:

@@ -17,10 +17,8 @@ from .parser import UsageError
 
 def add_parser(commands: Any) -> None:
     """Add the command; its arguments are the suite's."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "bench", help="measure fastcfg and others side by side", add_help=False
-    )
-    parser.set_defaults(run=run)
+    text = "measure fastcfg and others side by side"
+    commands.add_parser("bench", help=text, add_help=False).set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

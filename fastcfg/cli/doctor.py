@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 from collections.abc import Callable
@@ -34,9 +35,8 @@ _STEP_TOLERANCE = 1e-5
 def add_parser(commands: Any) -> None:
     """Add the command."""
     text = "show what runs here and whether it works"
-    add_json(
-        add_command(commands, "doctor", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES), "the findings"
-    )
+    parser = add_command(commands, "doctor", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES)
+    add_json(parser, "the findings")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,18 +59,14 @@ def examine() -> dict[str, Any]:
     backend = resolve_backend("auto", device)
     checks = {"fused_step": _checked(lambda: _check_step(device, backend)), "checkpoint": _checked(_check_checkpoint)}
     driver, gpus = _gpus()  # after the step: NVML lists this process only once it uses the GPU
-    return {
-        "usable": all(check["ok"] for check in checks.values()),
-        "versions": versions(optional=True),
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "gpus": gpus,
-        "nvml": driver,
-        "device": device.type,
-        "backend": {"auto": backend, "others": _others(backend, device)},
-        "graphs": _graphs(device),
-        "checks": checks,
-    }
+    cuda = device.type == "cuda"
+    yes = "the step and the model are captured together where the model allows it"
+    graphs = {"supported": cuda, "reason": yes if cuda else "CUDA graphs need a GPU; programs run eagerly"}
+    usable = all(check["ok"] for check in checks.values())
+    findings = {"usable": usable, "versions": versions(optional=True), "platform": platform.platform(), "cpu": _cpu()}
+    findings |= {"gpus": gpus, "nvml": driver, "device": device.type}
+    findings |= {"backend": {"auto": backend, "others": _others(backend, device)}, "graphs": graphs}
+    return findings | {"checks": checks}
 
 
 def _cpu() -> dict[str, Any]:
@@ -78,22 +74,17 @@ def _cpu() -> dict[str, Any]:
 
     from fastcfg.reference._fma import addcmul_rounds_once
 
-    return {
-        "name": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        # Without it the reference goes through float64: correct but slower.
-        "addcmul_rounds_once": addcmul_rounds_once(torch.device("cpu")),
-    }
+    cpu = {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    cpu["capability"] = torch.backends.cpu.get_cpu_capability()
+    # Without it the reference goes through float64: correct but slower.
+    return cpu | {"addcmul_rounds_once": addcmul_rounds_once(torch.device("cpu"))}
 
 
 def cpu_name() -> str:
     """The CPU's name in /proc/cpuinfo, else its architecture."""
-    try:
+    lines = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
@@ -105,11 +96,11 @@ def _gpus() -> tuple[str, list[dict[str, Any]]]:
 
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     driver, states = nvml_states([f"GPU-{gpu.uuid}" for gpu in found])
-    properties = (
-        {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory / 2**30}
-        for gpu in found
-    )
-    return driver, [gpu | state for gpu, state in zip(properties, states or [{}] * len(found), strict=True)]
+    gpus = []
+    for gpu, state in zip(found, states or [{}] * len(found), strict=True):
+        capability, memory = f"{gpu.major}.{gpu.minor}", gpu.total_memory / 2**30
+        gpus.append({"name": gpu.name, "capability": capability, "memory_gib": memory} | state)
+    return driver, gpus
 
 
 def _others(chosen: str, device: torch.device) -> dict[str, str]:
@@ -122,12 +113,6 @@ def _others(chosen: str, device: torch.device) -> dict[str, str]:
         "reference": "slower than the fused kernel",
     }
     return {name: reason for name, reason in reasons.items() if name != chosen}
-
-
-def _graphs(device: torch.device) -> dict[str, Any]:
-    yes = "the step and the model are captured together where the model allows it"
-    supported = device.type == "cuda"
-    return {"supported": supported, "reason": yes if supported else "CUDA graphs need a GPU; programs run eagerly"}
 
 
 def _checked(check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -162,14 +147,10 @@ def _one_step(device: torch.device, backend: str, dtype: torch.dtype) -> torch.T
     table = solvers.ddim(Schedule.named("squaredcos_cap_v2").respace(10), eta=0.5)
     generator = torch.Generator().manual_seed(0)
     x, output = (torch.randn(n, 3, 8, 8, generator=generator).to(device, dtype) for n in (2, 4))
-    buffers = StepBuffers(
-        x,
-        table.on(device, dtype),
-        torch.tensor([5, 0], dtype=torch.int32, device=device),
-        weights=torch.tensor([3.0, 0.0], device=device, dtype=dtype).expand(len(table), 2, 2).contiguous(),
-        bound=torch.ones(2, device=device, dtype=dtype),
-        seeds=torch.arange(2, device=device),
-    )
+    position = torch.tensor([5, 0], dtype=torch.int32, device=device)
+    weights = torch.tensor([3.0, 0.0], device=device, dtype=dtype).expand(len(table), 2, 2).contiguous()
+    bound, seeds = torch.ones(2, device=device, dtype=dtype), torch.arange(2, device=device)
+    buffers = StepBuffers(x, table.on(device, dtype), position, weights=weights, bound=bound, seeds=seeds)
     GuidedStep(StepSpec(branches=2, base=1, clip=True, noise_source="philox"), buffers, backend)(output)
     return buffers.x.cpu()
 
@@ -216,10 +197,8 @@ def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:
     lines = [("gpu", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']:.0f} GiB")]
     if "power_limit_w" in gpu:
         shown = {name: f"{value:.0f}" if isinstance(value, int | float) else "?" for name, value in gpu.items()}
-        lines += [
-            ("", "{power_w} of {power_limit_w} W, {temperature_c} C".format_map(shown)),
-            ("", "SM {sm_clock_mhz} of {sm_clock_max_mhz} MHz".format_map(shown)),
-            ("", "memory {memory_clock_mhz} of {memory_clock_max_mhz} MHz".format_map(shown)),
-            ("", f"clocks held down by: {', '.join(gpu['throttle_reasons'] or []) or 'nothing'}"),
-        ]
+        lines += [("", "{power_w} of {power_limit_w} W, {temperature_c} C".format_map(shown))]
+        lines += [("", "SM {sm_clock_mhz} of {sm_clock_max_mhz} MHz".format_map(shown))]
+        lines += [("", "memory {memory_clock_mhz} of {memory_clock_max_mhz} MHz".format_map(shown))]
+        lines += [("", f"clocks held down by: {', '.join(gpu['throttle_reasons'] or []) or 'nothing'}")]
     return lines

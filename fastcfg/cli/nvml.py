@@ -22,7 +22,10 @@ def nvml_states(uuids: list[str]) -> tuple[str, list[dict[str, Any]]]:
     except pynvml.NVMLError as error:
         return str(error), []
     try:
-        return _text(pynvml.nvmlSystemGetDriverVersion()), [_state(pynvml, uuid) for uuid in uuids]
+        driver = pynvml.nvmlSystemGetDriverVersion()
+        # Older versions of the package return bytes.
+        driver = driver.decode() if isinstance(driver, bytes) else driver
+        return driver, [_state(pynvml, uuid) for uuid in uuids]
     except pynvml.NVMLError as error:  # NVML does not know the UUID of a part of a divided GPU
         return str(error), []
     finally:
@@ -37,8 +40,7 @@ def _state(nvml: Any, uuid: str) -> dict[str, Any]:
             return None
 
     gpu = nvml.nvmlDeviceGetHandleByUUID(uuid)
-    limit = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu)
-    power = ask(nvml.nvmlDeviceGetPowerUsage, gpu)
+    limit, power = ask(nvml.nvmlDeviceGetPowerManagementLimit, gpu), ask(nvml.nvmlDeviceGetPowerUsage, gpu)
     reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu)
     memory = ask(nvml.nvmlDeviceGetMemoryInfo, gpu, nvml.nvmlMemory_v2)  # version 1 includes the driver's own
     pids = [process.pid for process in ask(nvml.nvmlDeviceGetComputeRunningProcesses, gpu) or ()]
@@ -65,8 +67,3 @@ def _reasons(nvml: Any, bits: int) -> list[str]:
     """Names of the reasons set in a bit mask."""
     masks = {name.removeprefix(_PREFIX): getattr(nvml, name) for name in dir(nvml) if name.startswith(_PREFIX)}
     return sorted(name for name, mask in masks.items() if isinstance(mask, int) and name != "All" and bits & mask)
-
-
-def _text(value: str | bytes) -> str:
-    """Older versions of the package return bytes."""
-    return value.decode() if isinstance(value, bytes) else value

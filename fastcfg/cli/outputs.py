@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import tempfile
@@ -37,20 +38,16 @@ def _try_writing(option: str, path: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(
-            f"argument {option}: got {path!r}, expected a folder that can be written to ({error.strerror})"
-        ) from error
+        expected = f"a folder that can be written to ({error.strerror})"
+        raise UsageError(f"argument {option}: got {path!r}, expected {expected}") from error
 
 
 def check_plot(path: str | None) -> None:
     """`check_output` of --plot, if it was given, and of matplotlib."""
-    from importlib.util import find_spec
-
-    if path is None:
-        return
-    check_output("--plot", path, ".png")
-    if find_spec("matplotlib") is None:
-        raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
+    if path is not None:
+        check_output("--plot", path, ".png")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("argument --plot: matplotlib is not installed (pip install matplotlib)")
 
 
 def check_json(path: str | None) -> None:

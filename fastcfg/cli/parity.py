@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .options import STDOUT, add_command, add_device, add_json, add_option
@@ -13,8 +13,6 @@ from .parser import UsageError, any_integer, choose_device, integer, usage_error
 from .versions import commit, versions
 
 if TYPE_CHECKING:
-    import torch
-
     from fastcfg.parity import Finding
 
 _DESCRIPTION = """\
@@ -33,8 +31,7 @@ loops    50 rows of ddpm and ddim with guidance and the embedded model (--quick:
 
 An ulp is the spacing of a tensor's dtype at its largest value. A line of the table shows the worst shape and tensor of
 a backend, dtype and option set: whether all have the reference's bits ("same code" where the reference on a CPU is
-compared with itself), the largest and the RMS error, plain torch's
-largest, the bound, and ok or FAILED.
+compared with itself), the largest and the RMS error, plain torch's largest, the bound, and ok or FAILED.
 
 Exit status: 0 if everything is within bounds, 1 if something is not, 2 if the arguments cannot be used."""
 
@@ -89,23 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fastcfg.parity import as_json, as_text, plot
 
-    device, backends, seed = choose_device(arguments.device), arguments.backend or (), arguments.seed
-    if arguments.model:
-        steps = arguments.steps or 5
-        findings, skipped, settings = _check_model(arguments.model, device, backends, steps, seed)
-    else:
-        findings, skipped, settings = _check_fastcfg(device, backends, arguments.quick, seed)
+    findings, skipped, settings = _check(arguments)
     failed = [finding for finding in findings if finding.problem]
     if arguments.plot:
         plot(findings, arguments.plot)
-    report = {
-        "ok": not failed,
-        "environment": _environment(settings["device"]),
-        "settings": settings,
-        "skipped": skipped,
-        "findings": as_json(findings),
-    }
-    write_json(arguments.json, report)
+    report = {"ok": not failed, "environment": _environment(settings["device"]), "settings": settings}
+    write_json(arguments.json, report | {"skipped": skipped, "findings": as_json(findings)})
     if arguments.json != STDOUT:
         print("\n".join(as_text(findings)))
         for note in dict.fromkeys(f"{f.backend} {f.options}: {f.note}" for f in findings if f.note):
@@ -119,50 +105,33 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-# Findings, reasons by skipped backend, and settings.
-_Checked = tuple[list["Finding"], dict[str, str], dict[str, Any]]
-
-
-def _check_model(model: str, name: str, wanted: Sequence[str], steps: int, seed: int) -> _Checked:
-    """The first rows of the user's own model, sampler or pipeline."""
+def _check(arguments: argparse.Namespace) -> tuple[list[Finding], dict[str, str], dict[str, Any]]:
+    """Findings on the user's model, sampler or pipeline, or on fastcfg's own; why backends are skipped; settings."""
     import torch
 
-    from fastcfg.parity import PipelineProblem, check_model, check_pipeline, load_problem, runnable
+    from fastcfg import parity
 
-    device = torch.device(name)
+    device, wanted = torch.device(choose_device(arguments.device)), arguments.backend or ()
+    model, quick, seed, steps = arguments.model or None, arguments.quick, arguments.seed, None
     # What the user's code raises is the user's too.
     with usage_errors():
-        problem = load_problem(model, device)
-        if isinstance(problem, PipelineProblem):
-            device = torch.device(getattr(problem.pipeline, "device", device))
-            backends, skipped = runnable(device, wanted)
-            findings = check_pipeline(problem, backends, steps, _progress)
+        if model is None:
+            backends, skipped = parity.runnable(device, wanted, quick)
         else:
-            device = torch.device(problem.options["device"])
-            backends, skipped = runnable(device, wanted)
-            findings = check_model(problem, backends, steps, seed, _progress)
-    return findings, skipped, _settings(device, False, seed, backends, model, steps)
-
-
-def _check_fastcfg(name: str, wanted: Sequence[str], quick: bool, seed: int) -> _Checked:
-    """Steps and loops of every backend."""
-    import torch
-
-    from fastcfg.parity import check_loops, check_steps, runnable
-
-    device = torch.device(name)
-    with usage_errors():
-        backends, skipped = runnable(device, wanted, quick)
-    findings = check_steps(backends, device, quick, seed, _progress)
-    findings += check_loops(backends, device, quick, seed, _progress)
-    return findings, skipped, _settings(device, quick, seed, backends, None, None)
-
-
-def _settings(
-    device: torch.device, quick: bool, seed: int, backends: Sequence[str], model: str | None, steps: int | None
-) -> dict[str, Any]:
-    named = {"device": str(device), "quick": quick, "seed": seed}
-    return {**named, "backends": list(backends), "model": model, "steps": steps}
+            problem, steps = parity.load_problem(model, device), arguments.steps or 5
+            if isinstance(problem, parity.PipelineProblem):
+                device = torch.device(getattr(problem.pipeline, "device", device))
+                backends, skipped = parity.runnable(device, wanted)
+                findings = parity.check_pipeline(problem, backends, steps, _progress)
+            else:
+                device = torch.device(problem.options["device"])
+                backends, skipped = parity.runnable(device, wanted)
+                findings = parity.check_model(problem, backends, steps, seed, _progress)
+    if model is None:
+        findings = parity.check_steps(backends, device, quick, seed, _progress)
+        findings += parity.check_loops(backends, device, quick, seed, _progress)
+    named = {"device": str(device), "quick": quick, "seed": seed, "backends": list(backends)}
+    return findings, skipped, {**named, "model": model, "steps": steps}
 
 
 def _progress(cases: Iterable[Any], desc: str) -> Any:
@@ -176,11 +145,6 @@ def _environment(name: str) -> dict[str, Any]:
 
     from .doctor import cpu_name
 
-    device = torch.device(name)
-    return {
-        "versions": versions(optional=True),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-    }
+    device = torch.cuda.get_device_name(name) if torch.device(name).type == "cuda" else cpu_name()
+    found = {"versions": versions(optional=True), "platform": platform.platform(), "device": device}
+    return found | {"threads": torch.get_num_threads(), "commit": commit()}

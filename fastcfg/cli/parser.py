@@ -7,7 +7,9 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+T = TypeVar("T", int, float)
 
 
 class UsageError(Exception):
@@ -33,17 +35,7 @@ def usage_errors(label: str = "") -> Iterator[None]:
 
 def integer(least: int) -> Callable[[str], int]:
     """The type of an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
-        return value
-
-    return parse
+    return lambda text: _number(int, text, f"an integer of at least {least}", lambda value: value >= least)
 
 
 def respacing(text: str) -> int | str:
@@ -51,34 +43,32 @@ def respacing(text: str) -> int | str:
     if text.isdecimal() and int(text) > 0:
         return int(text)
     if text != "fast27" and not re.fullmatch(r"ddim[0-9]+|[0-9]+(,[0-9]+)+", text):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected an integer of at least 1, or steps such as 10,15,20, ddim50 or fast27"
-        )
+        expected = "an integer of at least 1, or steps such as 10,15,20, ddim50 or fast27"
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
     return text
 
 
 def any_integer(text: str) -> int:
     """The type of an integer."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer") from None
+    return _number(int, text, "an integer", lambda value: True)
 
 
 def finite(text: str) -> float:
     """The type of a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number")
-    return value
+    return _number(float, text, "a finite number", math.isfinite)
 
 
 def several_finite(text: str) -> list[float]:
     """The type of finite numbers separated by commas."""
     return [finite(part) for part in text.split(",")]
+
+
+def _number(kind: Callable[[str], T], text: str, expected: str, accept: Callable[[T], bool]) -> T:
+    """The number that a text is, if it is one that is accepted."""
+    with contextlib.suppress(ValueError):
+        if accept(value := kind(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
 
 
 def choose_device(name: str) -> str:

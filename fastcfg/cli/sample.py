@@ -70,10 +70,8 @@ def add_parser(commands: Any) -> None:
     add_option(parser, "--solver", "NAME", "see below", choices=SOLVERS, default="ddpm")
     text = f"where the steps are: {', '.join(SPACINGS)}, or in noise-level space also {', '.join(LEVELS)} (there the "
     add_option(parser, "--schedule", "NAME", f"{text}default is karras)", choices=(*LEVELS, *SPACINGS))
-    text = "noise of the solvers that have it: for ddim 0 is none (the default) and 1 DDPM's"
-    add_option(parser, "--eta", "E", text, type=finite)
-    text = "pictures per prompt (default: 16, 1 with --model glide)"
-    add_option(parser, "--num-samples", "N", text, type=integer(1))
+    add_option(parser, "--eta", "E", "noise of solvers with an eta: for ddim 0 (the default) to 1, DDPM's", type=finite)
+    add_option(parser, "--num-samples", "N", "pictures per prompt (default: 16, 1 with --model glide)", type=integer(1))
     add_option(parser, "--seed", "N", "first seed; -1 is a random one", type=any_integer, default=0)
     add_option(parser, "--out", "FILE", "PNG to write", default="samples.png")
     add_device(parser)
@@ -111,40 +109,27 @@ def _request(arguments: argparse.Namespace) -> Request:
     from fastcfg.pipelines.text_to_image import default_scale
 
     glide = arguments.model == "glide"
-    same = ("prompts", "negative_prompt", "guidance", "solver", "schedule", "eta", "backend")
-    return Request(
-        **{name: getattr(arguments, name) for name in same},
-        scales=[s for given in arguments.guidance_scale or [[default_scale(arguments.solver)]] for s in given],
-        steps=arguments.steps or (100 if glide else 50),
-        num_samples=arguments.num_samples or (1 if glide else 16),
-        seed=random_seed() if arguments.seed == -1 else arguments.seed,
-        graph=False if arguments.no_graph else "auto",
-    )
+    names = ("negative_prompt", "guidance", "steps", "solver", "schedule", "eta")
+    options = {name: getattr(arguments, name) for name in names}
+    options["steps"] = options["steps"] or (100 if glide else 50)
+    scales = [s for given in arguments.guidance_scale or [[default_scale(arguments.solver)]] for s in given]
+    num_samples = arguments.num_samples or (1 if glide else 16)
+    seed = random_seed() if arguments.seed == -1 else arguments.seed
+    execution = {"backend": arguments.backend, "graph": False if arguments.no_graph else "auto"}
+    return Request(arguments.prompts, scales, num_samples, seed, options, execution)
 
 
 def _summary(models: Models, request: Request, stages: Stages, out: str, device: str, seconds: float) -> dict[str, Any]:
-    report = stages.base.report()
+    report, dtype = stages.base.report(), str(stages.base.model.dtype).removeprefix("torch.")
     count = len(request.scales) * len(request.prompts) * request.num_samples
-    same = ("prompts", "negative_prompt", "guidance", "steps", "solver", "schedule", "eta", "num_samples", "seeds")
-    return {
-        "out": out,
-        "model": models.model,
-        **{name: getattr(request, name) for name in same},
-        "guidance_scales": request.scales,
-        "rows": report["rows"],
-        "checkpoint": models.checkpoint or models.base,
-        "inpaint": models.inpaint,
-        "mask": models.mask,
-        "image_size": stages.image_size,
-        "dtype": str(stages.base.model.dtype).removeprefix("torch."),
-        "upsample": stages.summary(request, models.upsample),
-        "device": device,
-        **{name: report[name] for name in ("backend", "graph", "graph_reason")},
-        "images": count,
-        "seconds": seconds,
-        "images_per_second": count / seconds,
-        "versions": versions(),
-    }
+    summary = {"out": out, "model": models.model, "prompts": request.prompts, **request.options}
+    summary |= {"num_samples": request.num_samples, "seeds": request.seeds, "guidance_scales": request.scales}
+    summary |= {"rows": report["rows"], "checkpoint": models.checkpoint or models.base}
+    summary |= {"inpaint": models.inpaint, "mask": models.mask, "image_size": stages.image_size, "dtype": dtype}
+    summary |= {"upsample": stages.summary(request, models.upsample), "device": device}
+    summary |= {name: report[name] for name in ("backend", "graph", "graph_reason")}
+    summary |= {"images": count, "seconds": seconds, "images_per_second": count / seconds}
+    return summary | {"versions": versions()}
 
 
 # The part of the summary that determines the pictures, without place and speed, so that equal runs write equal files.
@@ -161,22 +146,20 @@ def _write_grid(request: Request, images: list[torch.Tensor], summary: dict[str,
     from .grid import Row, Section, draw_grid, save_png
 
     pictures = [to_bytes(batch) for batch in images]
-    method = "guidance" if request.guidance == "cfg" else request.guidance
+    guidance, negative, eta = (request.options[name] for name in ("guidance", "negative_prompt", "eta"))
+    method = "guidance" if guidance == "cfg" else guidance
     scales = [f"{method} {scale:g}" if method != "none" else "no guidance" for scale in request.scales]
     labels = scales if len(scales) > 1 else [""]
     sections = []
     for p, prompt in enumerate(request.prompts):
         own = slice(p * request.num_samples, (p + 1) * request.num_samples)
-        sections.append(
-            Section(prompt, [Row(label, batch[own]) for label, batch in zip(labels, pictures, strict=True)])
-        )
+        rows = [Row(label, batch[own]) for label, batch in zip(labels, pictures, strict=True)]
+        sections.append(Section(prompt, rows))
     alone = len(scales) == len(sections) == 1
     columns = math.ceil(math.sqrt(request.num_samples)) if alone else min(request.num_samples, 8)
     described = scales if len(scales) == 1 else [] if method == "guidance" else [method]
-    described += [f"not: {request.negative_prompt}"] if request.negative_prompt else []
-    described += [_steps(summary)]
-    described += [f"eta {request.eta:g}"] if request.eta else []
-    described += [_seeds(request.seeds)]
+    described += [f"not: {negative}"] if negative else []
+    described += [_steps(summary), *([f"eta {eta:g}"] if eta else []), _seeds(request.seeds)]
     text = {"Software": f"fastcfg {summary['versions']['fastcfg']}", "Description": "; ".join(request.prompts)}
     settings = {name: summary[name] for name in _SETTINGS}
     if summary["upsample"] is not None:
@@ -199,9 +182,8 @@ def _seeds(seeds: list[int]) -> str:
 def _print(summary: dict[str, Any]) -> None:
     size, count = summary["image_size"], summary["images"]
     graph = summary["graph"] + (f" ({summary['graph_reason']})" if summary["graph_reason"] else "")
-    rate = f"{summary['images_per_second']:.2f} images/s"
     seeds = _seeds(summary["seeds"]) + (" for every prompt" if len(summary["prompts"]) > 1 else "")
     print(f"wrote    {summary['out']}: {count} pictures of {size}x{size}, {seeds}")
-    print(f"time     {summary['seconds']:.1f} s, {rate}, {_steps(summary)}")
+    print(f"time     {summary['seconds']:.1f} s, {summary['images_per_second']:.2f} images/s, {_steps(summary)}")
     print(f"backend  {summary['backend']} on {summary['device']}, graph: {graph}")
     sys.stdout.flush()

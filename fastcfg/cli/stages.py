@@ -78,43 +78,31 @@ class Models:
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw with the models: arguments of `TextToImage.sample`, and several guidance scales, each for all
-    pictures."""
+    """What to draw, at several guidance scales, each for all pictures: `options` and `execution` (backend, graph) are
+    arguments of `TextToImage.sample`."""
 
     prompts: list[str]
-    negative_prompt: str | None
-    guidance: str
     scales: list[float]
-    steps: int | str
-    solver: str
-    schedule: str | None
-    eta: float | None
     num_samples: int
     seed: int
-    backend: str = "auto"
-    graph: bool | str = "auto"
+    options: dict[str, Any]
+    execution: dict[str, Any]
 
     @property
     def seeds(self) -> list[int]:
         """Of the pictures of a prompt."""
         return [self.seed + i for i in range(self.num_samples)]
 
-    def options(self, scale: float) -> dict[str, Any]:
-        """What `TextToImage.sample` and `TextToImage.check` take in common."""
-        names = ("negative_prompt", "guidance", "steps", "solver", "schedule", "eta")
-        return {name: getattr(self, name) for name in names} | {"guidance_scale": scale}
-
 
 @dataclass(eq=False)
 class Stages:
-    """Loaded models: the base, perhaps an upsampler with its settings and the seconds it took; and image and mask to
+    """Loaded models: the base, perhaps an upsampler with its options and the seconds it took; and image and mask to
     inpaint, by size."""
 
     base: TextToImage
     upsampler: Upsampler | None = None
+    upsampling: dict[str, Any] = field(default_factory=dict)
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    upsample_steps: int | str = _UPSAMPLE_STEPS
-    temperature: float = _TEMPERATURE
     seconds: float = 0.0
 
     @property
@@ -122,36 +110,20 @@ class Stages:
         """Height and width of the pictures returned."""
         return (self.upsampler or self.base).meta.image_size
 
-    @property
-    def _upsampling(self) -> dict[str, Any]:
-        solver = "ddpm" if self.known else "ddim"
-        return {"steps": self.upsample_steps, "solver": solver, "temperature": self.temperature}
-
     def sample(self, request: Request, scale: float) -> torch.Tensor:
         """Draw the pictures of all prompts at one guidance scale, [N, 3, H, W] on the CPU."""
-        images = self.base.sample(
-            request.prompts,
-            num_samples=request.num_samples,
-            seed=request.seed,
-            inpaint=self.known.get(self.base.meta.image_size),
-            backend=request.backend,
-            graph=request.graph,
-            progress=f"guidance {scale:g}",
-            **request.options(scale),
-        ).cpu()
+        options: dict[str, Any] = {"num_samples": request.num_samples, "seed": request.seed, "guidance_scale": scale}
+        options |= request.execution
+        options |= {"inpaint": self.known.get(self.base.meta.image_size), "progress": f"guidance {scale:g}"}
+        images = self.base.sample(request.prompts, **request.options, **options).cpu()
         if self.upsampler is None:
             return images
         started = time.perf_counter()
-        images = self.upsampler.sample(
-            images,
-            [prompt for prompt in request.prompts for _ in range(request.num_samples)],
-            seed=[seed + _SEED_OFFSET for seed in request.seeds] * len(request.prompts),
-            inpaint=self.known.get(self.upsampler.meta.image_size),
-            backend=request.backend,
-            graph=request.graph,
-            progress=f"to {self.image_size} pixels",
-            **self._upsampling,
-        ).cpu()
+        prompts = [prompt for prompt in request.prompts for _ in range(request.num_samples)]
+        seeds = [seed + _SEED_OFFSET for seed in request.seeds] * len(request.prompts)
+        options = {"inpaint": self.known.get(self.image_size), "progress": f"to {self.image_size} pixels"}
+        options |= self.upsampling | request.execution
+        images = self.upsampler.sample(images, prompts, seed=seeds, **options).cpu()
         self.seconds += time.perf_counter() - started
         return images
 
@@ -159,30 +131,23 @@ class Stages:
         """Raise UsageError for what the models will refuse, before anything is drawn."""
         for option, stage in (("--base", self.base), ("--upsample", self.upsampler)):
             if self.known and stage is not None and not stage.inpaints:
-                raise UsageError(
-                    f"argument {option}: got a {stage.meta.network} with --inpaint, expected a network that inpaints"
-                )
+                got = f"a {stage.meta.network} with --inpaint"
+                raise UsageError(f"argument {option}: got {got}, expected a network that inpaints")
         size = self.base.meta.image_size
         with usage_errors():
             for scale in request.scales:
-                self.base.check(request.prompts, inpaint=self.known.get(size), **request.options(scale))
+                known = self.known.get(size)
+                self.base.check(request.prompts, inpaint=known, guidance_scale=scale, **request.options)
             if self.upsampler is not None:
-                self.upsampler.check(request.prompts, size, **self._upsampling)
+                self.upsampler.check(request.prompts, size, **self.upsampling)
 
     def summary(self, request: Request, file: str | None) -> dict[str, Any] | None:
         """How the upsampler ran; None without one."""
         if self.upsampler is None:
             return None
-        report = self.upsampler.report()
-        return {
-            "file": file,
-            "image_size": self.image_size,
-            **self._upsampling,
-            "rows": report["rows"],
-            "seeds": [seed + _SEED_OFFSET for seed in request.seeds],
-            **{name: report[name] for name in ("backend", "graph", "graph_reason")},
-            "seconds": self.seconds,
-        }
+        report, seeds = self.upsampler.report(), [seed + _SEED_OFFSET for seed in request.seeds]
+        own = {"file": file, "image_size": self.image_size, **self.upsampling, "rows": report["rows"], "seeds": seeds}
+        return own | {name: report[name] for name in ("backend", "graph", "graph_reason")} | {"seconds": self.seconds}
 
 
 def load_stages(models: Models, device: str) -> Stages:
@@ -197,10 +162,9 @@ def load_stages(models: Models, device: str) -> Stages:
     stages = Stages(_load("--base", models.base, TextToImage, models.tokenizer, device))
     if models.upsample is not None:
         stages.upsampler = _load("--upsample", models.upsample, Upsampler, models.tokenizer, device)
-        if models.upsample_steps is not None:
-            stages.upsample_steps = models.upsample_steps
-        if models.upsample_temp is not None:
-            stages.temperature = models.upsample_temp
+        temperature = _TEMPERATURE if models.upsample_temp is None else models.upsample_temp
+        solver, steps = "ddim" if pictures is None else "ddpm", models.upsample_steps or _UPSAMPLE_STEPS
+        stages.upsampling = {"steps": steps, "solver": solver, "temperature": temperature}
     if pictures is not None:
         stages.known = {size: _resized(*pictures, size) for size in (stages.base.meta.image_size, stages.image_size)}
     return stages
@@ -216,8 +180,7 @@ def _load(option: str, path: Any, kind: Any, tokenizer: str | None, device: str)
 
 def _read_inpainting(image_path: str, mask_path: str) -> tuple[Image.Image, Image.Image]:
     """The picture as RGB, and its mask as 0 and 255."""
-    image = _read("--inpaint", image_path).convert("RGB")
-    mask = _read("--mask", mask_path).convert("L")
+    image, mask = _read("--inpaint", image_path).convert("RGB"), _read("--mask", mask_path).convert("L")
     if mask.size != image.size:
         got, expected = ("{}x{}".format(*picture.size) for picture in (mask, image))
         raise UsageError(f"argument --mask: got {got} pixels, expected {expected} as --inpaint has")

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,15 +69,11 @@ def add_parser(commands: Any) -> None:
     _add_flag(parser, "--bf16", "run the network in bfloat16, all else in float32 (default: on, with --data off)")
     text = "any other setting of the recipe, its value as JSON; may be repeated"
     parser.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help=text)
-    _add_folder_arguments(parser)
     add_option(parser, "--threads", "N", "CPU threads (default: torch's choice)", type=count)
     add_device(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
 
-
-def _add_folder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of fine-tuning on a folder."""
-    group, count = parser.add_argument_group("fine-tuning on a folder of pictures"), integer(1)
+    group = parser.add_argument_group("fine-tuning on a folder of pictures")
     weights = "weights to start from: a checkpoint of `fastcfg train`, or a state dict of GLIDE, .pt or .safetensors"
     words = "folder with encoder.json and vocab.bpe, possibly .gz, or a tokenizer as JSON (default: GLIDE's)"
     ratio = "smallest area of a random crop, as a share of the largest crop's (default: 0.8)"
@@ -112,9 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastcfg.training.train import STATE, train
 
     if find_spec("matplotlib") is None:
-        raise UsageError(
-            "train draws its loss curve with matplotlib, which is not installed: pip install fastcfg[train]"
-        )
+        raise UsageError("train draws its loss curve with matplotlib, not installed: pip install fastcfg[train]")
     check_folder("--out", arguments.out)
     settings = {name: getattr(arguments, name) for name in (*_SETTINGS, *_FOLDER_SETTINGS)}
     with usage_errors():
@@ -122,18 +117,13 @@ def run(arguments: argparse.Namespace) -> int:
     device = choose_device(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    options = {"resume": arguments.resume, "progress": not arguments.no_progress, "device": device}
+    tell = partial(print, "data    ", file=sys.stderr, flush=True)
     try:
         # `train` checks recipe, data and state before its first step.
         with usage_errors(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            result = train(
-                config,
-                arguments.out,
-                resume=arguments.resume,
-                progress=not arguments.no_progress,
-                device=device,
-                tell=lambda line: print(f"data     {line}", file=sys.stderr, flush=True),
-            )
+            result = train(config, arguments.out, tell=tell, **options)
     except KeyboardInterrupt:
         if (Path(arguments.out) / STATE).is_file():
             raise KeyboardInterrupt("the same command with --resume goes on from the last save") from None
@@ -152,14 +142,18 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _config(recipe: str | Path | None, resumed: str | None, given: dict[str, Any], others: list[str]) -> TrainConfig:
     """The recipe of a file, or else of a resumed run's folder, with given settings and `others`, NAME=VALUE each."""
-    from fastcfg.training.recipes import make_recipe
+    from fastcfg.training.recipes import make_recipe, read_recipe
     from fastcfg.training.train import RECIPE
 
     if recipe is None and resumed is not None:
         recipe = Path(resumed) / RECIPE
         if not recipe.is_file():
             raise UsageError(f"argument --resume: got {resumed!r}, which has no {RECIPE}, expected a run's folder")
-    values = {} if recipe is None else _read(recipe)
+    try:
+        values = {} if recipe is None else dataclasses.asdict(read_recipe(recipe))
+    except OSError as error:
+        got = f"{str(recipe)!r}, expected a JSON file of settings ({error.strerror})"
+        raise UsageError(f"argument --recipe: got {got}") from error
     values |= {name: value for name, value in given.items() if value is not None}
     if "data" not in values and (alone := [name for name in _FOLDER_SETTINGS if name in values]):
         option = f"--{alone[0].replace('_', '-')}"
@@ -175,14 +169,3 @@ def _config(recipe: str | Path | None, resumed: str | None, given: dict[str, Any
         merge = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = {**values[name], **value} if merge else value
     return make_recipe(values)
-
-
-def _read(recipe: str | Path) -> dict[str, Any]:
-    from fastcfg.training.recipes import read_recipe
-
-    try:
-        return dataclasses.asdict(read_recipe(recipe))
-    except OSError as error:
-        raise UsageError(
-            f"argument --recipe: got {str(recipe)!r}, expected a JSON file of settings ({error.strerror})"
-        ) from error

@@ -11,28 +11,11 @@ base and a momentum as well: m = w_b m_b + sum of w_k (m_k - m_b) + w_h h.
 A branch whose weight is zero for every sample of a row is not evaluated there. `fastcfg methods` lists what each costs.
 """
 
-from .base import Guidance, NoGuidance
+from .base import Guidance, GuidancePlan, NoGuidance
 from .cfg import CFG, AdaptiveCFG
 from .compose import AutoGuidance, Compose, InstructPix2Pix, PerturbedCFG
-from .gram import GramGuidance
-from .output_methods import APG, APGMix, CFGZeroStar, MagnitudeAwareCFG, PerpNeg, TangentialCFG
-from .plan import GuidancePlan
+from .output_methods import APG, APGMix, CFGZeroStar, GramGuidance, MagnitudeAwareCFG, PerpNeg, TangentialCFG
 
-__all__ = [
-    "APG",
-    "CFG",
-    "APGMix",
-    "AdaptiveCFG",
-    "AutoGuidance",
-    "CFGZeroStar",
-    "Compose",
-    "GramGuidance",
-    "Guidance",
-    "GuidancePlan",
-    "InstructPix2Pix",
-    "MagnitudeAwareCFG",
-    "NoGuidance",
-    "PerpNeg",
-    "PerturbedCFG",
-    "TangentialCFG",
-]
+__all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "Compose", "GramGuidance", "Guidance"]
+__all__ += ["GuidancePlan", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance", "PerpNeg", "PerturbedCFG"]
+__all__ += ["TangentialCFG"]

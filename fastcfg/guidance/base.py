@@ -1,4 +1,4 @@
-"""`Guidance`, the base of all specs, and `NoGuidance`."""
+"""`Guidance`, the base of all specs, the plan that a sampler runs by, and `NoGuidance`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..table import StepTable
-from .plan import GuidancePlan
 from .scales import check_fields, inside_interval
+
+
+@dataclass(frozen=True, eq=False)
+class GuidancePlan:
+    """What a guidance spec comes to for one table and batch: what the sampler runs at every row.
+
+    Attributes:
+        weights: float64 [R, B, K].
+        active: the branches evaluated at every row, ascending.
+        planned: float64 [R, B, P], for guidance that uses the outputs: the weights of the K branches, the base's
+            included, and what the method adds. None for other guidance.
+        mix: (Gram matrix [B, V, V], planned [B, P]) -> a row's weights [B, V] of the vectors of `ops.gram`; None takes
+            the planned ones.
+        rescale, momentum: as `CFG.rescale`; the decay of the momentum, None for none.
+        agreement: the cosine of cond and uncond at which adaptive guidance ends for a sample; None for other guidance.
+        fallback_branches: the branches evaluated once guidance has ended for every sample.
+        fallback_weights: float64 [K] or [P], the (planned) weights of a sample for which it has ended, but not for all.
+    """
+
+    weights: NDArray[np.float64]
+    active: tuple[tuple[int, ...], ...]
+    planned: NDArray[np.float64] | None = None
+    mix: Callable[..., Any] | None = None
+    rescale: float = 0.0
+    momentum: float | None = None
+    agreement: float | None = None
+    fallback_branches: tuple[int, ...] = ()
+    fallback_weights: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
@@ -24,8 +51,7 @@ class Guidance:
         conditional: index of the branch that provides the variance channels.
         unconditional: index of the branch that a_u multiplies (CFG++), None if there is none.
 
-    Raises:
-        ValueError: fields that are not finite or out of their range.
+    Fields that are not finite or out of their range raise ValueError.
     """
 
     # Fields of some specs, see `CFG`; the defaults of the others.
@@ -82,21 +108,15 @@ class Guidance:
         return self.rescale > 0 or self.mixer() is not None
 
     def plan(self, table: StepTable, batch: int) -> GuidancePlan:
-        """Weights and evaluated branches of every row.
-
-        Args:
-            table: the solver's table.
-            batch: B, the number of samples.
+        """Weights and evaluated branches of every row of a solver's table, for B = `batch` samples.
 
         Raises:
             ValueError: scales that are not finite, or of another length than the batch or the table; a table that adds
                 the unconditional output (a_u) for guidance without that branch.
         """
         if table.uses_unconditional and self.unconditional is None:
-            raise ValueError(
-                f"guidance: got branches {', '.join(self.branches)}, expected 'uncond' among them: "
-                f"the table {table.name} adds its output"
-            )
+            expected = f"'uncond' among them: the table {table.name} adds its output"
+            raise ValueError(f"guidance: got branches {', '.join(self.branches)}, expected {expected}")
         weights = self.weights(table, batch)
         weights[~self.inside(table)] = self.fallback_weights
         if self.mixer() is not None:

@@ -28,11 +28,7 @@ METHODS = tuple(_SPECS)
 
 
 def guidance_by_name(name: str, scale: Scale = 3.0) -> Guidance:
-    """The spec of a named method.
-
-    Args:
-        name: one of `METHODS`.
-        scale: as `CFG.scale`; "none" ignores it.
+    """The spec of a method of `METHODS`, with a scale as `CFG.scale` ("none" ignores it).
 
     Raises:
         ValueError: an unknown name, or a scale that is not finite.

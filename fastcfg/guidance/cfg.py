@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from ..table import StepTable
 from ..utils.checks import check_one_of
-from .base import Guidance
-from .plan import GuidancePlan
+from .base import Guidance, GuidancePlan
 from .scales import Cosine, Interval, Scale, Share, scale_by_row
 
 FORMULATIONS = ("standard", "original", "sum")
@@ -28,13 +27,12 @@ class CFG(Guidance):
             number; B numbers, one per sample; an array [R, 1] or [R, B] with one row per model evaluation; or a
             function of the progress through the run, 0 at the first step and below 1 at the last, that returns a number
             or B numbers.
-        interval: (start, stop) in fractions of the run's steps. Outside it only the conditional branch is evaluated
-            (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724); step i of N is inside if int(start*N) <= i <
+        interval: (start, stop) in fractions of the run's steps; outside it only the conditional branch is evaluated
+            (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). Step i of N is inside if int(start*N) <= i <
             int(stop*N), as in diffusers' guiders.
-        formulation: "standard", "original" (diffusers' `use_original_formulation`), or "sum": s*cond + (1 - s)*uncond.
-            They agree up to rounding.
-        order: the branches along the batch. GLIDE and guided-diffusion put the conditional half first, diffusers the
-            unconditional.
+        formulation: "standard", "original" (diffusers' `use_original_formulation`), or "sum": s*cond + (1 - s)*uncond;
+            they agree up to rounding.
+        order: of the branches along the batch: in GLIDE and guided-diffusion cond is first, in diffusers uncond.
         rescale: φ of the last factor φ std(cond)/std(m) + 1 - φ, against overexposure (Lin et al. 2023, section 3.4,
             https://arxiv.org/abs/2305.08891; diffusers' `guidance_rescale`). Above 0 it takes a second pass over the
             outputs per row. A prediction that hardly varies (a standard deviation below a thousandth of its root mean
@@ -92,30 +90,26 @@ class CFG(Guidance):
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveCFG(CFG):
-    """Classifier-free guidance that ends by itself, sample by sample, once the branches agree.
+    """Adaptive guidance (Castillo et al. 2023, https://arxiv.org/abs/2312.12487): `CFG` that ends by itself, sample by
+    sample, once the branches point the same way, since it then costs a forward that changes little.
 
-    Adaptive guidance (Castillo et al. 2023, https://arxiv.org/abs/2312.12487): late in a run the two branches point the
-    same way, and guidance costs a forward that changes little. Until then it equals `CFG`. The cosine between the
-    branches is taken on the device after every model evaluation; a sample that has reached the threshold is unguided
-    from two rows later on, and once all are, the unconditional branch is no longer evaluated. The host reads that
-    decision one row late, so that the device never waits for it.
+    The cosine between the branches is taken on the device after every model evaluation; a sample that has reached the
+    threshold is unguided from two rows later on, and once all are, the unconditional branch is no longer evaluated. The
+    host reads that decision one row late, so that the device never waits for it.
 
     Attributes:
         threshold: the cosine, at most 1; the paper uses 0.991. Branches of norm 0 have none and do not agree.
 
     Raises:
-        ValueError: as `CFG`, a threshold that is no cosine, or (when planned) a table that adds the unconditional
-            output.
+        ValueError: as `CFG`, a threshold that is no cosine, or (when planned) a table with an unconditional output.
     """
 
     threshold: Cosine = 0.991
 
     def plan(self, table: StepTable, batch: int) -> GuidancePlan:
         if table.uses_unconditional:
-            raise ValueError(
-                f"guidance: got AdaptiveCFG with the table {table.name}, "
-                "expected CFG: the table adds the unconditional output in every row"
-            )
+            expected = "CFG: the table adds the unconditional output in every row"
+            raise ValueError(f"guidance: got AdaptiveCFG with the table {table.name}, expected {expected}")
         plan = super().plan(table, batch)
         if not any(len(active) > 1 for active in plan.active):
             return plan

@@ -16,9 +16,8 @@ from .scales import Interval, Scale, Scales, Share, inside_interval, scale_by_ro
 
 @dataclass(frozen=True, eq=False)
 class Compose(Guidance):
-    """Several conditionings, each guided away from the unconditional one: m = uncond + Σ s_k (m_k - uncond).
-
-    Composable diffusion (Liu et al. 2022, https://arxiv.org/abs/2206.01714).
+    """Composable diffusion: several conditionings, each guided away from the unconditional one: m = uncond +
+    Σ s_k (m_k - uncond) (Liu et al. 2022, https://arxiv.org/abs/2206.01714).
 
     Attributes:
         scales: by branch name, one of them "cond" (its variance channels are used); each as `CFG.scale`.
@@ -52,10 +51,9 @@ class Compose(Guidance):
 
 @dataclass(frozen=True, eq=False)
 class InstructPix2Pix(Guidance):
-    """Editing by instruction: m = uncond + s_image (image - uncond) + s_text (cond - image).
-
-    InstructPix2Pix (Brooks et al. 2022, https://arxiv.org/abs/2211.09800). The branch "cond" has text and image,
-    "image" the image alone, "uncond" neither. Three forwards, one pass.
+    """Editing by instruction: m = uncond + s_image (image - uncond) + s_text (cond - image) (Brooks et al. 2022,
+    https://arxiv.org/abs/2211.09800). The branch "cond" has text and image, "image" the image alone, "uncond" neither.
+    Three forwards, one pass.
 
     Attributes:
         text_scale, image_scale: s_text and s_image, as `CFG.scale`.
@@ -96,10 +94,10 @@ class PerturbedCFG(CFG):
     perturbed).
 
     Perturbed-attention guidance (Ahn et al. 2024, https://arxiv.org/abs/2403.17377), skip-layer guidance (Stable
-    Diffusion 3.5) and others; diffusers' PerturbedAttentionGuidance and SkipLayerGuidance. The branch "perturbed"
-    is run by `Sampler(branch_models={"perturbed": ...})`: any callable, such as one that calls the model without
-    its attention scores. Where only one of the two guides, only its branches are evaluated, and the base
-    is that branch ("standard") or cond ("original"). Up to three forwards, one pass.
+    Diffusion 3.5) and others; diffusers' PerturbedAttentionGuidance and SkipLayerGuidance. The branch "perturbed" is
+    run by `Sampler(branch_models={"perturbed": ...})`: any callable, as the model without its attention scores. Where
+    only one of the two guides, only its branches are evaluated, and the base is that branch ("standard") or cond
+    ("original"). Up to three forwards, one pass.
 
     Attributes (with those of `CFG`; formulation "sum" is "standard"):
         perturbed_scale: s_p, as `CFG.scale`; 0 for none.

@@ -1,4 +1,5 @@
-"""Guidance with weights computed from the branches' norms and inner products.
+"""Guidance with weights computed from the branches' norms and inner products, on the device, row by row and sample by
+sample: `GramGuidance`, and the methods of papers.
 
 Two forwards and two passes over the outputs per row, unless a class says otherwise. Attributes that are not described,
 and errors, are those of `CFG`.
@@ -17,12 +18,51 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..table import StepTable
-from .base import Guidance
-from .gram import GramGuidance
-from .plan import GuidancePlan
+from .base import Guidance, GuidancePlan
+from .cfg import CFG
 from .scales import Count, Interval, Number, Positive, Scale, Scales, Share, scale_by_row
 
 _TINY = 1e-30
+
+
+@dataclass(frozen=True, eq=False)
+class GramGuidance(CFG):
+    """Base of guidance that is a function of the Gram matrix: subclass it and write `mix`.
+
+    A sample's vectors are u = uncond and d = cond - uncond; the output is w_u u + w_d d with the weights that `mix`
+    returns. A sample with a scale that guides nothing (1, or 0 with formulation "original"), and rows outside the
+    interval, are the conditional branch's: `mix` does not see them. Formulation "sum" is "standard".
+
+    Example:
+        Guidance of a bounded length: ||s d|| is at most that of uncond.
+
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from fastcfg import GramGuidance, Sampler, Schedule, solvers
+        >>> @dataclass(frozen=True, eq=False)
+        ... class BoundedCFG(GramGuidance):
+        ...     def mix(self, gram, planned):
+        ...         u, d = self.other, self.conditional
+        ...         longest = (gram[:, u, u] / gram[:, d, d].clamp_min(1e-30)).sqrt()
+        ...         weights = planned.clone()               # 1 for u, the scale for d
+        ...         weights[:, d] = planned[:, d].minimum(longest)
+        ...         return weights
+        >>> model = lambda x, t, y: x * y.view(-1, 1, 1, 1)
+        >>> table = solvers.ddim(Schedule.named("linear").respace(10))
+        >>> sampler = Sampler(model, table, guidance=BoundedCFG(7.5))
+        >>> sampler.sample((2, 3, 8, 8), cond={"y": torch.ones(2)}, uncond={"y": torch.full((2,), 0.9)}, seed=0).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def mix(self, gram: Tensor, planned: Tensor) -> Tensor:
+        """A row's weights, float64 [B, 2], from the inner products of u and d, float64 [B, 2, 2], at the places of
+        uncond and cond in `branches`, and the planned weights of u (1) and of d (the scale, of the standard
+        formulation), float64 [B, 2]. It is captured with the step: only tensor operations, nothing read back.
+        """
+        raise NotImplementedError
+
+    def mixer(self) -> Callable[..., Any] | None:
+        return self.mix
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +73,7 @@ class CFGZeroStar(GramGuidance):
     m = α uncond + s (cond - α uncond) with α = <cond, uncond> / (||uncond||² + 1e-8), the best multiple of uncond; and
     m = 0 in the first steps, where the prediction is worse than none. For an uncond of norm 0 α is 0.
 
-    Attributes:
-        zero_init_steps: the first steps, whose output is 0 (inside the interval or not).
+    Attributes: zero_init_steps: the number of first steps with output 0 (inside the interval or not).
     """
 
     zero_init_steps: Count = 1
@@ -68,11 +107,8 @@ class MagnitudeAwareCFG(GramGuidance):
     """MAMBO-G: large scales, damped where the update is large, as at the beginning (Zhu et al. 2025,
     https://arxiv.org/abs/2508.03442; diffusers' MagnitudeAwareGuidance).
 
-    m = uncond + (1 + (s - 1) exp(-α ||cond - uncond|| / ||uncond||)) (cond - uncond). For an uncond of
-    norm 0 it is cond.
-
-    Attributes:
-        alpha: α, at least 0.
+    m = uncond + (1 + (s - 1) exp(-α ||cond - uncond|| / ||uncond||)) (cond - uncond). For an uncond of norm 0 it is
+    cond. Attributes: alpha: α, at least 0.
     """
 
     scale: Scale = 10.0
@@ -87,7 +123,7 @@ class APG(GramGuidance):
     """Adaptive projected guidance: strong scales without oversaturation (Sadat et al. 2024,
     https://arxiv.org/abs/2410.02416; diffusers' AdaptiveProjectedGuidance).
 
-    m = uncond + s (g' - (1 - η) proj_cond g') with g' = g min(1, norm_threshold / ||g||), where g is cond - uncond or,
+    m = uncond + s (g' - (1 - η) proj_cond g') with g' = g min(1, r / ||g||), where g is cond - uncond or,
     with momentum β, the running sum h <- (cond - uncond) + β h of the guided rows so far. Norms and projections are
     over a whole sample. With momentum, one more tensor is read twice and written once per row. Nothing is projected
     onto a cond of norm 0, and a g of norm 0 stays 0.
@@ -95,8 +131,7 @@ class APG(GramGuidance):
     Attributes:
         formulation: "standard", or "original" for cond in place of the first uncond.
         eta: η, how much of the parallel part remains; the paper takes 0.
-        momentum: β, negative in the paper (-0.5, -0.75); None for none.
-        norm_threshold: r; 0 for no limit.
+        momentum, norm_threshold: β, negative in the paper (-0.5, -0.75), None for none; the limit r, 0 for none.
     """
 
     eta: Number = 1.0
@@ -122,8 +157,7 @@ class APGMix(APG):
     AdaptiveProjectedMixGuidance). The momentum is collected from the first guided row on.
 
     Attributes:
-        scale: of the first steps.
-        apg_scale: of the others, as `CFG.scale`.
+        scale, apg_scale: of the first steps, and of the others, as `CFG.scale`.
         apg_start_step: the last step with plain guidance.
     """
 
@@ -154,9 +188,8 @@ class PerpNeg(Guidance):
     each branch, two passes. Where cond equals uncond nothing is projected.
 
     Attributes:
-        scale: s, as `CFG.scale`.
+        scale, interval, rescale: as `CFG`.
         negatives: the weights w_k by branch name, each as `CFG.scale`, positive to lead away.
-        interval, rescale: as `CFG`.
     """
 
     scale: Scale = 7.5

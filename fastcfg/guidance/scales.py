@@ -36,17 +36,15 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
         steps: Any = table.steps
         rows = [_finite(name, scale(i / table.num_steps)) for i in steps]
         if bad := {row.shape for row in rows} - {(), (1,), (batch,)}:
-            raise ValueError(
-                f"{name}: the function returned shapes {sorted(bad)}, expected a number or {batch} numbers"
-            )
+            got = f"the function returned shapes {sorted(bad)}"
+            raise ValueError(f"{name}: {got}, expected a number or {batch} numbers")
         return np.stack([np.broadcast_to(row, batch) for row in rows])
     values = _finite(name, scale)
     if values.ndim == 1 and len(values) not in (1, batch):
         raise ValueError(f"{name}: got {len(values)} values, expected 1 or one per sample ({batch})")
     if values.ndim == 2 and (len(values) != table.num_rows or values.shape[1] not in (1, batch)):
-        raise ValueError(
-            f"{name}: got shape {values.shape}, expected ({table.num_rows}, 1) or ({table.num_rows}, {batch})"
-        )
+        expected = f"({table.num_rows}, 1) or ({table.num_rows}, {batch})"
+        raise ValueError(f"{name}: got shape {values.shape}, expected {expected}")
     return np.broadcast_to(values, (table.num_rows, batch)).copy()
 
 

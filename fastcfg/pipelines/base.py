@@ -6,7 +6,9 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.resources import as_file, files
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -33,22 +35,17 @@ _Self = TypeVar("_Self", bound="Pipeline")
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """N pictures to draw.
+    """N pictures to draw, with the text and the seed of each.
 
     Attributes:
-        texts: token ids of P texts.
-        owners: N indices, the text of each picture.
-        seeds: N seeds.
         guidance: with the branch cond and those of `others`.
         others: token ids of the text of each further branch, by name, the same for all pictures.
         inputs: what else the network is given, [N or 1, ...], in all branches.
         batch_size: pictures computed at once.
-        cond_fn, callback: as `Sampler.sample`.
-        progress: show a progress bar; a string is its label.
+        cond_fn, progress, callback: as `TextToImage.sample`.
     """
 
-    texts: Sequence[Sequence[int]]
-    owners: Sequence[int]
+    texts: Sequence[str]
     seeds: Sequence[int]
     guidance: Guidance = field(default_factory=NoGuidance)
     others: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -62,16 +59,13 @@ class Drawing:
 class Pipeline:
     """A text-conditional network with its tokenizer and noise schedule, ready to sample.
 
-    A pipeline can be copied, pickled and saved with `torch.save`; buffers and graphs of its calls stay behind.
+    A pipeline can be copied, pickled and saved with `torch.save`; buffers and graphs of its calls stay behind. Its
+    attribute `schedule` is the noise schedule that the model was trained with.
 
-    Args:
+    Args, also attributes:
         model: the network, with learned variances (it returns twice the image's channels).
         tokenizer: its tokenizer.
         meta: schedule and image size, as in a checkpoint.
-
-    Attributes:
-        model, tokenizer, meta: as given.
-        schedule: the noise schedule the model was trained with.
 
     Raises:
         ValueError: a network for another purpose, without text or without learned variances.
@@ -79,6 +73,7 @@ class Pipeline:
 
     _NETWORKS: ClassVar[tuple[str, ...]]  # the classes of network that a pipeline runs
     _PURPOSE: ClassVar[str]
+    _EMBEDDED: ClassVar[str | None] = None  # the file of weights that comes with the package
 
     def __init__(self, model: Text2ImUNet, tokenizer: Tokenizer, meta: CheckpointMeta) -> None:
         if meta.network not in self._NETWORKS:
@@ -88,10 +83,8 @@ class Pipeline:
             raise ValueError("model: got a network without text (xf_width = 0), expected one with text")
         self._channels = int(meta.model["in_channels"])
         if model.out_channels != 2 * self._channels:
-            raise ValueError(
-                f"model: got {model.out_channels} output channels, "
-                f"expected {2 * self._channels}: the noise and its learned variance"
-            )
+            expected = f"{2 * self._channels}: the noise and its learned variance"
+            raise ValueError(f"model: got {model.out_channels} output channels, expected {expected}")
         self.model, self.tokenizer, self.meta = model, tokenizer, meta
         self.schedule = Schedule.named(meta.schedule, meta.num_timesteps)
         self._forget()
@@ -112,7 +105,7 @@ class Pipeline:
     @classmethod
     def load(
         cls: type[_Self],
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         *,
@@ -123,7 +116,8 @@ class Pipeline:
 
         Args:
             path: a file written by `fastcfg train`, or a state dict of GLIDE's, with or without inpainting: `base.pt`
-                or `base_inpaint.pt` for `TextToImage`, `upsample.pt` or `upsample_inpaint.pt` for `Upsampler`.
+                or `base_inpaint.pt` for `TextToImage`, `upsample.pt` or `upsample_inpaint.pt` for `Upsampler`. None is
+                the model that comes with the package, a `TextToImage`.
             device: where to run it.
             dtype: dtype of weights and features; None keeps float32. The state and the solver's arithmetic are float32
                 in any case. (`model.convert_to_fp16()` is GLIDE's own mixture.)
@@ -132,6 +126,7 @@ class Pipeline:
             options: for a state dict: GLIDE's options where they differ from its defaults.
 
         Raises:
+            TypeError: no path for another pipeline than `TextToImage`.
             ValueError: not such a file, a tokenizer or options that do not go with it, a device that does not exist,
                 or a dtype that is not floating.
             OSError: the file cannot be read.
@@ -139,7 +134,11 @@ class Pipeline:
         where = _checked_device(device)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, expected a floating dtype")
-        pipeline = cls(*load_network(path, tokenizer, options))
+        if path is None and cls._EMBEDDED is None:
+            raise TypeError("path: got None, expected a file of weights")
+        embedded = files("fastcfg") / "checkpoints" / str(cls._EMBEDDED)
+        with as_file(embedded) if path is None else nullcontext(path) as file:
+            pipeline = cls(*load_network(file, tokenizer, options))
         # Channels-last convolutions: 10 % less time per picture on a CPU (AVX2, embedded model, batches of 8 to 128).
         pipeline.model.to(where, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return pipeline
@@ -194,10 +193,8 @@ class Pipeline:
     @torch.no_grad()
     def _encode(self, ids: Sequence[int]) -> dict[str, Tensor]:
         """Encode one text. Never several at once: matrix products of another size may round differently."""
-        tokens, mask = self.tokenizer.padded_tokens_and_mask(ids, self.model.text_ctx)
-        return self.model.get_text_emb(
-            torch.tensor([tokens], device=self.device), torch.tensor([mask], device=self.device)
-        )
+        padded = self.tokenizer.padded_tokens_and_mask(ids, self.model.text_ctx)
+        return self.model.get_text_emb(*(torch.tensor([values], device=self.device) for values in padded))
 
     def _inpainting(self, inpaint: tuple[Tensor, Tensor] | None, batch: int) -> dict[str, Tensor]:
         """The network's inputs for the known pixels of N pictures."""
@@ -213,30 +210,15 @@ class Pipeline:
         """Raise ValueError for guidance, or known pixels, that do not go with a solver."""
         guidance.plan(table, batch)
         if "inpaint_mask" in inputs and (table.uses_raw_output or table.uses_unconditional or table["k_m"].any()):
-            raise ValueError(
-                f"inpaint: got pictures with solver {table.name!r}, expected one whose steps use x0 alone, as 'ddim'"
-            )
+            got = f"pictures with solver {table.name!r}"
+            raise ValueError(f"inpaint: got {got}, expected one whose steps use x0 alone, as 'ddim'")
 
-    def _sampler_for(
-        self,
-        solver: tuple[str, int | str, str | None, float | None, float],
-        backend: str,
-        graph: str | bool,
-        noise_source: str,
-    ) -> Sampler:
+    def _sampler_for(self, solver: tuple[Any, ...], **options: Any) -> Sampler:
         """The sampler of the last call if its options are the same; `solver` has the arguments of `_table`."""
-        options = (solver, backend, graph, noise_source, self.device, self.model.dtype)
-        if self._sampler is None or options != self._options:
-            self._sampler = Sampler(
-                self.model,
-                self._table(*solver),
-                clip=1.0,
-                noise_source=noise_source,
-                backend=backend,
-                graph=graph,
-                memory_format=torch.channels_last,
-            )
-            self._options = options
+        given = (solver, options, self.device, self.model.dtype)
+        if self._sampler is None or given != self._options:
+            options = {"clip": 1.0, "memory_format": torch.channels_last, **options}
+            self._sampler, self._options = Sampler(self.model, self._table(*solver), **options), given
         return self._sampler
 
     def _draw(self, sampler: Sampler, drawing: Drawing) -> Tensor:
@@ -244,7 +226,9 @@ class Pipeline:
         batch = min(drawing.batch_size, len(drawing.seeds))
         self._check_table(sampler.table, drawing.guidance, drawing.inputs, batch)
         check_functions(sampler.table, drawing.guidance, {}, denoised_fn=None, cond_fn=drawing.cond_fn)
-        encoded = [self._encode(ids) for ids in drawing.texts]
+        distinct = list(dict.fromkeys(drawing.texts))
+        owners = torch.tensor([distinct.index(text) for text in drawing.texts], device=self.device)
+        encoded = [self._encode(self._tokens("prompt", text)) for text in distinct]
         cond = {name: torch.cat([text[name] for text in encoded]) for name in encoded[0]}
         others = {branch: self._encode(ids) for branch, ids in drawing.others.items()}
         seeds, batch_size, size = list(drawing.seeds), drawing.batch_size, self.meta.image_size
@@ -255,24 +239,17 @@ class Pipeline:
         with progress_bar(drawing.progress, total=len(starts) * sampler.table.num_rows) as bar:
             for start in starts:
                 part = slice(start, start + batch_size)
-                rows = torch.tensor(drawing.owners[part], device=self.device)
+                rows = owners[part]
                 inputs = {name: value if len(value) == 1 else value[part] for name, value in drawing.inputs.items()}
                 if known is not None:
                     known.load(inputs["inpaint_image"], inputs["inpaint_mask"], len(rows))
-                images.append(
-                    sampler.sample(
-                        (len(rows), self._channels, size, size),
-                        cond={**{name: values[rows] for name, values in cond.items()}, **inputs},
-                        branches={branch: {**text, **inputs} for branch, text in others.items()},
-                        guidance=drawing.guidance,
-                        denoised_fn=known,
-                        cond_fn=drawing.cond_fn,
-                        # torch's generator takes one seed for the whole batch.
-                        seed=seeds[part] if sampler.noise_source == "philox" else seeds[start],
-                        progress=bar if drawing.progress else False,
-                        callback=drawing.callback,
-                    )
-                )
+                given: dict[str, Any] = {"guidance": drawing.guidance, "denoised_fn": known, "cond_fn": drawing.cond_fn}
+                given |= {"progress": bar if drawing.progress else False, "callback": drawing.callback}
+                # torch's generator takes one seed for the whole batch.
+                given["seed"] = seeds[part] if sampler.noise_source == "philox" else seeds[start]
+                given["cond"] = {**{name: values[rows] for name, values in cond.items()}, **inputs}
+                given["branches"] = {branch: {**text, **inputs} for branch, text in others.items()}
+                images.append(sampler.sample((len(rows), self._channels, size, size), **given))
                 if known is not None:  # the last steps of some solvers, as lms, do not return x0 itself
                     images[-1] = known(images[-1])
         return torch.cat(images).clamp_(-1, 1)

@@ -11,16 +11,8 @@ __all__ = ["KnownPixels", "checked_inpainting"]
 
 
 def checked_inpainting(inpaint: Any, channels: int, size: int, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Check a picture and its mask, and convert them for the network.
-
-    Args:
-        inpaint: (image, mask): [C, S, S] or [N, C, S, S] in [-1, 1]; [1, S, S] or [N, 1, S, S], of ones where the image
-            is known and zeros elsewhere.
-        channels, size, batch: C, S and N.
-        device: of the result.
-
-    Returns:
-        Image and mask, float32 [N or 1, ...].
+    """Check a picture, [C, S, S] or [N, C, S, S] in [-1, 1], and its mask, [1, S, S] or [N, 1, S, S] of ones where the
+    picture is known and zeros elsewhere; return both as float32 [N or 1, ...] on the device.
 
     Raises:
         TypeError: not a pair of tensors.
@@ -45,13 +37,8 @@ def checked_inpainting(inpaint: Any, channels: int, size: int, batch: int, devic
 class KnownPixels:
     """A `denoised_fn` that puts the known pixels back (GLIDE's inpainting notebook): x0 (1 - mask) + image mask.
 
-    One function serves all batches of up to `batch` samples, with their pictures in static buffers, so that a sampler
-    keeps its graphs.
-
-    Args:
-        batch: the largest batch.
-        channels, size: C and S of the samples [N, C, S, S].
-        device: the samples' device.
+    One function serves all batches of up to `batch` samples [N, C, S, S], with their pictures in static buffers, so
+    that a sampler keeps its graphs.
     """
 
     @torch.inference_mode(False)

@@ -19,12 +19,8 @@ __all__ = ["picture_seeds", "random_seed", "to_bytes", "to_pil"]
 
 
 def to_bytes(images: Tensor) -> NDArray[np.uint8]:
-    """Images [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C]: each value rounded to the nearest of 256 levels.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: another shape or an integer dtype.
-    """
+    """Images [N, C, H, W] in [-1, 1] as uint8 [N, H, W, C]: each value rounded to the nearest of 256 levels; TypeError
+    or ValueError for anything but such a floating tensor."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images: got {type(images).__name__}, expected a tensor")
     if images.ndim != 4 or not images.is_floating_point():
@@ -36,13 +32,8 @@ def to_bytes(images: Tensor) -> NDArray[np.uint8]:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """Pictures as PIL images.
-
-    Args:
-        images: [N, 3, H, W] (RGB) or [N, 1, H, W] (grey) in [-1, 1], as pipelines return them.
-
-    Raises:
-        TypeError, ValueError: not such a tensor.
+    """PIL images of [N, 3, H, W] (RGB) or [N, 1, H, W] (grey) in [-1, 1], as pipelines return them; TypeError or
+    ValueError for anything else.
 
     Example:
         >>> to_pil(torch.zeros(2, 3, 8, 8))[0].size

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..engine.sampler import Step
 from ..guidance import Guidance
 from ..guidance.by_name import guidance_by_name
-from ..models.tokenizer import Tokenizer
 from ..utils.checks import check_count, check_finite
 from .base import SOLVERS, Drawing, Pipeline
 from .pictures import picture_seeds
 
 __all__ = ["SOLVERS", "TextToImage"]
-
-_EMBEDDED = "shapes.safetensors"
 
 
 class TextToImage(Pipeline):
@@ -33,33 +27,13 @@ class TextToImage(Pipeline):
         >>> images = pipeline.sample("a red circle above a blue square", num_samples=4, seed=0)
         >>> images.shape
         torch.Size([4, 3, 32, 32])
+
+    With GLIDE's weights: `TextToImage.load("base.pt", "cuda").sample("an oil painting of a corgi", steps=100)`.
     """
 
     _NETWORKS = ("Text2ImUNet", "InpaintText2ImUNet")
     _PURPOSE = "draw from text"
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str] | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        *,
-        tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
-        options: Mapping[str, Any] | None = None,
-    ) -> TextToImage:
-        """`Pipeline.load`; without a path, the model that comes with the package.
-
-        Example:
-            >>> pipeline = TextToImage.load("base.pt", "cuda")
-            >>> images = pipeline.sample("an oil painting of a corgi", steps=100)
-        """
-        with ExitStack() as stack:
-            if path is None:
-                from importlib.resources import as_file, files
-
-                path = stack.enter_context(as_file(files("fastcfg") / "checkpoints" / _EMBEDDED))
-            return super().load(path, device, dtype, tokenizer=tokenizer, options=options)
+    _EMBEDDED = "shapes.safetensors"
 
     def sample(
         self,
@@ -91,16 +65,11 @@ class TextToImage(Pipeline):
             negative_prompt: what to guide away from, instead of from the empty prompt.
             guidance_scale: s of uncond + s (cond - uncond): 0 ignores the prompt, 1 samples the conditional model. None
                 is 3, or 0.6 for CFG++ solvers, whose scale runs from 0 to 1.
-            steps: timesteps per picture, spread evenly over the schedule; or a respacing such as "10,15,20", "ddim50"
-                or "fast27" (`fastcfg.schedule.space_timesteps`), for solvers on timesteps.
-            solver: one of `fastcfg.solvers.by_name.SOLVERS`: "ddpm" (with the learned variances), "ddim",
-                "dpmpp_2m", "euler_ancestral", "unipc", ...
-            schedule: which timesteps or noise levels the steps take, as `solver_table`: "karras", "exponential",
-                "trailing", ...; None is the solver's usual one.
+            solver, steps, schedule, eta: as `solvers.by_name.solver_table` (there `spacing`): "ddpm" (with the learned
+                variances), "ddim", "dpmpp_2m", ...; a number of steps or a respacing; "karras", "trailing", ... or None
+                for the solver's usual steps.
             guidance: one of `fastcfg.guidance.by_name.METHODS`, such as "cfg", "apg" or "rescaled_cfg"; or a
                 `Guidance` with branches among cond, uncond and negative, which has its own scale.
-            eta: the noise of solvers that have an eta: of "ddim" 0 for none, 1 for as much as DDPM's. None is the
-                solver's default.
             num_samples: pictures per prompt.
             seed: sample i of every prompt has the seed `seed + i`; or one seed per picture. None or -1 draws a random
                 one, which `report()["seeds"]` returns.
@@ -108,9 +77,9 @@ class TextToImage(Pipeline):
                 is known and 0 elsewhere, or one of either per picture, [N, ...]. Known pixels are returned unchanged.
             cond_fn: as `Sampler`: a gradient that guides too (a classifier's, CLIP's), called with the state of one
                 batch, the model's times, and the keyword arguments of the conditional branch.
-            backend, graph: as `Sampler`.
-            noise_source: as `Sampler`. With "philox" a picture depends on its prompt and seed alone, except for the
-                last bits: torch's convolutions and matrix products may round differently in another batch size.
+            backend, graph, noise_source: as `Sampler`. With noise from "philox" a picture depends on its prompt and
+                seed alone, except for the last bits: torch's convolutions and matrix products may round differently in
+                another batch size.
             batch_size: pictures computed at once.
             progress: show a progress bar; a string is its label.
             callback: called with the `Step` of every row of every batch.
@@ -133,20 +102,10 @@ class TextToImage(Pipeline):
         check_count("batch_size", batch_size)
         seeds = picture_seeds(seed, len(texts), num_samples)
         inputs = self._inpainting(inpaint, len(seeds))
-        sampler = self._sampler_for((solver, steps, schedule, eta, 1.0), backend, graph, noise_source)
-        drawing = Drawing(
-            texts=[self._tokens("prompt", text) for text in texts],
-            owners=[owner for owner in range(len(texts)) for _ in range(num_samples)],
-            seeds=seeds,
-            guidance=spec,
-            others=others,
-            inputs=inputs,
-            batch_size=batch_size,
-            cond_fn=cond_fn,
-            progress=progress,
-            callback=callback,
-        )
-        return self._draw(sampler, drawing)
+        execution = {"backend": backend, "graph": graph, "noise_source": noise_source}
+        sampler = self._sampler_for((solver, steps, schedule, eta, 1.0), **execution)
+        texts = [text for text in texts for _ in range(num_samples)]
+        return self._draw(sampler, Drawing(texts, seeds, spec, others, inputs, batch_size, cond_fn, progress, callback))
 
     def check(
         self,
@@ -166,12 +125,7 @@ class TextToImage(Pipeline):
         self._check_table(self._table(solver, steps, schedule, eta), spec, self._inpainting(inpaint, 1))
 
     def _texts(
-        self,
-        prompts: str | Sequence[str],
-        negative: str | None,
-        guidance: str | Guidance,
-        scale: float | None,
-        solver: str,
+        self, prompts: Any, negative: str | None, guidance: str | Guidance, scale: float | None, solver: str
     ) -> tuple[list[str], dict[str, list[int]], Guidance]:
         """The prompts, the token ids of the other branches, and the guidance."""
         texts = self._prompts(prompts)

@@ -57,13 +57,10 @@ class Upsampler(Pipeline):
             images: [N, 3, h, h] in [-1, 1], h a divisor of the network's size (64 for GLIDE's 256 pixels); rounded to
                 256 levels, as in the network's training.
             prompts: one prompt for all, or one per picture.
-            steps: timesteps per picture, or a respacing, as `TextToImage.sample`; "fast27" is GLIDE's.
-            solver: as `TextToImage.sample`; GLIDE's notebook takes "ddpm" (with the learned variances) for inpainting.
+            steps, solver: as `TextToImage.sample`; GLIDE's notebooks take "fast27", and "ddpm" for inpainting.
             temperature: factor of the starting noise; a little less than 1 makes sharper pictures.
-            seed: picture i has the seed `seed + i`; or one seed per picture; None or -1 for a random one. Give other
-                seeds than the small pictures', or both start from the same normals.
-            inpaint: as `TextToImage.sample`, of the enlarged size.
-            schedule, eta, backend, graph, noise_source, batch_size, progress, callback: as `TextToImage.sample`.
+            seed: as `TextToImage.sample`; not the small pictures' seeds, or both start from the same normals.
+            inpaint: as `TextToImage.sample`, of the enlarged size; so are the other arguments.
 
         Returns:
             float32 [N, 3, H, H] in [-1, 1].
@@ -87,20 +84,12 @@ class Upsampler(Pipeline):
         check_count("batch_size", batch_size)
         seeds = picture_seeds(seed, 1, len(images))
         inputs = self._inpainting(inpaint, len(images))
-        sampler = self._sampler_for((solver, steps, schedule, eta, temperature), backend, graph, noise_source)
+        execution = {"backend": backend, "graph": graph, "noise_source": noise_source}
+        sampler = self._sampler_for((solver, steps, schedule, eta, temperature), **execution)
         low_res = ((images.detach().to(self.device, torch.float32) + 1) * 127.5).round() / 127.5 - 1
         # Once, instead of at every step in the network: the same bits.
         inputs["low_res"] = F.interpolate(low_res, (size, size), mode="bilinear", align_corners=False)
-        distinct = list(dict.fromkeys(texts))
-        drawing = Drawing(
-            texts=[self._tokens("prompt", text) for text in distinct],
-            owners=[distinct.index(text) for text in texts],
-            seeds=seeds,
-            inputs=inputs,
-            batch_size=batch_size,
-            progress=progress,
-            callback=callback,
-        )
+        drawing = Drawing(texts, seeds, NoGuidance(), {}, inputs, batch_size, None, progress, callback)
         return self._draw(sampler, drawing)
 
     def check(

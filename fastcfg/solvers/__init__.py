@@ -16,27 +16,7 @@ from .sigma import dpm2, dpm2_ancestral, dpmpp_2s_ancestral, euler, euler_ancest
 from .sigma_multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, lms
 from .unipc import unipc
 
-__all__ = [
-    "Denoiser",
-    "ddim",
-    "ddim_cfg_pp",
-    "ddim_extrapolated",
-    "ddim_reverse",
-    "ddpm",
-    "deis",
-    "dpm2",
-    "dpm2_ancestral",
-]
-__all__ += ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "euler", "euler_ancestral"]
-__all__ += [
-    "euler_ancestral_cfg_pp",
-    "euler_cfg_pp",
-    "heun",
-    "langevin",
-    "lcm",
-    "lms",
-    "plms",
-    "predictor_corrector",
-    "prk",
-]
-__all__ += ["sa_solver", "sgld", "tcd", "unipc"]
+__all__ = ["Denoiser", "ddim", "ddim_cfg_pp", "ddim_extrapolated", "ddim_reverse", "ddpm", "deis", "dpm2"]
+__all__ += ["dpm2_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s_ancestral", "dpmpp_3m_sde", "euler"]
+__all__ += ["euler_ancestral", "euler_ancestral_cfg_pp", "euler_cfg_pp", "heun", "langevin", "lcm", "lms", "plms"]
+__all__ += ["predictor_corrector", "prk", "sa_solver", "sgld", "tcd", "unipc"]

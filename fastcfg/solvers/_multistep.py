@@ -19,14 +19,15 @@ from ._prediction import Array
 from .denoiser import Denoiser, denoising_table
 
 # Exact to rounding for the kernels here up to steps of 20 in λ.
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
+_GAUSS = np.polynomial.legendre.leggauss(32)
 
 
-def integrals(kernel: Callable[[Array], Array], λ: float, λ_to: float, known: Array) -> Array:
-    """w_i = ∫ k(λ) ℓ_i(λ) dλ from λ to λ_to, with ℓ_i the Lagrange polynomials of the levels `known`."""
-    τ = λ + (λ_to - λ) * (_NODES + 1) / 2
-    basis = [np.prod([(τ - b) / (a - b) for b in known if b != a], axis=0) for a in known]
-    return (λ_to - λ) / 2 * (np.array(basis) @ (_WEIGHTS * kernel(τ)))
+def integrals(kernel: Callable[[Array], Array], λ: float, λ_to: float, known: Array, rule: Any = _GAUSS) -> Array:
+    """w_i = ∫ k(λ) ℓ_i(λ) dλ from λ to λ_to by a Gauss rule; ℓ_i are the Lagrange polynomials of the levels `known`."""
+    nodes, weights = rule
+    τ = λ + (λ_to - λ) * (nodes + 1) / 2
+    basis = [np.prod([(τ - b) / (a - b) for b in known if b != a], axis=0) * np.ones_like(τ) for a in known]
+    return (λ_to - λ) / 2 * (np.array(basis) @ (weights * kernel(τ)))
 
 
 def data_weights(λ: float, λ_to: float, known: Array, B: float, c: float = 1.0) -> Array:

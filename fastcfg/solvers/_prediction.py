@@ -22,11 +22,8 @@ def check_schedule(schedule: Any) -> None:
 
 
 def x0_coefficients(schedule: Schedule, prediction: str) -> tuple[Array, Array]:
-    """(p_x, p_m), each float64 [T] by timestep, with x0 = p_x*x + p_m*output.
-
-    "previous_x" is the mean of x_{t-1} (guided-diffusion's PREVIOUS_X), solved for the x0 with that posterior mean; the
-    others are those of `level_coefficients`.
-    """
+    """(p_x, p_m), float64 [T] by timestep, with x0 = p_x*x + p_m*output: `level_coefficients`, or for "previous_x", the
+    mean of x_{t-1} (guided-diffusion's PREVIOUS_X), solved for the x0 with that posterior mean."""
     check_schedule(schedule)
     if prediction == "previous_x":
         return -schedule.posterior_mean_coef2 / schedule.posterior_mean_coef1, 1.0 / schedule.posterior_mean_coef1

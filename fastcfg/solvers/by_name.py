@@ -35,13 +35,9 @@ __all__ = ["LEVELS", "SOLVERS", "SPACINGS", "solver_table"]
 _Build = Callable[..., StepTable]
 
 
-def _corrected_ddpm(schedule: Schedule) -> StepTable:
-    return predictor_corrector(ddpm(schedule), schedule)
-
-
 _ON_TIMESTEPS: dict[str, _Build] = {
     **{build.__name__: build for build in (ddpm, ddim, ddim_extrapolated, ddim_cfg_pp, plms, prk, lcm, tcd, langevin)},
-    "predictor_corrector": _corrected_ddpm,
+    "predictor_corrector": lambda schedule: predictor_corrector(ddpm(schedule), schedule),
 }
 _ON_LEVELS: dict[str, _Build] = {
     build.__name__: build
@@ -98,10 +94,10 @@ def solver_table(
     if build is None:
         raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
     name_of_eta = "gamma" if build is tcd else "eta"
-    options: dict[str, Any] = {}
-    if name_of_eta in inspect.signature(build).parameters:
-        options = {} if eta is None else {name_of_eta: eta}
-    elif eta:
+    options: dict[str, Any] = {} if eta is None else {name_of_eta: eta}
+    if name_of_eta not in inspect.signature(build).parameters:
+        options = {}
+    if eta and not options:
         raise ValueError(f"eta: got {eta!r} with solver {solver!r}, expected 0 or None: it has no eta")
     count: int | str = int(steps) if isinstance(steps, str) and steps.isdecimal() else steps
     if not isinstance(count, str):

@@ -37,20 +37,14 @@ def ddim_cfg_pp(
 
 
 def euler_cfg_pp(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
-    """Euler steps with CFG++: ComfyUI's `euler_cfg_pp`. It is `ddim_cfg_pp` in noise-level space.
-
-    Args, errors, result: as `euler`.
-    """
+    """Euler steps with CFG++: ComfyUI's `euler_cfg_pp`, which is `ddim_cfg_pp` in noise-level space. All as `euler`."""
     return _euler(sigmas, denoiser, 0.0, 1.0, "euler_cfg_pp")
 
 
 def euler_ancestral_cfg_pp(
     sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW
 ) -> StepTable:
-    """Ancestral Euler steps with CFG++: ComfyUI's `euler_ancestral_cfg_pp`.
-
-    Args, errors, result: as `euler_ancestral`.
-    """
+    """Ancestral Euler steps with CFG++: ComfyUI's `euler_ancestral_cfg_pp`. All as `euler_ancestral`."""
     return _euler(sigmas, denoiser, eta, s_noise, "euler_ancestral_cfg_pp")
 
 

@@ -27,8 +27,7 @@ def lcm(
         timestep_scaling: s of c_skip = 0.25/((s t)² + 0.25) and c_out = s t/√((s t)² + 0.25), t the original timestep;
             above 0.
 
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first. The last row returns f.
+    Result: as `ddim`, but the last row returns f.
 
     Example:
         >>> from fastcfg.schedule import consistency_timesteps
@@ -63,8 +62,7 @@ def tcd(
         timesteps: falling ones, as `fastcfg.schedule.consistency_timesteps(4)`. The run ends at timestep 0.
         gamma: γ, 0 for no noise to 1 for steps through x at timestep 0.
 
-    Returns:
-        A table of one row per timestep. The last row adds no noise.
+    Result: a table of one row per timestep. The last row adds no noise.
     """
     check_schedule(schedule)
     if not 0 <= gamma <= 1:

@@ -26,8 +26,7 @@ def ddim(
         prediction: "epsilon", "x0", "v" or "previous_x".
         rescale_timesteps: give the model float times in the range of a 1000-step process.
 
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
+    Result: a table of `schedule.num_timesteps` rows, noisiest first. The last row returns x0.
 
     Raises:
         TypeError: schedule not a Schedule.
@@ -45,10 +44,7 @@ def ddim(
 def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """The deterministic ODE run from image to noise: guided-diffusion's `ddim_reverse_sample_loop`.
 
-    Args, errors: as `ddim`.
-
-    Returns:
-        A table of `schedule.num_timesteps` rows, least noisy first. Start it from an image in [-1, 1].
+    Args, errors, result: as `ddim`, with the least noisy row first. Start it from an image in [-1, 1].
     """
     check_schedule(schedule)
     ᾱ_next = schedule.alphas_cumprod_next

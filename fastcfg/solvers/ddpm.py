@@ -25,11 +25,10 @@ def ddpm(
             "learned_range" (they interpolate log σ² between log β̃ at -1 and log β at +1; Nichol & Dhariwal 2021,
             https://arxiv.org/abs/2102.09672).
 
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first. The last row adds no noise.
+    Result: as `ddim`; the last row adds no noise.
 
     Raises:
-        ValueError: unknown variance, or a schedule whose coefficients are not finite.
+        ValueError: unknown variance, or a schedule with coefficients that are not finite.
 
     Example:
         >>> table = ddpm(Schedule.named("squaredcos_cap_v2", 1000).respace(50))

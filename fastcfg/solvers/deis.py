@@ -21,8 +21,7 @@ def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, d
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them in fewer than 15
             steps. A step to 0 is of first order in any case.
 
-    Returns:
-        A table of N rows with order - 1 saved tensors.
+    Result: as `euler`, with order - 1 saved tensors.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order: got {order}, expected 1, 2 or 3")

@@ -35,8 +35,7 @@ class Denoiser:
 
     Raises:
         TypeError: "epsilon" or "v" without a Schedule.
-        ValueError: unknown prediction, a schedule that the prediction does not take or that ends in pure noise, or
-            sigma_data not above 0.
+        ValueError: unknown prediction, a schedule it does not take or that ends in pure noise, sigma_data not above 0.
 
     Example:
         >>> from fastcfg import sigmas, solvers

@@ -32,11 +32,10 @@ def langevin(
     rescale_timesteps: bool = False,
 ) -> StepTable:
     """Annealed Langevin dynamics (Song & Ermon 2019, https://arxiv.org/abs/1907.05600) from the noisiest level to the
-    least noisy one.
+    least noisy one. Samples get better with the number of steps; count on several hundred.
 
     Between levels x stays as it is, as in the corrector-only sampler of Song et al. 2021: variance-preserving levels
-    have about one scale. (Keeping x/√ᾱ instead, which variance-exploding levels keep, scales x by 20,000 on the way
-    through the cosine schedule.) Samples get better with the number of steps; count on several hundred.
+    have about one scale. (Keeping x/√ᾱ, as for variance-exploding levels, scales x by 20,000 in the cosine schedule.)
 
     Args, errors: as `ddim`, and
         schedule: the process, re-spaced to the levels wanted.
@@ -81,8 +80,7 @@ def sgld(
         step_size: δ/(1-ᾱ), in (0, 4): one number, or one for each step, say a (b + i)^-c with 1/2 < c <= 1 to end
             without a bias.
 
-    Returns:
-        A table of `num_steps` rows, and the row of `denoise` in the last one's step.
+    Result: a table of `num_steps` rows, and the row of `denoise` in the last one's step.
     """
     check_schedule(schedule)
     check_count("num_steps", num_steps)
@@ -105,11 +103,10 @@ def predictor_corrector(
         corrector_steps: Langevin steps before each step of the predictor, at least 1.
         step_size: δ/(1-ᾱ), in (0, 4).
 
-    Returns:
-        The predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
+    Result: the predictor's table with `corrector_steps` more rows at the head of each step, whose index they share.
 
     Raises:
-        TypeError: a predictor that is no table, or a schedule that is no Schedule.
+        TypeError: predictor not a StepTable, or schedule not a Schedule.
         ValueError: a number out of its range, or a predictor with steps that do not begin at timesteps of the schedule,
             or with an x that is not the schedule's (c_in is not 1).
 

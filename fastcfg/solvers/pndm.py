@@ -32,10 +32,7 @@ def plms(
     three steps of `prk`, would need four, one more than a table has: within the third, its start, the sum of its ε so
     far and the ε of both steps before are all still needed.
 
-    Args, errors: as `ddim`, and order: 1 (DDIM) to 4.
-
-    Returns:
-        A table of `schedule.num_timesteps` rows, noisiest first.
+    Args, errors, result: as `ddim`, and order: 1 (DDIM) to 4.
 
     Example:
         >>> table = plms(Schedule.named("linear", 1000).respace(20))
@@ -69,8 +66,7 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
     Args, errors: as `ddim`, without prediction "previous_x", and
         schedule: the process, re-spaced to 2 more than the number of steps wanted: at least 3 timesteps.
 
-    Returns:
-        A table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first; the four of a step share its index.
+    Result: a table of 4 * (`schedule.num_timesteps` - 2) rows, noisiest first; the four of a step share its index.
 
     Example:
         >>> table = prk(Schedule.named("linear", 1000).respace(20))

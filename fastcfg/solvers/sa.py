@@ -31,8 +31,7 @@ def sa_solver(
             default is 1 at timesteps 200 to 800 and 0 elsewhere.
         lower_order_final: as `unipc`.
 
-    Returns:
-        A table of N rows with max(predictor_order, corrector_order - 1) saved tensors.
+    Result: as `euler`, with max(predictor_order, corrector_order - 1) saved tensors.
     """
     if predictor_order not in (1, 2, 3) or corrector_order not in (1, 2, 3, 4):
         got = f"{predictor_order}, {corrector_order}"

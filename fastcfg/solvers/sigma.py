@@ -20,6 +20,8 @@ from ..table import StepTable
 from ._prediction import Array
 from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
 
+_Columns = dict[str, Any]
+
 
 def euler(
     sigmas: ArrayLike,
@@ -40,8 +42,7 @@ def euler(
         s_noise: factor of its noise, at least 0.
         denoiser: what the model predicts, by default D(x, σ).
 
-    Returns:
-        A table of N rows. Its start is sigmas[0] times noise, and the first churn's.
+    Result: a table of N rows. Its start is sigmas[0] times noise, and the first churn's.
 
     Raises:
         TypeError: denoiser not a Denoiser.
@@ -81,10 +82,7 @@ def heun(
     """Heun's method of second order: algorithm 2 of Karras et al. 2022, their stochastic sampler, which without churn
     is algorithm 1; a step to σ' = 0 is Euler's.
 
-    Args, errors: as `euler`.
-
-    Returns:
-        A table of two rows a step, one for a step to 0, with one saved tensor.
+    Args, errors: as `euler`. Result: two rows a step, one for a step to 0, with one saved tensor.
     """
     σ, σ_to, noise, start = _churned_levels(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     # h0 <- d. At the second stage x is X + dt d, so X + dt (d + d_2)/2 is x + dt (d_2 - d)/2.
@@ -103,20 +101,15 @@ def dpm2(
     s_noise: float = 1.0,
     denoiser: Denoiser = RAW,
 ) -> StepTable:
-    """DPM-Solver-2 (Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithm 1) as k-diffusion has it: the
-    midpoint method in σ, with the midpoint of log σ.
-
-    Args, errors, result: as `heun`.
+    """DPM-Solver-2 (Lu et al. 2022, https://arxiv.org/abs/2206.00927, algorithm 1) as k-diffusion has it: the midpoint
+    method in σ, with the midpoint of log σ. Args, errors, result: as `heun`.
     """
     σ, σ_to, noise, start = _churned_levels(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     return _dpm2(denoiser, σ, σ_to, σ_to, noise, start, "dpm2")
 
 
 def dpm2_ancestral(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
-    """`dpm2` steps to σ_down, then noise.
-
-    Args, errors: as `euler_ancestral`. Result: as `heun`.
-    """
+    """`dpm2` steps to σ_down, then noise. Args, errors: as `euler_ancestral`. Result: as `heun`."""
     σ, σ_to, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
     return _dpm2(denoiser, σ, σ_to, σ_down, σ_up, σ[0], "dpm2_ancestral")
 
@@ -125,7 +118,6 @@ def dpmpp_2s_ancestral(
     sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW
 ) -> StepTable:
     """DPM-Solver++(2S) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 1, r = 1/2) to σ_down, then noise.
-
     Args, errors: as `euler_ancestral`. Result: as `heun`.
     """
     σ, σ_to, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
@@ -169,14 +161,7 @@ def _churned_levels(
 
 
 def _two_stages(
-    denoiser: Denoiser,
-    σ: Array,
-    σ_mid: Array,
-    σ_to: Array,
-    start: float,
-    saved: dict[str, Any],
-    second: dict[str, Any],
-    name: str,
+    denoiser: Denoiser, σ: Array, σ_mid: Array, σ_to: Array, start: float, saved: _Columns, second: _Columns, name: str
 ) -> StepTable:
     """Rows of steps from σ to σ_to, each [N]: an Euler step to σ_mid that saves a tensor, and the columns of the second
     stage there; a step to 0 has no second stage."""

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..table import StepTable
 from ..utils.checks import check_one_of
-from ._multistep import history
+from ._multistep import history, integrals
 from ._prediction import Array
 from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
 
@@ -83,17 +83,12 @@ def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepT
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order: got {order}, expected 1, 2, 3 or 4")
     levels = noise_levels(sigmas)
-    σ, rows = levels[:-1], np.arange(len(levels) - 1)
+    σ = levels[:-1]
     # Two Gauss points integrate the cubics of order 4 exactly.
-    nodes, node_weights = np.polynomial.legendre.leggauss(2)
-    weights = np.zeros((4, len(rows)))
-    for i in range(len(rows)):
-        τ = levels[i] + (levels[i + 1] - levels[i]) * (nodes + 1) / 2
-        known = levels[i - np.arange(min(i + 1, order))]
-        for j, level in enumerate(known):
-            others = np.delete(known, j)
-            basis = np.prod((τ[:, None] - others) / (level - others), axis=1)
-            weights[j, i] = (levels[i + 1] - levels[i]) / 2 * (node_weights @ basis)
+    rule, weights = np.polynomial.legendre.leggauss(2), np.zeros((4, len(σ)))
+    for n in range(len(σ)):
+        known = levels[n - np.arange(min(n + 1, order))]
+        weights[: len(known), n] = integrals(np.ones_like, levels[n], levels[n + 1], known, rule)
     columns = {"a_x": 1 + weights[0] / σ, "a_0": -weights[0] / σ, "k_x": 1 / σ, "k_0": -1 / σ}
     return denoising_table(denoiser, σ, σ[0], **columns, **history(weights[1:order]), name="lms")
 

@@ -28,8 +28,7 @@ def unipc(
         lower_order_final: whether the last steps are of lower order too, as diffusers takes them. A step to 0 is of
             first order in any case.
 
-    Returns:
-        A table of N rows with p saved tensors.
+    Result: as `euler`, with p saved tensors.
 
     Example:
         >>> from fastcfg import sigmas

@@ -281,7 +281,7 @@ def test_methods_are_their_formulas(name: str) -> None:
         assert_near(play(guidance, outputs, backend=backend), want, 1e-6)
 
 
-def test_momentum_adds_up_over_the_guided_rows_and_starts_anew_with_a_run() -> None:
+def test_momentum_adds_up_over_the_guided_rows_and_starts_again_with_a_run() -> None:
     outputs = recorded()
     guidance = APG(2.0, (0.25, 1.0), momentum=0.9, norm_threshold=0.0)
     h, want = torch.zeros(SHAPE, dtype=torch.float64), []

@@ -86,7 +86,7 @@ def by_hand(path: Path, inpaint: bool) -> Tensor:
 
 
 def enlarged_by_hand(path: Path, samples: Tensor, inpaint: bool) -> Tensor:
-    """The upsampler: no guidance, temperature 0.997; DDIM, or DDPM to inpaint."""
+    """The upsampler from the same parts: no guidance, temperature 0.997; DDIM, or DDPM to inpaint."""
     model, _, _ = load_network(path, words(), UPSAMPLER)
     diffusion = create_gaussian_diffusion(100, "linear", UP_STEPS)
     image, mask = known(SIZE)
@@ -335,6 +335,11 @@ def test_load_refuses(files: dict[str, Path], load: Callable[[dict[str, Path]], 
         load(files)
 
 
+def test_only_pictures_from_text_have_weights_in_the_package() -> None:
+    with pytest.raises(TypeError, match="path: got None, expected a file of weights"):
+        Upsampler.load()
+
+
 def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt: got no input_blocks.0.0.weight, expected one of GLIDE's"):
@@ -385,9 +390,9 @@ IMAGE, MASK = known(BASE_SIZE)
         ),
         ("upsample", {"solver": "eulr"}, ValueError, "solver: got 'eulr', expected one of ddpm, ddim"),
         ("upsample", {"solver": "ddpm", "eta": 1.0}, ValueError, "eta: got 1.0 with solver 'ddpm'"),
-        ("upsample", {"steps": 0}, ValueError, "steps: got 0, expected an integer from 1 to 100"),
+        ("upsample", {"steps": 0}, ValueError, "steps: got 0, expected 1 to 100"),
         ("upsample", {"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),
-        ("upsample", {"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer of at least 1"),
+        ("upsample", {"batch_size": 0}, ValueError, "batch_size: got 0, expected at least 1"),
     ],
 )
 def test_sample_refuses_before_the_model_runs(
