@@ -83,7 +83,7 @@ class Call:
         """Equal for calls that can share buffers and programs."""
         plan = self.plan
         layout = (self.shape, self.conditioning.signature(), self.classifier_conditioning.signature())
-        branches = (plan.active, plan.agreement, plan.fallback_branches)
+        branches = (frozenset(plan.active), plan.agreement, plan.fallback_branches)
         return self.options, layout, branches, torch_settings(self.options.device)
 
 

@@ -75,8 +75,8 @@ class SamplerConfig:
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
         check_count("rows_per_graph", self.rows_per_graph)
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype: got {self.dtype}, expected a floating dtype")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"dtype: got {self.dtype!r}, expected a floating dtype")
 
     def resolved(self, model: Callable[..., Any]) -> SamplerConfig:
         """The same options with dtype, device and backend settled for a model.
@@ -120,6 +120,6 @@ def _with_index(device: torch.device | str) -> torch.device:
     """ "cuda" as "cuda:0": tensors name their device with its index."""
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: got {device!r}, expected one like 'cpu' or 'cuda'") from error
-    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+        return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for CUDA
+        raise ValueError(f"device: got {str(device)!r}, expected 'cpu', or a GPU that torch sees ({error})") from error

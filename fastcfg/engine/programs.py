@@ -210,6 +210,8 @@ class Programs:
         def call() -> Tensor:
             outputs = [call() for call in calls]
             first, *others = [output[0] if isinstance(output, tuple) else output for output in outputs]
+            if not isinstance(first, Tensor):
+                raise TypeError(f"model: returned a {type(first).__name__}, expected a tensor (return_dict=False?)")
             return torch.cat([first, *others]) if others else first
 
         return call

@@ -25,6 +25,20 @@ from .programs import Decision
 __all__ = ["Preview", "Sampler", "Step"]
 
 _OPTIONS = tuple(field.name for field in fields(SamplerConfig))
+_CALL = (
+    "cond",
+    "uncond",
+    "branches",
+    "guidance",
+    "clip",
+    "denoised_fn",
+    "cond_fn",
+    "seed",
+    "generator",
+    "noise",
+    "x_T",
+)
+_RENAMED = {"noise": "noise_source", "steps_per_graph": "rows_per_graph"}
 
 
 class _Own:
@@ -90,14 +104,13 @@ class Sampler:
         config: SamplerConfig | None = None,
         **options: Any,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model: got {type(model).__name__}, expected a callable")
-        if not isinstance(table, StepTable):
-            raise TypeError(f"table: got {type(table).__name__}, expected a StepTable (see fastcfg.solvers)")
         if config is not None and not isinstance(config, SamplerConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a SamplerConfig or None")
         if unknown := sorted(set(options) - set(_OPTIONS)):
-            raise TypeError(f"options: got {', '.join(unknown)}, expected some of {', '.join(_OPTIONS)}")
+            got = ", ".join(f"{name} (now {_RENAMED[name]})" if name in _RENAMED else name for name in unknown)
+            raise TypeError(f"options: got {got}, expected some of {', '.join(_OPTIONS)}")
+        if branch_models is not None and not isinstance(branch_models, Mapping):
+            raise TypeError(f"branch_models: got {type(branch_models).__name__}, expected a mapping of names to models")
         self.model, self.table, self.guidance = model, table, _checked_guidance(guidance)
         self.branch_models, self.clip = dict(branch_models or {}), clip
         self.denoised_fn, self.cond_fn = denoised_fn, cond_fn
@@ -121,6 +134,15 @@ class Sampler:
         shown = clip.tolist() if isinstance(clip, Tensor) else clip
         where = f"{config.backend} on {config.device}, graph={config.graph!r}"
         return f"Sampler({self.table.name}, {self.table.num_rows} rows, {self.guidance!r}, clip={shown}, {where})"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OPTIONS:
+            raise AttributeError(f"{name}: got {value!r}, expected a new sampler.config: it is an option of the config")
+        if name == "model" and not callable(value):
+            raise TypeError(f"model: got {type(value).__name__}, expected a callable")
+        if name == "table" and not isinstance(value, StepTable):
+            raise TypeError(f"table: got {type(value).__name__}, expected a StepTable (see fastcfg.solvers)")
+        super().__setattr__(name, _checked_guidance(value) if name == "guidance" else value)
 
     def __getattr__(self, name: str) -> Any:
         if name in _OPTIONS:
@@ -193,6 +215,9 @@ class Sampler:
             TypeError, ValueError: arguments that do not fit, before any work.
         """
         preview_every = check_count("preview_every", preview_every)
+        for name, observer in (("callback", callback), ("preview", preview)):
+            if observer is not None and not callable(observer):
+                raise TypeError(f"{name}: got {type(observer).__name__}, expected a function or None")
         progress = progress if hasattr(progress, "update") else bool(progress)
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(
@@ -214,6 +239,8 @@ class Sampler:
     def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
         """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples. It takes the
         keyword arguments of `sample` up to `x_T`, and checks them at once."""
+        if unknown := sorted(set(arguments) - set(_CALL)):
+            raise TypeError(f"iterate: got {', '.join(unknown)}, expected some of {', '.join(_CALL)}")
         run = self._prepare(shape, True, **arguments)
         return (run.step(row) for row in run.rows())
 

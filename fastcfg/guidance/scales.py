@@ -41,7 +41,8 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
         return np.stack([np.broadcast_to(row, batch) for row in rows])
     values = _finite(name, scale)
     if values.ndim == 1 and len(values) not in (1, batch):
-        raise ValueError(f"{name}: got {len(values)} values, expected 1 or one per sample ({batch})")
+        by_row = f"; one per row has the shape ({table.num_rows}, 1)"
+        raise ValueError(f"{name}: got {len(values)} values, expected 1 or one per sample ({batch}){by_row}")
     if values.ndim == 2 and (len(values) != table.num_rows or values.shape[1] not in (1, batch)):
         expected = f"({table.num_rows}, 1) or ({table.num_rows}, {batch})"
         raise ValueError(f"{name}: got shape {values.shape}, expected {expected}")

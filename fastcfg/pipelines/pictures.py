@@ -60,6 +60,8 @@ def picture_seeds(seed: int | Sequence[int] | None, num_prompts: int, num_sample
         ValueError: another number of seeds than of pictures.
     """
     first = random_seed() if seed is None or seed == -1 else as_integer(seed)
+    if first is not None and first < 0:
+        raise ValueError(f"seed: got {first}, expected at least 0, or -1 for a random one")
     if first is not None:
         return [first + i for i in range(num_samples)] * num_prompts
     seeds = [as_integer(value) for value in seed] if isinstance(seed, Sequence) else [None]

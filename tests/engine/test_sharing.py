@@ -99,8 +99,8 @@ def test_one_config_serves_several_samplers() -> None:
 
 
 def test_options_are_named_in_errors_and_repr() -> None:
-    with pytest.raises(TypeError, match="options: got noise, step_per_graph, expected some of noise_source, backend"):
-        made(noise="philox", step_per_graph=2)
+    with pytest.raises(TypeError, match=r"options: got noise \(now noise_source\), step, expected some of "):
+        made(noise="philox", step=2)
     with pytest.raises(TypeError, match="config: got dict, expected a SamplerConfig or None"):
         made(config={})
     with pytest.raises(AttributeError, match="'Sampler' object has no attribute 'noises'"):
@@ -130,3 +130,62 @@ def test_bad_generators_are_refused() -> None:
         draw(made(), seed=None, generator=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="generator: got one beside seed=3, expected one of the two"):
         draw(made(), seed=3, generator=torch.Generator())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("graph", True, AttributeError, r"graph: got True, expected a new sampler\.config"),
+        ("guidance", 3.0, TypeError, "guidance: got float, expected a Guidance"),
+        ("table", 3, TypeError, "table: got int, expected a StepTable"),
+        ("model", 3, TypeError, "model: got int, expected a callable"),
+        ("clip", "1", TypeError, "clip: got '1'"),
+    ],
+)
+def test_attributes_are_checked_when_they_are_set(name: str, value: Any, error: type[Exception], message: str) -> None:
+    sampler = made()
+    before = getattr(sampler, name)
+    with pytest.raises(error, match=message):
+        setattr(sampler, name, value)
+    assert getattr(sampler, name) is before
+    sampler.guidance = None  # type: ignore[assignment]
+    assert sampler.guidance.branches == ("cond",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, "dtype: got 'float32', expected a floating dtype"),
+        ({"device": "gpu"}, "device: got 'gpu', expected 'cpu', or a GPU that torch sees"),
+        ({"branch_models": [1]}, "branch_models: got list, expected a mapping"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        made(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="device: got 'cuda', expected 'cpu', or a GPU that torch sees"):
+        made(device="cuda")
+
+
+def test_bad_observers_and_outputs_are_refused() -> None:
+    sampler = made()
+    for name in ("callback", "preview"):
+        with pytest.raises(TypeError, match=f"{name}: got int, expected a function or None"):
+            draw(sampler, **{name: 3})
+    with pytest.raises(TypeError, match="iterate: got callback, expected some of cond, uncond"):
+        sampler.iterate(SHAPE, callback=print)
+    with pytest.raises(TypeError, match=r"model: returned a dict, expected a tensor \(return_dict=False\?\)"):
+        Sampler(lambda x, t: {"sample": x}, TABLES["ddim"]).sample(SHAPE)
+
+
+def test_scales_and_intervals_share_programs() -> None:
+    sampler = made(graph=True)
+    guidances = [CFG(3.0, interval=(0.2, 0.6)), CFG(4.0, interval=(0.4, 0.8)), CFG([[1.0], [3.0], [1.0], [2.0], [1.0]])]
+    for guidance in guidances:
+        got = draw(sampler, guidance=guidance)
+        assert torch.equal(got, draw(made(graph=True, guidance=guidance)))
+    assert sampler.report()["captures"] == 1

@@ -215,6 +215,7 @@ def test_the_package_brings_a_model() -> None:
         ({"num_samples": 0}, ValueError, "num_samples: got 0, expected an integer of at least 1"),
         ({"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer of at least 1"),
         ({"seed": 0.5}, TypeError, "seed: got 0.5, expected an integer or a sequence of integers"),
+        ({"seed": -2}, ValueError, "seed: got -2, expected at least 0, or -1 for a random one"),
         ({"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of"),
         ({"graph": "always"}, ValueError, "graph: got 'always'"),
