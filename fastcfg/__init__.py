@@ -46,46 +46,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "APG",
-    "CFG",
-    "APGMix",
-    "AdaptiveCFG",
-    "AutoGuidance",
-    "CFGZeroStar",
-    "ClassifierFree",
-    "Compose",
-    "DynamicThreshold",
-    "GramGuidance",
-    "Guidance",
-    "InstructPix2Pix",
-    "MagnitudeAwareCFG",
-    "NoGuidance",
-    "PerpNeg",
-    "PerturbedCFG",
-    "Preview",
-    "Sampler",
-    "SamplerConfig",
-    "Schedule",
-    "Step",
-    "StepTable",
-    "TangentialCFG",
-    "TextToImage",
-    "Upsampler",
-    "accelerate",
-    "compiler",
-    "guidance",
-    "sigmas",
-    "solvers",
-    "to_pil",
-]
+__all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "ClassifierFree", "Compose"]
+__all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance"]
+__all__ += ["PerpNeg", "PerturbedCFG", "Preview", "Sampler", "SamplerConfig", "Schedule", "Step", "StepTable"]
+__all__ += ["TangentialCFG", "TextToImage", "Upsampler", "accelerate", "compiler", "guidance", "sigmas", "solvers"]
+__all__ += ["to_pil"]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
-_LAZY = {
-    "TextToImage": "pipelines.text_to_image",
-    "Upsampler": "pipelines.upsampler",
-    "to_pil": "pipelines.pictures",
-}
+_LAZY = {"TextToImage": "pipelines.text_to_image", "Upsampler": "pipelines.upsampler", "to_pil": "pipelines.pictures"}
 
 _moved.install()
 

@@ -17,69 +17,43 @@ from .utils.caller import warn_caller
 
 __all__ = ["MOVED", "install"]
 
-# Old name below `fastcfg` -> new name below it.
-MOVED = {
-    "files": "utils.files",
-    "stage": "pipelines.base",
-    "pipeline": "pipelines.text_to_image",
-    "upsampler": "pipelines.upsampler",
-    "inpainting": "pipelines.inpainting",
+# By new package below `fastcfg`: modules that were directly below it, as old:new where the name changed too.
+_INTO = {
+    "engine": "sampler programs conditioning readback run:loop keeper:program_cache workspace:buffers sources:noise "
+    "statistics:branch_weights hooks:user_functions fingerprint:staleness graphs streams:graphs.streams",
+    "ops": "stepper blender",
+    "pipelines": "stage:base pipeline:text_to_image upsampler inpainting",
+    "utils": "files",
+}
+_FOLLOWING = {
+    **{f"graphs.{name}": f"engine.graphs.{name}" for name in ("cuda", "trace", "comparison", "stand_in", "errors")},
+    **{f"graphs.{name}": "engine.graphs.trace" for name in ("modes", "examine")},
+    **{f"training.folder_{name}": f"training.folder.{name}" for name in ("data", "config", "task")},
+    **{f"training.shapes_{name}": f"training.shapes.{name}" for name in ("config", "task")},
+    **{f"training.{name}": f"training.shapes.{name}" for name in ("judge", "data", "reading", "layout")},
+    **{f"models.{name}": "models.blocks" for name in ("attention", "resblock")},
+    "frontends._scheduler_run": "frontends._fused.steps",
+    "graphs.opaque": "engine.graphs.stand_in",
+    "guidance.statistic": "guidance.output_methods",
+    "models.glide_meta": "models.glide",
+    "models.transformer": "models.text2im",
     "noise": "reference.philox",
     "parity.plain": "reference.plain",
-    "reference.gaussian": "reference.originals",
     "reference.bound": "reference.bits_per_dim",
+    "reference.gaussian": "reference.originals",
     "threshold": "clip",
-    "guidance.statistic": "guidance.output_methods",
-    "sampler": "engine.sampler",
-    "run": "engine.loop",
-    "keeper": "engine.program_cache",
-    "programs": "engine.programs",
-    "workspace": "engine.buffers",
-    "statistics": "engine.branch_weights",
-    "hooks": "engine.user_functions",
-    "sources": "engine.noise",
-    "conditioning": "engine.conditioning",
-    "fingerprint": "engine.staleness",
-    "readback": "engine.readback",
-    "streams": "engine.graphs.streams",
-    "graphs": "engine.graphs",
-    "graphs.cuda": "engine.graphs.cuda",
-    "graphs.trace": "engine.graphs.trace",
-    "graphs.modes": "engine.graphs.trace",
-    "graphs.comparison": "engine.graphs.comparison",
-    "graphs.examine": "engine.graphs.trace",
-    "graphs.stand_in": "engine.graphs.stand_in",
-    "graphs.errors": "engine.graphs.errors",
-    "graphs.opaque": "engine.graphs.stand_in",
-    "stepper": "ops.stepper",
-    "blender": "ops.blender",
-    "frontends._scheduler_run": "frontends._fused.steps",
-    "models.glide_meta": "models.glide",
-    "models.attention": "models.blocks",
-    "models.resblock": "models.blocks",
-    "models.transformer": "models.text2im",
-    "training.judge": "training.shapes.judge",
-    "training.folder_data": "training.folder.data",
-    "training.folder_config": "training.folder.config",
-    "training.folder_task": "training.folder.task",
-    "training.shapes_task": "training.shapes.task",
-    "training.shapes_config": "training.shapes.config",
-    "training.data": "training.shapes.data",
-    "training.reading": "training.shapes.reading",
-    "training.layout": "training.shapes.layout",
 }
+_PAIRS = ((package, *name.partition(":")[::2]) for package, names in _INTO.items() for name in names.split())
+# Old name below `fastcfg` -> new name below it.
+MOVED = {old: f"{package}.{new or old}" for package, old, new in _PAIRS} | _FOLLOWING
 
 _KERNELS = Path(__file__).parents[1] / "kernels"
 
 
-class _Finder(MetaPathFinder, Loader):
-    """Finds the old names and the kernels, after every other finder; any other import passes it by."""
+class _OldNames(MetaPathFinder, Loader):
+    """Finds the old names; any other import passes it by."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name == "fastcfg.kernels" and _KERNELS.is_dir():
-            spec = ModuleSpec(name, None, is_package=True)
-            spec.submodule_search_locations = [str(_KERNELS)]
-            return spec
         package, _, old = name.partition(".")
         return ModuleSpec(name, self) if package == "fastcfg" and old in MOVED else None
 
@@ -90,8 +64,21 @@ class _Finder(MetaPathFinder, Loader):
         sys.modules[module.__name__] = importlib.import_module(new)
 
 
+class _Kernels(MetaPathFinder):
+    """Finds the kernels beside the package, where nothing else has found them in it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        # Another project's package of that name may lie beside an installed fastcfg.
+        if name != "fastcfg.kernels" or not (_KERNELS / "guided_step.py").is_file():
+            return None
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(_KERNELS)]
+        return spec
+
+
 def install() -> None:
     """Make them importable. Idempotent."""
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not any(isinstance(finder, _OldNames) for finder in sys.meta_path):
         # First: a folder of bytecode that an old checkout left behind would be found as a package.
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _OldNames())
+        sys.meta_path.append(_Kernels())

@@ -8,13 +8,5 @@ from .text2im import Text2ImUNet
 from .tokenizer import Tokenizer
 from .unet import UNetModel
 
-__all__ = [
-    "EncoderUNetModel",
-    "InpaintText2ImUNet",
-    "SuperResInpaintText2ImUnet",
-    "SuperResModel",
-    "SuperResText2ImUNet",
-    "Text2ImUNet",
-    "Tokenizer",
-    "UNetModel",
-]
+__all__ = ["EncoderUNetModel", "InpaintText2ImUNet", "SuperResInpaintText2ImUnet", "SuperResModel"]
+__all__ += ["SuperResText2ImUNet", "Text2ImUNet", "Tokenizer", "UNetModel"]

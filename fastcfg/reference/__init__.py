@@ -7,16 +7,5 @@ from .guided_step import ReferenceStep
 from .quantile import ReferenceBound, quantile_bound
 from .table_step import Scratch, blend, table_step
 
-__all__ = [
-    "ReferenceBound",
-    "ReferenceStep",
-    "Scratch",
-    "bits_per_dim",
-    "blend",
-    "gram",
-    "originals",
-    "pieces",
-    "quantile_bound",
-    "rescale_factor",
-    "table_step",
-]
+__all__ = ["ReferenceBound", "ReferenceStep", "Scratch", "bits_per_dim", "blend", "gram", "originals", "pieces"]
+__all__ += ["quantile_bound", "rescale_factor", "table_step"]

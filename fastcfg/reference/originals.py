@@ -31,20 +31,9 @@ from torch import Tensor
 from ..schedule import Schedule
 from ..utils.checks import check_one_of
 
-__all__ = [
-    "condition_mean",
-    "condition_score",
-    "ddim_reverse_sample",
-    "ddim_sample",
-    "p_mean_variance",
-    "p_sample",
-    "predict_eps_from_xstart",
-    "predict_xstart_from_eps",
-    "predict_xstart_from_xprev",
-    "q_mean_variance",
-    "q_posterior_mean_variance",
-    "q_sample",
-]
+__all__ = ["condition_mean", "condition_score", "ddim_reverse_sample", "ddim_sample", "p_mean_variance", "p_sample"]
+__all__ += ["predict_eps_from_xstart", "predict_xstart_from_eps", "predict_xstart_from_xprev", "q_mean_variance"]
+__all__ += ["q_posterior_mean_variance", "q_sample"]
 
 PREDICTIONS = ("epsilon", "x0", "previous_x")
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")

@@ -390,9 +390,9 @@ IMAGE, MASK = known(BASE_SIZE)
         ),
         ("upsample", {"solver": "eulr"}, ValueError, "solver: got 'eulr', expected one of ddpm, ddim"),
         ("upsample", {"solver": "ddpm", "eta": 1.0}, ValueError, "eta: got 1.0 with solver 'ddpm'"),
-        ("upsample", {"steps": 0}, ValueError, "steps: got 0, expected 1 to 100"),
+        ("upsample", {"steps": 0}, ValueError, "steps: got 0, expected an integer from 1 to 100"),
         ("upsample", {"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),
-        ("upsample", {"batch_size": 0}, ValueError, "batch_size: got 0, expected at least 1"),
+        ("upsample", {"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer of at least 1"),
     ],
 )
 def test_sample_refuses_before_the_model_runs(

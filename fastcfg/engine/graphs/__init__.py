@@ -11,15 +11,5 @@ from .errors import CaptureError
 from .stand_in import Opaque, StandIn, is_compiled
 from .trace import Examined, examine
 
-__all__ = [
-    "CaptureError",
-    "Comparison",
-    "CudaGraph",
-    "Examined",
-    "Opaque",
-    "Pool",
-    "StandIn",
-    "compare",
-    "examine",
-    "is_compiled",
-]
+__all__ = ["CaptureError", "Comparison", "CudaGraph", "Examined", "Opaque", "Pool", "StandIn", "compare", "examine"]
+__all__ += ["is_compiled"]
