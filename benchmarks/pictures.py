@@ -132,12 +132,7 @@ def draw(pipeline: TextToImage, table: StepTable, guidance: Guidance) -> np.ndar
         encoded[name] = {key: value.expand(len(SEEDS), *value.shape[1:]) for key, value in text.items()}
     other = {name: weaker(pipeline.model) for name in ("weak", "perturbed") if name in guidance.branches}
     sampler = Sampler(
-        pipeline.model,
-        table,
-        guidance=guidance,
-        clip=1.0,
-        branch_models=other,
-        memory_format=torch.channels_last,
+        pipeline.model, table, guidance=guidance, clip=1.0, branch_models=other, memory_format=torch.channels_last
     )
     x = sampler.sample((len(SEEDS), 3, size, size), branches=encoded, seed=SEEDS)
     return to_bytes(x)
