@@ -128,14 +128,14 @@ class Previews:
 
 
 class ProgressBar:
-    """Counts a run's rows on a bar: True makes one, False none; or on the caller's own tqdm bar, for a run that is part
-    of something larger."""
+    """Counts rows on a bar: True makes one, False none; or on the caller's own tqdm bar, for a run that is part of
+    something larger."""
 
-    def __init__(self, run: Run, bar: Any) -> None:
+    def __init__(self, bar: Any, rows: int, device: torch.device) -> None:
         self._own = bar is True
-        self._bar, self._row = progress_bar(total=run.table.num_rows) if self._own else bar, -1
+        self._bar, self._row = progress_bar(total=rows) if self._own else bar, -1
         if bar is not False:
-            self._pace = Pace(run.buffers.options.device)
+            self._pace = Pace(device)
 
     def __enter__(self) -> ProgressBar:
         return self

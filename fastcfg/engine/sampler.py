@@ -224,7 +224,7 @@ class Sampler:
             shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T
         )
         previews = None if preview is None else Previews(run, preview, preview_every)
-        with ProgressBar(run, progress) as bar:
+        with ProgressBar(progress, self.table.num_rows, self.device) as bar:
             for row in run.rows():
                 if callback is not None:
                     callback(run.step(row))
