@@ -53,6 +53,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from k_diffusion import sampling
-
+    try:
+        from k_diffusion import sampling
+    except ImportError:  # or something that it imports is missing
+        return __all__
     return [*__all__, *(name for name in dir(sampling) if name.startswith("sample_"))]

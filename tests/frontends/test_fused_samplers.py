@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import threading
 from itertools import pairwise
 from typing import Any
@@ -165,6 +166,11 @@ def test_what_is_no_function_is_refused() -> None:
     with pytest.raises(AttributeError, match="sample_nothing"):
         fused.sample_nothing  # noqa: B018
     assert {"fuse", "sample_heun"} <= set(dir(fused))
+
+
+def test_names_are_listed_where_k_diffusion_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "k_diffusion", None)
+    assert dir(fused) == ["fuse"]
 
 
 def test_another_thread_is_not_touched_while_a_function_is_compiled() -> None:
