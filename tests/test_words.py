@@ -19,7 +19,6 @@ BANNED = {
     r"\blooks? on\b|\blook on\b": "observe",
     r"\bgone on with\b|\bgoes on with\b": "resume",
     r"\bis their[s]\b": "name the owner",
-    r"\bsteps_per_graph\b": "rows_per_graph",
     r"\bWorkspace\b|\bKeeper\b": "Buffers, ProgramCache",
 }
 FOLDERS = ("fastcfg", "kernels", "benchmarks", "tests", "docs")
