@@ -93,13 +93,8 @@ def measure(
         progress=f"guidance {scale:g}",
     )
     pictures = images.cpu().numpy()
-    seconds = time.perf_counter() - started
-    return {
-        "scale": scale,
-        "own_prompts": score(pictures, scenes),
-        "shuffled_prompts": score(pictures, shuffled(scenes)),
-        "seconds": seconds,
-    }
+    seconds, own, others = time.perf_counter() - started, score(pictures, scenes), score(pictures, shuffled(scenes))
+    return {"scale": scale, "own_prompts": own, "shuffled_prompts": others, "seconds": seconds}
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -110,13 +105,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     device = choose_device(arguments.device)
     pipeline = TextToImage.load(arguments.checkpoint, device)
-    settings = {
-        "weights_sha256": _digest(pipeline),
-        "num_prompts": arguments.num_prompts,
-        "prompts_seed": arguments.seed,
-        "steps": arguments.steps,
-        "solver": arguments.solver,
-    }
+    settings = {"weights_sha256": _digest(pipeline), "num_prompts": arguments.num_prompts}
+    settings |= {"prompts_seed": arguments.seed, "steps": arguments.steps, "solver": arguments.solver}
     report = _resume(arguments.json, settings)
     report["environment"] = environment(torch.device(device), load_average()) | {"threads": torch.get_num_threads()}
     prompts = evaluation_prompts(arguments.num_prompts, arguments.seed)
@@ -135,10 +125,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> list[str]:
     """The report as lines of a Markdown table, in per cent."""
-    lines = [
-        "| guidance | " + " | ".join(_NAMES[part] for part in _PARTS) + " | fully correct, shuffled prompts |",
-        "|" + "---|" * (len(_PARTS) + 2),
-    ]
+    lines = [f"| guidance | {' | '.join(_NAMES.values())} | fully correct, shuffled prompts |"]
+    lines.append("|" + "---|" * (len(_PARTS) + 2))
     for row in report["scales"]:
         cells = [_percent(row["own_prompts"][part]) for part in _PARTS]
         lines.append(f"| {row['scale']:g} | {' | '.join(cells)} | {_percent(row['shuffled_prompts']['correct'])} |")
@@ -157,16 +145,9 @@ def plot(report: dict[str, Any], path: str) -> None:
     figure = Figure(figsize=(7, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for part in _PARTS:
-        values = [row["own_prompts"][part] for row in rows]
-        axes.errorbar(
-            scales,
-            [100 * value["fraction"] for value in values],
-            [100 * value["standard_error"] for value in values],
-            label=_NAMES[part],
-            capsize=3,
-            marker="o",
-            linewidth=2.2 if part == "correct" else 1.2,
-        )
+        parts = ([100 * row["own_prompts"][part][key] for row in rows] for key in ("fraction", "standard_error"))
+        width = 2.2 if part == "correct" else 1.2
+        axes.errorbar(scales, *parts, label=_NAMES[part], capsize=3, marker="o", linewidth=width)
     chance = [100 * row["shuffled_prompts"]["correct"]["fraction"] for row in rows]
     axes.plot(scales, chance, color="gray", linestyle=":", label="fully correct, shuffled prompts")
     best = 100 * report["rendered"]["correct"]["fraction"]
@@ -209,9 +190,8 @@ def _parser() -> Parser:
     parser, default = parser_of("adherence", __doc__, _EXAMPLES), "(default: %(default)s)"
     parser.add_argument("--checkpoint", metavar="FILE", help="a checkpoint of `fastcfg train` (default: the package's)")
     parser.add_argument("--num-prompts", metavar="N", type=integer(2), default=512, help=f"prompts {default}")
-    parser.add_argument(
-        "--seed", metavar="N", type=any_integer, default=HELD_OUT_SEED, help=f"of the prompts {default}"
-    )
+    seed = f"of the prompts {default}"
+    parser.add_argument("--seed", metavar="N", type=any_integer, default=HELD_OUT_SEED, help=seed)
     parser.add_argument("--scales", metavar="S,S", type=several_finite, default=SCALES, help="(default: 0,1,2,3,4,6)")
     parser.add_argument("--steps", metavar="N", type=integer(1), default=50, help=f"timesteps {default}")
     parser.add_argument("--solver", choices=("ddpm", "ddim"), default="ddpm", help=default)
@@ -238,10 +218,8 @@ def _resume(path: str | None, settings: dict[str, Any]) -> dict[str, Any]:
         raise UsageError(f"argument --json: got {path!r}, which is no report to resume from") from error
     for name, value in settings.items():
         if found.get(name) != value:
-            raise UsageError(
-                f"argument --json: got {path!r}, a report with {name} = {found.get(name)}, "
-                f"expected {value} or another file"
-            )
+            got = f"{path!r}, a report with {name} = {found.get(name)}"
+            raise UsageError(f"argument --json: got {got}, expected {value} or another file")
     return report
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from fastcfg.step import StepBuffers, StepSpec
+from fastcfg.step import StepBuffers, StepSpec
+from fastcfg.table import DEVICE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,7 @@ class Launch:
         call: makes the call.
         module: holds the kernel.
         kernel: its name there.
-        bytes_per_element: bytes that must be moved for one element of the state: every tensor once, scalars not
-            counted.
+        bytes_per_element: bytes that must be moved for one element of the state: every tensor once, without scalars.
     """
 
     call: Callable[[], None]
@@ -35,17 +36,22 @@ class Launch:
 SHAPE = (64, 3, 64, 64)
 
 
-def _tensor(*shape: int, dtype: str = "float32", channels_last: bool = False) -> Tensor:
-    import torch
+def _launch(
+    module: str, bytes_per_element: int, *arguments: Any, launcher: str | None = None, kernel: str | None = None
+) -> Launch:
+    """A call of a launcher in fastcfg.kernels; it and its kernel are named after the module by default."""
+    found = import_module(f"fastcfg.kernels.{module}")
+    call = partial(getattr(found, launcher or f"launch_{module}"), *arguments)
+    return Launch(call, found, kernel or f"_{module}_kernel", bytes_per_element)
 
+
+def _tensor(*shape: int, dtype: str = "float32", channels_last: bool = False) -> Tensor:
     tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
 def _given(shape: tuple[int, ...], weights: int) -> dict[str, Any]:
     """The buffers that every row has, and x0."""
-    from fastcfg.table import DEVICE_COLUMNS
-
     x, counter = _tensor(*shape), _tensor(2, dtype="int32")
     table, schedule = _tensor(51, len(DEVICE_COLUMNS)), _tensor(50, shape[0], weights)
     return {"x": x, "x0": _tensor(*shape), "table": table, "counter": counter, "weights": schedule}
@@ -60,9 +66,6 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
         channels_last: the layout of both.
         **fields: of the `StepSpec`.
     """
-    from fastcfg.kernels import guided_step
-    from fastcfg.step import StepBuffers, StepSpec
-
     spec = StepSpec(**fields)
     batch, channels, *rest = shape
     rows = spec.branches * batch
@@ -78,8 +81,7 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
         time=_tensor(rows, dtype="int64"),
     )
     output = _tensor(rows, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
-    call = partial(guided_step.launch_guided_step, output, spec, buffers)
-    return Launch(call, guided_step, "_guided_step_kernel", step_bytes(spec, buffers))
+    return _launch("guided_step", step_bytes(spec, buffers), output, spec, buffers)
 
 
 def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
@@ -95,114 +97,84 @@ def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
 
 def starting_noise() -> Launch:
     """The normals that a run starts from."""
-    from fastcfg.kernels import normal
-
-    call = partial(normal.launch_normal, _tensor(*SHAPE), _tensor(SHAPE[0], dtype="int64"), 0, 0)
-    return Launch(call, normal, "_normal_kernel", 4)
+    return _launch("normal", 4, _tensor(*SHAPE), _tensor(SHAPE[0], dtype="int64"), 0, 0)
 
 
 def split_piece(dtype: str = "bfloat16") -> Launch:
     """`split_model_output`."""
-    from fastcfg.kernels import split
-
     batch, channels, *rest = SHAPE
     image, output = _tensor(*SHAPE), _tensor(batch, 2 * channels, *rest, dtype=dtype)
-    return Launch(partial(split.launch_split, output, image, image), split, "_split_kernel", 2 * output.itemsize + 8)
+    return _launch("split", 2 * output.itemsize + 8, output, image, image)
 
 
 def blend_piece(dtype: str = "bfloat16") -> Launch:
     """`guidance_blend` of two branches."""
-    from fastcfg.kernels import blend
-
     batch = SHAPE[0]
     output = _tensor(2 * batch, *SHAPE[1:], dtype=dtype)
-    call = partial(blend.launch_blend, output, _tensor(batch, 2), 1, False, None, _tensor(*SHAPE))
-    return Launch(call, blend, "_blend_kernel", 2 * output.itemsize + 4)
+    return _launch("blend", 2 * output.itemsize + 4, output, _tensor(batch, 2), 1, False, None, _tensor(*SHAPE))
 
 
 def x0_piece(dtype: str = "bfloat16") -> Launch:
     """`predict_x0`, clipped."""
-    from fastcfg.kernels import x0
-
     image, scalar, output = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype=dtype)
-    call = partial(x0.launch_x0, image, output, scalar, scalar, scalar, None, image)
-    return Launch(call, x0, "_x0_kernel", output.itemsize + 8)
+    return _launch("x0", output.itemsize + 8, image, output, scalar, scalar, scalar, None, image)
 
 
 def posterior_piece(dtype: str = "bfloat16") -> Launch:
     """`posterior_mean_variance` with variance channels."""
-    from fastcfg.kernels import posterior
-
     image, scalar, variance = _tensor(*SHAPE), _tensor(SHAPE[0]), _tensor(*SHAPE, dtype=dtype)
-    inputs = (image, image, scalar, scalar, scalar, scalar, variance)
-    call = partial(posterior.launch_posterior, *inputs, image, image, image)
-    return Launch(call, posterior, "_posterior_kernel", variance.itemsize + 20)
-
-
-def quantile_pass(index: int) -> Launch:
-    """A pass of the selection that finds a quantile."""
-    from fastcfg.kernels import quantile
-
-    batch = SHAPE[0]
-    selection = _tensor(batch, quantile.SELECTION, dtype="int32")
-    call = partial(quantile.launch_pass, index, _tensor(*SHAPE), selection, _tensor(batch), (5, 0.5, 1.0, 2.0))
-    return Launch(call, quantile, "_quantile_kernel", 4)
-
-
-def step_bound(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last: bool = False) -> Launch:
-    """x0 of a row of two branches, with the first pass over it."""
-    from fastcfg.kernels import quantile, step_bound
-    from fastcfg.step import StepBuffers, StepSpec
-
-    batch, channels, *rest = shape
-    buffers = StepBuffers(**_given(shape, 2))
-    output = _tensor(2 * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
-    selection = _tensor(batch, quantile.SELECTION, dtype="int32")
-    call = partial(step_bound.launch_first_pass, output, StepSpec(2, 1), buffers, selection, 5)
-    return Launch(call, step_bound, "_step_bound_kernel", 8 + 2 * output.dtype.itemsize)
-
-
-def gram(dtype: str = "bfloat16", branches: int = 2, momentum: bool = False, channels_last: bool = False) -> Launch:
-    """The pass over the model's output that guidance computes its weights from."""
-    from fastcfg.kernels import gram
-
-    batch, channels, *rest = SHAPE
-    output = _tensor(branches * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
-    size, vectors = _tensor(*SHAPE)[0].numel(), branches + momentum
-    memory = _tensor(*gram.partial_shape(vectors, batch, size))
-    h = _tensor(*SHAPE) if momentum else None
-    call = partial(gram.launch_gram_partial, output, size, size // channels, 1, 0, h, -0.5, memory)
-    return Launch(call, gram, "_gram_kernel", branches * output.itemsize + 8 * momentum)
-
-
-def gram_sum() -> Launch:
-    """The sum over that pass's blocks; bytes are per number."""
-    from fastcfg.kernels import gram
-
-    call = partial(gram.launch_gram_sum, _tensor(64, 12, 2, 3), _tensor(64, 2, 3, dtype="float64"))
-    return Launch(call, gram, "_gram_sum_kernel", 4)
+    return _launch("posterior", variance.itemsize + 20, image, image, *[scalar] * 4, variance, image, image, image)
 
 
 def threshold_piece() -> Launch:
     """Limit and divide, the second half of `dynamic_threshold`."""
-    from fastcfg.kernels import threshold
-
     image = _tensor(*SHAPE)
-    call = partial(threshold.launch_threshold, image, _tensor(SHAPE[0]), image)
-    return Launch(call, threshold, "_threshold_kernel", 8)
+    return _launch("threshold", 8, image, _tensor(SHAPE[0]), image)
+
+
+def _selection(batch: int) -> Tensor:
+    from fastcfg.kernels.quantile import SELECTION
+
+    return _tensor(batch, SELECTION, dtype="int32")
+
+
+def quantile_pass(index: int) -> Launch:
+    """A pass of the selection that finds a quantile."""
+    batch, limits = SHAPE[0], (5, 0.5, 1.0, 2.0)
+    arguments = (index, _tensor(*SHAPE), _selection(batch), _tensor(batch), limits)
+    return _launch("quantile", 4, *arguments, launcher="launch_pass")
+
+
+def step_bound(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last: bool = False) -> Launch:
+    """x0 of a row of two branches, with the first pass over it."""
+    batch, channels, *rest = shape
+    output = _tensor(2 * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
+    arguments = (output, StepSpec(2, 1), StepBuffers(**_given(shape, 2)), _selection(batch), 5)
+    return _launch("step_bound", 8 + 2 * output.itemsize, *arguments, launcher="launch_first_pass")
+
+
+def gram(dtype: str = "bfloat16", branches: int = 2, momentum: bool = False, channels_last: bool = False) -> Launch:
+    """The pass over the model's output that guidance computes its weights from."""
+    from fastcfg.kernels.gram import partial_shape
+
+    batch, channels, *rest = SHAPE
+    output = _tensor(branches * batch, 2 * channels, *rest, dtype=dtype, channels_last=channels_last)
+    size, h = _tensor(*SHAPE)[0].numel(), _tensor(*SHAPE) if momentum else None
+    memory = _tensor(*partial_shape(branches + momentum, batch, size))
+    arguments = (output, size, size // channels, 1, 0, h, -0.5, memory)
+    return _launch("gram", branches * output.itemsize + 8 * momentum, *arguments, launcher="launch_gram_partial")
+
+
+def gram_sum() -> Launch:
+    """The sum over that pass's blocks; bytes are per number."""
+    arguments = (_tensor(64, 12, 2, 3), _tensor(64, 2, 3, dtype="float64"))
+    return _launch("gram", 4, *arguments, launcher="launch_gram_sum", kernel="_gram_sum_kernel")
 
 
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise_source": "philox"}
-_ALL: dict[str, Any] = {
-    **_MAIN,
-    "unconditional": 1,
-    "raw_output": True,
-    "gradient": True,
-    "history": 3,
-    "keep_x0": True,
-}
+_ALL = {**_MAIN, "unconditional": 1, "raw_output": True, "gradient": True, "history": 3, "keep_x0": True}
 
 VARIANTS: dict[str, Callable[[], Launch]] = {
     "main": partial(step, **_MAIN),
@@ -243,22 +215,10 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "quantile-last": partial(quantile_pass, 3),
 }
 
-# The same in the dtypes that those leave out: for the table, not for the tests.
-_OTHERS: dict[str, Callable[..., Launch]] = {
-    "noise-tensor": partial(step, **_MAIN | {"noise_source": "tensor"}),
-    "fixed-variance": partial(step, **_MAIN | {"learned_variance": False}),
-    "ddim": partial(step, **_CFG, clip=True),
-    "history-3": partial(step, **_CFG, history=3),
-    "gradient": partial(step, **_MAIN, gradient=True),
-    "split-piece": split_piece,
-    "blend-piece": blend_piece,
-    "x0-piece": x0_piece,
-    "posterior-piece": posterior_piece,
-    "step-bound": step_bound,
-    "gram": gram,
-}
+# Some of them in the dtypes that those leave out: for the table, not for the tests.
+_OTHERS = ("noise-tensor", "fixed-variance", "ddim", "history-3", "gradient", "split-piece", "blend-piece", "x0-piece")
 BY_DTYPE: dict[str, Callable[[], Launch]] = {
-    f"{name}-{short}": partial(make, dtype=dtype)
-    for name, make in _OTHERS.items()
+    f"{name}-{short}": partial(VARIANTS[name], dtype=dtype)
+    for name in (*_OTHERS, "posterior-piece", "step-bound", "gram")
     for short, dtype in (("fp16", "float16"), ("fp32", "float32"))
 }

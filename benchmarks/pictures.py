@@ -17,19 +17,8 @@ import numpy as np
 import torch
 
 from benchmarks.command import parser_of
-from fastcfg import CFG, Sampler, Schedule, StepTable, sigmas, solvers
-from fastcfg.guidance import (
-    APG,
-    AdaptiveCFG,
-    APGMix,
-    AutoGuidance,
-    CFGZeroStar,
-    Guidance,
-    MagnitudeAwareCFG,
-    PerpNeg,
-    PerturbedCFG,
-    TangentialCFG,
-)
+from fastcfg import CFG, Guidance, Sampler, Schedule, StepTable, sigmas, solvers
+from fastcfg import guidance as methods
 from fastcfg.pipelines.pictures import to_bytes
 from fastcfg.pipelines.text_to_image import TextToImage
 from fastcfg.schedule import consistency_timesteps
@@ -95,9 +84,8 @@ def families(process: Schedule) -> dict[str, dict[str, tuple[Build, float]]]:
             "tcd, gamma 0.3": (lambda n: solvers.tcd(process, consistency_timesteps(n)), 3.0),
         },
         "langevin": {
-            "corrected ddpm (2 calls)": (
-                lambda n: solvers.predictor_corrector(solvers.ddpm(process.respace(n)), process.respace(n)),
-                3.0,
+            "corrected ddpm (2 calls)": on_timesteps(
+                lambda kept: solvers.predictor_corrector(solvers.ddpm(kept), kept)
             ),
             "langevin (20 calls a level)": on_timesteps(solvers.langevin, steps_per_level=20),
         },
@@ -110,15 +98,15 @@ def guided() -> dict[str, Callable[[float], Guidance]]:
         "CFG": CFG,
         "CFG, interval (0.2, 0.8)": lambda s: CFG(s, interval=(0.2, 0.8)),
         "CFG, rescale 0.7": lambda s: CFG(s, rescale=0.7),
-        "AdaptiveCFG": AdaptiveCFG,
-        "CFGZeroStar": CFGZeroStar,
-        "TangentialCFG": TangentialCFG,
-        "MagnitudeAwareCFG": MagnitudeAwareCFG,
-        "APG, eta 0, momentum -0.5": lambda s: APG(s, eta=0.0, momentum=-0.5),
-        "APGMix": lambda s: APGMix(s, apg_scale=s),
-        "PerpNeg, a green triangle": lambda s: PerpNeg(s),
-        "AutoGuidance": AutoGuidance,
-        "PerturbedCFG": PerturbedCFG,
+        "AdaptiveCFG": methods.AdaptiveCFG,
+        "CFGZeroStar": methods.CFGZeroStar,
+        "TangentialCFG": methods.TangentialCFG,
+        "MagnitudeAwareCFG": methods.MagnitudeAwareCFG,
+        "APG, eta 0, momentum -0.5": lambda s: methods.APG(s, eta=0.0, momentum=-0.5),
+        "APGMix": lambda s: methods.APGMix(s, apg_scale=s),
+        "PerpNeg, a green triangle": lambda s: methods.PerpNeg(s),
+        "AutoGuidance": methods.AutoGuidance,
+        "PerturbedCFG": methods.PerturbedCFG,
     }
 
 
@@ -217,9 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw_grid(rows, in_steps, out / f"solvers/{name}.png")
         print(out / f"solvers/{name}.png", flush=True)
     table = solvers.ddpm(pipeline.schedule.respace(20))
-    rows = {
-        label: lambda scale, method=method: draw(pipeline, table, method(scale)) for label, method in guided().items()
-    }
+    methods_of = guided().items()
+    rows = {label: lambda scale, method=method: draw(pipeline, table, method(scale)) for label, method in methods_of}
     draw_grid(rows, {f"scale {scale:g}": scale for scale in SCALES}, out / "guidance_methods.png")
     print(out / "guidance_methods.png", flush=True)
     return 0

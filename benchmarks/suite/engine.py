@@ -25,14 +25,13 @@ def step_spec(case: StepCase) -> StepSpec:
 def step_buffers(case: StepCase, dtype: torch.dtype = torch.float32) -> StepBuffers:
     """Fresh buffers of a case in a state's dtype, at its row."""
     device, batch, table = case.x.device, len(case.x), case.table
+    weights = torch.tensor([case.scale, 0.0], dtype=dtype, device=device)
     model = torch.float64 if dtype == torch.float64 else case.output.dtype
     return StepBuffers(
         x=case.x.to(dtype, copy=True),
         table=table.on(device, dtype),
         counter=torch.tensor([case.row, 0], dtype=torch.int32, device=device),
-        weights=torch.tensor([case.scale, 0.0], dtype=dtype, device=device)
-        .expand(table.num_rows, batch, 2)
-        .contiguous(),
+        weights=weights.expand(table.num_rows, batch, 2).contiguous(),
         bound=torch.ones(batch, dtype=dtype, device=device),
         noise=case.noise[:batch].to(dtype, copy=True),
         seeds=case.seeds,

@@ -12,6 +12,7 @@ state. Their networks return float32 whatever they compute in. Where the origina
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,13 +165,9 @@ def upstream(style: str, schedule: Schedule, learned: bool) -> Any | None:
             from guided_diffusion import gaussian_diffusion as gd
             from guided_diffusion.respace import SpacedDiffusion
 
-            process = SpacedDiffusion(
-                kept,
-                betas=betas,
-                model_mean_type=gd.ModelMeanType.EPSILON,
-                model_var_type=gd.ModelVarType.LEARNED_RANGE if learned else gd.ModelVarType.FIXED_SMALL,
-                loss_type=gd.LossType.MSE,
-            )
+            variance = gd.ModelVarType.LEARNED_RANGE if learned else gd.ModelVarType.FIXED_SMALL
+            types = {"model_mean_type": gd.ModelMeanType.EPSILON, "model_var_type": variance}
+            process = SpacedDiffusion(kept, betas=betas, **types, loss_type=gd.LossType.MSE)
     except ImportError:
         return None
     return _Upstream(process)
@@ -180,13 +177,7 @@ class _Upstream:
     """Runs the original's methods; the noise it is given replaces what torch.randn_like returns to them."""
 
     def __init__(self, process: Any) -> None:
-        self._process = process
-
-    def p_sample(self, *arguments: Any) -> Tensor:
-        return self._run(self._process.p_sample, *arguments)
-
-    def ddim_sample(self, *arguments: Any) -> Tensor:
-        return self._run(self._process.ddim_sample, *arguments)
+        self.p_sample, self.ddim_sample = (partial(self._run, m) for m in (process.p_sample, process.ddim_sample))
 
     def _run(self, method: Callable[..., Any], model: Any, x: Tensor, t: Tensor, noise: Tensor | None) -> Tensor:
         if noise is None:

@@ -23,15 +23,9 @@ from ..models.text2im import HasVocabulary, Text2ImUNet
 from ..models.vocabulary import glide_tokenizer
 from ..models.weights import read_state_dict
 from ..schedule import legacy_betas
+from ._gaussian import schedules as _schedules
 from ._gaussian.process import Process, SpacedProcess
-from ._gaussian.schedules import (
-    UnknownScheduleError,
-    betas_for_alpha_bar,
-    check_options,
-    make_schedule,
-    named_betas,
-    space_timesteps,
-)
+from ._gaussian.schedules import UnknownScheduleError, betas_for_alpha_bar, space_timesteps
 
 # The names the original's `load_checkpoint` downloads.
 CHECKPOINT_NAMES = ("base", "base-inpaint", "clip/image-enc", "clip/text-enc", "upsample", "upsample-inpaint")
@@ -43,23 +37,16 @@ __all__ += ["load_checkpoint", "model_and_diffusion_defaults", "model_and_diffus
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> NDArray[np.float64]:
-    """Betas by name: "linear" or "squaredcos_cap_v2".
-
-    Raises:
-        UnknownScheduleError: another name (also a NotImplementedError, as in the original).
-        ValueError: fewer than 1 timestep.
-    """
-    return named_betas(schedule_name, ("linear", "squaredcos_cap_v2"), num_diffusion_timesteps)
+    """Betas by name: "linear" or "squaredcos_cap_v2". UnknownScheduleError (also a NotImplementedError, as in the
+    original) for another name, ValueError for fewer than 1 timestep."""
+    return _schedules.named_betas(schedule_name, ("linear", "squaredcos_cap_v2"), num_diffusion_timesteps)
 
 
 def get_beta_schedule(
     beta_schedule: str, *, beta_start: float, beta_end: float, num_diffusion_timesteps: int
 ) -> NDArray[np.float64]:
-    """Betas of the deprecated schedules: "quad", "linear", "warmup10", "warmup50", "const" or "jsd".
-
-    Raises:
-        UnknownScheduleError: another name (also a NotImplementedError, as in the original).
-    """
+    """Betas of the deprecated schedules: "quad", "linear", "warmup10", "warmup50", "const" or "jsd";
+    UnknownScheduleError as `get_named_beta_schedule`."""
     ends = {"beta_start": beta_start, "beta_end": beta_end}
     try:
         return legacy_betas(beta_schedule, **ends, num_timesteps=num_diffusion_timesteps)
@@ -84,7 +71,7 @@ class GaussianDiffusion(Process):
     _takes_tuples = True
 
     def __init__(self, *, betas: ArrayLike) -> None:
-        self._set_schedule(make_schedule(betas))
+        self._set_schedule(_schedules.make_schedule(betas))
 
 
 class SpacedDiffusion(SpacedProcess, GaussianDiffusion):
@@ -96,10 +83,8 @@ def create_gaussian_diffusion(
 ) -> SpacedDiffusion:
     """GLIDE's `model_creation.create_gaussian_diffusion`: a schedule of `get_named_beta_schedule`, respaced
     by `space_timesteps` (empty keeps all)."""
-    return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=get_named_beta_schedule(noise_schedule, steps),
-    )
+    betas = get_named_beta_schedule(noise_schedule, steps)
+    return SpacedDiffusion(use_timesteps=space_timesteps(steps, timestep_respacing or [steps]), betas=betas)
 
 
 def create_model_and_diffusion(
@@ -120,7 +105,7 @@ def create_model_and_diffusion(
         >>> options["timestep_respacing"] = "100"
         >>> model, diffusion = create_model_and_diffusion(**options)
     """
-    check_options(options, model_and_diffusion_defaults())
+    _schedules.check_options(options, model_and_diffusion_defaults())
     names = ("diffusion_steps", "noise_schedule", "timestep_respacing")
     steps, noise_schedule, respacing = (options.pop(name) for name in names)
     model = create_model(**options, tokenizer=glide_tokenizer() if tokenizer is None else tokenizer)
@@ -129,15 +114,11 @@ def create_model_and_diffusion(
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Weights for `load_state_dict`, on a device. The original downloads them by name; this reads local files only: a
-    state dict in safetensors, or written by `torch.save` (`base.pt`), of which only tensors are unpickled.
-
-    Raises:
-        ValueError: the file does not exist or is not a state dict.
-        OSError: the file cannot be read.
+    state dict in safetensors, or written by `torch.save` (`base.pt`), of which only tensors are unpickled. ValueError
+    for a file that does not exist or is not a state dict, OSError for one that cannot be read.
     """
     if not Path(path).is_file():
         hint = " (fastcfg downloads nothing)" if os.fspath(path) in CHECKPOINT_NAMES else ""
-        raise ValueError(
-            f"path: got {os.fspath(path)!r}, which is not a file{hint}, expected a checkpoint such as base.pt"
-        )
+        got = f"{os.fspath(path)!r}, which is not a file{hint}"
+        raise ValueError(f"path: got {got}, expected a checkpoint such as base.pt")
     return {name: value.to(device) for name, value in read_state_dict(path).items()}

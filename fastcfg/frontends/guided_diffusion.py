@@ -47,27 +47,19 @@ __all__ += ["model_and_diffusion_defaults", "sr_create_model_and_diffusion", "sr
 class ModelMeanType(enum.Enum):
     """What the model predicts."""
 
-    PREVIOUS_X = enum.auto()
-    START_X = enum.auto()
-    EPSILON = enum.auto()
+    PREVIOUS_X, START_X, EPSILON = range(1, 4)
 
 
 class ModelVarType(enum.Enum):
     """Where the variance comes from; LEARNED_RANGE lets the model interpolate between FIXED_SMALL and FIXED_LARGE."""
 
-    LEARNED = enum.auto()
-    FIXED_SMALL = enum.auto()
-    FIXED_LARGE = enum.auto()
-    LEARNED_RANGE = enum.auto()
+    LEARNED, FIXED_SMALL, FIXED_LARGE, LEARNED_RANGE = range(1, 5)
 
 
 class LossType(enum.Enum):
     """What training minimises."""
 
-    MSE = enum.auto()
-    RESCALED_MSE = enum.auto()
-    KL = enum.auto()
-    RESCALED_KL = enum.auto()
+    MSE, RESCALED_MSE, KL, RESCALED_KL = range(1, 5)
 
     def is_vb(self) -> bool:
         """Whether the loss is the variational bound."""
@@ -78,21 +70,14 @@ _PREDICTIONS = {"PREVIOUS_X": "previous_x", "START_X": "x0", "EPSILON": "epsilon
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> NDArray[np.float64]:
-    """Betas by name: "linear" or "cosine".
-
-    Raises:
-        UnknownScheduleError: another name (also a NotImplementedError, as in the original).
-        ValueError: fewer than 1 timestep.
-    """
+    """Betas by name: "linear" or "cosine". UnknownScheduleError (also a NotImplementedError, as in the original) for
+    another name, ValueError for fewer than 1 timestep."""
     return named_betas(schedule_name, ("linear", "cosine"), num_diffusion_timesteps)
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
-    """Timesteps to keep: "100", "10,15,20", a list, or "ddim25"; see `fastcfg.schedule.space_timesteps`.
-
-    Raises:
-        ValueError: counts that do not fit, or "fast27", which only GLIDE knows.
-    """
+    """Timesteps to keep: "100", "10,15,20", a list, or "ddim25"; see `fastcfg.schedule.space_timesteps`. ValueError for
+    counts that do not fit, or "fast27", which only GLIDE knows."""
     if section_counts == "fast27":
         raise ValueError("section_counts: got 'fast27', expected a form such as '100', '10,15,20' or 'ddim25'")
     return _schedules.space_timesteps(num_timesteps, section_counts)
@@ -220,16 +205,13 @@ def create_gaussian_diffusion(
         rescale_timesteps: as `GaussianDiffusion`.
         timestep_respacing: for `space_timesteps`; empty keeps all.
     """
-    loss = LossType.RESCALED_KL if use_kl else LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    betas, kept = get_named_beta_schedule(noise_schedule, steps), space_timesteps(steps, timestep_respacing or [steps])
+    mean = ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON
     fixed = ModelVarType.FIXED_SMALL if sigma_small else ModelVarType.FIXED_LARGE
-    return SpacedDiffusion(
-        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=ModelMeanType.START_X if predict_xstart else ModelMeanType.EPSILON,
-        model_var_type=ModelVarType.LEARNED_RANGE if learn_sigma else fixed,
-        loss_type=loss,
-        rescale_timesteps=rescale_timesteps,
-    )
+    variance = ModelVarType.LEARNED_RANGE if learn_sigma else fixed
+    loss = LossType.RESCALED_KL if use_kl else LossType.RESCALED_MSE if rescale_learned_sigmas else LossType.MSE
+    types: dict[str, Any] = {"model_mean_type": mean, "model_var_type": variance, "loss_type": loss}
+    return SpacedDiffusion(use_timesteps=kept, betas=betas, **types, rescale_timesteps=rescale_timesteps)
 
 
 def create_model_and_diffusion(**options: Any) -> tuple[UNetModel, SpacedDiffusion]:

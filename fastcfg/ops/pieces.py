@@ -110,12 +110,11 @@ def predict_x0(
     """
     check_image("x", x)
     check_image("output", output, like=x)
-    batch = (len(x),)
     p_x_rest, p_m_rest = rest or (None, None)
     numbers = {"p_x": p_x, "p_m": p_m, "bound": bound, "rest[0]": p_x_rest, "rest[1]": p_m_rest}
     for name, value in numbers.items():
         if value is not None or name in ("p_x", "p_m"):
-            expect(name, value, batch, torch.float32, x.device)
+            expect(name, value, (len(x),), torch.float32, x.device)
     x, output = x.contiguous(), readable(output)
     if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound, rest)
@@ -188,12 +187,6 @@ def _launch_split(output: Tensor, channels: int, mean: Tensor, variance: Tensor)
     launch_split(output, mean, variance)
 
 
-def _launch_blend(*arguments: Any) -> None:
-    from ..kernels.blend import launch_blend
-
-    launch_blend(*arguments)
-
-
 def _launch_x0(*arguments: Any) -> None:
     from ..kernels.x0 import launch_x0
 
@@ -206,27 +199,17 @@ def _posterior_results(x0: Tensor, x: Tensor, *coefficients: Tensor | None) -> t
     return _like(x), _like(x, *shape), _like(x, *shape)
 
 
-def _launch_posterior(*arguments: Any) -> None:
-    from ..kernels.posterior import launch_posterior
-
-    launch_posterior(*arguments)
-
-
 _split = Operation("split_model_output(Tensor output, int channels) -> (Tensor, Tensor)", _split_results, _launch_split)
 _blend = Operation(
     "guidance_blend(Tensor output, Tensor weights, int base, bool scaled, Tensor? momentum) -> Tensor",
     lambda output, weights, *_: _like(output, len(weights), *output.shape[1:]),
-    _launch_blend,
+    "blend",
 )
-_x0 = Operation(
-    "predict_x0(Tensor x, Tensor output, Tensor p_x, Tensor p_m, Tensor? bound, Tensor? p_x_rest, Tensor? p_m_rest)"
-    " -> Tensor",
-    lambda x, *_: _like(x),
-    _launch_x0,
-)
+_X0 = "Tensor x, Tensor output, Tensor p_x, Tensor p_m, Tensor? bound, Tensor? p_x_rest, Tensor? p_m_rest"
+_x0 = Operation(f"predict_x0({_X0}) -> Tensor", lambda x, *_: _like(x), _launch_x0)
 _posterior = Operation(
     "posterior_mean_variance(Tensor x0, Tensor x, Tensor coef_x0, Tensor coef_x, Tensor min_log, Tensor max_log,"
     " Tensor? variance) -> (Tensor, Tensor, Tensor)",
     _posterior_results,
-    _launch_posterior,
+    "posterior",
 )

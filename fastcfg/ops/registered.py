@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ class Operation:
     Args:
         schema: `torch.library`'s, "name(arguments) -> results"; the first argument is a tensor.
         allocate: (*arguments) -> the results' memory, one tensor or a tuple; also the operation on fake tensors.
-        launch: (*arguments, *results): fills them.
+        launch: (*arguments, *results): fills them; or the kernel K of which `kernels.K.launch_K` does.
         mutates: names of arguments that are written.
     """
 
     def __init__(
-        self, schema: str, allocate: Callable[..., Any], launch: Callable[..., None], mutates: Sequence[str] = ()
+        self, schema: str, allocate: Callable[..., Any], launch: Callable[..., None] | str, mutates: Sequence[str] = ()
     ) -> None:
-        self._allocate, self._launch = allocate, launch
+        self._allocate, self._launch = allocate, _launcher(launch) if isinstance(launch, str) else launch
         name, _, signature = schema.partition("(")
         self._registered = torch.library.custom_op(
             f"fastcfg::{name}", self._run, mutates_args=mutates, schema=f"({signature}"
@@ -39,3 +40,8 @@ class Operation:
         with torch.cuda.device_of(arguments[0]):
             self._launch(*arguments, *(results if isinstance(results, tuple) else (results,)))
         return results
+
+
+def _launcher(kernel: str) -> Callable[..., None]:
+    """Kernels need Triton: they are imported at the first launch."""
+    return lambda *arguments: getattr(import_module(f"fastcfg.kernels.{kernel}"), f"launch_{kernel}")(*arguments)

@@ -123,12 +123,6 @@ def _launch_quantile(x0: Tensor, rank: int, weight: float, floor: float, ceiling
     launch_quantile(x0, _empty_selection(x0), bound, (rank, weight, floor, ceiling))
 
 
-def _launch_threshold(x0: Tensor, bound: Tensor, out: Tensor) -> None:
-    from ..kernels.threshold import launch_threshold
-
-    launch_threshold(x0, bound, out)
-
-
 _quantile = Operation(
     "quantile_bound(Tensor x0, int rank, float weight, float floor, float ceiling) -> Tensor",
     lambda x0, *_: torch.empty(len(x0), dtype=torch.float32, device=x0.device),
@@ -137,7 +131,7 @@ _quantile = Operation(
 _threshold = Operation(
     "threshold(Tensor x0, Tensor bound) -> Tensor",
     lambda x0, _: torch.empty(x0.shape, dtype=torch.float32, device=x0.device),
-    _launch_threshold,
+    "threshold",
 )
 
 

@@ -149,10 +149,7 @@ def check_model(
 
     Teacher-forced: the model's outputs are recorded in a run with a float64 state, and every backend gets these in
     place of the model, so that only fastcfg's arithmetic is compared. Free and captured: the model runs on each
-    backend's own states.
-
-    Raises:
-        ValueError: guidance that evaluates other branches from run to run, or a model that fails.
+    backend's own states. ValueError for guidance that evaluates other branches from run to run, or a model that fails.
     """
     base = problem.sampler(graph=False)
     plan = problem.guidance.plan(problem.table, problem.shape[0])
@@ -162,31 +159,29 @@ def check_model(
     settings = {"dtype": base.dtype, "device": base.device, "batching": "batched", "graph": False}
     recorder = _Recorder(problem.model)
     is_plain = isinstance(base.clip, Tensor | None) and base.denoised_fn is None and base.cond_fn is None
+
+    def run(**options: Any) -> list[Tensor]:
+        return problem.run(problem.sampler(**settings | options), seed, rows)
+
     try:
         if is_plain:
             truth = plain_loop(problem, base, recorder, seed, min(rows, len(problem.table)), torch.float64)
         else:
-            exact = {"model": recorder, "state_dtype": torch.float64, "backend": "reference"}
-            truth = problem.run(problem.sampler(**settings | exact), seed, rows)
+            truth = run(model=recorder, state_dtype=torch.float64, backend="reference")
     except Exception as error:
         raise ValueError(f"--model: its first run failed: {type(error).__name__}: {error}") from error
-
-    def played(backend: str) -> list[Tensor]:
-        sampler = problem.sampler(**settings | {"model": recorder.replay(), "backend": backend})
-        return problem.run(sampler, seed, rows)
-
     plain = free_plain = None
     if is_plain:
         plain = plain_loop(problem, base, recorder.replay(), seed, len(truth))
         free_plain = plain_loop(problem, base, problem.model, seed, len(truth))
-    expected = played("reference")
+    expected = run(model=recorder.replay(), backend="reference")
     runs = [(backend, way) for backend in backends for way in ("teacher-forced", "free", "captured")]
     found: list[Finding] = []
     for backend, way in progress(runs, desc="model"):
         options, kind = ("free", way) if way == "captured" else (way, "eager")
         finding = Finding("model", backend, dtype_name(base.dtype), options, kind, problem.shape, "x")
         if way == "teacher-forced":
-            states = played(backend)
+            states = run(model=recorder.replay(), backend=backend)
             # Recorded outputs leave the bits no freedom but the learned variance's exponential.
             allowed = None if base.table.learned_variance else 0.0
             note = "" if plain else "bound: the reference's own error, plain torch has no such options here"
@@ -199,9 +194,8 @@ def check_model(
             states = problem.run(sampler, seed, rows)
         if way == "captured":
             report = sampler.report()
-            captured = report["graph"] != "none"
-            note = f"graph: {report['graph']}" if captured else f"ran eagerly: {report['graph_reason']}"
-            finding = replace(finding, note=note)
+            graph, reason = report["graph"], report["graph_reason"]
+            finding = replace(finding, note=f"ran eagerly: {reason}" if graph == "none" else f"graph: {graph}")
         found.append(finding.along(states, truth, free_plain))
     return found
 
@@ -237,14 +231,12 @@ def plain_loop(
     state: torch.dtype = torch.float32,
     formula: Callable[..., Tensor] | None = None,
 ) -> list[Tensor]:
-    """The states after each of the first rows in plain torch, without the engine's loop.
+    """The states after each of the first rows in plain torch, without the engine's loop, of a problem with a clip that
+    is a number.
 
-    Args:
-        problem: what is sampled, with a clip that is a number.
-        base: its sampler, which has resolved table, guidance, clip, dtype, device and memory format.
-        model, seed: its model, or one in place of it; and the seed of start and noise.
-        state: float32, with the blend in the model's dtype; or float64, with everything beside the model in it.
-        formula: (x, output, row, noise) -> the next x, in place of the table's equations.
+    `base` is its sampler, with table, guidance, clip, dtype, device and memory format resolved; `model` its model or
+    one in place of it. A float32 state has the blend in the model's dtype, a float64 one everything beside the model in
+    float64. `formula`, (x, output, row, noise) -> the next x, replaces the table's equations.
     """
     device, table, guidance = base.device, base.table, base.guidance
     batch, plan = problem.shape[0], guidance.plan(table, problem.shape[0])

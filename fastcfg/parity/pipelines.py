@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import islice
@@ -58,11 +59,9 @@ def check_pipeline(
     """The first rows of a pipeline, by every backend; other arguments as for `check_steps`.
 
     The pipeline runs until its scheduler has made that many steps. The fused step gets the same outputs, start and
-    noise (teacher-forced), and is compared with the scheduler's samples and with the table in float64.
-
-    Raises:
-        ValueError: a scheduler that is no table, or a pipeline that fails, begins in the middle, or changes the
-            arguments of its scheduler's steps.
+    noise (teacher-forced), and is compared with the scheduler's samples and with the table in float64. ValueError for a
+    scheduler that is no table, or a pipeline that fails, begins in the middle, or changes the arguments of its
+    scheduler's steps.
     """
     scheduler = problem.pipeline.scheduler
     recorded = _record(problem, rows)
@@ -137,10 +136,9 @@ def _record(problem: PipelineProblem, rows: int) -> _Recorded:
 
     scheduler.set_timesteps, scheduler.step = recording_set_timesteps, recording_step
     try:
-        with replaced([(module, "randn_tensor", recording_draw) for module in modules_of(type(scheduler))]):
+        draws = [(module, "randn_tensor", recording_draw) for module in modules_of(type(scheduler))]
+        with replaced(draws), suppress(_EnoughError):
             problem.pipeline(**problem.call)
-    except _EnoughError:
-        pass
     except Exception as error:
         raise ValueError(f"--model: the pipeline failed: {type(error).__name__}: {error}") from error
     finally:

@@ -186,15 +186,8 @@ def check_noise(backend: str, shape: tuple[int, ...], device: torch.device, seed
 
 
 def check_steps(backends: Sequence[str], device: torch.device, quick: bool, seed: int, progress: Any) -> list[Finding]:
-    """Steps and noise by every backend.
-
-    Args:
-        backends: of fastcfg.
-        device: where they run.
-        quick: fewer and smaller cases.
-        seed: of the inputs.
-        progress: wraps the list of cases, as tqdm does.
-    """
+    """Steps and noise by every backend of fastcfg on a device: with `quick` in fewer and smaller cases, with inputs of
+    a seed. `progress` wraps the list of cases, as tqdm does."""
     cases = [(backend, *case) for backend in backends for case in grid(backend, quick, device)]
     found: list[Finding] = []
     for backend in (backend for backend in backends if not (quick and backend == "inductor")):

@@ -28,10 +28,8 @@ def load_problem(source: str, device: torch.device | str) -> Problem | PipelineP
     The function, "PATH.py:function" or "module:function", takes no arguments and returns a dictionary, or an object
     with such attributes: "model" and "table" (or a `Sampler` as "sampler"), "shape", and any of "cond", "uncond",
     "branches", "guidance", "clip", "denoised_fn", "cond_fn", "dtype" and "memory_format", as `Sampler` and
-    `Sampler.sample` take them. Or {"pipeline": one of diffusers', "call": its arguments}.
-
-    Raises:
-        ValueError: no such file, module or function, an error in it, or another kind of result.
+    `Sampler.sample` take them. Or {"pipeline": one of diffusers', "call": its arguments}. ValueError for no such file,
+    module or function, an error in it, or another kind of result.
     """
     module, _, name = source.rpartition(":")
     if not module or not name:

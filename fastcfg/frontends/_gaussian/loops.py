@@ -82,10 +82,8 @@ class LoopCall:
 def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall:
     """A call with the originals' arguments and the engine's."""
     if unknown := sorted(set(engine) - set(_ENGINE)):
-        raise TypeError(
-            f"sampling loop: got unexpected {', '.join(unknown)}, "
-            f"expected the originals' arguments, {', '.join(_ENGINE[:-1])} or {_ENGINE[-1]}"
-        )
+        expected = f"the originals' arguments, {', '.join(_ENGINE[:-1])} or {_ENGINE[-1]}"
+        raise TypeError(f"sampling loop: got unexpected {', '.join(unknown)}, expected {expected}")
     return LoopCall(**originals, **engine, solver=solver)
 
 
@@ -111,7 +109,13 @@ class LoopRunner:
         batch = shape[0] // (1 if guidance is None else 2)
         if guidance is not None and denoised_fn is not None:
             denoised_fn = partial(_on_pairs, denoised_fn)
-        sampler = self._sampler(call, table)
+        model = call.model if guidance is None else call.model.model  # type: ignore[attr-defined]
+        # float64 noise makes the originals compute in float64; everything else becomes float32.
+        dtype = torch.float64 if call.noise is not None and call.noise.dtype == torch.float64 else torch.float32
+        options = {"backend": call.backend, "graph": call.graph, "device": call.device}
+        options |= {"dtype": dtype, "state_dtype": dtype}
+        key = (Alike(model), table, *options.values())
+        sampler = self._samplers.get_or_make(key, lambda: Sampler(model, table, **options))
         return sampler, {
             "shape": (batch, *shape[1:]),
             "guidance": guidance,
@@ -122,15 +126,6 @@ class LoopRunner:
             "noise": _engine_noise(call, sampler, batch),
             "x_T": None if call.noise is None else call.noise[:batch],
         }
-
-    def _sampler(self, call: LoopCall, table: StepTable) -> Sampler:
-        model = call.model if call.guidance is None else call.model.model  # type: ignore[attr-defined]
-        # float64 noise makes the originals compute in float64; everything else becomes float32.
-        dtype = torch.float64 if call.noise is not None and call.noise.dtype == torch.float64 else torch.float32
-        options = {"backend": call.backend, "graph": call.graph, "device": call.device}
-        options |= {"dtype": dtype, "state_dtype": dtype}
-        key = (Alike(model), table, *options.values())
-        return self._samplers.get_or_make(key, lambda: Sampler(model, table, **options))
 
 
 def step_by_step(
@@ -158,12 +153,8 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
     if source == "philox":
         return philox_source(call.seed, shape, sampler.device, sampler.backend)
     # The originals draw in every step, but for the reverse ODE.
-    options: dict[str, Any] = {
-        "drawn": full[0],
-        "dtype": sampler.state_dtype,
-        "every_row": call.solver != "ddim_reverse",
-    }
-    drawn = torch_source(call.seed, shape, sampler.device, **options)
+    options = {"dtype": sampler.state_dtype, "every_row": call.solver != "ddim_reverse"}
+    drawn = torch_source(call.seed, shape, sampler.device, drawn=full[0], **options)
     if not callable(source):
         return drawn
 

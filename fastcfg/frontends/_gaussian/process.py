@@ -99,12 +99,12 @@ class Process:
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t from x0; noise is drawn like x_start by default."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        _same_shape("noise", noise, x_start)
+        _check_shape("noise", noise, x_start.shape)
         return originals.q_sample(self._schedule, x_start, t, noise)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0)."""
-        _same_shape("x_t", x_t, x_start)
+        _check_shape("x_t", x_t, x_start.shape)
         return originals.q_posterior_mean_variance(self._schedule, x_start, x_t, t)
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -131,8 +131,7 @@ class Process:
             t: int64 [B], indices into the (respaced) process.
             model, clip_denoised, denoised_fn, model_kwargs: as for `p_sample_loop`.
 
-        Raises:
-            ValueError: t or the model's output has the wrong shape.
+        ValueError if t or the model's output has the wrong shape.
         """
         output, extra = self._call(model, x, t, model_kwargs), {}
         if self._takes_tuples:
@@ -298,17 +297,13 @@ class Process:
 
     def _table(self, call: LoopCall) -> StepTable:
         """The solver's table, built once: samplers know their programs by it."""
-        options: dict[str, Any] = {"prediction": self._prediction, "rescale_timesteps": self._rescale}
-        if call.solver == "ddpm":
-            options["variance"] = self._variance
-        elif call.solver == "ddim":
-            options["eta"] = call.eta
+        own: dict[str, dict[str, Any]] = {"ddpm": {"variance": self._variance}, "ddim": {"eta": call.eta}}
+        options = {"prediction": self._prediction, "rescale_timesteps": self._rescale, **own.get(call.solver, {})}
         build = getattr(solvers, call.solver)
         return self._tables.get_or_make((call.solver, call.eta), lambda: build(self._schedule, **options))
 
     def _call(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Keywords) -> Any:
-        if t.shape != (len(x),):
-            raise ValueError(f"t: got shape {tuple(t.shape)}, expected {(len(x),)}")
+        _check_shape("t", t, (len(x),))
         return model(x, self._model_times(t), **(model_kwargs or {}))
 
     def _gradient(self, cond_fn: Model, x: Tensor, t: Tensor, model_kwargs: Keywords) -> Tensor:
@@ -355,6 +350,6 @@ def _drawn(noise: Tensor | Function | None, x: Tensor) -> Tensor:
     return noise if isinstance(noise, Tensor) else noise(x)
 
 
-def _same_shape(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.shape != like.shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {tuple(shape)}")
