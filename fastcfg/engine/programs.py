@@ -211,7 +211,7 @@ class Programs:
             outputs = [call() for call in calls]
             first, *others = [output[0] if isinstance(output, tuple) else output for output in outputs]
             if not isinstance(first, Tensor):
-                raise TypeError(f"model: returned a {type(first).__name__}, expected a tensor (return_dict=False?)")
+                raise TypeError(f"model: got a {type(first).__name__} from it, expected a tensor (return_dict=False?)")
             return torch.cat([first, *others]) if others else first
 
         return call

@@ -66,4 +66,4 @@ class ClassifierGradient:
 def _check(name: str, result: Any, x: Tensor) -> None:
     if not isinstance(result, Tensor) or result.shape != x.shape:
         got = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"{name}: returned {got}, expected a tensor of shape {tuple(x.shape)}")
+        raise ValueError(f"{name}: got {got} from it, expected a tensor of shape {tuple(x.shape)}")

@@ -178,7 +178,7 @@ def test_bad_observers_and_outputs_are_refused() -> None:
             draw(sampler, **{name: 3})
     with pytest.raises(TypeError, match="iterate: got callback, expected some of cond, uncond"):
         sampler.iterate(SHAPE, callback=print)
-    with pytest.raises(TypeError, match=r"model: returned a dict, expected a tensor \(return_dict=False\?\)"):
+    with pytest.raises(TypeError, match=r"model: got a dict from it, expected a tensor \(return_dict=False\?\)"):
         Sampler(lambda x, t: {"sample": x}, TABLES["ddim"]).sample(SHAPE)
 
 

@@ -152,10 +152,10 @@ def test_a_model_that_can_computes_its_conditioning_once() -> None:
         (
             {"denoised_fn": lambda x0: x0[:1]},
             ValueError,
-            r"denoised_fn: returned shape \(1, 3, 4, 5\), expected .*\(2, 3",
+            r"denoised_fn: got shape \(1, 3, 4, 5\) from it, expected .*\(2, 3",
         ),
-        ({"denoised_fn": lambda x0: None}, ValueError, "denoised_fn: returned NoneType"),
-        ({"cond_fn": lambda x, t, y: x[:, :1]}, ValueError, r"cond_fn: returned shape \(2, 1, 4, 5\), expected"),
+        ({"denoised_fn": lambda x0: None}, ValueError, "denoised_fn: got NoneType from it"),
+        ({"cond_fn": lambda x, t, y: x[:, :1]}, ValueError, r"cond_fn: got shape \(2, 1, 4, 5\) from it, expected"),
     ],
 )
 def test_bad_functions_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
