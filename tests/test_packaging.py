@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from fastcfg import _moved
+
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 CHECKPOINT_FILES = sorted(path.name for path in (ROOT / "fastcfg" / "checkpoints").glob("*") if path.is_file())
 SHIPPED = (
@@ -212,6 +214,12 @@ def test_a_checkout_without_symbolic_links_imports_the_kernels(checkout: Path, t
     link.write_text(target)
     check = "from fastcfg.kernels import guided_step; print(guided_step.__file__)"
     assert run(python, "-c", kernel_imports() + check, cwd=copy) == str(copy / "kernels" / "guided_step.py")
+
+
+def test_an_installed_fastcfg_takes_no_foreign_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "__init__.py").touch()
+    monkeypatch.setattr(_moved, "_KERNELS", tmp_path)
+    assert _moved._Kernels().find_spec("fastcfg.kernels", None) is None
 
 
 def test_the_supported_versions_agree() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 List the guidance methods with their branches and the cost of a guided row: forward passes of a model for one sample,
 and passes over the state beside the model (one, the fused step's; a second where the weights depend on the outputs).
-Both are read off a short run of a small model."""
+Both are read off a short run of a small model. The last line has the names that `fastcfg sample --guidance` takes."""
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +24,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table."""
+    from fastcfg.guidance.by_name import METHODS
+
     rows = [("method", "branches", "forwards", "passes")]
     for name, guidance in methods().items():
         forwards, passes = cost(guidance)
@@ -31,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\n--guidance takes {', '.join(METHODS)}")
     return 0
 
 

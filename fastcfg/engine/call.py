@@ -131,6 +131,8 @@ def clip_bounds(clip: float | Sequence[float] | Tensor | DynamicThreshold | None
     if clip is None or isinstance(clip, DynamicThreshold):
         return clip
     try:
+        if isinstance(clip, bool):
+            raise TypeError("a switch is no bound")
         bounds = torch.as_tensor(clip, dtype=torch.float64).detach().flatten().clone()
     except TypeError as error:
         raise TypeError(f"clip: got {clip!r}, expected None, numbers or a DynamicThreshold") from error

@@ -72,13 +72,15 @@ def check_fields(spec: Any) -> None:
         elif kind in _LIMITS:
             least, most, expected = _LIMITS[kind]
             number = isinstance(value, int if kind == "Count" else int | float) and math.isfinite(value)
-            if not number or not least <= value <= most:
+            if not number or isinstance(value, bool) or not least <= value <= most:
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
 def _finite(name: str, scale: Any) -> NDArray[np.float64]:
     try:
-        values = np.asarray(scale.detach().cpu() if hasattr(scale, "detach") else scale, dtype=np.float64)
+        given = np.asarray(scale.detach().cpu() if hasattr(scale, "detach") else scale)
+        # A bool is a switch that took the place of a scale.
+        values = given.astype(np.float64) if given.dtype != np.bool_ else np.array(np.nan)
     except (TypeError, ValueError):
         values = np.array(np.nan)
     if values.ndim > 2 or not np.isfinite(values).all():

@@ -821,6 +821,7 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
         ({"model": None}, TypeError, "model: got NoneType, expected a callable"),
         ({"table": "ddim"}, TypeError, "table: got str, expected a StepTable"),
         ({"guidance": 3.0}, TypeError, "guidance: got float, expected a Guidance"),
+        ({"clip": True}, TypeError, "clip: got True, expected None, numbers or a DynamicThreshold"),
         ({"clip": 0.0}, ValueError, "clip: got 0.0, expected None or positive finite bounds"),
         ({"clip": float("inf")}, ValueError, "clip: got inf"),
         ({"clip": []}, ValueError, r"clip: got \[\]"),

@@ -207,6 +207,8 @@ def test_a_lone_branch_with_another_weight_than_one_is_still_weighted() -> None:
         (lambda: CFG(float("nan")), "scale: got nan, expected finite"),
         (lambda: CFG([1.0, float("inf")]), r"scale: got \[1.0, inf\], expected finite"),
         (lambda: CFG("strong"), "scale: got 'strong', expected finite numbers"),
+        (lambda: CFG(True), "scale: got True, expected finite numbers"),
+        (lambda: CFG(rescale=True), "rescale: got True, expected a number from 0 to 1"),
         (lambda: CFG([[1.0], [2.0, 3.0]]), r"scale: got .*, expected finite numbers"),
         (lambda: CFG(np.ones((1, 1, 1))), r"scale: got .*, expected finite numbers in at most two dimensions"),
         (lambda: CFG([1.0, 2.0]).plan(PLAIN, 3), r"scale: got 2 values, expected 1 or one per sample \(3\)"),

@@ -33,6 +33,7 @@ from fastcfg import (
 )
 from fastcfg.cli import main
 from fastcfg.cli.methods import methods
+from fastcfg.guidance import by_name
 from fastcfg.ops import triton_problem
 from fastcfg.ops.blender import Blender
 
@@ -537,7 +538,9 @@ def test_the_command_lists_what_every_method_costs(capsys: pytest.CaptureFixture
     specs = {name for name in fastcfg.guidance.__all__ if isinstance(getattr(fastcfg.guidance, name), type)}
     assert specs - {"Guidance", "GuidancePlan", "GramGuidance"} == set(methods()) - {"rescale=0.7"}
     assert main(["methods"]) == 0
-    rows = {line.split()[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()[1:]}
+    costs, names = capsys.readouterr().out.split("\n\n")
+    assert names == f"--guidance takes {', '.join(by_name.METHODS)}\n"
+    rows = {line.split()[0]: line.split()[-2:] for line in costs.splitlines()[1:]}
     linear = {"NoGuidance": 1, "CFG": 2, "Compose": 3, "InstructPix2Pix": 3, "AutoGuidance": 2, "PerturbedCFG": 3}
     assert {name: int(forwards) for name, (forwards, passes) in rows.items() if passes == "1"} == linear
     assert {passes for _, passes in rows.values()} == {"1", "2"}
