@@ -108,7 +108,12 @@ class StepTable:
         options: dict[str, Any] = {name: columns.pop(name) for name in _ATTRIBUTES if name in columns}
         if unknown := sorted(set(columns) - set(COLUMNS)):
             raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
-        values = {name: np.asarray(value, dtype=np.float64) for name, value in columns.items()}
+        values: dict[str, NDArray[np.float64]] = {}
+        for name, value in columns.items():
+            try:
+                values[name] = np.asarray(value, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: got {value!r}, expected a number or one per row") from error
         lengths = {value.shape for value in values.values()} - {()}
         if len(lengths) != 1 or any(len(shape) != 1 for shape in lengths):
             expected = "scalars and at least one vector, all of one length"

@@ -115,6 +115,7 @@ def test_a_saved_tensor_may_be_read_after_it_was_written() -> None:
         ({"steps": [0]}, r"steps: got \[0\], expected 2 non-decreasing integers"),
         ({"steps": [-1, 0]}, r"steps: got \[-1, 0\], expected 2 non-decreasing integers from 0"),
         ({"a_x0": 1.0, "q": 2.0}, r"columns: unknown a_x0, q; expected some of c_in, t, "),
+        ({"a_x": "x"}, r"a_x: got 'x', expected a number or one per row"),
         ({"a_x": [1.0, 2.0, 3.0]}, r"columns: got shapes \[\(2,\), \(3,\)\]"),
         ({"a_x": [[1.0, 2.0]]}, r"columns: got shapes \[\(1, 2\), \(2,\)\]"),
     ],

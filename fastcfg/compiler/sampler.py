@@ -54,13 +54,18 @@ def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, 
     """`compile_sampler` with the function's draws of noise; same arguments and exceptions."""
     if not callable(sample_fn):
         raise TypeError(f"sample_fn: got {type(sample_fn).__name__}, expected a function")
-    levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    try:
+        levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"sigmas: got {sigmas!r}, expected numbers") from error
     if levels.ndim != 1 or len(levels) < 2 or not (levels[:-1] > 0).all():
         raise ValueError(f"sigmas: got {levels.tolist()}, expected positive levels, of which the last may be 0")
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     what = f"sample_fn: got {name}"
     with refused(what):
         long, short = (_respond(sample_fn, levels, options, length) for length in (1.0, 0.3))
+    if not long.times:
+        raise ValueError(f"{what}, which calls no model, expected linear steps")
     if len(short.times) != len(long.times):
         raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
     (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.3)

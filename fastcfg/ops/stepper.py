@@ -48,6 +48,10 @@ class Stepper:
         backend: str = "auto",
         keep_x0: bool = True,
     ) -> None:
+        if not isinstance(table, StepTable):
+            raise TypeError(f"table: got {type(table).__name__}, expected a StepTable")
+        if not isinstance(like, Tensor):
+            raise TypeError(f"like: got {type(like).__name__}, expected a tensor")
         self.table = table
         state = torch.float64 if like.dtype == torch.float64 else torch.float32
         backend = resolve_backend(backend, like.device, state)

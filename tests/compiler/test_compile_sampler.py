@@ -231,6 +231,20 @@ def test_bad_sigmas(sigmas: Any) -> None:
         compile_sampler(euler, sigmas)
 
 
+@pytest.mark.parametrize("sigmas", ["ab", None])
+def test_what_is_no_sigmas(sigmas: Any) -> None:
+    with pytest.raises(TypeError, match=r"sigmas: got .*, expected numbers"):
+        compile_sampler(euler, sigmas)
+
+
+def test_a_function_without_model_calls() -> None:
+    def idle(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(ValueError, match="sample_fn: got idle, which calls no model, expected linear steps"):
+        compile_sampler(idle, [1.0, 0.0])
+
+
 def test_what_is_no_function() -> None:
     with pytest.raises(TypeError, match="sample_fn: got str, expected a function"):
         compile_sampler("euler", [1.0, 0.0])  # type: ignore[arg-type]

@@ -149,3 +149,15 @@ def test_x0_may_be_left_out_and_a_float64_state_stays_one() -> None:
 def test_bad_arguments(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Stepper(**{"table": TABLES["noise"], "like": start(), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": SCHEDULE}, "table: got Schedule, expected a StepTable"),
+        ({"like": SHAPE}, "like: got tuple, expected a tensor"),
+    ],
+)
+def test_arguments_of_wrong_types(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Stepper(**{"table": TABLES["noise"], "like": start(), **changes})
