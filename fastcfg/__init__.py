@@ -17,7 +17,7 @@ from . import _moved, guidance, sigmas, solvers
 from .clip import DynamicThreshold
 from .engine.config import SamplerConfig
 from .engine.sampler import Preview, Sampler, Step
-from .frontends import ClassifierFree, accelerate
+from .frontends import ClassifierFree, accelerate, is_fused
 from .guidance import (
     APG,
     CFG,
@@ -49,8 +49,8 @@ __version__ = "0.1.0"
 __all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "ClassifierFree", "Compose"]
 __all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance"]
 __all__ += ["PerpNeg", "PerturbedCFG", "Preview", "Sampler", "SamplerConfig", "Schedule", "Step", "StepTable"]
-__all__ += ["TangentialCFG", "TextToImage", "Upsampler", "accelerate", "compiler", "guidance", "sigmas", "solvers"]
-__all__ += ["to_pil"]
+__all__ += ["TangentialCFG", "TextToImage", "Upsampler", "accelerate", "compiler", "guidance", "is_fused", "sigmas"]
+__all__ += ["solvers", "to_pil"]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
 _LAZY = {"TextToImage": "pipelines.text_to_image", "Upsampler": "pipelines.upsampler", "to_pil": "pipelines.pictures"}

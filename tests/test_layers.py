@@ -42,6 +42,7 @@ INSIDE = {
         "staleness",
         "readback",
         "config",
+        "model_output",
         "conditioning",
         "noise",
         "call",

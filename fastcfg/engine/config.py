@@ -49,8 +49,11 @@ class SamplerConfig:
         state_dtype: torch.float32, or torch.float64 on the reference path.
         device: None takes that of the model's first parameter, else the CPU.
         memory_format: torch.contiguous_format or torch.channels_last, for the model input.
+        output: takes what the model returns to its output, a tensor; None reads tensors, tuples, and the dictionaries
+            and objects that `fastcfg.engine.model_output.output_tensor` knows.
 
     Raises:
+        TypeError: output is not callable.
         ValueError: a value that is not one of those above.
 
     Example:
@@ -68,6 +71,7 @@ class SamplerConfig:
     state_dtype: torch.dtype = torch.float32
     device: torch.device | str | None = None
     memory_format: torch.memory_format = torch.contiguous_format
+    output: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -77,6 +81,8 @@ class SamplerConfig:
         check_count("rows_per_graph", self.rows_per_graph)
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype: got {self.dtype!r}, expected a floating dtype")
+        if self.output is not None and not callable(self.output):
+            raise TypeError(f"output: got {type(self.output).__name__}, expected a function or None")
 
     def resolved(self, model: Callable[..., Any]) -> SamplerConfig:
         """The same options with dtype, device and backend settled for a model.

@@ -18,6 +18,7 @@ from .buffers import Buffers
 from .call import ProgramOptions
 from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
+from .model_output import output_tensor
 from .user_functions import ClassifierGradient, DenoisedOutput
 
 Program = Callable[[], None]
@@ -197,6 +198,7 @@ class Programs:
         """The model on its buffers: () -> [n*B, C or 2C, ...]."""
         buffers, model = self._buffers, self._model
         batch, packed = len(buffers.step.x), buffers.branch_sets[active].packed
+        read = self._options.config.output or output_tensor
         models = [self._branch_models.get(self._options.branches[k], model) for k in active]
         # Neighbours with one model share a forward, unless serial forwards are wanted.
         starts = [k for k in range(len(active)) if batching == "serial" or k == 0 or models[k] is not models[k - 1]]
@@ -208,10 +210,7 @@ class Programs:
             calls.append(partial(model, buffers.step.model_input[part], buffers.step.time[part], **keywords))  # type: ignore[index]
 
         def call() -> Tensor:
-            outputs = [call() for call in calls]
-            first, *others = [output[0] if isinstance(output, tuple) else output for output in outputs]
-            if not isinstance(first, Tensor):
-                raise TypeError(f"model: got a {type(first).__name__} from it, expected a tensor (return_dict=False?)")
+            first, *others = [read(call()) for call in calls]
             return torch.cat([first, *others]) if others else first
 
         return call

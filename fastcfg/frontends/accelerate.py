@@ -7,10 +7,11 @@ import inspect
 from typing import Any, TypeVar
 
 from . import glide, guided_diffusion
+from ._fused.subclass import ORIGINAL
 from ._gaussian.process import Process
 from ._gaussian.schedules import make_schedule
 
-__all__ = ["accelerate"]
+__all__ = ["accelerate", "is_fused"]
 
 Object = TypeVar("Object")
 
@@ -60,6 +61,18 @@ def accelerate(obj: Object, **options: Any) -> Object:
         raise TypeError(f"options: got {', '.join(unknown)} for a {type(obj).__name__}, expected {expected}")
     accelerated: Object = door(obj, **options)
     return accelerated
+
+
+def is_fused(obj: object) -> bool:
+    """Whether an object, class or function is a drop-in such as `accelerate` returns.
+
+    Example:
+        >>> sample = lambda model, x, sigmas: x
+        >>> is_fused(sample), is_fused(accelerate(sample))
+        (False, True)
+    """
+    kind = obj if isinstance(obj, type) else type(obj)
+    return issubclass(kind, Process) or inspect.getattr_static(obj, ORIGINAL, None) is not None
 
 
 def _unknown(got: str) -> TypeError:

@@ -127,6 +127,35 @@ def test_every_kind_of_object_is_accelerated() -> None:
         assert isinstance(fastcfg.accelerate(diffusers.ClassifierFreeGuidance()), diffusers.ClassifierFreeGuidance)
 
 
+@pytest.mark.parametrize("loop", ["p_sample_loop", "ddim_sample_loop"])
+@pytest.mark.parametrize(("learn_sigma", "channels"), [(True, 3), (False, 6)])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_models_with_other_channels_than_the_variance_needs_are_refused(
+    loop: str, learn_sigma: bool, channels: int, backend: str
+) -> None:
+    ours = guided_diffusion.create_gaussian_diffusion(learn_sigma=learn_sigma, timestep_respacing="5")
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t)[:, :channels]
+
+    for function in (model, ClassifierFree(model, 2)):
+        with pytest.raises(ValueError, match=r"model.output: got .*expected"):
+            getattr(ours, loop)(function, SHAPE, device="cpu", backend=backend)
+
+
+def test_is_fused_tells_a_drop_in_from_an_original() -> None:
+    for ours in (diffusion(glide), glide.SpacedDiffusion, fastcfg.accelerate(euler)):
+        assert fastcfg.is_fused(ours)
+    for other in (3, euler, network, ScoreSde(), ScoreSde):
+        assert not fastcfg.is_fused(other)
+    if diffusers is not None:
+        for kind in (diffusers.DDIMScheduler, diffusers.ClassifierFreeGuidance):
+            assert [fastcfg.is_fused(one) for one in (kind, kind())] == [False, False]
+            assert fastcfg.is_fused(fastcfg.accelerate(kind()))
+            assert fastcfg.is_fused(getattr(fused, kind.__name__))
+        assert fastcfg.is_fused(DerivedScheduler)
+
+
 class ScoreSde:
     """A scheduler of another protocol: it has `step_pred` and `step_correct`."""
 

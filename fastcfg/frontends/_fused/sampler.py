@@ -18,6 +18,7 @@ from ...utils.identity import Alike
 from ...utils.lru import LRU
 from ..classifier_free import split_by_branch
 from .fall_through import FallThroughError, falling_through, log_once
+from .subclass import ORIGINAL
 
 # Arguments the engine takes, the first three always; all others go to the compiler.
 _ENGINE = ("model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler")
@@ -52,6 +53,7 @@ def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> 
             return sample_fn(*args, **kwargs)
         return call.run(sampler_for(call))
 
+    setattr(sample, ORIGINAL, sample_fn)
     return sample
 
 

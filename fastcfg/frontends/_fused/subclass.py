@@ -9,11 +9,13 @@ from typing import Any
 
 # The attribute of an instance with our state. Of it only what `midway` returns is copied or pickled.
 STATE = "_fastcfg_state"
+# The attribute of our classes and functions with the original's.
+ORIGINAL = "_fastcfg_original"
 
 
 def is_fused(candidate: type) -> bool:
     """Whether a class was made by `subclass`."""
-    return "_fastcfg_original" in vars(candidate)
+    return ORIGINAL in vars(candidate)
 
 
 def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type], type]) -> type:
@@ -30,7 +32,7 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__reduce__": reduce,
-        "_fastcfg_original": original,
+        ORIGINAL: original,
         "_fastcfg_again": staticmethod(again),
     }
     made: type = _metaclass(type(original))(original.__name__, (original,), {**methods, **names})

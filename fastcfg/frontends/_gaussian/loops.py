@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...clip import DynamicThreshold
+from ...engine.model_output import output_tensor
 from ...engine.noise import NoiseSource, philox_source, recorded_source, torch_source
 from ...engine.sampler import Sampler
 from ...guidance import CFG
@@ -88,9 +89,11 @@ def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall
 
 
 class LoopRunner:
-    """Runs loops on the engine. Samplers, with their buffers and graphs, are kept by model and solver."""
+    """Runs loops on the engine for models of some variance. Samplers, with their buffers and graphs, are kept by model
+    and solver."""
 
-    def __init__(self) -> None:
+    def __init__(self, variance: str) -> None:
+        self._variance = variance
         self._samplers: LRU[Sampler] = LRU(4)
 
     def steps(self, call: LoopCall, table: StepTable) -> Iterator[dict[str, Tensor]]:
@@ -114,7 +117,8 @@ class LoopRunner:
         dtype = torch.float64 if call.noise is not None and call.noise.dtype == torch.float64 else torch.float32
         options = {"backend": call.backend, "graph": call.graph, "device": call.device}
         options |= {"dtype": dtype, "state_dtype": dtype}
-        key = (Alike(model), table, *options.values())
+        key = (Alike(model), table, shape[1], *options.values())
+        options["output"] = partial(_of_channels, shape[1], self._variance)
         sampler = self._samplers.get_or_make(key, lambda: Sampler(model, table, **options))
         return sampler, {
             "shape": (batch, *shape[1:]),
@@ -188,6 +192,16 @@ def _thresholded(call: LoopCall) -> Function | None:
         return function
     limits = (threshold.quantile, threshold.floor, threshold.ceiling)
     return lambda x0: dynamic_threshold(x0 if function is None else function(x0), *limits)
+
+
+def _of_channels(channels: int, variance: str, returned: Any) -> Tensor:
+    """The model's output, of the channels that the originals insist on: twice the state's where it has variances."""
+    output = output_tensor(returned)
+    expected = (*output.shape[:1], channels * (2 if variance.startswith("learned") else 1), *output.shape[2:])
+    if output.shape != expected:
+        got = f"shape {tuple(output.shape)}"
+        raise ValueError(f"model output: got {got}, expected {expected} for {variance} variance")
+    return output
 
 
 def _on_pairs(function: Function, x0: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Process:
         with np.errstate(divide="ignore", invalid="ignore"):
             for name in _ARRAYS:
                 setattr(self, name, getattr(schedule, name))
-        self._runner = LoopRunner()
+        self._runner = LoopRunner(self._variance)
         self._tables: LRU[StepTable] = LRU(16)
         self._times: LRU[Tensor] = LRU(16)
 
