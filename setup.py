@@ -16,6 +16,7 @@ K_DIFFUSION_SAMPLING = ["scipy", "torchdiffeq", "torchsde"]
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.5",
+    "hypothesis>=6.100",
     "setuptools>=70.1",
     "diffusers>=0.30",
     "transformers>=4.40",
