@@ -20,6 +20,7 @@ LAYERS = (
     "table",
     "step",
     "clip",
+    "combination",
     "solvers",
     "guidance",
     "reference",

@@ -22,6 +22,7 @@ GROUPS: list[tuple[str, list[list[tuple[str, str]]]]] = [
                 ("table", "StepTable"),
                 ("step", "StepSpec, buffers"),
                 ("clip", "bounds of x0"),
+                ("combination", "sums in one pass"),
             ],
             [("solvers", "-> StepTable"), ("guidance", "branches, weights")],
         ],

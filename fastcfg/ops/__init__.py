@@ -8,6 +8,7 @@ small kernel runs. No operation carries gradients.
 from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem
 from .blender import Blender
 from .checks import is_channels_last
+from .combine import Combine
 from .gram import gram
 from .noise import initial_noise
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
@@ -15,7 +16,7 @@ from .step import GuidedStep, guided_step
 from .stepper import Stepper
 from .threshold import QuantileBound, dynamic_threshold, quantile_bound
 
-__all__ = ["BACKENDS", "Blender", "GuidedStep", "QuantileBound", "Stepper", "dynamic_threshold", "gram"]
+__all__ = ["BACKENDS", "Blender", "Combine", "GuidedStep", "QuantileBound", "Stepper", "dynamic_threshold", "gram"]
 __all__ += ["guidance_blend", "guided_step", "inductor_problem", "initial_noise", "is_channels_last"]
 __all__ += ["posterior_mean_variance", "predict_x0", "quantile_bound", "resolve_backend", "split_model_output"]
 __all__ += ["triton_problem"]

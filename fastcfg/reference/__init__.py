@@ -2,10 +2,11 @@
 (`originals`)."""
 
 from . import bits_per_dim, originals, pieces
+from .combine import ReferenceCombine
 from .gram import gram, rescale_factor
 from .guided_step import ReferenceStep
 from .quantile import ReferenceBound, quantile_bound
 from .table_step import Scratch, blend, table_step
 
-__all__ = ["ReferenceBound", "ReferenceStep", "Scratch", "bits_per_dim", "blend", "gram", "originals", "pieces"]
-__all__ += ["quantile_bound", "rescale_factor", "table_step"]
+__all__ = ["ReferenceBound", "ReferenceCombine", "ReferenceStep", "Scratch", "bits_per_dim", "blend", "gram"]
+__all__ += ["originals", "pieces", "quantile_bound", "rescale_factor", "table_step"]
