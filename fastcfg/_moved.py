@@ -32,7 +32,7 @@ _FOLLOWING = {
     **{f"training.shapes_{name}": f"training.shapes.{name}" for name in ("config", "task")},
     **{f"training.{name}": f"training.shapes.{name}" for name in ("judge", "data", "reading", "layout")},
     **{f"models.{name}": "models.blocks" for name in ("attention", "resblock")},
-    "frontends._scheduler_run": "frontends._fused.steps",
+    "frontends._scheduler_run": "compiler.scheduler",
     "graphs.opaque": "engine.graphs.stand_in",
     "guidance.statistic": "guidance.output_methods",
     "models.glide_meta": "models.glide",

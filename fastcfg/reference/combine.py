@@ -51,7 +51,7 @@ class ReferenceCombine:
             if total is x0:
                 # x0 itself is handed out once.
                 x0, is_new = None, True
-            results.append(total.to(dtypes[j], copy=not is_new))
+            results.append(total.to(dtypes[j]) if is_new or total.dtype != dtypes[j] else total.clone())
         return results
 
     def _clipped(self, x0: Tensor, is_new: bool) -> Tensor:

@@ -99,14 +99,14 @@ def value_key(value: Any) -> Hashable:
         return np.ndarray, value.dtype, value.shape, value.tobytes()
     if isinstance(value, Mapping):
         return dict, tuple((name, value_key(item)) for name, item in value.items())
-    if isinstance(value, FunctionType) and _is_self_contained(value):
+    if isinstance(value, FunctionType) and is_self_contained(value):
         return FunctionType, value.__code__, value_key(value.__defaults__), value_key(value.__kwdefaults__)
     if isinstance(value, list | tuple):
         return type(value), tuple(map(value_key, value))
     raise NoValueError
 
 
-def _is_self_contained(function: FunctionType) -> bool:
+def is_self_contained(function: FunctionType) -> bool:
     """Whether a function refers to nothing but its arguments. Nested functions might, so they count as if they did."""
     code = function.__code__
     return not (function.__closure__ or code.co_names or any(isinstance(part, CodeType) for part in code.co_consts))

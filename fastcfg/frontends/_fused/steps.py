@@ -1,269 +1,278 @@
-"""The steps of a fused scheduler, from one `set_timesteps` to the next."""
+"""The steps of a fused scheduler: traced once for what they read, then run as sums."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...compiler import Compiled, NextTimestep, StepRehearsal, compile_timesteps, rehearse_step, scheduler_clip
-from ...ops.stepper import Stepper
-from ...utils.identity import view_index
+from ...compiler.step import (
+    Constant,
+    Draw,
+    Given,
+    Part,
+    Small,
+    Source,
+    StepProgram,
+    Sum,
+    UntraceableError,
+    Write,
+    trace_step,
+)
+from ...ops.combine import Combine
+from ...utils.identity import NoValueError, value_key, view_index
 from ...utils.lru import LRU
-from .fall_through import FallThroughError, falling_through
+from .contents import Contents
+from .fall_through import FallThroughError
 
-
-class _Selection(NamedTuple):
-    """A compiled table in use: its row 0 is at position `first`, and `options` are the arguments of `step`."""
-
-    compiled: Compiled
-    first: int
-    options: Mapping[str, Any]
-    stateful: bool  # whether the table saves tensors
-
-
-class _Positions:
-    """Finds the position in `timesteps` of a step."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._state, self._timesteps = vars(scheduler), scheduler.timesteps
-        self._values: list[float] = scheduler.timesteps.detach().cpu().tolist()
-        self.count = len(self._values)
-        self.next: int | None = None  # after the last fused step
-
-    def find(self, timestep: Any) -> int:
-        """The position of a step. Reads nothing from the device if the timestep is an element of `timesteps`."""
-        for name in ("_step_index", "_begin_index"):
-            if self._state.get(name) is not None:
-                return int(self._state[name])
-        if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
-                raise FallThroughError("its timesteps differ by sample")
-            if (index := view_index(self._timesteps, timestep)) is not None:
-                return index
-        value = float(timestep)
-        if self.next is not None and self._values[self.next : self.next + 1] == [value]:
-            return self.next
-        if value not in self._values:
-            raise FallThroughError(f"timestep {value:g} is not one of its timesteps")
-        return self._values.index(value)
-
-    def advance(self, position: int) -> None:
-        """Note that the step at a position was made."""
-        self.next = position + 1
-        if "_step_index" in self._state:
-            self._state["_step_index"] = self.next
-
-
-class _Tables:
-    """Chooses the table of a step. What is compiled is `twin`, a copy of the scheduler in the host's memory with its
-    class before it was fused."""
-
-    def __init__(self, scheduler: Any, original: type) -> None:
-        self._scheduler = scheduler
-        self.twin: Any = object.__new__(original)
-        state = {name: value for name, value in vars(scheduler).items() if not name.startswith("_fastcfg")}
-        self.twin.__dict__.update({n: v.detach().cpu() if isinstance(v, Tensor) else v for n, v in state.items()})
-        self.selection: _Selection | None = None
-
-    def compiled(self, first: int, options: Mapping[str, Any]) -> Compiled:
-        """The table of a run that begins at a position."""
-        if "_begin_index" in vars(self.twin):
-            self.twin._begin_index = self._scheduler._begin_index if first else None
-        with falling_through(ValueError):
-            compiled = compile_timesteps(self.twin, first, options)
-        if compiled.further == "unknown":
-            raise FallThroughError("the second value its steps return is neither x0 nor a sum of sample and output")
-        return compiled
-
-    def begin(self, first: int, options: Mapping[str, Any]) -> None:
-        """Choose the table of a run that began at a position, for a scheduler copied in the middle of it."""
-        if "_step_index" in vars(self.twin):
-            self.twin._step_index = None
-        with suppress(FallThroughError):
-            compiled = self.compiled(first, options)
-            self.selection = _Selection(compiled, first, options, compiled.table.num_history > 0)
-
-    def select(self, position: int, follows: bool, options: Mapping[str, Any]) -> _Selection:
-        """The table of a step; `follows` says whether the step before it was fused."""
-        now = self.selection
-        if now is not None and follows and now.stateful and options != now.options:
-            raise FallThroughError(f"its options change from {dict(now.options)} to {dict(options)}")
-        if now is not None and options == now.options and (follows or not now.stateful):
-            return now
-        compiled = self.compiled(0, options)
-        # Methods of several steps have no history where a run begins, wherever that is.
-        stateful = compiled.table.num_history > 0
-        if stateful and position:
-            compiled = self.compiled(position, options)
-        self.selection = _Selection(compiled, position if stateful else 0, options, stateful)
-        return self.selection
+_PROGRAMS = 4096  # kept for a class; every step of a run is one
 
 
 class FusedSteps:
-    """`step` and `scale_model_input` of a scheduler, of a fused class and with timesteps set, by its compiled table.
+    """Runs the steps of a scheduler.
 
-    Methods raise `FallThroughError` where the original must run. When the scheduler's `timesteps` are replaced, these
-    steps have ended. `options` are the arguments of the last step; at first, of the run before.
+    Nothing of a run is kept here: tensors and counters are read from the scheduler's own attributes and written to
+    them, as by the original, so that they may be changed, replaced and copied between any two steps. What is kept are
+    programs, by all that the step read when it was traced.
     """
 
-    def __init__(self, scheduler: Any, original: type, options: Mapping[str, Any]) -> None:
-        self.timesteps, self.options = scheduler.timesteps, dict(options)
-        self._scheduler = scheduler
-        self._positions, self._tables = _Positions(scheduler), _Tables(scheduler, original)
-        # By table, shape and dtype, and by dtypes: the next run takes them over if it has the same table.
-        self._steppers: LRU[Stepper] = LRU(4)
-        self._rehearsals: LRU[StepRehearsal] = LRU(4)
-        named = list(inspect.signature(original.step).parameters.values())  # type: ignore[attr-defined]
-        self._defaults = {parameter.name: parameter.default for parameter in named[4:]}
-        self._clip = scheduler_clip(scheduler)
-        self._whole: Compiled | None = None
-        self._scales: list[float] = []
-        self._fallen = ""
-        self._saved: Tensor | None = None  # the tensors that a copied run had saved, until a stepper takes them
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original  # the class's `step`, before it was fused
+        self._contents = Contents()
+        self.last: _Program | None = None  # of the last step; None if the original made it
 
-    def midway(self) -> tuple[type, dict[str, Any]] | None:
-        """What a copy of the scheduler needs to continue a fused run; None outside of one."""
-        following, now = self._positions.next, self._tables.selection
-        if self._fallen or following is None or now is None:
-            return None
-        steppers = self._steppers.values()
-        saved = steppers[-1].history if now.stateful and steppers else self._saved
-        values = {"options": dict(now.options), "first": now.first, "following": following}
-        return type(self), values | {"saved": None if saved is None else saved.clone()}
+    def look(self, scheduler: Any) -> None:
+        """Read what is on a device now, rather than in the first step."""
+        for value in vars(scheduler).values():
+            if isinstance(value, Tensor) and value.ndim == 1:
+                self._contents.values(value)
 
-    @classmethod
-    def resumed(
-        cls,
-        scheduler: Any,
-        original: type,
-        options: Mapping[str, Any],
-        first: int,
-        following: int,
-        saved: Tensor | None,
-    ) -> FusedSteps:
-        """The steps of a copy, from what `midway` returned."""
-        steps = cls(scheduler, original, options)
-        steps._tables.begin(first, options)
-        steps._positions.next, steps._saved = following, saved
-        return steps
-
-    def compile(self, before: FusedSteps | None = None) -> None:
-        """Compile a run from the first timestep with the options of the run before, and take over its memory."""
-        self._whole = self._tables.compiled(0, self.options)
-        if before is not None and before._whole is self._whole:
-            self._steppers, self._rehearsals, self._scales = before._steppers, before._rehearsals, before._scales
-
-    def scale(self, sample: Tensor, timestep: Any) -> Tensor:
-        """`scale_model_input`."""
-        position = self._positions.find(timestep)
-        if not self._scales:
-            self._scales = self._tables.compiled(0, self.options).table["c_in"].tolist()
-        if hasattr(self._scheduler, "is_scale_input_called"):
-            self._scheduler.is_scale_input_called = True
-        scale = self._scales[position]
-        return sample if scale == 1.0 else sample * scale
-
-    def step(self, output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]) -> Any:
-        """`step`, with all further arguments by name.
-
-        Raises:
-            ValueError: an output that does not fit the sample, or options that change while tensors are saved.
-        """
-        options = dict(options)
-        generator, noise = options.pop("generator", None), options.pop("variance_noise", None)
-        return_dict = options.pop("return_dict", True)
-        try:
-            if self._fallen:
-                raise FallThroughError(self._fallen)
-            _check_inputs(output, sample, generator, noise)
-            position = self._positions.find(timestep)
-            if position >= self._positions.count:
-                raise FallThroughError("there are more steps than timesteps")
-            changed = self._changed(options, position)
-            selection = self._tables.select(position, position == self._positions.next, changed)
-            self.options = changed
-            rehearsal = self._rehearsal(selection, output.dtype, sample.dtype)
-        except FallThroughError as error:
-            if self._positions.next is not None and self._tables.selection and self._tables.selection.stateful:
-                raise ValueError(
-                    f"step: got one that cannot be fused ({error}) in the middle of a run with fused steps that save "
-                    "tensors, expected such steps from the beginning of a run"
-                ) from error
-            self._fallen = str(error)
-            raise
-        compiled, row = selection.compiled, position - selection.first
-
-        def draw() -> Tensor:
-            if noise is not None:
-                return noise.to(device=sample.device, dtype=rehearsal.noise_dtype)
-            shape = tuple(sample.shape)
-            return rehearsal.draw(shape, generator=generator, device=sample.device, dtype=rehearsal.noise_dtype)
-
-        values = self._apply(compiled, row, output, sample, compiled.noise(draw, row))
-        self._positions.advance(position)
-        return rehearsal.reply(values, return_dict)
-
-    def _changed(self, options: Mapping[str, Any], position: int) -> dict[str, Any]:
-        """The options that are not the defaults."""
-        changed: dict[str, Any] = {}
-        last = position == self._positions.count - 1
+    def step(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: Mapping[str, Any]) -> Any:
+        """A step, with further arguments by name. Raises `FallThroughError`, before any change, if the original must
+        run."""
+        self.last = None
+        _check_tensors(output, sample)
+        kind: Any = type(scheduler)
+        state, known = vars(scheduler), _programs_of(kind, self._original)
+        at = self._single(state, timestep) if isinstance(timestep, Tensor) else (type(timestep), timestep)
+        call = [output.dtype, output.shape, sample.dtype, sample.shape, sample.device, at]
         for name, value in options.items():
-            if name not in self._defaults:
-                raise FallThroughError(f"its step has no argument {name}")
-            if view_index(self.timesteps, value) == position + 1 or (
-                last and value is None and self.options.get(name) is NextTimestep
-            ):
-                changed[name] = NextTimestep
-            elif not isinstance(value, bool | int | float | str | None):
-                raise FallThroughError(f"{name} of its step is a {type(value).__name__}")
-            elif value != self._defaults[name]:
-                changed[name] = value
-        return changed
+            call += (name, self._option(state, name, value))
+        fixed = tuple(call)
+        program = known.find(fixed, self._contents, state)
+        if program is None:
+            reads, program = self._trace(scheduler, output, timestep, sample, options)
+            known.put(reads, fixed, self._contents, state, program)
+        if isinstance(program, str):
+            raise FallThroughError(program)
+        result = program.run(_Call(state, output, timestep, sample, options))
+        self.last = program
+        return result
 
-    def _rehearsal(self, selection: _Selection, output: torch.dtype, sample: torch.dtype) -> StepRehearsal:
-        if (found := self._rehearsals.get((output, sample))) is None:
-            compiled, first, options = selection.compiled, selection.first, selection.options
-            with falling_through(ValueError):
-                found = rehearse_step(self._tables.twin, compiled, first, options, output, sample)
-            self._rehearsals.put((output, sample), found)
-        return found
+    def _trace(
+        self, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
+    ) -> tuple[frozenset[str], _Program | str]:
+        """The attributes that a step reads, and its program, or why there is none."""
+        on_host = partial(self._on_host, vars(scheduler))
+        try:
+            given = {name: on_host(value) for name, value in options.items()}
+            traced = trace_step(scheduler, self._original, output, on_host(timestep), sample, given)
+        except UntraceableError as error:
+            return error.reads, str(error)
+        return traced.reads, _Program(traced, sample)
 
-    def _apply(self, compiled: Compiled, row: int, output: Tensor, sample: Tensor, noise: Any) -> list[Tensor]:
-        """The values a row returns."""
-        if sample.ndim < 3:
-            # Fewer than three dimensions have no variance channels, so they may be reshaped.
-            wide = (*sample.shape[:-1], *(1,) * (3 - sample.ndim), sample.shape[-1])
-            widened = None if noise is None else noise.reshape(wide)
-            values = self._apply(compiled, row, output.reshape(wide), sample.reshape(wide), widened)
-            return [value.reshape(sample.shape) for value in values]
-        keep_x0 = compiled.further == "x0"
-        key = (compiled.table, sample.shape, sample.dtype, sample.device)
-        if (stepper := self._steppers.get(key)) is None:
-            stepper = Stepper(compiled.table, sample, self._clip, keep_x0=keep_x0)
-            self._steppers.put(key, stepper)
-            if self._saved is not None and stepper.history is not None:
-                stepper.history.copy_(self._saved)
-                self._saved = None
-        following, x0 = stepper(row, output, sample, noise)
-        if compiled.further == "none":
-            return [following]
-        if x0 is None:  # LCM, TCD: two more kernels
-            of_x, of_m = compiled.sums[row].tolist()  # type: ignore[index]
-            x0 = torch.add(sample * of_x, output[:, : sample.shape[1]], alpha=of_m)
-        return [following, x0]
+    def _single(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
+        """The key of a tensor of one number, which is not read from a device if it is one of the timesteps."""
+        if tensor.numel() != 1:
+            raise FallThroughError("its timesteps differ by sample")
+        return Tensor, tensor.dtype, tensor.ndim, self._number(state, tensor)
+
+    def _number(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
+        timesteps = state.get("timesteps")
+        if isinstance(timesteps, Tensor) and timesteps.ndim == 1 and timesteps.dtype == tensor.dtype:
+            index = view_index(timesteps, tensor)
+            if index is not None and 0 <= index < len(timesteps):
+                return self._contents.values(timesteps)[index]
+        return tensor.item()
+
+    def _option(self, state: Mapping[str, Any], name: str, value: Any) -> Any:
+        """The key of a further argument."""
+        if isinstance(value, Tensor):
+            return self._single(state, value) if value.ndim < 2 else self._contents.of(value)
+        if isinstance(value, torch.Generator):
+            return torch.Generator
+        if isinstance(value, list) and value and all(isinstance(item, torch.Generator) for item in value):
+            return list, len(value)
+        try:
+            return value_key(value)
+        except NoValueError:
+            raise FallThroughError(f"{name} of its step is a {type(value).__name__}") from None
+
+    def _on_host(self, state: Mapping[str, Any], value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim > 1:
+            return value
+        return torch.tensor(self._number(state, value), dtype=value.dtype).reshape(value.shape)
 
 
-def _check_inputs(output: Any, sample: Any, generator: Any, noise: Any) -> None:
-    if not (isinstance(output, Tensor) and isinstance(sample, Tensor) and sample.ndim and sample.numel()):
-        raise FallThroughError("sample and model output are not tensors with elements")
+class _Programs:
+    """What is known about a class's steps: programs, or why there is none, by the attributes that the steps read and by
+    what these contained. Most steps of a class read the same few sets of attributes; the last to fit is tried first."""
+
+    def __init__(self) -> None:
+        self._by_reads: dict[tuple[str, ...], LRU[_Program | str]] = {}
+        self._order: tuple[tuple[str, ...], ...] = ()
+
+    def find(self, call: Hashable, contents: Contents, state: Mapping[str, Any]) -> _Program | str | None:
+        """What is known about a step."""
+        for reads in self._order:
+            found = self._by_reads[reads].get((call, contents.key(state, reads)))
+            if found is not None:
+                if reads is not self._order[0]:
+                    self._order = (reads, *(other for other in self._order if other is not reads))
+                return found
+        return None
+
+    def put(
+        self, names: frozenset[str], call: Hashable, contents: Contents, state: Mapping[str, Any], found: _Program | str
+    ) -> None:
+        """Keep what was found about a step that reads some attributes."""
+        reads = tuple(sorted(names))
+        if reads not in self._by_reads:
+            self._by_reads[reads] = LRU(_PROGRAMS)
+            self._order = (reads, *self._order)
+        self._by_reads[reads].put((call, contents.key(state, reads)), found)
+
+
+@cache
+def _programs_of(kind: Any, original: Callable[..., Any]) -> _Programs:
+    return _Programs()
+
+
+class _Call(NamedTuple):
+    """A step's arguments, and the scheduler's attributes."""
+
+    state: dict[str, Any]
+    output: Tensor
+    timestep: Any
+    sample: Tensor
+    options: Mapping[str, Any]
+
+
+class _Program:
+    """A `StepProgram`, made ready for tensors like a sample."""
+
+    def __init__(self, traced: StepProgram, sample: Tensor) -> None:
+        self.traced = traced
+        self._draws = traced.draws
+        self._inputs = [_fetch(source) for source in traced.sources]
+        self._combine: Combine | None = None
+        if traced.combination is not None:
+            wide = torch.float64 in (sample.dtype, *traced.dtypes)
+            self._combine = Combine(traced.combination, sample.device, torch.float64 if wide else torch.float32)
+        self._result = _build(traced.result)
+        self._values = [_build(write.part) for write in traced.writes]
+        self._stores = [_store(write) for write in traced.writes]
+
+    def run(self, call: _Call) -> Any:
+        """The step's result; the scheduler's attributes are changed as by the original."""
+        noises = tuple(_drawn(draw, call) for draw in self._draws)
+        sums: list[Tensor] = []
+        if self._combine is not None:
+            sums = self._combine([fetch(call, noises) for fetch in self._inputs], self.traced.dtypes)
+        result = self._result(call, sums)
+        # All values first: some are what other attributes were.
+        values = [value(call, sums) for value in self._values]
+        for store, value in zip(self._stores, values, strict=True):
+            store(call, value)
+        return result
+
+
+def _drawn(draw: Draw, call: _Call) -> Tensor:
+    sample = call.sample
+    try:
+        if draw.like:
+            same = draw.dtype in (None, sample.dtype)
+            return draw.function(sample if same else torch.empty_like(sample, dtype=draw.dtype))
+        options: dict[str, Any] = {"dtype": draw.dtype}
+        if draw.generator:
+            options["generator"] = call.options["generator"]
+        if draw.device:
+            options["device"] = sample.device
+        return draw.function(sample.shape, **options).to(sample.device)
+    except Exception as error:  # the original says it
+        raise FallThroughError(f"its noise cannot be drawn ({error})") from error
+
+
+def _fetch(source: Source) -> Callable[[_Call, tuple[Tensor, ...]], Any]:
+    """A function that returns what is at a source."""
+    kind, *keys = source
+    if kind == "state":
+        name, *rest = keys
+
+        def from_state(call: _Call, noises: tuple[Tensor, ...]) -> Any:
+            value = call.state[name]
+            for key in rest:
+                value = value[key]
+            return value
+
+        return from_state
+    if kind == "draw":
+        return lambda call, noises: noises[keys[0]]
+    if kind == "option":
+        return lambda call, noises: call.options[keys[0]]
+    index = _Call._fields.index(kind)
+    return lambda call, noises: call[index]
+
+
+def _build(part: Part) -> Callable[[_Call, list[Tensor]], Any]:
+    """A function that makes a part of a result."""
+    if isinstance(part, Sum):
+        return lambda call, sums: sums[part.number]
+    if isinstance(part, Given):
+        fetch = _fetch(part.source)
+        return lambda call, sums: fetch(call, ())
+    if isinstance(part, Small):
+        return partial(_small, part.value, {})
+    if isinstance(part, Constant):
+        return lambda call, sums: part.value
+    parts, keys, kind = [_build(item) for item in part.parts], part.keys, part.kind
+    if keys is None:
+        return lambda call, sums: kind([build(call, sums) for build in parts])
+    return lambda call, sums: kind(**{key: build(call, sums) for key, build in zip(keys, parts, strict=True)})
+
+
+def _small(value: Tensor, by_device: dict[torch.device, Tensor], call: _Call, sums: list[Tensor]) -> Tensor:
+    """A new small tensor, where the levels are."""
+    device = next((call.state[name].device for name in ("sigmas", "timesteps") if name in call.state), value.device)
+    if device not in by_device:
+        by_device[device] = value.to(device)
+    return by_device[device].clone()
+
+
+def _store(write: Write) -> Callable[[_Call, Any], None]:
+    """A function that makes a change."""
+    if write.how != "set":
+        fetch = _fetch(write.source)
+        if write.how == "copy":
+            return lambda call, value: fetch(call, ()).copy_(value)
+        return lambda call, value: fetch(call, ()).__setitem__(slice(None), value)
+    _, name, *keys = write.source
+    if not keys:
+        return lambda call, value: call.state.__setitem__(name, value)
+    holder = _fetch(write.source[:-1])
+    return lambda call, value: holder(call, ()).__setitem__(keys[-1], value)
+
+
+def _check_tensors(output: Any, sample: Any) -> None:
+    for tensor in (sample, output):
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
+        if not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
+            raise FallThroughError("sample and model output are not dense floating tensors with elements")
+    if output.device != sample.device or sample.device.type == "meta":
+        raise FallThroughError("sample and model output are on different devices, or on none")
     if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
         raise FallThroughError("its step must let gradients through")
-    if output.dtype == torch.float64 != sample.dtype:
-        raise FallThroughError("the model output is wider than the sample")
-    if generator is not None and noise is not None:
-        raise FallThroughError("it is given both generator and variance_noise")

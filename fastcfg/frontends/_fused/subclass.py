@@ -25,7 +25,7 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
     def reduce(self: Any) -> Any:
         state = {name: value for name, value in vars(self).items() if name != STATE}
         ours = vars(self).get(STATE)
-        return _rebuilt, (again, original, state, None if ours is None else ours.midway())
+        return _rebuilt, (again, original, state, ours.midway() if hasattr(ours, "midway") else None)
 
     names = {
         "__doc__": original.__doc__,

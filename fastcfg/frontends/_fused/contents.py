@@ -1,0 +1,143 @@
+"""The contents of what a step reads, as a key that shows every change and costs a few microseconds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...utils.identity import NoValueError, Same, value_key
+
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+_MISSING = object()
+_KEPT = 64  # objects with a known key
+_LONG = 16  # lists from here on are compared with a copy
+
+
+class _Key:
+    """A key with its hash kept."""
+
+    __slots__ = ("_hash", "value")
+
+    def __init__(self, value: Hashable) -> None:
+        self.value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, _Key) and self.value == other.value)
+
+
+class _Known:
+    """An object and its key, which is valid as long as `unchanged()`."""
+
+    __slots__ = ("key", "unchanged", "value", "values")
+
+    def __init__(self, value: Any, key: Hashable, unchanged: Callable[[], bool]) -> None:
+        self.value, self.key, self.unchanged = value, _Key(key), unchanged
+        self.values: list[Any] | None = None
+
+
+class Contents:
+    """Keys of a scheduler's attributes, by what is in them.
+
+    Numbers and strings are their own keys. Small tensors, long lists and configs have one that is kept; at every step
+    their bytes and items are compared with a copy. On a device a tensor is known by its identity and version (in
+    inference mode by its identity) and read when these change: the only times at which the host waits. Tensors of two
+    dimensions and more are a step's inputs: their contents do not decide about it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, _Known] = {}
+
+    def key(self, state: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+        """The key of some attributes of a `__dict__`, and of which attributes there are."""
+        parts: list[Any] = [tuple(state)]
+        for name in names:
+            value = state.get(name, _MISSING)
+            kind = type(value)
+            if kind in _PLAIN:
+                parts.append(kind)
+                parts.append(value)
+            else:
+                parts.append(self.of(value))
+        return tuple(parts)
+
+    def of(self, value: Any) -> Hashable:
+        """The key of a value."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return kind, value
+        if isinstance(value, Tensor):
+            if value.ndim < 2:
+                return self._kept(value, _tensor).key
+            return kind, value.dtype, value.shape, value.device, value.requires_grad and torch.is_grad_enabled()
+        if kind is dict or (kind in (list, tuple) and len(value) < _LONG):
+            items = value.items() if kind is dict else enumerate(value)
+            return (kind, *((key, self.of(item)) for key, item in items))
+        if isinstance(value, Mapping | list | tuple):
+            return self._kept(value, _container).key
+        return _hashable(value)
+
+    def values(self, tensor: Tensor) -> list[Any]:
+        """The values of a one-dimensional tensor."""
+        known = self._kept(tensor, _tensor)
+        if known.values is None:
+            known.values = tensor.tolist()
+        return known.values
+
+    def _kept(self, value: Any, make: Callable[[Any], _Known]) -> _Known:
+        known = self._known.get(id(value))
+        if known is None or known.value is not value or not known.unchanged():
+            if len(self._known) >= _KEPT:
+                self._known.clear()
+            known = self._known[id(value)] = make(value)
+        return known
+
+
+def _tensor(tensor: Tensor) -> _Known:
+    array = _array(tensor.detach().cpu())
+    contents = array.tobytes()
+    key = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, contents)
+    if tensor.device.type == "cpu":
+        # The same memory: changes through other tensors and arrays are seen as well.
+        tobytes = _array(tensor.detach()).tobytes
+        return _Known(tensor, key, lambda: tobytes() == contents)
+    if tensor.is_inference():
+        return _Known(tensor, key, lambda: True)
+    version = tensor._version
+    return _Known(tensor, key, lambda: tensor._version == version)
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a tensor on the host."""
+    return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 and tensor.ndim else tensor).numpy()
+
+
+def _container(value: Any) -> _Known:
+    """A long list, or a mapping, which may have attributes as diffusers' configs have."""
+    attributes = vars(value) if hasattr(value, "__dict__") else {}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    key = (type(value), *((name, _hashable(item)) for part in (items, attributes.items()) for name, item in part))
+    same, same_attributes = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value), dict(attributes)
+    same_attributes = copy.deepcopy(same_attributes)
+
+    def unchanged() -> bool:
+        try:
+            return bool(value == same and attributes == same_attributes)
+        except (RuntimeError, ValueError):  # tensors and arrays in it have no single answer
+            return False
+
+    return _Known(value, key, unchanged)
+
+
+def _hashable(value: Any) -> Hashable:
+    try:
+        return value_key(value)
+    except NoValueError:
+        return Same(value)
