@@ -30,10 +30,10 @@ class ReferenceCombine:
     def __call__(
         self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], variance: Tensor | None = None
     ) -> list[Tensor]:
-        """The outputs, new tensors in these dtypes.
+        """The outputs, new tensors in these dtypes and the first input's layout.
 
         Args:
-            inputs: N of one shape, [B, ...], in any floating dtypes.
+            inputs: N of one shape, [B, ...], in any floating dtypes, as `ops.combine.arranged` leaves them.
             dtypes: M.
             variance: with learned variances, the variance channels, of the inputs' shape.
         """
@@ -53,7 +53,9 @@ class ReferenceCombine:
             elif total is x0:
                 # x0 itself is handed out once.
                 x0, is_new = None, True
-            results.append(total if is_new and dtypes[j] == dtype else total.to(dtypes[j], copy=not is_new))
+            if not is_new:
+                total = torch.empty_like(inputs[0], dtype=dtypes[j]).copy_(total)
+            results.append(total if total.dtype == dtypes[j] else total.to(dtypes[j]))
         return results
 
     def _limited(self, x0: Tensor, is_new: bool) -> Tensor:
