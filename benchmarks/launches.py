@@ -9,9 +9,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastcfg.combination import Combination
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
 
@@ -171,6 +173,26 @@ def gram_sum() -> Launch:
     return _launch("gram", 4, *arguments, launcher="launch_gram_sum", kernel="_gram_sum_kernel")
 
 
+def combine(
+    shape: tuple[int, ...] = SHAPE, dtype: str = "float32", inputs: int = 2, outputs: int = 2, learned: bool = False
+) -> Launch:
+    """Sums of all inputs and a clipped x0; with learned variance the model's output has 2C channels."""
+    from fastcfg.kernels.combine import SIZE, combine_options
+
+    noise = inputs - 1 if learned else None
+    ones = np.full((outputs, inputs), 0.5)
+    combination = Combination(ones, ones[0], ones[:, 0], clip=1.0, noise=noise)
+    sums = [combination.sum_of(j) for j in range(outputs)]
+    options = combine_options(inputs, sums, combination.sum_of_x0(), True, False, noise)
+    given, results = ([_tensor(*shape, dtype=dtype) for _ in range(n)] for n in (inputs, outputs))
+    variance = None
+    if learned:
+        wide = _tensor(shape[0], 2 * shape[1], *shape[2:], dtype=dtype)
+        given[1], variance = wide.split(shape[1], dim=1)
+    size = (inputs + learned + outputs) * given[0].itemsize
+    return _launch("combine", size, given, None, variance, results, _tensor(SIZE), options)
+
+
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise_source": "philox"}
@@ -213,6 +235,10 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "quantile-first": partial(quantile_pass, 0),
     "quantile-pass": partial(quantile_pass, 1),
     "quantile-last": partial(quantile_pass, 3),
+    "combine": combine,
+    "combine-all": partial(combine, inputs=8, outputs=4, learned=True),
+    "combine-all-bf16": partial(combine, dtype="bfloat16", inputs=8, outputs=4, learned=True),
+    "combine-one-sample": partial(combine, (1, 3, 64, 64)),
 }
 
 # Some of them in the dtypes that those leave out: for the table, not for the tests.

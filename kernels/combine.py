@@ -16,7 +16,7 @@ MAX_INPUTS = 8
 MAX_OUTPUTS = 4
 
 # Which terms a sum has, and in which order, is one number: a digit of 4 bits for each, the first term's lowest: the
-# input, MAX_INPUTS for x0, plus 1. Its coefficients are a row of the table, followed by the factor of the whole sum.
+# input (MAX_INPUTS for x0) plus 1. Its coefficients are a row of the table, followed by the factor of the whole sum.
 _FACTOR = tl.constexpr(MAX_INPUTS + 1)
 ROW = MAX_INPUTS + 2
 _ROW = tl.constexpr(ROW)
@@ -28,9 +28,10 @@ _L_V = tl.constexpr((MAX_OUTPUTS + 1) * ROW + 2)
 SIZE = (MAX_OUTPUTS + 1) * ROW + 3
 
 
-def encode(terms):
-    """The number of a sum's inputs, in their order; `MAX_INPUTS` is x0."""
-    return sum((index + 1) << (4 * place) for place, index in enumerate(terms))
+def encode(total, num_inputs):
+    """The number of a sum's terms."""
+    places = (MAX_INPUTS if index == num_inputs else index for index, _ in total.terms)
+    return sum((place + 1) << (4 * k) for k, place in enumerate(places))
 
 
 @triton.jit
@@ -135,21 +136,25 @@ def _combine_kernel(
     if CLIP:
         x0 = clip(x0, tl.load(table_ptr + _BOUND))
 
-    y = add_up(table_ptr, TERMS0, FACTORS & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
+    y0 = add_up(table_ptr, TERMS0, FACTORS & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
     if NOISE:
         v = tl.load(variance_ptr + output_offs, mask=mask, other=0.0).to(tl.float32)
         exponent = tl.fma(tl.load(table_ptr + _L_V) + tl.zeros_like(v), v, tl.load(table_ptr + _L_0) + tl.zeros_like(v))
-        y = tl.fma(tl.exp2(exponent), pick(NOISE, v0, v1, v2, v3, v4, v5, v6, v7, x0), y)
-    tl.store(y0_ptr + offs, y.to(y0_ptr.dtype.element_ty), mask=mask)
+        y0 = tl.fma(tl.exp2(exponent), pick(NOISE, v0, v1, v2, v3, v4, v5, v6, v7, x0), y0)
     if OUTPUTS > 1:
-        y = add_up(table_ptr + _ROW, TERMS1, (FACTORS >> 1) & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
-        tl.store(y1_ptr + offs, y.to(y1_ptr.dtype.element_ty), mask=mask)
+        y1 = add_up(table_ptr + _ROW, TERMS1, (FACTORS >> 1) & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
     if OUTPUTS > 2:
-        y = add_up(table_ptr + 2 * _ROW, TERMS2, (FACTORS >> 2) & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
-        tl.store(y2_ptr + offs, y.to(y2_ptr.dtype.element_ty), mask=mask)
+        y2 = add_up(table_ptr + 2 * _ROW, TERMS2, (FACTORS >> 2) & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
     if OUTPUTS > 3:
-        y = add_up(table_ptr + 3 * _ROW, TERMS3, (FACTORS >> 3) & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
-        tl.store(y3_ptr + offs, y.to(y3_ptr.dtype.element_ty), mask=mask)
+        y3 = add_up(table_ptr + 3 * _ROW, TERMS3, (FACTORS >> 3) & 1, v0, v1, v2, v3, v4, v5, v6, v7, x0)
+    # Stored last: the compiler moves no load of a coefficient up past a store.
+    tl.store(y0_ptr + offs, y0.to(y0_ptr.dtype.element_ty), mask=mask)
+    if OUTPUTS > 1:
+        tl.store(y1_ptr + offs, y1.to(y1_ptr.dtype.element_ty), mask=mask)
+    if OUTPUTS > 2:
+        tl.store(y2_ptr + offs, y2.to(y2_ptr.dtype.element_ty), mask=mask)
+    if OUTPUTS > 3:
+        tl.store(y3_ptr + offs, y3.to(y3_ptr.dtype.element_ty), mask=mask)
 
 
 def combine_config(size, batch):
@@ -158,21 +163,22 @@ def combine_config(size, batch):
     return LaunchConfig(min(config.block, 1024), config.num_warps)
 
 
-def combine_options(sums, x0, clipped, x0_given, noise):
+def combine_options(num_inputs, sums, x0, clipped, x0_given, noise):
     """What of a combination is compiled into the kernel, as its keyword arguments.
 
     Args:
-        sums: a `Sum` for each output; x0 is input `MAX_INPUTS`.
+        num_inputs: N, up to `MAX_INPUTS`.
+        sums: a `Sum` for each output.
         x0: the `Sum` that x0 is; None without x0, and where it is given.
         clipped: whether x0 is clipped.
         x0_given: whether x0 is read.
         noise: the input that output 0 takes with its learned coefficient, or None.
     """
     rows = _rows(sums, x0)
-    encoded = {row: encode(index for index, _ in total.terms) for row, total in rows.items()}
+    encoded = {row: encode(total, num_inputs) for row, total in rows.items()}
     used = {index for total in rows.values() for index, _ in total.terms} | ({noise} - {None})
     return {
-        "USED": sum(1 << index for index in used if index < MAX_INPUTS),
+        "USED": sum(1 << index for index in used if index < num_inputs),
         "OUTPUTS": len(sums),
         **{f"TERMS{j}": encoded.get(j, 0) for j in range(MAX_OUTPUTS)},
         "X0_TERMS": encoded.get(MAX_OUTPUTS, 0),
@@ -189,7 +195,8 @@ def _rows(sums, x0):
 
 
 def combine_table(sums, x0, bound, l_0, l_v):
-    """The numbers of a combination, `SIZE` of them: arguments as in `combine_options`; a bound of None is not read."""
+    """The numbers of a combination, `SIZE` of them: of its sums as in `combine_options`, its clip bound or None, l_0
+    and l_v."""
     table = [0.0] * SIZE
     for row, total in _rows(sums, x0).items():
         for place, (_, coefficient) in enumerate(total.terms):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
-from ..combination import OUTPUT, Combination, Sum
+from ..combination import OUTPUT, Combination
 from ..reference import ReferenceCombine
 from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import LOADED_DTYPES
@@ -59,7 +59,7 @@ class Combine:
         self.backend = resolve_backend(backend, device, dtype, PIECE_BACKENDS)
         self._num_outputs, self._num_inputs = combination.coefficients.shape
         self._learned = combination.noise is not None
-        self._reference = ReferenceCombine(combination, dtype)
+        self._reference = ReferenceCombine(combination, dtype, device)
         self._kernel = self._fused(torch.device(device)) if self.backend == "triton" else None
 
     def _fused(self, device: torch.device) -> _Kernel | None:
@@ -108,26 +108,24 @@ class _Kernel:
     """The launch of a combination."""
 
     def __init__(self, combination: Combination, device: torch.device) -> None:
-        from ..kernels import combine as kernel
+        from ..kernels.combine import combine_options, combine_table, launch_combine
 
-        def renumbered(total: Sum) -> Sum:
-            inputs = combination.coefficients.shape[1]
-            terms = tuple((kernel.MAX_INPUTS if index == inputs else index, c) for index, c in total.terms)
-            return Sum(terms, total.factor)
-
+        outputs, inputs = combination.coefficients.shape
         clip, uses_x0 = combination.clip, combination.uses_x0
-        self._launch = kernel.launch_combine
         self._threshold = clip if uses_x0 and isinstance(clip, DynamicThreshold) else None
-        self._x0: _Kernel | None = None
+        self._bare_x0: _Kernel | None = None
+        x0, bound = combination.sum_of_x0() if uses_x0 else None, None
         if self._threshold is not None:
-            # x0 on its own: its bound is known when all of it is.
-            self._x0 = _Kernel(Combination(combination.x0[None]), device)  # type: ignore[index]
-        has_own_x0 = uses_x0 and self._x0 is None
-        bound = clip if has_own_x0 and not isinstance(clip, DynamicThreshold) else None
-        sums = [renumbered(combination.sum_of(j)) for j in range(len(combination.coefficients))]
-        x0 = combination.sum_of_x0() if has_own_x0 else None
-        self._options = kernel.combine_options(sums, x0, bound is not None, self._x0 is not None, combination.noise)
-        numbers = kernel.combine_table(sums, x0, bound, combination.l_0, combination.l_v)
+            # Computed on its own: its bound is known when all of it is.
+            self._bare_x0, x0 = _Kernel(Combination(combination.x0[None]), device), None  # type: ignore[index]
+        elif uses_x0:
+            bound = clip
+        sums = [combination.sum_of(j) for j in range(outputs)]
+        self._launch = launch_combine
+        self._options = combine_options(
+            inputs, sums, x0, bound is not None, self._threshold is not None, combination.noise
+        )
+        numbers = combine_table(sums, x0, bound, combination.l_0, combination.l_v)
         self._table = torch.tensor(numbers, dtype=torch.float32, device=device)
 
     def takes(self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> bool:
@@ -144,8 +142,8 @@ class _Kernel:
         self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], variance: Tensor | None
     ) -> list[Tensor]:
         sample, x0 = inputs[0], None
-        if self._x0 is not None and self._threshold is not None:
-            x0 = limited(self._x0(inputs, [torch.float32], None)[0], self._threshold)
+        if self._bare_x0 is not None and self._threshold is not None:
+            x0 = limited(self._bare_x0(inputs, [torch.float32], None)[0], self._threshold)
         results = [torch.empty_like(sample, dtype=dtype) for dtype in dtypes]
         with torch.cuda.device_of(sample):
             self._launch(inputs, x0, variance, results, self._table, self._options)

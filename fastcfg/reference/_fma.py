@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -30,16 +31,15 @@ def addcmul_rounds_once(device: torch.device) -> bool:
     return bool(torch.equal(got, exact))
 
 
-def add_scaled(total: Tensor, term: Tensor, coefficient: float, in_place: bool = False) -> Tensor:
-    """total + coefficient*term with the one rounding of a fused multiply-add, for tensors of one dtype; with
-    `in_place` the result is written to `total`.
+def adder(dtype: torch.dtype, device: torch.device) -> Callable[..., Tensor]:
+    """A function of (total, term, *, alpha, out=None): total + alpha*term with the bits of `fma`, for tensors of this
+    dtype and device and a number alpha. `torch.add` where it rounds once: a number costs it less host time than a
+    scalar tensor costs `torch.addcmul`."""
+    return torch.add if dtype != torch.float32 or add_rounds_once(device) else _add
 
-    The bits are those of `fma`. A number costs less host time in `torch.add` than a scalar tensor in `torch.addcmul`.
-    """
-    if total.dtype != torch.float32 or add_rounds_once(total.device):
-        return total.add_(term, alpha=coefficient) if in_place else torch.add(total, term, alpha=coefficient)
-    factor = torch.tensor(coefficient, dtype=total.dtype, device=total.device)
-    return fma(factor, term, total, out=total if in_place else None)
+
+def _add(total: Tensor, term: Tensor, *, alpha: float, out: Tensor | None = None) -> Tensor:
+    return fma(torch.full((), alpha, dtype=total.dtype, device=total.device), term, total, out=out)
 
 
 @cache

@@ -2,99 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..combination import Combination, Sum
-from ._fma import add_scaled, fma
+from ._fma import adder, fma
 from .pieces import quantile_bound, threshold
 
 
 class ReferenceCombine:
-    """A combination bound to the dtype it is computed in, float32 or float64."""
+    """A combination ready for tensors of a device, computed in float32 or float64."""
 
-    def __init__(self, combination: Combination, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, combination: Combination, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         self.combination, self.dtype = combination, dtype
         count, inputs = combination.coefficients.shape
-        self._sums = [_Prepared(combination.sum_of(j, dtype), dtype) for j in range(count)]
-        self._x0 = _Prepared(combination.sum_of_x0(dtype), dtype) if combination.uses_x0 else None
-        used = {k for prepared in (*self._sums, self._x0) if prepared for k in prepared.inputs}
-        used |= {0} if combination.noise is None else {0, combination.noise}
-        self._used = [k in used for k in range(inputs)]
+        self._add = adder(dtype, torch.device(device))
+        self._sums = [_Prepared(combination.sum_of(j, dtype), dtype, self._add) for j in range(count)]
+        self._x0 = _Prepared(combination.sum_of_x0(dtype), dtype, self._add) if combination.uses_x0 else None
+        used = {index for prepared in (*self._sums, self._x0) if prepared for index in prepared.inputs}
+        self._used = [index for index in range(inputs) if index in used or index == combination.noise]
 
     def __call__(
         self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], variance: Tensor | None = None
     ) -> list[Tensor]:
-        """The outputs, new tensors in these dtypes.
+        """The outputs, new tensors in these dtypes and the first input's layout.
 
         Args:
-            inputs: N of one shape, [B, ...], in any floating dtypes.
+            inputs: N of one shape, [B, ...], in any floating dtypes, as `ops.combine.arranged` leaves them.
             dtypes: M.
             variance: with learned variances, the variance channels, of the inputs' shape.
         """
-        dtype = self.dtype
-        values = [
-            v if v.dtype == dtype or not used else v.to(dtype) for v, used in zip(inputs, self._used, strict=True)
-        ]
+        dtype, values = self.dtype, list(inputs)
+        for index in self._used:
+            if values[index].dtype != dtype:
+                values[index] = values[index].to(dtype)
         x0 = None
         if self._x0 is not None:
-            x0 = self._clipped(*self._x0(values))
+            x0 = self._limited(*self._x0(values))
             values.append(x0)
         results = []
         for j, prepared in enumerate(self._sums):
             total, is_new = prepared(values)
             if j == 0 and variance is not None:
-                total, is_new = self._with_noise(total, is_new, values, variance), True
-            if total is x0:
+                total, is_new = self._with_noise(total, values, variance), True
+            elif total is x0:
                 # x0 itself is handed out once.
                 x0, is_new = None, True
-            results.append(total.to(dtypes[j]) if is_new or total.dtype != dtypes[j] else total.clone())
+            if not is_new:
+                total = torch.empty_like(inputs[0], dtype=dtypes[j]).copy_(total)
+            results.append(total if total.dtype == dtypes[j] else total.to(dtypes[j]))
         return results
 
-    def _clipped(self, x0: Tensor, is_new: bool) -> Tensor:
+    def _limited(self, x0: Tensor, is_new: bool) -> Tensor:
+        """x0 with its clip, in new memory."""
         clip = self.combination.clip
-        if isinstance(clip, DynamicThreshold):
-            flat = x0.reshape(len(x0), 1, -1)
-            limited = threshold(flat, quantile_bound(flat, clip.rank(flat[0].numel(), x0.dtype))).view(x0.shape)
-            return limited if x0.is_contiguous() else torch.empty_like(x0).copy_(limited)
-        if clip is not None:
+        if clip is None:
+            return x0 if is_new else x0.clone()
+        if not isinstance(clip, DynamicThreshold):
             return x0.clamp_(-clip, clip) if is_new else x0.clamp(-clip, clip)
-        return x0 if is_new else x0.clone()
+        flat = x0.reshape(len(x0), 1, -1)
+        limited = threshold(flat, quantile_bound(flat, clip.rank(flat[0].numel(), x0.dtype))).view(x0.shape)
+        return limited if x0.is_contiguous() else torch.empty_like(x0).copy_(limited)
 
-    def _with_noise(self, total: Tensor, is_new: bool, values: Sequence[Tensor], variance: Tensor) -> Tensor:
+    def _with_noise(self, total: Tensor, values: Sequence[Tensor], variance: Tensor) -> Tensor:
         combination = self.combination
         variance = variance.to(self.dtype)
-        exponent = add_scaled(torch.full_like(variance, combination.l_0), variance, combination.l_v, in_place=True)
+        exponent = self._add(torch.full_like(variance, combination.l_0), variance, alpha=combination.l_v)
         return fma(torch.exp2(exponent), values[combination.noise], total)  # type: ignore[index]
 
 
 class _Prepared:
-    """A `Sum` with what can be made ready once. A call returns the sum, and whether it is new memory."""
+    """A `Sum` with what can be made ready once. A call returns the sum, and whether it is in new memory."""
 
-    def __init__(self, total: Sum, dtype: torch.dtype) -> None:
+    def __init__(self, total: Sum, dtype: torch.dtype, add: Callable[..., Tensor]) -> None:
         self.inputs = [index for index, _ in total.terms]
-        self._first, coefficient = total.terms[0] if total.terms else (0, 0.0)
+        (self._first, coefficient), *self._rest = total.terms or [(0, 0.0)]
         # Scalar tensors cost less than numbers here, and stay on the CPU: operations on any device take them as they
         # are.
         self._scale = torch.tensor(coefficient, dtype=dtype)
-        self._is_one = bool(self._scale == 1)
+        self._is_scaled = bool(self._scale != 1)
         self._is_zero = not total.terms
-        self._rest = total.terms[1:]
         self._factor = None if total.factor == 1 else torch.tensor(total.factor, dtype=dtype)
+        self._add = add
 
     def __call__(self, values: Sequence[Tensor]) -> tuple[Tensor, bool]:
         total = values[self._first]
         if self._is_zero:
             return torch.zeros_like(total, dtype=self._scale.dtype), True
-        is_new = not self._is_one
+        is_new = self._is_scaled
         if is_new:
             total = torch.mul(total, self._scale)
         for index, coefficient in self._rest:
-            total = add_scaled(total, values[index], coefficient, in_place=is_new)
-            is_new = True
+            if is_new:
+                self._add(total, values[index], alpha=coefficient, out=total)
+            else:
+                total, is_new = self._add(total, values[index], alpha=coefficient), True
         if self._factor is not None:
-            total = total.mul_(self._factor)
+            total.mul_(self._factor)
         return total, is_new

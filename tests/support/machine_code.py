@@ -38,7 +38,9 @@ STEPS = {
     "all-terms": (1 + 4, 1 + 2),
     "one-sample": (1 + 4, 1 + 2),
 }
-PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece")
+PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece", "combine-all-bf16")
+# Sums of the same tensors: float32 tensors read and written.
+COMBINED = {"combine": (2, 2), "combine-all": (8 + 1, 4), "combine-one-sample": (2, 2)}
 # Dynamic thresholding: they count, and the last program of a sample continues.
 PASSES = ("step-bound", "quantile-first", "quantile-pass", "quantile-last")
 # The Gram matrix.
@@ -46,13 +48,13 @@ SUMS = ("gram", "gram-k3-momentum")
 # One element at a time.
 SCALAR = ("channels-last", "gram-channels-last", "odd-size", "one-element", "step-bound-one")
 
-ALL = (*STEPS, *PIECES, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise")
+ALL = (*STEPS, *PIECES, *COMBINED, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise")
 
 # For the other targets. Between them they have every feature: of variants with a feature in common, the one with most
 # terms, which takes the most registers.
 CHOSEN = (
     *("main", "fp32", "all-terms", "one-sample", "rescale", "momentum", "channels-last", "odd-size"),
-    *("blend-piece", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
+    *("blend-piece", "combine-all", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
 )
 
 # For a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6,
@@ -114,15 +116,15 @@ class MachineCode:
         assert {key for key, row in with_ticket.items() if not row["barriers_before_ticket"]} == set()
 
     def test_float32_tensors_move_16_bytes_at_a_time(self, rows: Rows) -> None:
-        wrong = {}
+        wrong, moved = {}, STEPS | COMBINED
         for (target, variant), row in rows.items():
-            if variant not in STEPS:
+            if variant not in moved:
                 continue
             if row["elements_per_thread"] < 4:
                 # Waves of 64 threads have only 2 elements each in the smallest programs.
                 assert (target, variant) in {("gfx942", "block-512"), ("gfx942", "one-sample")}
                 continue
-            groups, (read, written) = row["elements_per_thread"] / 4, STEPS[variant]
+            groups, (read, written) = row["elements_per_thread"] / 4, moved[variant]
             moves = (row["loads"].get("16"), row["stores"].get("16"))
             if moves != (read * groups, written * groups) or "2" in row["loads"] or "2" in row["stores"]:
                 wrong[target, variant] = row["loads"], row["stores"]
@@ -132,7 +134,7 @@ class MachineCode:
         """On NVIDIA; AMD's code reads scalars by instructions of their own."""
         wrong = {}
         for (target, variant), row in rows.items():
-            if not target.startswith("sm_") or variant not in (*STEPS, *PIECES, *PASSES, *SUMS):
+            if not target.startswith("sm_") or variant not in (*STEPS, *PIECES, *COMBINED, *PASSES, *SUMS):
                 continue
             widths = [(int(width), count) for kind in ("loads", "stores") for width, count in row[kind].items()]
             moved, scalars = sum(width * count for width, count in widths if width > 4), 0
