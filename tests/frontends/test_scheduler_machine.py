@@ -162,7 +162,7 @@ SCENES = {
     "layouts differ": (
         "step sample=channels_last; step output=channels_last; step sample=transposed; step sample=strided"
     ),
-    "steps go on after the last": "set 2; step; step; scale own; step; step; step; scale own",
+    "steps go on after the last": "set 2; step; step; scale own; step t=past; step t=past; scale own; step",
     "two runs": "step; step; set 4; step; step; set 4 keep; step; step",
     "an option is unknown": "step; step option=unknown; step; step style=names; step style=positions option=tuple",
 }

@@ -111,6 +111,11 @@ def begin(world: World, index: str) -> None:
     world.position = int(index)
 
 
+def _length(scheduler: Any) -> int:
+    timesteps = getattr(scheduler, "timesteps", None)
+    return 1000 if timesteps is None or not len(timesteps) else len(timesteps)
+
+
 def _timestep(world: World, way: str = "own") -> Any:
     timesteps = getattr(world.scheduler, "timesteps", None)
     if timesteps is None or len(timesteps) == 0:
@@ -153,6 +158,9 @@ _SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
     "expanded": lambda x: x[:1].expand(x.shape),
+    "empty": lambda x: x[:0],
+    "integer": lambda x: x.long(),
+    "parameter": torch.nn.Parameter,
 }
 _OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     name: _SAMPLES[name]
@@ -180,7 +188,7 @@ _CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 }
 # The words after `step`, by the argument they concern.
 STEP_WORDS: dict[str, tuple[str, ...]] = {
-    "t": ("int", "float", "clone", "item", "batch", "next", "before", "off"),
+    "t": ("int", "float", "clone", "item", "batch", "next", "before", "off", "past"),
     "sample": (*_SAMPLES, "given"),
     "output": (*_OUTPUTS, "same", "alias"),
     "noise": ("generator", "list", "long_list", "given", "both"),
@@ -225,6 +233,8 @@ def step(world: World, *words: str) -> dict[str, Any]:
     named = inspect.signature(call).parameters
     # Würstchen's timesteps are one for every sample.
     usual = "batch" if hasattr(scheduler, "_alpha_cumprod") else "own"
+    if "t" not in chosen and world.position >= _length(scheduler):
+        set_(world, "7")  # the run is over
     t, way = _timestep(world, chosen.get("t", usual)), chosen.get("sample", "own")
     seen: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -305,14 +315,14 @@ def poke(world: World, which: str, how: str) -> None:
     names = sorted(name for name in state if not name.startswith(STATE) and name != "_internal_dict")
     name = names[int(which) % len(names)] if which.isdigit() else which
     if name in state:
-        state[name] = _changed(state[name], how)
+        state[name] = _changed(state[name], how, world.position)
 
 
-def _changed(value: Any, how: str) -> Any:
+def _changed(value: Any, how: str, position: int) -> Any:
     if how == "none":
         return None
     if isinstance(value, Tensor) and value.numel():
-        return _changed_tensor(value, how)
+        return _changed_tensor(value, how, position)
     if isinstance(value, list):
         return _changed_list(value, how)
     if isinstance(value, bool):
@@ -324,23 +334,23 @@ def _changed(value: Any, how: str) -> Any:
     return value
 
 
-def _changed_tensor(value: Tensor, how: str) -> Tensor:
-    flat, middle = value.view(-1) if value.is_contiguous() else None, value.numel() // 2
+def _changed_tensor(value: Tensor, how: str, position: int = 0) -> Tensor:
     exact = not value.is_floating_point()
-    if how == "inplace" and flat is not None:
-        flat[middle] += 1 if exact else 0.05 * flat[middle]
-    elif how == "numpy" and flat is not None:
-        flat.detach().numpy()[middle] *= 1 if exact else 1.03
-    elif how == "data" and flat is not None:
-        flat.data[middle] *= 1 if exact else 1.04
-    elif how == "half":
-        return value if exact else value.half()
-    elif how == "double":
-        return value if exact else value.double()
+    # One value, that of the step after the next; of tables over the training's timesteps all.
+    place = min(position + 1, value.numel() - 1) if value.numel() < 100 else slice(None)
+    flat = value.view(-1) if value.is_contiguous() else value[:1]
+    if how == "inplace":
+        flat[place] += 1 if exact else 0.05 * flat[place]
+    elif how == "numpy":
+        flat.detach().numpy()[place] *= 1 if exact else 1.03
+    elif how == "data":
+        flat.data[place] *= 1 if exact else 1.04
+    elif how in ("half", "double") and not exact:
+        return value.half() if how == "half" else value.double()
     elif how == "clone":
         return value.clone()
-    elif how != "list":
-        return value if exact else value * 1.02
+    elif how == "scale" and not exact:
+        return value * 1.02
     return value
 
 
