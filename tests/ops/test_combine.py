@@ -231,6 +231,14 @@ def test_the_kernel_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(launched) == count
 
 
+@pytest.mark.skipif(bool(triton_problem(DEVICE)), reason="needs Triton")
+def test_tensors_that_int32_cannot_number_are_left_to_the_reference() -> None:
+    kernel = Combine(SUM, DEVICE, backend="triton")._kernel
+    assert kernel is not None
+    for size, taken in ((2**30, True), (2**30 + 1, False), (2**31 - 1, False), (0, False)):
+        assert kernel.takes([torch.empty(size, device="meta")] * 3, [F32]) == taken
+
+
 def test_float64_is_computed_in_float64() -> None:
     tensors = [normal(2, 3, 4, seed=k).double() for k in range(3)]
     combine = Combine(SUM, DEVICE, torch.float64)
