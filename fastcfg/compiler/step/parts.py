@@ -6,6 +6,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -131,3 +132,18 @@ def same_parts(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and type(a) is type(b):
         return len(a) == len(b) and all(map(same_parts, a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+def has_number(part: Any, numbers: tuple[int, ...]) -> bool:
+    """Whether a description has a constant that is one of some numbers, or divisible by the product of two."""
+    if isinstance(part, Constant):
+        return _has_number(part.value, numbers)
+    return isinstance(part, tuple) and any(has_number(item, numbers) for item in part)
+
+
+def _has_number(value: Any, numbers: tuple[int, ...]) -> bool:
+    if isinstance(value, tuple | list | set | frozenset):
+        return any(_has_number(item, numbers) for item in value)
+    products = {a * b for a, b in combinations(numbers, 2)}
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and (value in numbers or any(value and value % product == 0 for product in products))

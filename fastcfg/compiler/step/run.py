@@ -61,7 +61,7 @@ def run_step(
                 return made(source)
             if value.ndim > 1:
                 return value
-            value = value.detach().cpu().clone()
+            value = inputs.copy_of(value)
             outcome.given[id(value)] = source
             outcome.kept.append((value, value._version))
             return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class Inputs:
     shape: tuple[int, ...]
     wide: bool
     refused: dict[str, str] = field(default_factory=dict)
+    _copies: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, scheduler: Any, output: Tensor, sample: Tensor, options: Mapping[str, Any]) -> Inputs:
@@ -76,10 +78,24 @@ class Inputs:
             raise UntraceableError(f"is a {type(value).__name__}")
         return {}
 
-    @property
+    @cached_property
     def names(self) -> list[Source]:
         """All inputs, the draws last."""
         return [*self.dtypes, *(("draw", number) for number in range(MAX_DRAWS))]
+
+    @cached_property
+    def _indices(self) -> dict[Source, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+    def index(self, source: Source) -> int:
+        """The number of an input."""
+        return self._indices[source]
+
+    def copy_of(self, value: Tensor) -> Tensor:
+        """A copy of a small tensor in the host's memory, the same for all runs."""
+        if id(value) not in self._copies:
+            self._copies[id(value)] = value.detach().cpu().clone()
+        return self._copies[id(value)]
 
     def example_shape(self, batch: int, *rest: int) -> tuple[int, ...]:
         """A shape of as many dimensions as the sample's, with its channels up to a limit, and a last dimension."""
@@ -112,20 +128,29 @@ class BasisVectors(Tensors):
 
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """The values of an input; a wide output's are [1, 2C, ...]."""
-        names = self._inputs.names
-        index, count = names.index(source), len(names)
-        value = torch.zeros(self.shape, dtype=torch.float64)
-        value[..., 1 + index], value[..., 1 + count + index] = 1.0, SHORT
-        if source[0] == "draw" and self._wide:
-            value[..., 1 + 2 * count + 2 * source[1] + torch.tensor([0, 1])] = 1.0
-        generator = torch.Generator().manual_seed(index)
-        value[..., -RANDOM:].normal_(generator=generator)
-        if source != OUTPUT or not self._inputs.wide:
-            return value
-        variance = torch.zeros_like(value)
-        variance[..., 1 + 2 * count : 1 + 2 * count + self._wide] = torch.tensor([-1.0, 1.0]).repeat(MAX_DRAWS)
-        variance[..., -RANDOM:].uniform_(-1, 1, generator=generator)
-        return torch.cat([value, variance], dim=1)
+        index, count = self._inputs.index(source), len(self._inputs.names)
+        value = _basis_vector(self.shape, index, count, source[1] if source[0] == "draw" and self._wide else None)
+        if source == OUTPUT and self._wide:
+            return torch.cat([value, _variances(self.shape, 1 + 2 * count)], dim=1)
+        return value.clone()
+
+
+@lru_cache(maxsize=256)
+def _basis_vector(shape: tuple[int, ...], index: int, count: int, draw: int | None) -> Tensor:
+    value = torch.zeros(shape, dtype=torch.float64)
+    value[..., 1 + index], value[..., 1 + count + index] = 1.0, SHORT
+    if draw is not None:
+        value[..., 1 + 2 * count + 2 * draw : 3 + 2 * count + 2 * draw] = 1.0
+    value[..., -RANDOM:].normal_(generator=torch.Generator().manual_seed(index))
+    return value
+
+
+@lru_cache(maxsize=64)
+def _variances(shape: tuple[int, ...], first: int) -> Tensor:
+    value = torch.zeros(shape, dtype=torch.float64)
+    value[..., first : first + 2 * MAX_DRAWS] = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(MAX_DRAWS)
+    value[..., -RANDOM:].uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    return value
 
 
 class Examples(Tensors):
@@ -139,17 +164,22 @@ class Examples(Tensors):
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """The values of an input, always the same; `dtype` is that of a draw."""
         inputs, wide = self._inputs, source == OUTPUT and self._inputs.wide
-        generator = torch.Generator().manual_seed(inputs.names.index(source))
-        batch, channels, *rest = self.shape
-        value = torch.empty(batch, channels * (1 + wide), *rest, dtype=torch.float64).normal_(generator=generator)
-        value *= self._size
+        value = _normals(self.shape, inputs.index(source))
+        if self._size != 1.0:
+            value = value * self._size
         if wide:
-            value[:, channels:].clamp_(-1, 1)
-        return value.to(self.dtype or dtype or inputs.dtypes.get(source, torch.float32))
+            value = torch.cat([value, _normals(self.shape, -1).clamp(-1, 1)], dim=1)
+        return value.to(self.dtype or dtype or inputs.dtypes.get(source, torch.float32), copy=True)
 
     def exact(self, source: Source) -> Tensor:
         """The values of an input as float64."""
         return self.tensor(source).double()
+
+
+@lru_cache(maxsize=64)
+def _normals(shape: tuple[int, ...], index: int) -> Tensor:
+    generator = torch.Generator().manual_seed(index + 1)
+    return torch.empty(shape, dtype=torch.float64).normal_(generator=generator)
 
 
 class Saturated(Tensors):
@@ -166,7 +196,7 @@ class Saturated(Tensors):
 
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """The values of an input; the variance channels of a wide output are 0."""
-        index = self._inputs.names.index(source)
+        index = self._inputs.index(source)
         value = torch.full(self.shape, self.base[index], dtype=torch.float64)
         value[..., 1 + index] += self.added[index]
         return torch.cat([value, 0 * value], dim=1) if source == OUTPUT and self._inputs.wide else value
