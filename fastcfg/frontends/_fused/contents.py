@@ -76,7 +76,8 @@ class Contents:
         if isinstance(value, Tensor):
             if value.ndim < 2:
                 return self._kept(value, _tensor).key
-            return kind, value.dtype, value.shape, value.device, value.requires_grad and torch.is_grad_enabled()
+            wanted = value.requires_grad and torch.is_grad_enabled()
+            return kind, value.dtype, value.shape, value.stride(), value.device, wanted
         if kind is dict or (kind in (list, tuple) and len(value) < _LONG):
             items = value.items() if kind is dict else enumerate(value)
             return (kind, *((key, self.of(item)) for key, item in items))
