@@ -114,8 +114,7 @@ def is_self_contained(function: FunctionType) -> bool:
 
 def view_index(values: torch.Tensor, element: Any) -> int | None:
     """The index of an element of a 1-d tensor that is a view of it; None for anything else. Reads no contents."""
-    if not isinstance(element, torch.Tensor):
+    if not isinstance(element, torch.Tensor) or element.dtype != values.dtype or element.numel() != 1:
         return None
-    if element.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
-        return None
-    return (element.storage_offset() - values.storage_offset()) // max(values.stride(0), 1)
+    index, rest = divmod(element.data_ptr() - values.data_ptr(), values.element_size() * max(values.stride(0), 1))
+    return index if not rest and 0 <= index < len(values) and element.device == values.device else None

@@ -56,12 +56,16 @@ class FusedSteps:
         """A step, with further arguments by name. Raises `FallThroughError`, before any change, if the original must
         run."""
         self.last = None
-        _check_tensors(output, sample)
+        for tensor in (sample, output):
+            if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
+        if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
+            raise FallThroughError("its step must let gradients through")
         kind: Any = type(scheduler)
         state, known = vars(scheduler), _programs_of(kind, self._original)
         at = self._single(state, timestep) if isinstance(timestep, Tensor) else (type(timestep), timestep)
-        call = [output.dtype, output.shape, output.stride(), sample.dtype, sample.shape, sample.stride()]
-        call += (sample.device, at)
+        call = [output.dtype, output.shape, output.stride(), output.device]
+        call += (sample.dtype, sample.shape, sample.stride(), sample.device, at)
         for name, value in options.items():
             call += (name, self._option(state, name, value))
         fixed = tuple(call)
@@ -81,6 +85,7 @@ class FusedSteps:
         """The attributes that a step reads, and its program, or why there is none."""
         on_host = partial(self._on_host, vars(scheduler))
         try:
+            _check_tensors(output, sample)
             given = {name: on_host(value) for name, value in options.items()}
             traced = trace_step(scheduler, self._original, output, on_host(timestep), sample, given)
         except UntraceableError as error:
@@ -273,13 +278,9 @@ def _store(write: Write) -> Callable[[_Call, Any], None]:
     return lambda call, value: holder(call).__setitem__(keys[-1], value)
 
 
-def _check_tensors(output: Any, sample: Any) -> None:
+def _check_tensors(output: Tensor, sample: Tensor) -> None:
     for tensor in (sample, output):
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
-        if not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
-            raise FallThroughError("sample and model output are not dense floating tensors with elements")
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise UntraceableError("sample and model output are not floating tensors with elements")
     if output.device != sample.device or sample.device.type == "meta":
-        raise FallThroughError("sample and model output are on different devices, or on none")
-    if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
-        raise FallThroughError("its step must let gradients through")
+        raise UntraceableError("sample and model output are on different devices, or on none")
