@@ -7,7 +7,9 @@ reduced to rows that save at most three tensors, and the table is compared with 
 is used.
 
     patching     redirect an original's draws and conversions, in this thread only
-    probe        run a scheduler on basis vectors
+    protocol     what a scheduler offers, in the forms that projects give it
+    probe        run a scheduler on basis vectors, and on numbers
+    coordinates  short coordinates for a few rows of a long run
     reduction    coefficients of a whole run -> rows with few saved tensors
     assembly     rows -> a table, its noise (`Compiled`), and the proof that it reproduces the original
     scheduler    `compile_scheduler`: all of it, with the clip and learned variances
