@@ -17,12 +17,11 @@ is used.
     stand_ins    what a sampling function is given in place of its model and its draws
     trial        one run of a sampling function on them, and what it did
     prediction   x0 as a sum of a row's state and output, by what the model predicts
-    rehearsal    what a scheduler's step draws and returns, seen on a small example
     sampler_rehearsal    what a sampling function does in a call, and its table
+    step         one step of a scheduler as sums of its tensors, for schedulers that are stepped from outside
 """
 
 from .assembly import Compiled
-from .rehearsal import StepRehearsal, rehearse_step
 from .sampler import compile_sampler, trace_sampler
 from .sampler_rehearsal import SamplerRehearsal, rehearse_sampler
 from .scheduler import NextTimestep, compile_scheduler, compile_timesteps, scheduler_clip
@@ -30,7 +29,5 @@ from .scheduler import NextTimestep, compile_scheduler, compile_timesteps, sched
 # The name before the two classes became one.
 CompiledScheduler = Compiled
 
-__all__ = ["Compiled", "CompiledScheduler", "NextTimestep", "SamplerRehearsal", "StepRehearsal", "trace_sampler"]
-__all__ += ["compile_sampler", "compile_scheduler", "compile_timesteps", "rehearse_sampler"]
-__all__ += ["rehearse_step"]
-__all__ += ["scheduler_clip"]
+__all__ = ["Compiled", "CompiledScheduler", "NextTimestep", "SamplerRehearsal", "compile_sampler", "compile_scheduler"]
+__all__ += ["compile_timesteps", "rehearse_sampler", "scheduler_clip", "trace_sampler"]

@@ -104,7 +104,7 @@ def start(scheduler: Any, dtype: torch.dtype) -> Tensor:
 
 def is_fused(scheduler: Any) -> bool:
     """Whether the last step was."""
-    return vars(scheduler)[STATE].last is not None
+    return getattr(scheduler, STATE).last is not None
 
 
 def copied_list(value: Any) -> Any:
@@ -158,7 +158,7 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.dtype for value in got.values()] == [value.dtype for value in want.values()]
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same sums in float64.
-        program = vars(ours)[STATE].last
+        program = getattr(ours, STATE).last
         call = _Call(before, output, own_t, x, {"generator": redrawn})
         call.noises = [_drawn(draw, call) for draw in program.traced.draws]
         inputs = [fetch(call).double() for fetch in program._inputs]

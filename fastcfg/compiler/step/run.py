@@ -189,28 +189,32 @@ def _modules_of(kind: Any) -> tuple[Any, ...]:
 def undrawn(generator: Any) -> Iterator[None]:
     """Context that raises UntraceableError, and puts the state back, where random numbers were drawn."""
     generators = [one for one in (generator if isinstance(generator, list) else [generator]) if one is not None]
-    before = [one.get_state() for one in generators]
-    everywhere = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    states: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+        (torch.get_rng_state, torch.set_rng_state),
+        (np.random.get_state, np.random.set_state),
+        (random.getstate, random.setstate),
+        *((one.get_state, one.set_state) for one in generators),
+    ]
+    before = [get() for get, _ in states]
+    failed: UntraceableError | None = None
     try:
         yield
-    finally:
-        moved = False
-        if not torch.equal(torch.get_rng_state(), everywhere[0]):
-            moved = True
-            torch.set_rng_state(everywhere[0])
-        now: Any = np.random.get_state()  # noqa: NPY002
-        if now[2:] != everywhere[1][2:] or not np.array_equal(now[1], everywhere[1][1]):  # type: ignore[index]
-            moved = True
-            np.random.set_state(everywhere[1])  # noqa: NPY002
-        if random.getstate() != everywhere[2]:
-            moved = True
-            random.setstate(everywhere[2])
-        for one, state in zip(generators, before, strict=True):
-            if not torch.equal(one.get_state(), state):
-                moved = True
-                one.set_state(state)
+    except UntraceableError as error:
+        failed = error
+    moved = [(put, state) for (get, put), state in zip(states, before, strict=True) if not _is_same(get(), state)]
+    for put, state in moved:
+        put(state)
     if moved:
-        raise UntraceableError("it draws random numbers by another function than torch.randn's")
+        raise UntraceableError("it draws random numbers by another function than torch.randn's") from failed
+    if failed is not None:
+        raise failed
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two states of a generator are the same."""
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    return np.array_equal(a, b) if isinstance(a, np.ndarray | Tensor) else bool(a == b)
 
 
 def _snapshot(value: Any) -> Any:

@@ -46,7 +46,7 @@ def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Arr
     nan = slice(vectors.first_nan, vectors.first_nan + count)
     touched = np.isnan(found[:, nan]).any(axis=0)
     if not np.isfinite(np.delete(found, nan, axis=1)).all():
-        raise UntraceableError("its results are not finite")
+        raise UntraceableError("its results are not finite, or sums over elements")
     row, size = found[0, 1 : 1 + count].copy(), max(float(np.abs(found[:, 1 : 1 + count]).max()), 1e-300)
     if np.abs(found[:, 0]).max() > TOLERANCE * size:
         raise UntraceableError("its steps are not linear: without inputs its result is not 0")

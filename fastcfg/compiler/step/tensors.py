@@ -226,7 +226,7 @@ def order_of(tensor: Tensor) -> tuple[int, ...]:
 
 def laid_out(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
     """The tensor with its dimensions in an order in memory; None for as it is."""
-    if order is None or order == tuple(range(tensor.ndim)):
+    if order is None:
         return tensor
     inverse = sorted(range(tensor.ndim), key=order.__getitem__)
     return tensor.permute(order).contiguous().permute(inverse)

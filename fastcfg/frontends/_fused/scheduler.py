@@ -40,7 +40,8 @@ def fused_class(original: type) -> type:
 
 
 def _steps_of(scheduler: Any, original: Any) -> FusedSteps:
-    steps: FusedSteps | None = vars(scheduler).get(STATE)
+    steps: FusedSteps | None = getattr(scheduler, STATE, None)
     if steps is None:
-        steps = vars(scheduler)[STATE] = FusedSteps(original.step)
+        steps = FusedSteps(original.step)
+        setattr(scheduler, STATE, steps)
     return steps

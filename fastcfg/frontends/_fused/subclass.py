@@ -7,7 +7,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# The attribute of an instance with our state. Of it only what `midway` returns is copied or pickled.
+# The attribute of an instance with what we keep: nothing of a run, so it is neither copied nor pickled. It is a slot:
+# the instance's dictionary is the original's.
 STATE = "_fastcfg_state"
 # The attribute of our classes and functions with the original's.
 ORIGINAL = "_fastcfg_original"
@@ -23,11 +24,10 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
     Pickles of it and its instances call `again`, a function of a module, with the original."""
 
     def reduce(self: Any) -> Any:
-        state = {name: value for name, value in vars(self).items() if name != STATE}
-        ours = vars(self).get(STATE)
-        return _rebuilt, (again, original, state, ours.midway() if hasattr(ours, "midway") else None)
+        return _rebuilt, (again, original, dict(vars(self)))
 
     names = {
+        "__slots__": () if STATE in dir(original) else (STATE,),
         "__doc__": original.__doc__,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -57,12 +57,8 @@ def _reduce_class(fused: Any) -> Any:
     return (fused._fastcfg_again, (fused._fastcfg_original,)) if is_fused(fused) else fused.__qualname__
 
 
-def _rebuilt(again: Callable[[type], type], original: type, state: Mapping[str, Any], midway: Any = None) -> Any:
-    new = _with_state(again(original), state)
-    if midway is not None:
-        kind, values = midway
-        vars(new)[STATE] = kind.resumed(new, original, **values)
-    return new
+def _rebuilt(again: Callable[[type], type], original: type, state: Mapping[str, Any]) -> Any:
+    return _with_state(again(original), state)
 
 
 def _with_state(kind: Any, state: Mapping[str, Any]) -> Any:
