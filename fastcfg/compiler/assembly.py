@@ -98,9 +98,13 @@ def with_rounding(response: Response, shorter: Response, what: str) -> Response:
     return replace(response, rounding=ROUNDING if error.max() < ROUNDING else ROUNDING_FLOAT32)
 
 
+class UnprovedError(ValueError):
+    """A response or a table does not reproduce its original."""
+
+
 def rounding_of(response: Response, run: Recording, what: str) -> float:
     """The rounding of a response, estimated from a run on numbers: from the difference between its samples and their
-    sums over the response. Raises ValueError if it is more than rounding."""
+    sums over the response. Raises `UnprovedError` if it is more than rounding."""
     drawn = [z for row in run.drawn for z in row]
     channels, elements = run.states[0].shape[1], slice(None, None, 5)  # a fifth will do
     given = [vector[:, :channels].reshape(-1)[elements] for vector in (run.states[0], *run.outputs, *drawn)]
@@ -109,7 +113,7 @@ def rounding_of(response: Response, run: Recording, what: str) -> float:
     error = np.abs(sums - states).max(axis=1) / np.maximum(sizes.max(axis=1), 1e-300)
     if (error > TOLERANCE).any():
         row = int((error > TOLERANCE).argmax()) - 1
-        raise ValueError(f"{what}: step {row} has coefficients that depend on the sample, expected linear steps")
+        raise UnprovedError(f"{what}: step {row} has coefficients that depend on the sample, expected linear steps")
     return ROUNDING if error.max() < ROUNDING else ROUNDING_FLOAT32
 
 
@@ -130,10 +134,6 @@ def _difference(a: Array, b: Array) -> Array:
     """a - b, set to 0 where only rounding is left."""
     difference = a - b
     return np.where(np.abs(difference) < 1e-9 * np.abs(b), 0.0, difference)
-
-
-class UnprovedError(ValueError):
-    """A table does not reproduce its original."""
 
 
 def verify(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .patching import drawing, in_float64
 from .protocol import NextTimestep, host_copy, option, set_option, step_result
+from .quadrature import integrating_at_once
 
 Array = NDArray[np.float64]
 
@@ -151,7 +152,7 @@ class Original:
             scheduler.convert_model_output = recorded
         scale = getattr(scheduler, "scale_model_input", None)
         timesteps = [*scheduler.timesteps[self.first :], None]
-        with drawing(scheduler, draw), in_float64(), torch.no_grad():
+        with drawing(scheduler, draw), in_float64(), integrating_at_once(), torch.no_grad():
             x = start.clone()
             for i, t in enumerate(timesteps[:-1]):
                 x = x if samples is None else samples(i)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -53,25 +54,52 @@ def host_copy(scheduler: Any) -> Any:
     return twin
 
 
-def _bound_to(value: Any, scheduler: Any, twin: Any) -> Any:
-    """A function, with a scheduler and its methods that it captured replaced by another one's."""
+def _bound_to(value: Any, scheduler: Any, twin: Any, seen: frozenset[int] = frozenset()) -> Any:
+    """A function whose captured and global references to a scheduler and its methods are to another one."""
     if value is scheduler:
         return twin
-    if isinstance(value, MethodType) and value.__self__ is scheduler:
-        return MethodType(value.__func__, twin)
-    if not isinstance(value, FunctionType) or not value.__closure__:
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, twin) if value.__self__ is scheduler else value
+    if not isinstance(value, FunctionType) or id(value) in seen:
         return value
+    seen |= {id(value)}
+    known = {name: value.__globals__.get(name) for name in value.__code__.co_names}
+    variables = {name: item for name, item in known.items() if not isinstance(item, FunctionType)}
     try:
-        contents = [cell.cell_contents for cell in value.__closure__]
+        captured = [cell.cell_contents for cell in value.__closure__ or ()]
     except ValueError:  # a cell is still empty
         return value
-    replaced = [_bound_to(content, scheduler, twin) if content is not value else content for content in contents]
-    if all(new is old for new, old in zip(replaced, contents, strict=True)):
+    bound = {name: _bound_to(item, scheduler, twin, seen) for name, item in variables.items()}
+    bound = {name: item for name, item in bound.items() if item is not variables[name]}
+    cells = [_bound_to(item, scheduler, twin, seen) for item in captured]
+    if not bound and all(new is old for new, old in zip(cells, captured, strict=True)):
         return value
-    cells = tuple(map(CellType, replaced))
-    bound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-    bound.__kwdefaults__ = value.__kwdefaults__
-    return bound
+    names = {**value.__globals__, **bound} if bound else value.__globals__
+    function = FunctionType(
+        value.__code__, names, value.__name__, value.__defaults__, tuple(map(CellType, cells)) or None
+    )
+    function.__kwdefaults__ = value.__kwdefaults__
+    return function
+
+
+@contextmanager
+def unchanged(scheduler: Any) -> Iterator[None]:
+    """Context in which copies of a scheduler run. ValueError, and its attributes as they were, if that changed it."""
+    before = dict(vars(scheduler))
+    if not any(map(callable, before.values())):  # its methods are its class's
+        yield
+        return
+    after, changed = vars(scheduler), list[str]()
+    try:
+        yield
+    finally:
+        changed = [name for name in {**before, **after} if before.get(name, after) is not after.get(name, before)]
+        if changed:
+            after.clear()
+            after.update(before)
+    if changed:
+        found = f"{type(scheduler).__name__} with a method of its own that changes its {', '.join(changed)}"
+        raise ValueError(f"scheduler: got {found} where a copy runs, expected one that acts on the copy")
 
 
 def option(scheduler: Any, name: str, default: Any = None) -> Any:
@@ -111,9 +139,7 @@ def set_timesteps(scheduler: Any, count: Any, options: Mapping[str, Any]) -> Any
         if steps < 1 or isinstance(count, bool):
             raise ValueError(f"num_inference_steps: got {count!r}, expected an integer of at least 1")
     if own is None:
-        prepared = host_copy(scheduler)
-        prepared.set_timesteps(steps, **options)
-        return prepared
+        return _with_timesteps(scheduler, steps, **options)
     try:
         number = len(options[own])
     except TypeError:
@@ -121,15 +147,24 @@ def set_timesteps(scheduler: Any, count: Any, options: Mapping[str, Any]) -> Any
     # The last sigma of some is 0 and no step.
     if steps not in (None, number, number - (own == "sigmas")):
         raise ValueError(f"num_inference_steps: got {count!r} and {number} {own}, expected their number or None")
+    try:
+        return _with_timesteps(scheduler, **options)
+    except ValueError as error:
+        try:  # some want the number beside them
+            return _with_timesteps(scheduler, number if steps is None else steps, **options)
+        except ValueError:
+            raise error from None
+
+
+def _with_timesteps(scheduler: Any, *count: Any, **options: Any) -> Any:
     prepared = host_copy(scheduler)
     try:
-        prepared.set_timesteps(**options)
-    except (TypeError, ValueError) as error:
-        prepared = host_copy(scheduler)
-        try:  # some want the number beside them
-            prepared.set_timesteps(number if steps is None else steps, **options)
-        except (TypeError, ValueError):
-            raise error from None
+        prepared.set_timesteps(*count, **options)
+    except ValueError:
+        raise
+    except Exception as error:
+        found = f"{type(scheduler).__name__}, whose set_timesteps fails ({type(error).__name__}: {error})"
+        raise ValueError(f"scheduler: got {found}, expected arguments that it takes") from error
     return prepared
 
 

@@ -54,7 +54,7 @@ class Rows:
     draws: tuple[tuple[float, ...], ...]
 
 
-def reduce(response: Response, clipped: bool = True, start: float = 1.0) -> Rows:
+def reduce(response: Response, clipped: bool = True, start: float = 1.0, what: str = "sampler: got one") -> Rows:
     """The rows of a run.
 
     The families are x0, the result of `convert_model_output`, the outputs, x - x0 (k-diffusion's derivative up to a
@@ -68,13 +68,14 @@ def reduce(response: Response, clipped: bool = True, start: float = 1.0) -> Rows
             (Heun's last stage multiplies the difference of two x0 by 8, that of two states by a half; but the states a
             run starts from are a hundred times as large as those where it ends.)
         start: the deviation of the starting noise, next to outputs of about 1.
+        what: the beginning of messages.
 
     Raises:
         ValueError: it needs more than three saved tensors, with the number, or tensors that are not linear in one row's
             state and output.
     """
     if not np.isfinite(response.states).all():
-        raise ValueError("sampler: got samples that are not finite, expected finite ones")
+        raise ValueError(f"{what} with samples that are not finite, expected finite ones")
     run = Run(response)
     response = run.response
     states, outputs = np.tile([1.0, 0.0], (run.calls, 1)), np.tile([0.0, 1.0], (run.calls, 1))
@@ -96,11 +97,11 @@ def reduce(response: Response, clipped: bool = True, start: float = 1.0) -> Rows
     futures = [_futures(window, run) for window in run.windows]
     rank = max(len(span) for spans in futures for span in spans) - 1
     if rank > MAX_HISTORY:
-        raise ValueError(f"sampler: got one that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
+        raise ValueError(f"{what} that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
     if (rows := _rows_saving(_needed_later(run, futures, rank), run)) is not None:
         return rows
     raise ValueError(
-        f"sampler: got one that needs {rank} tensors that are not linear in one row's state and output, expected "
+        f"{what} that needs {rank} tensors that are not linear in one row's state and output, expected "
         "saved tensors that are"
     )
 
@@ -129,10 +130,11 @@ def _needed_later(run: Run, futures: list[list[Array]], saved: int) -> Array:
     are added to them.
     """
     family, distance = np.zeros((run.calls, 2)), _DISTANCE * run.rounding
+    sizes = np.maximum(np.linalg.norm(run.states, axis=1), 1e-300)
     for window, spans in zip(run.windows, futures, strict=True):
         for r in range(window.first, min(window.last, run.calls - 1)):
-            size = max(float(np.linalg.norm(window.state(r))), 1e-300)
-            plane = np.stack([window.vector(r, np.array(pair)) for pair in ((1 / size, 0), (0, 1 / run.weights[r]))])
+            units = np.array([1 / sizes[r], 1 / run.weights[r]])
+            plane = np.stack([window.vector(r, pair) for pair in np.diag(units)])
             outside = np.zeros((2, 0))
             for j in range(r + 1, min(r + 1 + saved, run.calls)):
                 earlier = [window.vector(k, family[k]) for k in range(max(j - saved, 0), r)]
@@ -141,10 +143,12 @@ def _needed_later(run: Run, futures: list[list[Array]], saved: int) -> Array:
                 left, lengths, _ = np.linalg.svd(outside, full_matrices=False)
                 if lengths[-1] > distance:
                     break
-                # If the whole plane is in common: the part that the next state, at hand anyway, lacks.
-                lacks = np.array([[0, -1], [1, 0]]) @ plane @ window.state(r + 1)
-                line = left[:, -1] if lengths[0] > distance else lacks
-                family[r] = line[0] / size, line[1] / run.weights[r]
+                line = left[:, -1]
+                if lengths[0] <= distance:
+                    # The whole plane is in common: the part that the next state, at hand anyway, lacks.
+                    following = run.states[r + 1]
+                    line = np.array([-following[1 + r], run.states[r] @ following / sizes[r]])
+                family[r] = line * units
     return family
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -21,7 +22,7 @@ from ..utils.lru import LRU
 from ..utils.progress import progress_bar
 from .assembly import TOLERANCE, Clip, Compiled, UnprovedError, columns, distance, refused, rounding_of, verify
 from .probe import CHANNELS, MAX_DRAWS, Array, Original, Recording, Response
-from .protocol import NextTimestep, check_protocol, host_copy, option, set_timesteps
+from .protocol import NextTimestep, check_protocol, host_copy, option, set_timesteps, unchanged
 from .reduction import reduce
 
 __all__ = ["NextTimestep", "StepWithOptions", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
@@ -69,9 +70,10 @@ def compile_scheduler(
         4
     """
     check_protocol(scheduler)
-    with refused(f"scheduler: got {type(scheduler).__name__}"):
-        prepared = set_timesteps(scheduler, num_inference_steps, set_timesteps_options)
-    return compile_timesteps(prepared, step_options=step_options, clipped=clipped).table
+    with unchanged(scheduler):
+        with refused(f"scheduler: got {type(scheduler).__name__}"):
+            prepared = set_timesteps(scheduler, num_inference_steps, set_timesteps_options)
+        return compile_timesteps(prepared, step_options=step_options, clipped=clipped).table
 
 
 def compile_timesteps(
@@ -92,7 +94,7 @@ def compile_timesteps(
     if not 0 <= first < count:
         raise ValueError(f"first: got {first}, expected 0 to {count - 1}, an index of its timesteps")
     options = dict(step_options or {})
-    with _bar(type(scheduler).__name__, count - first) as bar:
+    with unchanged(scheduler), _bar(type(scheduler).__name__, count - first) as bar:
         with refused(what):
             original = Original(host_copy(scheduler), first, options, bar.update)
             trial = original.record_numbers(_start(original))
@@ -158,10 +160,11 @@ def _compile(original: Original, clipped: bool, trial: Recording) -> Compiled:
         linear = _without_clip(original)
         small = linear.record_numbers(start, size=0.3, batch=1, variance=0.0)
         response = linear.respond(np.cumsum([0, *map(len, small.drawn)]).tolist())
-    response = replace(response, rounding=rounding_of(response, small, what))
+    with _explained(original, trial):
+        response = replace(response, rounding=rounding_of(response, small, what))
     clip = scheduler_clip(original.scheduler)
     clipped = clipped or clip is not None
-    rows = reduce(response, clipped, start)
+    rows = reduce(response, clipped, start, what)
     p_x, p_m = _prediction(linear, response)
     found: dict[str, Any] = columns(rows, p_x, p_m, clipped)
     with refused(what):
@@ -173,25 +176,31 @@ def _compile(original: Original, clipped: bool, trial: Recording) -> Compiled:
     steps = np.arange(response.calls) // getattr(original.scheduler, "order", 1)
     found |= {"initial_scale": start, "learned_variance": original.learned, "steps": steps}
     table = StepTable.from_columns(name=type(original.scheduler).__name__, **found)
-    try:
+    with _explained(original, trial):
         predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
-    except UnprovedError as error:
-        raise ValueError(f"{error}: {_why(original, clip, trial)}") from None
     further, sums = _further(response, trial, predicted)
     return Compiled(table, rows.draws, further=further, sums=sums)
 
 
-def _why(original: Original, clip: Clip, trial: Recording) -> str:
-    """Why a table does not reproduce a scheduler, in its own terms."""
+@contextmanager
+def _explained(original: Original, trial: Recording) -> Iterator[None]:
+    """Context in which errors of a proof say why, in the original's terms."""
+    try:
+        yield
+    except UnprovedError as error:
+        raise ValueError(f"{error}: {_why(original, trial)}") from None
+
+
+def _why(original: Original, trial: Recording) -> str:
     start = _start(original)
     again, half = original.record_numbers(start), original.record_numbers(start, size=0.5)
     if not all(map(torch.equal, again.states, trial.states)):
         return "it draws noise by other means than torch.randn, torch.randn_like and diffusers' randn_tensor"
-    if clip is not None:
+    if scheduler_clip(original.scheduler) is not None:
         return "it limits other values than x0, or in another way than its clip_sample or thresholding says"
     if max(distance(2 * halved, whole) for halved, whole in zip(half.states, trial.states, strict=True)) > TOLERANCE:
         return "its steps are not linear"
-    return "its steps depend on the shape of the samples"
+    return "its steps depend on the samples' shape or size"
 
 
 def scheduler_clip(scheduler: Any) -> Clip:

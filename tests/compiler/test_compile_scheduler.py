@@ -249,7 +249,7 @@ def test_what_is_no_table_is_refused_and_why(step: Any, message: str) -> None:
         ("CMStochasticIterativeScheduler", {}, "its table differs"),  # clips what is not x0
         ("CosineDPMSolverMultistepScheduler", {}, "with a Brownian tree"),
         ("DiscreteDDIMScheduler", {}, "does not run on basis vectors"),
-        ("HeliosScheduler", {}, "does not run on basis vectors"),
+        ("HeliosScheduler", {}, "whose set_timesteps fails"),
     ],
 )
 def test_the_schedulers_that_fall_through(name: str, config: dict[str, Any], message: str) -> None:
