@@ -90,8 +90,8 @@ class SamplerConfig:
         """The same options with dtype, device and backend settled for a model.
 
         Raises:
-            ValueError: a device that does not exist, weights on "meta" alone and no device, or a backend or torch.compile
-                that cannot run on it.
+            ValueError: a device that does not exist, weights on "meta" alone and no device, or a backend or
+                torch.compile that cannot run on it.
         """
         device, dtype = _with_index(self.device or input_device(model)), self.dtype or input_dtype(model)
         if self.compile is not None and (problem := inductor_problem(device)):
