@@ -45,6 +45,7 @@ INSIDE = {
         "snapshot",
         "trial",
         "readback",
+        "model_input",
         "config",
         "model_output",
         "conditioning",

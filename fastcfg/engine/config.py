@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops import resolve_backend
 from ..ops.backend import inductor_problem
 from ..utils.checks import check_count
+from .model_input import input_device, input_dtype
 
 __all__ = ["COMPILE_MODES", "NO_CAPTURE", "SamplerConfig"]
 
@@ -45,9 +46,10 @@ class SamplerConfig:
             graphs are measured, and else the first. The two may differ in the last bits.
         rows_per_graph: rows in one graph; 1 with callbacks, previews or adaptive guidance.
         compile: "default" or "max-autotune" has torch.compile compile the model, without graphs of its own.
-        dtype: the model input's dtype; None takes that of the model's first floating parameter, else float32.
+        dtype: the model input's dtype; None takes the one in which the model computes, by its `dtype` property, its
+            first floating parameter, or where it stores 8 bits, what it computes in; else float32.
         state_dtype: torch.float32, or torch.float64 on the reference path.
-        device: None takes that of the model's first parameter, else the CPU.
+        device: None takes the one that a hook which offloads the model names, that of its first parameter, or the CPU.
         memory_format: torch.contiguous_format or torch.channels_last, for the model input.
         output: takes what the model returns to its output, a tensor; None reads tensors, tuples, and the dictionaries
             and objects that `fastcfg.engine.model_output.output_tensor` knows.
@@ -88,11 +90,10 @@ class SamplerConfig:
         """The same options with dtype, device and backend settled for a model.
 
         Raises:
-            ValueError: a device that does not exist, or a backend or torch.compile that cannot run on it.
+            ValueError: a device that does not exist, weights on "meta" alone and no device, or a backend or
+                torch.compile that cannot run on it.
         """
-        parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
-        like: Tensor = next((p for p in parameters if p.is_floating_point()), torch.empty(0, dtype=torch.float32))
-        device, dtype = _with_index(self.device or like.device), self.dtype or like.dtype
+        device, dtype = _with_index(self.device or input_device(model)), self.dtype or input_dtype(model)
         if self.compile is not None and (problem := inductor_problem(device)):
             raise ValueError(f"compile: {self.compile!r} cannot run here: {problem}")
         return replace(
@@ -126,6 +127,8 @@ def _with_index(device: torch.device | str) -> torch.device:
     """ "cuda" as "cuda:0": tensors name their device with its index."""
     try:
         found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("nothing can be computed on it")
         return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
     except (AssertionError, RuntimeError) as error:  # torch asserts that it was built for CUDA
         raise ValueError(f"device: got {str(device)!r}, expected 'cpu', or a GPU that torch sees ({error})") from error
