@@ -218,8 +218,9 @@ def _predictions(given: _Given, *names: str) -> list[Tensor]:
             raise FallThroughError("its blend must let gradients through")
     first: Any = found[0]
     if first.ndim < 3 or not first.numel() or first.dtype not in LOADED_DTYPES or first.is_meta:
-        got = f"{first.dtype} {tuple(first.shape)} on {first.device}"
-        raise FallThroughError(f"its predictions are {got}, expected [B, C, ...] in float32, float16 or bfloat16")
+        got = f"{first.dtype} with {first.ndim} dimensions on {first.device.type}"
+        expected = "elements in 3 or more dimensions of float32, float16 or bfloat16"
+        raise FallThroughError(f"its predictions are {got}, expected {expected}")
     if in_function_transform():
         raise FallThroughError("its blend must let the transforms of torch.func through")
     return found  # type: ignore[return-value]
@@ -253,12 +254,17 @@ def _project(guider: Any, spec: _Spec, cond: Tensor, uncond: Tensor) -> Tensor:
         if average.requires_grad and torch.is_grad_enabled():
             raise FallThroughError("its momentum must let gradients through")
         momentum = average.detach().to(copy=True, **dense)
-    elif not isinstance(average, Tensor) and average == 0:
+    elif isinstance(average, int | float) and average == 0:
         momentum = torch.zeros_like(cond, **dense)
     else:
         raise FallThroughError("its running average differs from the predictions in shape, layout, dtype or device")
     pred = _blend(guider, spec, decay, momentum, cond=cond, uncond=uncond)
-    buffer.running_average = _as(cond, momentum)
+    if cond.dtype == torch.float32:
+        buffer.running_average = _as(cond, momentum)
+    else:
+        # Rounded where the original rounds, so that its errors are not added to ours.
+        with torch.no_grad():
+            buffer.update(cond - uncond)
     return pred
 
 
@@ -271,6 +277,8 @@ def _blend(
     blends = _blends(spec, values, decay, len(cond), cond.device)
     if isinstance(blends, str):
         raise FallThroughError(blends)
+    if len(blends.branches(_ROW)) != len(outputs):
+        raise FallThroughError("its scale leaves a prediction out")
     if blends.uses_outputs(_ROW):
         _refuse_autocast(cond)
     with falling_through(TypeError, ValueError):
