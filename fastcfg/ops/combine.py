@@ -16,6 +16,8 @@ from .threshold import dynamic_threshold
 
 __all__ = ["Combine"]
 
+MOST_ELEMENTS = 2**30  # the kernel numbers those of a tensor in int32, also those of its last program that do not exist
+
 
 class Combine:
     """A combination ready to run: a call reads the tensors and returns its sums, on a GPU by one kernel (with a
@@ -28,9 +30,9 @@ class Combine:
         combination: the sums.
         device: the tensors'.
         dtype: in which it is computed: float32, or float64 on the reference path.
-        backend: "auto", "triton" or "reference". More than 8 inputs or 4 outputs, empty tensors, tensors of 2**31
-            elements, and inputs or results in other dtypes than float32, float16 and bfloat16 run on the reference
-            path, on any device.
+        backend: "auto", "triton" or "reference". More than 8 inputs or 4 outputs, empty tensors, tensors of more
+            than 2**30 elements, and inputs or results in other dtypes than float32, float16 and bfloat16 run on the
+            reference path, on any device.
 
     Raises:
         TypeError, ValueError: an argument of another kind, or a backend that cannot run.
@@ -136,7 +138,7 @@ class _Kernel:
         for dtype in dtypes:
             if dtype not in LOADED_DTYPES:
                 return False
-        return 0 < inputs[0].numel() < 2**31
+        return 0 < inputs[0].numel() <= MOST_ELEMENTS
 
     def __call__(
         self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], variance: Tensor | None

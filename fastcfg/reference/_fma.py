@@ -24,7 +24,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
 @cache
 def addcmul_rounds_once(device: torch.device) -> bool:
     """Whether float32 `torch.addcmul` is fused on this device, tried on numbers for which two roundings give 0."""
-    a = 1 + torch.arange(1, 65, dtype=torch.float32) * 2.0**-13
+    a = 1 + torch.arange(1, 65, dtype=torch.float32, device="cpu") * 2.0**-13
     product = a * a
     exact = (a.double() * a.double() - product.double()).float()
     got = torch.addcmul(-product.to(device), a.to(device), a.to(device)).cpu()
@@ -46,7 +46,7 @@ def _add(total: Tensor, term: Tensor, *, alpha: float, out: Tensor | None = None
 def add_rounds_once(device: torch.device) -> bool:
     """Whether float32 `torch.add` with `alpha` is fused on this device, in vectors, in what is left of them, and in
     strided tensors."""
-    a = 1 + torch.arange(1, 78, dtype=torch.float32) * 2.0**-13
+    a = 1 + torch.arange(1, 78, dtype=torch.float32, device="cpu") * 2.0**-13
     alpha = 1 + 2.0**-13
     product = a * alpha
     exact = (a.double() * alpha - product.double()).float()

@@ -84,10 +84,10 @@ class _Prepared:
         (self._first, coefficient), *self._rest = total.terms or [(0, 0.0)]
         # Scalar tensors cost less than numbers here, and stay on the CPU: operations on any device take them as they
         # are.
-        self._scale = torch.tensor(coefficient, dtype=dtype)
+        self._scale = torch.tensor(coefficient, dtype=dtype, device="cpu")
         self._is_scaled = bool(self._scale != 1)
         self._is_zero = not total.terms
-        self._factor = None if total.factor == 1 else torch.tensor(total.factor, dtype=dtype)
+        self._factor = None if total.factor == 1 else torch.tensor(total.factor, dtype=dtype, device="cpu")
         self._add = add
 
     def __call__(self, values: Sequence[Tensor]) -> tuple[Tensor, bool]:

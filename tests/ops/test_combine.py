@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from fastcfg.clip import DynamicThreshold
 from fastcfg.combination import Combination
 from fastcfg.ops import Combine, is_channels_last, triton_problem
 from fastcfg.ops import combine as module
+from fastcfg.reference import _fma
 
 pytestmark = pytest.mark.quick
 
@@ -228,6 +231,14 @@ def test_the_kernel_runs_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(launched) == count
 
 
+@pytest.mark.skipif(bool(triton_problem(DEVICE)), reason="needs Triton")
+def test_tensors_that_int32_cannot_number_are_left_to_the_reference() -> None:
+    kernel = Combine(SUM, DEVICE, backend="triton")._kernel
+    assert kernel is not None
+    for size, taken in ((2**30, True), (2**30 + 1, False), (2**31 - 1, False), (0, False)):
+        assert kernel.takes([torch.empty(size, device="meta")] * 3, [F32]) == taken
+
+
 def test_float64_is_computed_in_float64() -> None:
     tensors = [normal(2, 3, 4, seed=k).double() for k in range(3)]
     combine = Combine(SUM, DEVICE, torch.float64)
@@ -243,6 +254,27 @@ def test_no_gradient_is_recorded(backend: str) -> None:
     (result,) = Combine(SUM, DEVICE, backend=backend)(tensors, [F32])
     assert not result.requires_grad
     assert torch.is_grad_enabled()
+
+
+@backends
+def test_the_default_device_does_not_matter(backend: str) -> None:
+    tensors = [normal(2, 3, seed=k) for k in range(2)]
+    expected = Combine(DDIM, DEVICE, backend=backend)(tensors, [F32] * 3)
+    _fma.add_rounds_once.cache_clear()
+    _fma.addcmul_rounds_once.cache_clear()
+    with torch.device("meta"):
+        _fma.addcmul_rounds_once(DEVICE)
+        results = Combine(DDIM, DEVICE, backend=backend)(tensors, [F32] * 3)
+    assert all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
+
+
+@backends
+def test_copies_and_pickles(backend: str) -> None:
+    tensors = [normal(2, 3, seed=k) for k in range(2)]
+    combine = Combine(DDIM, DEVICE, backend=backend)
+    expected = combine(tensors, [F32] * 3)
+    for other in (copy.deepcopy(combine), pickle.loads(pickle.dumps(combine))):
+        assert all(torch.equal(got, want) for got, want in zip(other(tensors, [F32] * 3), expected, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .fall_through import FallThroughError, log_once
 from .steps import FusedSteps
@@ -18,7 +17,7 @@ from .subclass import STATE, subclass
 def fused_class(original: type) -> type:
     """The subclass of a scheduler class."""
     base: Any = original
-    step_names = list(inspect.signature(base.step).parameters)[4:]  # after self, output, timestep, sample
+    names = list(inspect.signature(base.step).parameters)[1:]
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,14 +26,15 @@ def fused_class(original: type) -> type:
         return result
 
     @functools.wraps(base.step)
-    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and len(args) <= len(step_names):
-            options = dict(zip(step_names, args, strict=False)) | kwargs
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and len(args) <= len(names):
+            options = dict(zip(names, args, strict=False)) | kwargs
             try:
-                return _steps_of(self, base).step(self, model_output, timestep, sample, options)
+                output, timestep, sample = (options.pop(name, None) for name in (names[0], "timestep", "sample"))
+                return _steps_of(self, base).step(self, output, timestep, sample, options)
             except FallThroughError as error:
                 log_once(original.__name__, str(error))
-        return base.step(self, model_output, timestep, sample, *args, **kwargs)
+        return base.step(self, *args, **kwargs)
 
     return subclass(original, {"set_timesteps": set_timesteps, "step": step}, fused_class)
 

@@ -1,0 +1,125 @@
+"""One step of a scheduler as sums of tensors, found by running it.
+
+A step is a function of the sample, the model's output, the tensors that the scheduler kept from earlier steps in its
+own attributes, and draws of noise; all other attributes (levels, counters, options) decide which. It is run on basis
+vectors, which show the coefficients of everything it returns or keeps, and on random tensors of the caller's dtypes,
+which show what it draws, the dtypes of its results, and which attributes it writes. The sums are proved on both. They
+hold as long as the attributes that the step read have the same contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...combination import Combination
+from .limits import clip_of, over_limited_x0
+from .parts import (
+    Constant,
+    Container,
+    Draw,
+    Given,
+    Part,
+    Small,
+    Source,
+    StepProgram,
+    Sum,
+    UntraceableError,
+    Write,
+    has_number,
+    same_parts,
+)
+from .reader import Reader
+from .run import run_step, undrawn
+from .sums import combination_of, prove
+from .tensors import CONFIG, BasisVectors, Examples, Inputs
+
+__all__ = ["Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "StepProgram", "Sum"]
+__all__ += ["UntraceableError", "Write", "trace_step"]
+
+# Between the sums and the original's step in the caller's dtypes, which may cancel: roundings of the coarsest dtype.
+_ROUNDINGS, _LEAST = 64, 2e-4
+
+
+def trace_step(
+    scheduler: Any, step: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
+) -> StepProgram:
+    """Trace a step of a scheduler, which is not changed; no random numbers are drawn.
+
+    Args:
+        scheduler: an object with whatever attributes the step reads.
+        step: called as step(scheduler, output, timestep=timestep, sample=sample, **options).
+        output, sample: the step's tensors, [B, C, ...], output also [B, 2C, ...]; their contents are not read.
+        timestep: a number, or a tensor of one in the host's memory.
+        options: further arguments; tensors like the sample are inputs too, others are small and in the host's memory.
+
+    Raises:
+        UntraceableError: the step is no sum of its tensors, fails on an example, or does what cannot be reproduced.
+    """
+    reads: set[str] = {CONFIG} if CONFIG in vars(scheduler) else set()
+    try:
+        with torch.inference_mode(False), undrawn(options.get("generator")):
+            return _traced(scheduler, step, output, timestep, sample, options, reads)
+    except UntraceableError as error:
+        error.reads = frozenset(reads)
+        raise
+
+
+def _traced(
+    scheduler: Any,
+    step: Callable[..., Any],
+    output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    options: Mapping[str, Any],
+    reads: set[str],
+) -> StepProgram:
+    inputs = Inputs.of(scheduler, output, sample, options)
+    run = partial(run_step, scheduler, step, timestep, options, inputs, reads)
+    clip = clip_of(vars(scheduler).get(CONFIG))
+    linear = run(BasisVectors(inputs), **{} if clip is None else {"clip_sample": False})
+    shape = inputs.example_shape(13, 7, 11)
+    reader = _read(run, inputs, shape)
+    if has_number((reader.result, reader.writes), shape):
+        # It may depend on the size.
+        other = _read(run, inputs, inputs.example_shape(5, 3, 17))
+        if not same_parts((reader.result, reader.writes), (other.result, other.writes)):
+            reader = _read(run, inputs, inputs.shape)
+    sources: tuple[Source, ...] = ()
+    combination = None
+    if reader.dtypes:
+        combination = combination_of(inputs, reader.sums_of(linear))
+        if clip is not None:
+            combination = over_limited_x0(combination, inputs, linear, reader, clip, run)
+        coarsest = max(torch.finfo(dtype).eps for dtype in (*inputs.dtypes.values(), *reader.dtypes))
+        found = [value.double() for value in reader.sums_of(reader.trial)]
+        prove(combination, inputs, reader.examples.exact, found, max(_ROUNDINGS * coarsest, _LEAST), together=True)
+        sources, combination = _needed(combination, inputs)
+    draws = tuple(reader.trial.draws)
+    return StepProgram(
+        frozenset(reads), sources, combination, tuple(reader.dtypes), draws, reader.result, reader.writes
+    )
+
+
+def _read(run: Callable[..., Any], inputs: Inputs, shape: tuple[int, ...]) -> Reader:
+    examples = Examples(inputs, shape)
+    return Reader(examples, run(examples))
+
+
+def _needed(combination: Combination, inputs: Inputs) -> tuple[tuple[Source, ...], Combination]:
+    """The sources of the inputs that a combination uses, and the combination of these alone."""
+    x0, noise = combination.x0, combination.noise
+    rows = combination.coefficients if x0 is None else np.vstack([combination.coefficients, x0])
+    used = [i for i in range(len(inputs.names)) if i < 2 or rows[:, i].any() or i == noise]
+    return tuple(inputs.names[i] for i in used), replace(
+        combination,
+        coefficients=combination.coefficients[:, used],
+        x0=None if x0 is None else x0[used],
+        noise=None if noise is None else used.index(noise),
+    )

@@ -1,0 +1,231 @@
+"""Run a step of a copy of a scheduler, and note what it does."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..patching import in_float64, modules_of, replaced
+from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError
+from .tensors import CONFIG, MAX_DRAWS, Inputs, Tensors
+
+_READS, _REFUSED, _CONVERTED = "_fastcfg_reads", "_fastcfg_refused", "_fastcfg_converted"
+
+
+@dataclass(eq=False)
+class Outcome:
+    """What one run of a step did."""
+
+    before: dict[str, Any]  # attributes, with copies of containers
+    given: dict[int, Source] = field(default_factory=dict)  # tensors by identity
+    kept: list[tuple[Tensor, int]] = field(default_factory=list)  # the same, and the noise, with their versions
+    changed: list[Tensor] = field(default_factory=list)  # in place
+    draws: list[Draw] = field(default_factory=list)
+    after: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
+    converted: list[Tensor] = field(default_factory=list)
+
+
+def run_step(
+    scheduler: Any,
+    step: Callable[..., Any],
+    timestep: Any,
+    options: Mapping[str, Any],
+    inputs: Inputs,
+    reads: set[str],
+    tensors: Tensors,
+    clip_sample: bool | None = None,
+) -> Outcome:
+    """Run a step of a copy of a scheduler on some tensors; with `clip_sample` without thresholding, and with that for
+    its option."""
+    outcome = Outcome({})
+
+    def made(source: Source) -> Tensor:
+        tensor = tensors.tensor(source)
+        outcome.given[id(tensor)] = source
+        outcome.kept.append((tensor, tensor._version))
+        return tensor
+
+    def copied(value: Any, source: Source) -> Any:
+        if isinstance(value, Tensor):
+            if source in inputs.dtypes:
+                return made(source)
+            if value.ndim > 1:
+                return value
+            value = inputs.copy_of(value)
+            outcome.given[id(value)] = source
+            outcome.kept.append((value, value._version))
+            return value
+        if type(value) is dict:
+            return {key: copied(item, (*source, key)) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(copied(item, (*source, key)) for key, item in enumerate(value))
+        return value.copy() if isinstance(value, np.ndarray) else value
+
+    state = {name: copied(value, ("state", name)) for name, value in vars(scheduler).items() if name != CONFIG}
+    if (config := vars(scheduler).get(CONFIG)) is not None:
+        state[CONFIG] = config if clip_sample is None else _with_clip(config, clip_sample)
+    outcome.before = {name: _snapshot(value) for name, value in state.items()}
+    kind: Any = type(scheduler)
+    twin: Any = object.__new__(_traced_class(kind, step))
+    twin_state = object.__getattribute__(twin, "__dict__")
+    twin_state |= state | {_READS: reads, _REFUSED: inputs.refused, _CONVERTED: outcome.converted}
+    given: dict[str, Any] = {
+        name: made(("option", name)) if ("option", name) in inputs.dtypes else value for name, value in options.items()
+    }
+    t = timestep.clone() if isinstance(timestep, Tensor) else timestep
+    if isinstance(t, Tensor):
+        outcome.given[id(t)] = TIMESTEP.source
+    patches = _drawing(scheduler, options.get("generator"), inputs, tensors, outcome)
+    try:
+        with replaced(patches), in_float64() if tensors.dtype is not None else nullcontext(), torch.no_grad():
+            outcome.result = step(twin, made(OUTPUT), timestep=t, sample=made(SAMPLE), **given)
+    except UntraceableError:
+        raise
+    except Exception as error:
+        raise UntraceableError(f"its step fails on an example ({type(error).__name__}: {error})") from error
+    outcome.changed = [tensor for tensor, version in outcome.kept if tensor._version != version]
+    if any(tensor.ndim < 2 or id(tensor) not in outcome.given for tensor in outcome.changed):
+        raise UntraceableError("its step changes levels or noise in place")
+    outcome.after = {name: value for name, value in twin_state.items() if name not in (_READS, _REFUSED, _CONVERTED)}
+    return outcome
+
+
+@cache
+def _traced_class(kind: Any, step: Any) -> Any:
+    """A subclass that notes which attributes are read, and what `convert_model_output` returns."""
+    own = object.__getattribute__
+
+    def get(self: Any, name: str) -> Any:
+        state = own(self, "__dict__")
+        if name == "__dict__":
+            raise UntraceableError("its step reads its __dict__")
+        if name in state and name != _READS:
+            state[_READS].add(name)
+            if name in state[_REFUSED]:
+                raise UntraceableError(state[_REFUSED][name])
+        return super(traced, self).__getattribute__(name)
+
+    methods: dict[str, Any] = {"__getattribute__": get, "__module__": kind.__module__, "step": step}
+    if hasattr(kind, "convert_model_output"):
+
+        def convert_model_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+            converted = kind.convert_model_output(self, *args, **kwargs)
+            own(self, "__dict__")[_CONVERTED].append(converted)
+            return converted
+
+        methods["convert_model_output"] = convert_model_output
+    traced = type(kind)(kind.__name__, (kind,), methods)
+    return traced
+
+
+def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, outcome: Outcome) -> list[Any]:
+    """Replacements for the functions that draw, which give the run's noise and note the draw."""
+
+    def drawn(draw: Draw, shape: Any, **unknown: Any) -> Tensor:
+        if unknown := {name: value for name, value in unknown.items() if value is not None}:
+            raise UntraceableError(f"its noise is drawn with {', '.join(unknown)}")
+        if tuple(shape) != tensors.shape:
+            raise UntraceableError("its noise has another shape than the sample")
+        if len(outcome.draws) == MAX_DRAWS:
+            raise UntraceableError(f"it draws noise more than {MAX_DRAWS} times")
+        noise = tensors.tensor(("draw", len(outcome.draws)), draw.dtype)
+        outcome.draws.append(draw)
+        outcome.kept.append((noise, noise._version))
+        return noise
+
+    def given(own: Any) -> bool:
+        if own is not None and own is not generator:
+            raise UntraceableError("it draws with a generator of its own")
+        return own is not None
+
+    def replacement(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def draw(
+            shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+        ) -> Tensor:
+            layout = None if layout is torch.strided else layout
+            made = Draw(function, dtype, generator=given(generator), device=device is not None)
+            return drawn(made, shape, layout=layout)
+
+        return draw
+
+    def randn(*size: Any, generator: Any = None, dtype: Any = None, device: Any = None, **unknown: Any) -> Tensor:
+        size = size or (unknown.pop("size", ()),)
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        made = Draw(originals["randn"], dtype, generator=given(generator), device=device is not None)
+        return drawn(made, shape, **unknown)
+
+    def randn_like(input: Tensor, *, dtype: Any = None, **unknown: Any) -> Tensor:
+        made = Draw(originals["randn_like"], dtype or (input.dtype if tensors.dtype is None else None), like=True)
+        return drawn(made, input.shape, **unknown)
+
+    originals: dict[str, Any] = {"randn": torch.randn, "randn_like": torch.randn_like}
+    found: list[Any] = [(torch, "randn", randn), (torch, "randn_like", randn_like)]
+    kind: Any = type(scheduler)
+    for module in _modules_of(kind):
+        if (function := getattr(module, "randn_tensor", None)) is not None:
+            found.append((module, "randn_tensor", replacement(function)))
+    return found
+
+
+@cache
+def _modules_of(kind: Any) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(modules_of(kind)))
+
+
+@contextmanager
+def undrawn(generator: Any) -> Iterator[None]:
+    """Context that raises UntraceableError, and puts the state back, where random numbers were drawn."""
+    generators = [one for one in (generator if isinstance(generator, list) else [generator]) if one is not None]
+    before = [one.get_state() for one in generators]
+    everywhere = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        moved = False
+        if not torch.equal(torch.get_rng_state(), everywhere[0]):
+            moved = True
+            torch.set_rng_state(everywhere[0])
+        now: Any = np.random.get_state()  # noqa: NPY002
+        if now[2:] != everywhere[1][2:] or not np.array_equal(now[1], everywhere[1][1]):  # type: ignore[index]
+            moved = True
+            np.random.set_state(everywhere[1])  # noqa: NPY002
+        if random.getstate() != everywhere[2]:
+            moved = True
+            random.setstate(everywhere[2])
+        for one, state in zip(generators, before, strict=True):
+            if not torch.equal(one.get_state(), state):
+                moved = True
+                one.set_state(state)
+    if moved:
+        raise UntraceableError("it draws random numbers by another function than torch.randn's")
+
+
+def _snapshot(value: Any) -> Any:
+    """A value, with copies of the containers in it."""
+    if type(value) is dict:
+        return value, {key: _snapshot(item) for key, item in value.items()}
+    if type(value) is list:
+        return value, [_snapshot(item) for item in value]
+    return value, value.copy() if isinstance(value, np.ndarray) else None
+
+
+def _with_clip(config: Any, clip_sample: bool) -> Any:
+    """A copy of a config without thresholding."""
+    copied = type(config)(dict(config))
+    vars(copied).update(vars(config))
+    for name, value in {"clip_sample": clip_sample, "thresholding": False}.items():
+        if name in copied:
+            OrderedDict.__setitem__(copied, name, value)
+        if name in vars(copied):
+            vars(copied)[name] = value
+    return copied
