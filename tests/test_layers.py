@@ -41,6 +41,9 @@ INSIDE = {
     "engine": (
         "graphs",
         "staleness",
+        "holders",
+        "snapshot",
+        "trial",
         "readback",
         "config",
         "model_output",

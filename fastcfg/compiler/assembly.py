@@ -14,7 +14,7 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..reference.plain import PlainTable
 from ..step import StepSpec
-from ..table import StepTable
+from ..table import COLUMNS, StepTable
 from .probe import ROUNDING, ROUNDING_FLOAT32, Array, Recording, Response
 from .reduction import Rows
 
@@ -98,6 +98,21 @@ def with_rounding(response: Response, shorter: Response, what: str) -> Response:
     return replace(response, rounding=ROUNDING if error.max() < ROUNDING else ROUNDING_FLOAT32)
 
 
+def rounding_of(response: Response, run: Recording, what: str) -> float:
+    """The rounding of a response, estimated from a run on numbers: from the difference between its samples and their
+    sums over the response. Raises ValueError if it is more than rounding."""
+    drawn = [z for row in run.drawn for z in row]
+    channels, elements = run.states[0].shape[1], slice(None, None, 5)  # a fifth will do
+    given = [vector[:, :channels].reshape(-1)[elements] for vector in (run.states[0], *run.outputs, *drawn)]
+    inputs, states = (torch.stack(v).numpy() for v in (given, [s.reshape(-1)[elements] for s in run.states]))
+    sums, sizes = response.states @ inputs, np.abs(response.states) @ np.abs(inputs)
+    error = np.abs(sums - states).max(axis=1) / np.maximum(sizes.max(axis=1), 1e-300)
+    if (error > TOLERANCE).any():
+        row = int((error > TOLERANCE).argmax()) - 1
+        raise ValueError(f"{what}: step {row} has coefficients that depend on the sample, expected linear steps")
+    return ROUNDING if error.max() < ROUNDING else ROUNDING_FLOAT32
+
+
 def columns(rows: Rows, p_x: Array, p_m: Array, clipped: bool = True) -> dict[str, Array]:
     """A table's columns. Rows are written over x and x0 where x0 is known (p_m is not 0) and needed, because it is
     clipped or saved; elsewhere over x and the output, which rounds less often."""
@@ -117,32 +132,42 @@ def _difference(a: Array, b: Array) -> Array:
     return np.where(np.abs(difference) < 1e-9 * np.abs(b), 0.0, difference)
 
 
+class UnprovedError(ValueError):
+    """A table does not reproduce its original."""
+
+
 def verify(
     table: StepTable, draws: Sequence[Sequence[float]], trial: Recording, clip: Clip, rounding: float, what: str
 ) -> list[Tensor]:
-    """Raise ValueError unless a table, with coefficients of every row's draws, reproduces an original's run on random
-    inputs in float64; returns x0 of every row. `clip` is as `scheduler_clip` returns it."""
+    """Raise `UnprovedError` unless a table, with coefficients of every row's draws, reproduces an original's run on
+    random inputs in float64; returns x0 of every row. `clip` is as `scheduler_clip` returns it.
+
+    A row is measured by its own terms: large ones that cancel leave their rounding.
+    """
     states, drawn = trial.states, trial.drawn[-len(trial.outputs) :]
     predicted, plain = [], PlainTable(table, states[0])
     bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip
     spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
+    saved = [0.0] * table.num_history
     for row, (x, output, noise, state) in enumerate(zip(states, trial.outputs, drawn, states[1:], strict=False)):
-        c = {name: float(table[name][row]) for name in ("p_x", "p_m", "a_x", "a_0", "a_m")}
+        c = dict(zip(COLUMNS, table.rows[row].tolist(), strict=True))
         noisy = replace(spec, noise_source="tensor" if table.learned_variance and noise else "none")
         made = plain(row, x, output, noisy, bound=bound, noise=noise[0] if noise else None)
         predicted.append(made["x0"])
         y = made["x"]
         if not table.learned_variance:
             y += sum(coefficient * z for coefficient, z in zip(draws[row], noise, strict=True))
-        # Large terms that cancel, and a state that shrinks a lot, leave the rounding of an original in float32.
         of_x, of_m = float(x.abs().max()), float(output[:, : x.shape[1]].abs().max())
         through_x0 = abs(c["a_0"]) * (abs(c["p_x"]) * of_x + abs(c["p_m"]) * of_m)
-        size = max(of_x, abs(c["a_x"]) * of_x, abs(c["a_m"]) * of_m, through_x0)
-        if not (error := distance(y, state, size)) <= _MAX_ROUNDINGS * rounding:
-            raise ValueError(
+        past = (abs(c[f"a_h{j}"]) * size for j, size in enumerate(saved))
+        size = max(of_x, abs(c["a_x"]) * of_x, abs(c["a_m"]) * of_m, through_x0, *past, float(state.abs().max()))
+        if not (error := float((y - state).abs().max()) / (size or 1.0)) <= _MAX_ROUNDINGS * rounding:
+            raise UnprovedError(
                 f"{what}, from which its table differs by {error:.1e} in row {row}, expected at most "
-                f"{_MAX_ROUNDINGS * rounding:.0e}: its steps are not linear"
+                f"{_MAX_ROUNDINGS * rounding:.0e}"
             )
+        if c["slot"] >= 0:
+            saved[int(c["slot"])] = float(made["saved"].abs().max())
     return predicted
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # Held while names are replaced: two threads at once could restore them in the wrong order.
 _lock = RLock()
-_BROWNIAN_TREE = "BrownianTreeNoiseSampler"
+BROWNIAN_TREE = "BrownianTreeNoiseSampler"
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def drawing(
     functions = [(module, "randn_tensor", randn_tensor) for module in modules_of(type(sampler))]
     functions += [(torch, "randn", randn), (torch, "randn_like", randn_like)]
     if brownian_tree is not None:
-        functions.append((inspect.getmodule(sampler), _BROWNIAN_TREE, brownian_tree))
+        functions.append((inspect.getmodule(sampler), BROWNIAN_TREE, brownian_tree))
     with replaced(functions):
         yield
 

@@ -26,17 +26,14 @@ in the plane of s_r and e_r and, beside the state, in the span of what later sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..table import MAX_HISTORY
+from .coordinates import HORIZON, REACH, TOLERANCE, Run, Window
 from .probe import Array, Response
 
-_TOLERANCE = 30  # of a fit, in roundings; measured: 12
-_REACH = 5  # rows that a saved tensor may lie back
-_HORIZON = 12  # later samples that show what must be saved
 _RANK = 100  # singular values of what must be saved count from here, in roundings of the largest
 _LARGER = 2  # an earlier family may have terms this many times the smallest, in squares
 _DISTANCE = 1000  # of a unit vector from a span it lies in, in roundings
@@ -76,15 +73,17 @@ def reduce(response: Response, clipped: bool = True, start: float = 1.0) -> Rows
         ValueError: it needs more than three saved tensors, with the number, or tensors that are not linear in one row's
             state and output.
     """
-    states, outputs = response.states, np.eye(response.states.shape[1])[1 : 1 + response.calls]
-    if not np.isfinite(states).all():
+    if not np.isfinite(response.states).all():
         raise ValueError("sampler: got samples that are not finite, expected finite ones")
-    x0 = [family for family in (response.predictions, response.converted) if family is not None]
-    slopes = [] if response.predictions is None else [states[:-1] - response.predictions]
-    families = [*x0, outputs, *slopes, states[:-1]] if clipped else [states[:-1], outputs, *x0, *slopes]
+    run = Run(response)
+    response = run.response
+    states, outputs = np.tile([1.0, 0.0], (run.calls, 1)), np.tile([0.0, 1.0], (run.calls, 1))
+    x0 = [run.pairs(vectors) for vectors in (response.predictions, response.converted) if vectors is not None]
+    slopes = [] if response.predictions is None else [states - x0[0]]
+    families = [*x0, outputs, *slopes, states] if clipped else [states, outputs, *x0, *slopes]
     found: list[tuple[Rows, float]] = []
     for family in families:
-        if (rows := _rows_saving(family, response, outputs)) is None:
+        if (rows := _rows_saving(family, run)) is None:
             continue
         if clipped or rows.slot.max() < 0:
             return rows
@@ -94,11 +93,11 @@ def reduce(response: Response, clipped: bool = True, start: float = 1.0) -> Rows
         found = [(rows, size) for rows, size in found if rows.slot.max() == fewest]
         least = min(size for _, size in found)
         return next(rows for rows, size in found if size <= _LARGER * least)
-    futures = list(_futures(response))
-    rank = max(map(len, futures)) - 1
+    futures = [_futures(window, run) for window in run.windows]
+    rank = max(len(span) for spans in futures for span in spans) - 1
     if rank > MAX_HISTORY:
         raise ValueError(f"sampler: got one that needs {rank} saved tensors, expected at most {MAX_HISTORY}")
-    if (rows := _rows_saving(_needed_later(response, outputs, futures), response, outputs)) is not None:
+    if (rows := _rows_saving(_needed_later(run, futures, rank), run)) is not None:
         return rows
     raise ValueError(
         f"sampler: got one that needs {rank} tensors that are not linear in one row's state and output, expected "
@@ -110,7 +109,9 @@ def _size_of_terms(rows: Rows, family: Array, response: Response, start: float) 
     """The size of the rows' terms relative to their sums: squares, summed over the rows."""
     scale = np.ones(response.states.shape[1])
     scale[0] = start
-    states, saved = (np.linalg.norm(vectors * scale, axis=1) for vectors in (response.states, family))
+    states = np.linalg.norm(response.states * scale, axis=1)
+    # A row's state has no share of its output.
+    saved = np.hypot(family[:, 0] * states[:-1], family[:, 1])
     history, total = np.zeros(MAX_HISTORY), 0.0
     for i, slot in enumerate(rows.slot):
         terms = abs(rows.a_x[i]) * states[i] + abs(rows.a_m[i]) + np.abs(rows.a_h[i]) @ history
@@ -120,104 +121,115 @@ def _size_of_terms(rows: Rows, family: Array, response: Response, start: float) 
     return total
 
 
-def _needed_later(response: Response, outputs: Array, futures: list[Array]) -> Array:
+def _needed_later(run: Run, futures: list[list[Array]], saved: int) -> Array:
     """The family of what later rows need: for every row a sum of its state and output, in whatever proportion.
 
     A row's tensor is the line in which the plane of its state and output meets the spans of as many later calls as have
     one in common. Near the end these spans contain sums of several rows' tensors, so found tensors that are still saved
     are added to them.
     """
-    states, family, saved = response.states, np.zeros_like(outputs), max(map(len, futures)) - 1
-    distance = _DISTANCE * response.rounding
-    for r in range(response.calls - 1):
-        plane = np.array([states[r] / max(float(np.linalg.norm(states[r])), 1e-300), outputs[r]])  # orthonormal
-        outside = np.zeros((2, 0))
-        for j in range(r + 1, min(r + 1 + saved, response.calls)):
-            within = _span(np.concatenate([futures[j], family[max(j - saved, 0) : r]]), response)
-            outside = np.concatenate([outside, plane - plane @ within.T @ within], axis=1)
-            left, lengths, _ = np.linalg.svd(outside, full_matrices=False)
-            if lengths[-1] > distance:
-                break
-            # If the whole plane is in common: the part that the next state, at hand anyway, lacks.
-            line = left[:, -1] if lengths[0] > distance else np.array([[0, -1], [1, 0]]) @ plane @ states[r + 1]
-            family[r] = line @ plane
+    family, distance = np.zeros((run.calls, 2)), _DISTANCE * run.rounding
+    for window, spans in zip(run.windows, futures, strict=True):
+        for r in range(window.first, min(window.last, run.calls - 1)):
+            size = max(float(np.linalg.norm(window.state(r))), 1e-300)
+            plane = np.stack([window.vector(r, np.array(pair)) for pair in ((1 / size, 0), (0, 1 / run.weights[r]))])
+            outside = np.zeros((2, 0))
+            for j in range(r + 1, min(r + 1 + saved, run.calls)):
+                earlier = [window.vector(k, family[k]) for k in range(max(j - saved, 0), r)]
+                within = _span(np.array([*spans[j - window.first], *earlier]), run)
+                outside = np.concatenate([outside, plane - plane @ within.T @ within], axis=1)
+                left, lengths, _ = np.linalg.svd(outside, full_matrices=False)
+                if lengths[-1] > distance:
+                    break
+                # If the whole plane is in common: the part that the next state, at hand anyway, lacks.
+                lacks = np.array([[0, -1], [1, 0]]) @ plane @ window.state(r + 1)
+                line = left[:, -1] if lengths[0] > distance else lacks
+                family[r] = line[0] / size, line[1] / run.weights[r]
     return family
 
 
-def _futures(response: Response) -> Iterator[Array]:
-    """For every call orthonormal vectors that span the known part of later samples."""
-    calls, states = response.calls, response.states
-    states = states / np.maximum(np.abs(states).max(axis=1, keepdims=True), 1e-300)
+def _futures(window: Window, run: Run) -> list[Array]:
+    """For every call of a window, and those that follow it, orthonormal vectors that span the known part of later
+    samples."""
+    states = window.states / np.maximum(np.abs(window.states).max(axis=1, keepdims=True), 1e-300)
     reached = np.logical_or.accumulate(states != 0)
-    for i in range(calls):
-        known = reached[i] | (np.arange(states.shape[1]) <= i)
-        yield _span(np.where(known, states[i : i + _HORIZON], 0.0), response)
+    reached[:, : window.old] = True
+    spans = []
+    for i in range(window.first, min(window.last + MAX_HISTORY, run.calls)):
+        known = reached[i - window.start] | (np.arange(states.shape[1]) < window.output(i))
+        spans.append(_span(np.where(known, states[i - window.start :][:HORIZON], 0.0), run))
+    return spans
 
 
-def _span(vectors: Array, response: Response) -> Array:
+def _span(vectors: Array, run: Run) -> Array:
     """Orthonormal vectors with the same span, up to rounding."""
     _, lengths, basis = np.linalg.svd(vectors, full_matrices=False)
-    found: Array = basis[lengths > _RANK * response.rounding * lengths[0]]
+    found: Array = basis[lengths > _RANK * run.rounding * lengths[0]]
     return found
 
 
-def _rows_saving(family: Array, response: Response, outputs: Array) -> Rows | None:
-    """The rows that save tensors of a family; None if these do not fit, or not with three at a time."""
-    calls, states = response.calls, response.states
-    a_x, a_m, s = (np.zeros(calls) for _ in range(3))
-    used: list[dict[int, float]] = []
-    draws = []
-    for i in range(calls):
-        first, last = (1 + calls + drawn for drawn in response.drawn[i : i + 2])
-        target, row_draws = states[i + 1].copy(), states[i + 1, first:last]
-        target[first:last] = 0.0
-        found = _fit(target, [states[i], outputs[i]], family[:i], np.abs(states[i + 1]).max(), response.rounding)
-        if found is None:
-            return None
-        (a_x[i], a_m[i]), past = found
-        used.append(past)
-        draws.append(tuple(row_draws.tolist()))
-        s[i] = np.sqrt(np.sum(np.square(row_draws)))
+def _rows_saving(family: Array, run: Run) -> Rows | None:
+    """The rows that save tensors of a family, [C, 2] as `Run.pairs`; None if these do not fit, or not with three at a
+    time."""
+    states, calls, scale = run.response.states, run.calls, np.maximum(run.largest[1:], 1e-12)
+    rows = np.arange(calls)
+    draws = [states[i + 1, slice(*(1 + calls + n for n in run.response.drawn[i : i + 2]))] for i in rows]
+    a_m = states[rows + 1, 1 + rows]
+    a_m = np.where(np.abs(a_m) * run.weights < run.rounding * scale, 0.0, a_m)
+    a_x, errors = run.alone[0].copy(), run.alone[1]
+    a_x[np.abs(a_x) * run.largest[:-1] < run.rounding * scale] = 0.0
+    used: list[dict[int, float]] = [{} for _ in range(calls)]
+    known = np.nan_to_num(family)
+    for window in run.windows:
+        for i in range(window.first, window.last):
+            if errors[i] <= run.rounding * scale[i]:
+                continue
+            if (found := _fit(window, i, known, (a_x[i], errors[i]), scale[i], run.rounding)) is None:
+                return None
+            a_x[i], used[i] = found
     slots = _slots(used, calls)
     if slots is None:
         return None
-    a_h, k_x, k_m = np.zeros((calls, MAX_HISTORY)), np.zeros(calls), np.zeros(calls)
+    a_h, saved = np.zeros((calls, MAX_HISTORY)), slots >= 0
+    if np.isnan(family[saved]).any():
+        return None
     for i, past in enumerate(used):
         for r, coefficient in past.items():
             a_h[i, slots[r]] = coefficient
-    for r in np.flatnonzero(slots >= 0).tolist():
-        fit = _fit(family[r], [states[r], outputs[r]], family[:0], np.abs(family[r]).max(), response.rounding)
-        if fit is None:
-            return None
-        k_x[r], k_m[r] = fit[0]
-    k_x[np.abs(k_x - 1) < response.rounding] = 1.0  # marks copies of states
-    return Rows(a_x, a_m, a_h, s, k_x, k_m, slots, tuple(draws))
+    k_x, k_m = np.where(saved[:, None], family, 0.0).T
+    s = np.array([np.sqrt(np.sum(np.square(row))) for row in draws])
+    return Rows(a_x, a_m, a_h, s, k_x, k_m, slots, tuple(tuple(row.tolist()) for row in draws))
 
 
 def _fit(
-    target: Array, present: list[Array], past: Array, scale: float, rounding: float
-) -> tuple[tuple[float, float], dict[int, float]] | None:
-    """The target as a sum of the present vectors and as few of the newest past ones as it takes: coefficients of both;
-    None if there is no such sum."""
-    scale, fits = max(scale, 1e-12), []
-    for count in range(min(len(past), _REACH) + 1):
-        chosen = list(range(len(past) - 1, len(past) - 1 - count, -1))
-        vectors = np.array([*present, *(past[r] for r in chosen)])
-        sizes = np.abs(vectors).max(axis=1)
-        sizes[sizes == 0] = 1.0
-        terms = np.linalg.lstsq((vectors / sizes[:, None]).T, target, rcond=1e-12)[0]
-        fits.append((np.abs(terms @ (vectors / sizes[:, None]) - target).max() / scale, chosen, terms, sizes))
+    window: Window, row: int, family: Array, alone: tuple[float, float], scale: float, rounding: float
+) -> tuple[float, dict[int, float]] | None:
+    """The next state of a row as a sum of its state and as few of the newest saved tensors as it takes: coefficients of
+    both; None if there is no such sum. `alone` is the coefficient without saved tensors, and its error."""
+    target = window.state(row + 1).copy()
+    target[window.output(row)] = 0.0
+    target[window.draws(row)] = 0.0
+    chosen, sizes = [window.state(row)], [float(np.abs(window.state(row)).max()) or 1.0]
+    chosen[0] = chosen[0] / sizes[0]
+    past = range(row - 1, max(row - 1 - REACH, -1), -1)
+    fits = [(alone[1] / scale, np.array([alone[0] * sizes[0]]))]
+    for r in past:
+        vector = window.vector(r, family[r])
+        sizes.append(float(np.abs(vector).max()) or 1.0)
+        chosen.append(vector / sizes[-1])
+        vectors = np.array(chosen)
+        terms = np.linalg.lstsq(vectors.T, target, rcond=1e-12)[0]
+        fits.append((float(np.abs(terms @ vectors - target).max()) / scale, terms))
         if fits[-1][0] <= rounding:
             break
-    least = min(fit[0] for fit in fits)
-    if not least <= _TOLERANCE * rounding:
+    least = min(error for error, _ in fits)
+    if not least <= TOLERANCE * rounding:
         return None
     # More tensors that only fit the scheduler's rounding are not part of the method.
-    _, chosen, terms, sizes = next(fit for fit in fits if fit[0] <= max(2 * least, rounding))
+    terms = next(terms for error, terms in fits if error <= max(2 * least, rounding))
     terms[np.abs(terms) < rounding * scale] = 0.0
-    weights = terms / sizes
-    used = {r: float(w) for r, w in zip(chosen, weights[2:], strict=True) if w}
-    return (float(weights[0]), float(weights[1])), used
+    weights = (terms / np.array(sizes[: len(terms)])).tolist()
+    return weights[0], {r: weight for r, weight in zip(past, weights[1:], strict=False) if weight}
 
 
 def _slots(used: list[dict[int, float]], calls: int) -> Array | None:

@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.identity import value_key
-from ..utils.lru import LRU
 from .assembly import Compiled
 from .patching import draw_function, drawing
-from .sampler import taken_by, trace_sampler
 from .scheduler import StepWithOptions
 
 
@@ -80,95 +77,3 @@ def rehearse_step(
         raise ValueError(f"its steps return {', '.join(fields)}, expected at most two values")
     dtypes = tuple(value.dtype for value in fields.values())
     return StepRehearsal(draw_function(type(scheduler)), noise_dtypes[-1], type(result), tuple(fields), dtypes)
-
-
-@dataclass(frozen=True)
-class SamplerRehearsal:
-    """What a sampling function asks of its callback and noise sampler.
-
-    Attributes:
-        draws: the noise sampler's arguments (sigma, sigma_next) for every draw; None for `torch.randn_like`.
-        callbacks: the callback's dictionaries, without samples, by number of the model call before.
-        plain_callbacks: whether their samples are the last model call's input and result.
-        tree: the arguments, after x, of the function's own Brownian tree; None if it makes none.
-        dtypes: of the last model input and of the result: most functions turn half-precision samples into float32.
-    """
-
-    draws: tuple[tuple[Any, ...] | None, ...]
-    callbacks: dict[int, dict[str, Any]]
-    plain_callbacks: bool
-    tree: tuple[tuple[Any, ...], dict[str, Any]] | None
-    dtypes: tuple[torch.dtype, torch.dtype]
-
-
-_rehearsed: LRU[tuple[Compiled, SamplerRehearsal]] = LRU(32)
-
-
-def compile_and_rehearse(
-    sample_fn: Callable[..., Tensor],
-    levels: tuple[float, ...],
-    level_dtype: torch.dtype,
-    x_dtype: torch.dtype,
-    given_noise: bool,
-    options: Mapping[str, Any],
-) -> tuple[Compiled, SamplerRehearsal]:
-    """`trace_sampler` and a rehearsal with the dtypes of sigmas and x of a call, and a `noise_sampler` if the call has
-    one; results are cached. Options are numbers, strings or None.
-
-    Raises:
-        ValueError: the function cannot be compiled, or fails on the example.
-    """
-
-    def make() -> tuple[Compiled, SamplerRehearsal]:
-        rehearsal = _rehearse(sample_fn, torch.tensor(levels, dtype=level_dtype), x_dtype, given_noise, options)
-        compiled = trace_sampler(sample_fn, torch.tensor(levels, dtype=torch.float64), **options)
-        if len(rehearsal.draws) != len(compiled.start_draws) + sum(map(len, compiled.draws)):
-            raise ValueError("its draws of noise depend on the dtype")
-        return compiled, rehearsal
-
-    return _rehearsed.get_or_make((sample_fn, levels, level_dtype, x_dtype, given_noise, value_key(options)), make)
-
-
-def _rehearse(
-    sample_fn: Callable[..., Tensor], sigmas: Tensor, dtype: torch.dtype, given_noise: bool, options: Mapping[str, Any]
-) -> SamplerRehearsal:
-    inputs: list[Tensor] = []
-    outputs: list[Tensor] = []
-    draws: list[tuple[Any, ...] | None] = []
-    trees: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    callbacks: dict[int, dict[str, Any]] = {}
-    plain = True
-    x = torch.zeros(1, 1, 1, 2, dtype=dtype)
-
-    def model(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        inputs.append(x)
-        outputs.append(torch.ones_like(x) * len(inputs))
-        return outputs[-1]
-
-    def callback(info: dict[str, Any]) -> None:
-        nonlocal plain
-        call = len(inputs) - 1
-        plain = plain and call >= 0 and info.get("x") is inputs[-1] and info.get("denoised") is outputs[-1]
-        plain = plain and call not in callbacks
-        callbacks[call] = {k: None if k in ("x", "denoised") else v for k, v in info.items()}
-
-    def drawn(arguments: tuple[Any, ...] | None) -> Tensor:
-        draws.append(arguments)
-        return torch.zeros_like(x)
-
-    def noise_sampler(*sigmas: Any) -> Tensor:
-        return drawn(sigmas)
-
-    def brownian_tree(x: Tensor, *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
-        trees.append((args, kwargs))
-        return noise_sampler
-
-    offered: dict[str, Any] = {"noise_sampler": noise_sampler} if given_noise else {}
-    arguments = taken_by(sample_fn, callback=callback, disable=True, **offered) | dict(options)
-    try:
-        with drawing(sample_fn, lambda _: drawn(None), brownian_tree), torch.no_grad():
-            result = sample_fn(model, x, sigmas, **arguments)
-        dtypes = inputs[-1].dtype, result.dtype
-    except Exception as error:
-        raise ValueError(f"it fails on an example ({type(error).__name__}: {error})") from error
-    return SamplerRehearsal(tuple(draws), callbacks, plain, trees[0] if trees else None, dtypes)

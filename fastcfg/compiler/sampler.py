@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,158 +13,245 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..table import StepTable
+from ..utils.checks import check_one_of
 from .assembly import Compiled, columns, refused, verify, with_rounding
-from .patching import drawing, in_float64
-from .probe import MAX_DRAWS, Recording, Response, basis_vector, normal_sample
+from .prediction import PREDICTIONS, predicted_x0
+from .probe import MAX_DRAWS, Recording, Response, basis_vector
 from .reduction import reduce
+from .stand_ins import FormError
+from .trial import Subject, Trial
 
 __all__ = ["compile_sampler", "trace_sampler"]
 
 _MAX_CALLS = 3  # of the model, per step
 _LEAST = 64  # calls and draws always allowed in a run
+_TAKES = ("callback", "noise_sampler")
 
 
-def compile_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, **options: Any) -> StepTable:
+def compile_sampler(
+    sample_fn: Callable[..., Tensor],
+    sigmas: ArrayLike | Tensor,
+    *,
+    model: Any = None,
+    prediction: str | None = None,
+    **options: Any,
+) -> StepTable:
     """The table of a sampling function, with the arguments its user gives it: one row per model call.
 
-    The table's model is the function's: a denoiser D(x, sigma), called with float times. Its state starts as the first
-    model input: x with deviation `sigmas[0]` plus noise the function adds before (churn in the first step); their
+    The table's model is the function's, called as model(x, t): what else the function gives it is left to the
+    conditioning of `Sampler.sample`. Its state starts as the first model input: x with deviation `sigmas[0]` (1 if
+    sigmas are integers, or v or flow is predicted) plus noise the function adds before (churn in the first step); their
     joint deviation is the table's initial_scale. A table has one draw of noise per row; `trace_sampler` also returns
     the function's own draws, which make the images of its seeds.
+
+    The function may work in place, draw at any time, turn gradients on, and call back anywhere. It guides by itself, or
+    doubles the batch: refused; leave guidance to the `Sampler`.
 
     Args:
         sample_fn: called as sample_fn(model, x, sigmas, **options). `disable`, `callback` and `noise_sampler` are
             supplied if it takes them.
-        sigmas: noise levels, the last usually 0.
+        sigmas: noise levels, the last usually 0, or what the function takes for them: a tensor or array of integers
+            stays one.
+        model: the model, if the function reads its attributes. It is not called.
+        prediction: what the model predicts, so that `clip` limits x0 and previews show it: "denoised" (x0), "v",
+            "epsilon", or "flow" (noise - x0). None finds it: "v" and "epsilon" where a deterministic function's
+            coefficients fit them and not x0, else "denoised".
         **options: such as eta, s_churn, order, solver_type.
 
     Raises:
-        TypeError: sample_fn is not callable.
-        ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them.
+        TypeError: sample_fn is not callable, or sigmas are no numbers.
+        ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them;
+            it does not fit the prediction; it calls its model in another form.
 
     Example:
         >>> from k_diffusion.sampling import get_sigmas_karras, sample_dpmpp_2m
         >>> table = compile_sampler(sample_dpmpp_2m, get_sigmas_karras(20, 0.03, 14.6))
     """
-    return trace_sampler(sample_fn, sigmas, **options).table
+    if prediction is not None:
+        check_one_of("prediction", prediction, PREDICTIONS)
+    subject, levels = _subject(sample_fn, sigmas, model, options)
+    return _traced(subject, levels, 4, prediction, hooked=False).table
 
 
-def trace_sampler(sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, **options: Any) -> Compiled:
-    """`compile_sampler` with the function's draws of noise; same arguments and exceptions."""
+def trace_sampler(
+    sample_fn: Callable[..., Tensor], sigmas: ArrayLike | Tensor, *, model: Any = None, **options: Any
+) -> Compiled:
+    """`compile_sampler` with the function's draws of noise, for a model that predicts x0; same arguments and
+    exceptions."""
+    subject, levels = _subject(sample_fn, sigmas, model, options)
+    return _traced(subject, levels, 4, "denoised", hooked=False)
+
+
+def trace_subject(subject: Subject, levels: Tensor, ndim: int) -> tuple[Compiled, Subject]:
+    """The table of a function as it is called, for samples of `ndim` dimensions, float64 or integer levels. Where the
+    function has a hook that is told a second output, this is the first draw of every row.
+
+    Returns:
+        The table, and the subject, whose `uncond_first` says which of the two outputs the table's is.
+
+    Raises:
+        ValueError: as `compile_sampler`.
+    """
+    try:
+        return _traced(subject, levels, ndim, "denoised", hooked=True), subject
+    except _SecondOutputError:
+        subject = Subject(**{**vars(subject), "uncond_first": True})
+        return _traced(subject, levels, ndim, "denoised", hooked=True), subject
+
+
+class _SecondOutputError(ValueError):
+    """A function with a hook does not compile; with its outputs exchanged it may."""
+
+
+def _subject(sample_fn: Any, sigmas: Any, model: Any, options: dict[str, Any]) -> tuple[Subject, Tensor]:
     if not callable(sample_fn):
         raise TypeError(f"sample_fn: got {type(sample_fn).__name__}, expected a function")
     try:
-        levels = torch.as_tensor(sigmas).detach().to("cpu", torch.float64)
+        levels = torch.as_tensor(sigmas).detach().to("cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"sigmas: got {sigmas!r}, expected numbers") from error
+    integers = isinstance(sigmas, Tensor | np.ndarray) and not levels.is_floating_point()
+    levels = levels if integers else levels.double()
     if levels.ndim != 1 or len(levels) < 2 or not (levels[:-1] > 0).all():
         raise ValueError(f"sigmas: got {levels.tolist()}, expected positive levels, of which the last may be 0")
+    takes = tuple(name for name in _TAKES if name in inspect.signature(sample_fn).parameters and name not in options)
+    return Subject(sample_fn, options, model=model, takes=takes), levels
+
+
+def _traced(subject: Subject, levels: Tensor, ndim: int, prediction: str | None, hooked: bool) -> Compiled:
+    sample_fn = subject.sample_fn
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     what = f"sample_fn: got {name}"
     with refused(what):
-        long, short = (_respond(sample_fn, levels, options, length) for length in (1.0, 0.3))
-    if not long.times:
+        long, short = (_respond(subject, levels, ndim, length) for length in (1.0, 0.3))
+    if not long.calls:
         raise ValueError(f"{what}, which calls no model, expected linear steps")
-    if len(short.times) != len(long.times):
+    times = [_time(call.time) for call in long.calls]
+    if times != [_time(call.time) for call in short.calls]:
         raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
-    (response, start, start_draws), (shorter, _, _) = long.response(1.0), short.response(0.3)
+    has_hook = any(call.passed.hook is not None for call in long.calls)
+    if not hooked and (has_hook or len({call.passed.summary() for call in long.calls}) > 1):
+        raise ValueError(
+            f"{what}, which calls its model with a hook or with arguments of its own, expected one without "
+            "guidance of its own: leave it to the Sampler, as guidance=CFG(scale)"
+        )
+    try:
+        return _assembled(subject, levels, ndim, prediction, long, short, name)
+    except ValueError as error:
+        if has_hook and not subject.uncond_first:
+            raise _SecondOutputError(str(error)) from error
+        raise
+
+
+def _assembled(
+    subject: Subject, levels: Tensor, ndim: int, prediction: str | None, long: Trial, short: Trial, name: str
+) -> Compiled:
+    what = f"sample_fn: got {name}"
+    (response, start, start_draws), (shorter, _, _) = _response(long, 1.0), _response(short, 0.3)
+    if response.states.shape != shorter.states.shape:
+        raise ValueError(f"{what} with draws that depend on the samples, expected linear steps")
     response = with_rounding(response, shorter, what)
-    initial_scale = math.hypot(start * float(levels[0]), *start_draws)
-    rows, ones = reduce(response, clipped=False, start=initial_scale), np.ones(response.calls)
+    prediction, p_x, p_m = predicted_x0(response, prediction)
+    unit = not levels.is_floating_point() or prediction in ("v", "flow")
+    initial_scale = math.hypot(start * (1.0 if unit else float(levels[0])), *start_draws)
+    rows = reduce(response, clipped=prediction != "denoised", start=initial_scale)
     table = StepTable.from_columns(
         t=response.times,
-        integer_time=False,
+        integer_time=response.integer_time,
         initial_scale=initial_scale,
-        steps=long.steps(),
+        steps=_steps(len(long.calls), long.callbacks),
         name=name,
-        **columns(rows, 0 * ones, ones),
+        **columns(rows, p_x, p_m),
     )
-    generator = torch.Generator().manual_seed(0)
-    trial = _Recording(*[lambda _: normal_sample(generator)] * 2)
-    trial.run(sample_fn, normal_sample(generator) * initial_scale, levels, options)
-    if len(trial.times) != len(table):
+    rng = np.random.default_rng(0)
+
+    def normal(*_: Any) -> Tensor:
+        return torch.from_numpy(rng.standard_normal((2, 3, 4, 5, 3, 2)[:ndim]))
+
+    def noise(_: int, like: Tensor) -> Tensor:
+        return torch.from_numpy(rng.standard_normal(tuple(like.shape)))
+
+    trial = Trial(subject, normal, noise, wide=True)
+    with torch.no_grad(), refused(what):
+        trial.run(normal() * initial_scale, levels.clone())
+    if len(trial.calls) != len(table) or list(map(len, trial.drawn)) != list(map(len, long.drawn)):
         raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
-    verify(table, rows.draws, trial, None, response.rounding, what)
+    states = [x.double() for x in (*trial.inputs, trial.result)]
+    recording = Recording(outputs=trial.outputs, states=states, drawn=trial.drawn)
+    verify(table, rows.draws, recording, None, response.rounding, what)
     return Compiled(table, rows.draws, start, start_draws)
 
 
-def taken_by(sample_fn: Callable[..., Tensor], **offered: Any) -> dict[str, Any]:
-    """The arguments that a function has."""
-    known = inspect.signature(sample_fn).parameters
-    return {name: value for name, value in offered.items() if name in known}
-
-
-class _Recording(Recording):
-    """A recorded run of a sampling function, with the model's outputs and the draws returned by number.
-
-    States are the model's inputs and the result; `drawn` begins with the draws before the first model call. `times` are
-    the model's, and `callbacks` the number of model calls before every callback.
-    """
-
-    def __init__(self, output: Callable[[int], Tensor], noise: Callable[[int], Tensor]) -> None:
-        super().__init__(drawn=[[]])
-        self._output, self._noise = output, noise
-        self.times: list[float] = []
-        self.callbacks: list[int] = []
-
-    def run(self, sample_fn: Callable[..., Tensor], x: Tensor, sigmas: Tensor, options: dict[str, Any]) -> _Recording:
-        offered: dict[str, Any] = {"disable": True, "callback": lambda _: self.callbacks.append(len(self.times))}
-        given = taken_by(sample_fn, noise_sampler=lambda *_: self._draw(None), **offered) | options
-        with drawing(sample_fn, self._draw), in_float64(), torch.no_grad():
-            self.states.append(sample_fn(self._model, x, sigmas, **given).double())
-        return self
-
-    def _model(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        self.states.append(x.double())
-        self.times.append(float(sigma.flatten()[0]))
-        self.outputs.append(self._output(len(self.outputs)))
-        self.drawn.append([])
-        return self.outputs[-1]
-
-    def _draw(self, _: Tensor | None) -> Tensor:
-        self.drawn[-1].append(self._noise(sum(map(len, self.drawn))))
-        return self.drawn[-1][-1]
-
-    def steps(self) -> list[int]:
-        """The step of every call. A step's first call is followed by its callback; its other calls come after it."""
-        calls, done = range(len(self.times)), self.callbacks
-        return [sum(n <= call for n in done) - (call + 1 not in done) if done else call for call in calls]
-
-    def response(self, length: float) -> tuple[Response, float, tuple[float, ...]]:
-        """The response of a run on basis vectors from its first model input on, and what that input consists of: the
-        share of x and the coefficients of the draws before it."""
-        states = torch.stack([state.reshape(-1) for state in self.states]).numpy() / length
-        counts, calls = np.cumsum([len(drawn) for drawn in self.drawn]), len(self.times)
-        early = slice(1 + calls, 1 + calls + counts[0])
-        start, added = float(states[0, 0]), states[0, early]
-        if not start:
-            raise ValueError("sample_fn: got a first model input that lacks x, expected one that contains it")
-        states[:, 0] /= start
-        if np.abs(states[:, early] - np.outer(states[:, 0], added)).max(initial=0.0) > 1e-9 * np.abs(states).max():
-            raise ValueError(
-                "sample_fn: got one that reuses the noise drawn before its first model call, expected fresh draws"
-            )
-        states = np.delete(states, early, axis=1)
-        outputs = np.eye(states.shape[1])[1 : 1 + calls]
-        drawn = tuple((counts - counts[0]).tolist())
-        response = Response(states, states[:-1], np.array(self.times), False, drawn, outputs)
-        return response, start, tuple(added.tolist())
-
-
-def _respond(sample_fn: Callable[..., Tensor], sigmas: Tensor, options: dict[str, Any], length: float) -> _Recording:
-    """A recording on basis vectors."""
-    calls, draws = (max(most * len(sigmas), _LEAST) for most in (_MAX_CALLS, MAX_DRAWS))
+def _respond(subject: Subject, levels: Tensor, ndim: int, length: float) -> Trial:
+    """A run on basis vectors [1, ..., size]."""
+    calls, draws = (max(most * len(levels), _LEAST) for most in (_MAX_CALLS, MAX_DRAWS + 1))
     size = 1 + calls + draws
+    shape = (*[1] * (ndim - 1), size)
 
-    def vector(index: int, first: int, most: int, what: str) -> Tensor:
-        if index >= most:
-            raise ValueError(f"sample_fn: got more than {most} {what}, expected at most that")
-        return basis_vector(size, first + index, length)
+    def output(index: int) -> Tensor:
+        if index >= calls:
+            raise FormError(f"sample_fn: got more than {calls} model calls, expected at most that")
+        return basis_vector(size, 1 + index, length).reshape(shape)
 
-    output = partial(vector, first=1, most=calls, what="model calls")
-    noise = partial(vector, first=1 + calls, most=draws, what="draws of noise")
-    run = _Recording(output, noise).run(sample_fn, basis_vector(size, 0, length), sigmas, options)
-    # Drop the coordinates of outputs that were not asked for.
-    used = [*range(1 + len(run.times)), *range(1 + calls, size)]
-    run.states = [state[..., used] for state in run.states]
+    def noise(index: int, like: Tensor) -> Tensor:
+        if index >= draws:
+            raise FormError(f"sample_fn: got more than {draws} draws of noise, expected at most that")
+        if like.numel() != size:
+            raise FormError(f"sample_fn: got one that draws noise of shape {tuple(like.shape)}, expected x's")
+        return basis_vector(size, 1 + calls + index, length).reshape(like.shape)
+
+    with torch.no_grad():
+        run = Trial(subject, output, noise, wide=True).run(basis_vector(size, 0, length).reshape(shape), levels.clone())
+    # Drop the coordinates of outputs and draws that were not asked for.
+    used = [*range(1 + len(run.inputs)), *range(1 + calls, 1 + calls + sum(map(len, run.drawn)))]
+    run.inputs = [x.double().reshape(-1)[used] for x in run.inputs]
+    run.result = run.result.double().reshape(-1)[used]
     return run
+
+
+def _response(run: Trial, length: float) -> tuple[Response, float, tuple[float, ...]]:
+    """The response of a run on basis vectors from its first model input on, and what that input consists of: the
+    share of x and the coefficients of the draws before it."""
+    states = torch.stack([*run.inputs, run.result]).numpy() / length
+    counts, calls = np.cumsum([len(drawn) for drawn in run.drawn]), len(run.inputs)
+    early = slice(1 + calls, 1 + calls + counts[0])
+    start, added = float(states[0, 0]), states[0, early].copy()
+    if not start:
+        raise ValueError("sample_fn: got a first model input that lacks x, expected one that contains it")
+    states[:, 0] /= start
+    if np.abs(states[:, early] - np.outer(states[:, 0], added)).max(initial=0.0) > 1e-9 * np.abs(states).max():
+        raise ValueError(
+            "sample_fn: got one that reuses the noise drawn before its first model call, expected fresh draws"
+        )
+    states = np.delete(states, early, axis=1)
+    outputs = np.eye(states.shape[1])[1 : 1 + calls]
+    drawn = tuple((counts - counts[0]).tolist())
+    kinds = {isinstance(_time(call.time), int) for call in run.calls}
+    if len(kinds) > 1:
+        raise ValueError("sample_fn: got model times of which some are integers, expected all or none")
+    times = np.array([float(_time(call.time)) for call in run.calls])
+    return Response(states, states[:-1], times, kinds.pop(), drawn, outputs), start, tuple(added.tolist())
+
+
+def _time(time: Any) -> int | float:
+    """A model call's time as a number."""
+    if isinstance(time, Tensor):
+        values = time.flatten()
+        if not len(values) or not bool((values == values[0]).all()):
+            raise ValueError(f"sample_fn: got model times {time.tolist()}, expected the same one for all samples")
+        time = values[0].item()
+    if isinstance(time, bool) or not isinstance(time, int | float):
+        raise ValueError(f"sample_fn: got a model time of type {type(time).__name__}, expected a number")
+    return time
+
+
+def _steps(calls: int, callbacks: Sequence[int]) -> list[int]:
+    """The step of every model call, by the callbacks: one follows the first call of every step (k-diffusion), or
+    precedes it, or follows the step's last."""
+    marks = sorted(set(callbacks))
+    if not marks:
+        return list(range(calls))
+    # A first step of several calls ends with its callback.
+    ahead = 1 if marks[0] == 1 else 0
+    first = 0 if marks[0] > 1 else 1
+    return [max(sum(mark <= call + ahead for mark in marks) - first, 0) for call in range(calls)]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+import hashlib
+import sys
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -17,9 +18,10 @@ from ..clip import DynamicThreshold
 from ..table import NO_NOISE, StepTable
 from ..utils.identity import NoValueError, value_key, view_index
 from ..utils.lru import LRU
-from .assembly import TOLERANCE, Clip, Compiled, columns, distance, refused, verify, with_rounding
-from .patching import drawing, in_float64
-from .probe import Array, Recording, Response, normal_sample, record, respond
+from ..utils.progress import progress_bar
+from .assembly import TOLERANCE, Clip, Compiled, UnprovedError, columns, distance, refused, rounding_of, verify
+from .probe import CHANNELS, MAX_DRAWS, Array, Original, Recording, Response
+from .protocol import NextTimestep, check_protocol, host_copy, option, set_timesteps
 from .reduction import reduce
 
 __all__ = ["NextTimestep", "StepWithOptions", "compile_scheduler", "compile_timesteps", "scheduler_clip"]
@@ -28,29 +30,32 @@ _compiled: LRU[Compiled] = LRU(64)
 _SATURATED = 1e4
 # Algorithms whose `convert_model_output` returns x0.
 _X0_ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "data_prediction")
+_BAR_AFTER = 1.0  # seconds
 
 
 def compile_scheduler(
     scheduler: Any,
-    num_inference_steps: int,
+    num_inference_steps: int | None = None,
     *,
     step_options: Mapping[str, Any] | None = None,
     clipped: bool = False,
-    **set_timesteps: Any,
+    **set_timesteps_options: Any,
 ) -> StepTable:
     """The table of a scheduler object, in the configuration its user gave it: one row per timestep.
 
     The clip of x0 is not in the table: give `scheduler_clip(scheduler)` to the sampler as `clip`.
 
     Args:
-        scheduler: an object of diffusers' protocol: `config`, `set_timesteps`, `timesteps`, `step`, and optionally
-            `scale_model_input`, `init_noise_sigma`, `convert_model_output`. It is not changed.
-        num_inference_steps: as its `set_timesteps` takes it.
+        scheduler: an object of diffusers' protocol: `set_timesteps`, `timesteps`, `step`, and optionally `config`,
+            `scale_model_input`, `init_noise_sigma`, `convert_model_output`. Its `step` returns an object with
+            `prev_sample`, a tuple, or the next sample. It is not changed. Of a drop-in, the original is compiled.
+        num_inference_steps: as its `set_timesteps` takes it. With timesteps or sigmas of your own (below) None or their
+            number.
         step_options: further arguments of its `step`, the same in every step, such as eta of DDIM. The value
             `NextTimestep` stands for the following timestep, and None in the last step (prev_timestep of UnCLIP).
         clipped: whether the sampler will clip x0 although the scheduler does not. Other tables avoid x0: rows over
             state and output round less often.
-        **set_timesteps: further arguments of `set_timesteps`.
+        **set_timesteps_options: further arguments of `set_timesteps`, such as `timesteps` or `sigmas`.
 
     Raises:
         ValueError: its steps are not linear, need more than three saved tensors, or the table does not reproduce them.
@@ -60,34 +65,64 @@ def compile_scheduler(
         >>> table = compile_scheduler(DPMSolverMultistepScheduler(), 20)
         >>> table.num_history
         1
+        >>> compile_scheduler(DPMSolverMultistepScheduler(), timesteps=[999, 850, 545, 124]).num_rows
+        4
     """
-    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps: got {num_inference_steps!r}, expected an integer of at least 1")
-    _check_protocol(scheduler)
-    original = copy.deepcopy(scheduler)
+    check_protocol(scheduler)
     with refused(f"scheduler: got {type(scheduler).__name__}"):
-        original.set_timesteps(num_inference_steps, **set_timesteps)
-    return compile_timesteps(original, step_options=step_options, clipped=clipped).table
+        prepared = set_timesteps(scheduler, num_inference_steps, set_timesteps_options)
+    return compile_timesteps(prepared, step_options=step_options, clipped=clipped).table
 
 
 def compile_timesteps(
     scheduler: Any, first: int = 0, step_options: Mapping[str, Any] | None = None, clipped: bool = False
 ) -> Compiled:
-    """`compile_scheduler` for a scheduler with timesteps set, together with its draws of noise; results are cached by
-    the scheduler's class, its attributes and the version of its library.
+    """`compile_scheduler` for a scheduler with timesteps set, together with its draws of noise.
+
+    A result is kept for schedulers of the same class and attributes, in the same version of their library, whose steps
+    return the same on random numbers. One with methods of its own is compiled every time.
 
     `first` is the index of the timestep the run begins with, above 0 for image-to-image, where methods of several steps
     begin without history.
     """
-    _check_protocol(scheduler)
-    if not 0 <= first < len(scheduler.timesteps):
-        raise ValueError(f"first: got {first}, expected 0 to {len(scheduler.timesteps) - 1}, an index of its timesteps")
-    options, kind = dict(step_options or {}), type(scheduler)
-    try:
-        key = (kind, _version(kind.__module__), value_key(vars(scheduler)), value_key((first, options, clipped)))
-    except NoValueError:
-        return _compile(scheduler, first, options, clipped)
-    return _compiled.get_or_make(key, lambda: _compile(scheduler, first, options, clipped))
+    check_protocol(scheduler)
+    what = f"scheduler: got {type(scheduler).__name__}"
+    with refused(what):
+        count = len(scheduler.timesteps)
+    if not 0 <= first < count:
+        raise ValueError(f"first: got {first}, expected 0 to {count - 1}, an index of its timesteps")
+    options = dict(step_options or {})
+    with _bar(type(scheduler).__name__, count - first) as bar:
+        with refused(what):
+            original = Original(host_copy(scheduler), first, options, bar.update)
+            trial = original.record_numbers(_start(original))
+        try:
+            key = _key(original, clipped, trial)
+        except NoValueError:
+            return _compile(original, clipped, trial)
+        return _compiled.get_or_make(key, lambda: _compile(original, clipped, trial))
+
+
+def _bar(name: str, steps: int) -> Any:
+    """A progress bar of the steps that are run, shown on a terminal from the second second on."""
+    # On random numbers, on shorter ones, on basis vectors and, last, where x0 is clipped or the variance learned.
+    label = f"compile {name}" if sys.stderr.isatty() else False
+    return progress_bar(label, total=4 * steps, delay=_BAR_AFTER, leave=False)
+
+
+def _key(original: Original, clipped: bool, trial: Recording) -> Hashable:
+    """What a table follows from: the scheduler's class and attributes, what else of it is read here, and the numbers
+    that its steps return. Raises NoValueError if an attribute, or a method of its own, has no value to compare."""
+    scheduler, digest = original.scheduler, hashlib.sha256()
+    drawn = [z for row in trial.drawn for z in row]
+    for values in (trial.inputs, trial.states, drawn, trial.predictions, trial.converted, trial.further):
+        digest.update(len(values).to_bytes(8, "little"))
+        for value in values:
+            digest.update(value.contiguous().numpy().tobytes())
+    kind = type(scheduler)
+    read = (getattr(scheduler, "order", 1), _start(original), original.learned, repr(scheduler_clip(scheduler)))
+    given = value_key((original.first, dict(original.options), clipped, *read))
+    return kind, _version(kind.__module__), value_key(vars(scheduler)), given, digest.digest()
 
 
 @cache
@@ -99,10 +134,6 @@ def _version(module: str) -> str:
         return ""
 
 
-class NextTimestep:
-    """Stands for the timestep that follows, as an argument of `step`."""
-
-
 class StepWithOptions:
     """A scheduler's `step` with further arguments. Copied with the scheduler, it is the copy's."""
 
@@ -111,73 +142,76 @@ class StepWithOptions:
 
     def __call__(self, output: Tensor, timestep: Tensor, sample: Tensor) -> Any:
         timesteps = self._scheduler.timesteps
-        following = [*timesteps, None][view_index(timesteps, timestep) + 1]  # type: ignore[operator]
+        position = view_index(timesteps, timestep) + 1  # type: ignore[operator]
+        following = timesteps[position] if position < len(timesteps) else None
         options = {name: following if value is NextTimestep else value for name, value in self._options.items()}
         return self._step(output, timestep, sample, **options)
 
 
-def _check_protocol(scheduler: Any) -> None:
-    for name in ("config", "set_timesteps", "step"):
-        if not hasattr(scheduler, name):
-            raise ValueError(f"scheduler: got {type(scheduler).__name__} without {name}, expected diffusers' protocol")
-    if hasattr(scheduler, "noise_sampler"):
-        raise ValueError(f"scheduler: got {type(scheduler).__name__} with a Brownian tree, expected independent draws")
+def _start(original: Original) -> float:
+    return float(getattr(original.scheduler, "init_noise_sigma", 1.0))
 
 
-def _compile(scheduler: Any, first: int, step_options: Mapping[str, Any], clipped: bool) -> Compiled:
-    original = copy.deepcopy(scheduler)
-    if step_options:
-        original.step = StepWithOptions(original, step_options)
-    learned = "learned" in str(original.config.get("variance_type"))
-    what = f"scheduler: got {type(scheduler).__name__}"
+def _compile(original: Original, clipped: bool, trial: Recording) -> Compiled:
+    what, start = f"scheduler: got {type(original.scheduler).__name__}", _start(original)
     with refused(what):
         linear = _without_clip(original)
-        response, shorter = (respond(linear, 0.0 if learned else None, length, first) for length in (1.0, 0.3))
-    response = with_rounding(response, shorter, what)
-    clip = scheduler_clip(original)
+        small = linear.record_numbers(start, size=0.3, batch=1, variance=0.0)
+        response = linear.respond(np.cumsum([0, *map(len, small.drawn)]).tolist())
+    response = replace(response, rounding=rounding_of(response, small, what))
+    clip = scheduler_clip(original.scheduler)
     clipped = clipped or clip is not None
-    start = float(getattr(original, "init_noise_sigma", 1.0))
     rows = reduce(response, clipped, start)
     p_x, p_m = _prediction(linear, response)
     found: dict[str, Any] = columns(rows, p_x, p_m, clipped)
-    if "clip_sample" in original.config and clip is not None:
-        found |= _clipped_coefficients(linear, first, p_x, p_m)
-    if learned:
-        found |= _learned_variance(linear, first, rows.draws, response.rounding)
+    with refused(what):
+        if clip is not None and option(original.scheduler, "clip_sample") is not None:
+            found |= _clipped_coefficients(linear.with_options(clip_sample=True), p_x, p_m)
+        if original.learned:
+            found |= _learned_variance(linear, rows.draws)
     found |= {"c_in": _scales(response), "t": response.times, "integer_time": response.integer_time}
-    steps = np.arange(response.calls) // getattr(scheduler, "order", 1)
-    found |= {"initial_scale": start, "learned_variance": learned, "steps": steps}
-    table = StepTable.from_columns(name=type(scheduler).__name__, **found)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [normal_sample(generator, 6 if learned else 3).clamp(-1.5, 1.5) for _ in range(len(table))]
-    noise = normal_sample(generator) * table.initial_scale
-    trial = record(original, first, noise, inputs.__getitem__, lambda draw: normal_sample(generator))
-    predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
+    steps = np.arange(response.calls) // getattr(original.scheduler, "order", 1)
+    found |= {"initial_scale": start, "learned_variance": original.learned, "steps": steps}
+    table = StepTable.from_columns(name=type(original.scheduler).__name__, **found)
+    try:
+        predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
+    except UnprovedError as error:
+        raise ValueError(f"{error}: {_why(original, clip, trial)}") from None
     further, sums = _further(response, trial, predicted)
     return Compiled(table, rows.draws, further=further, sums=sums)
 
 
+def _why(original: Original, clip: Clip, trial: Recording) -> str:
+    """Why a table does not reproduce a scheduler, in its own terms."""
+    start = _start(original)
+    again, half = original.record_numbers(start), original.record_numbers(start, size=0.5)
+    if not all(map(torch.equal, again.states, trial.states)):
+        return "it draws noise by other means than torch.randn, torch.randn_like and diffusers' randn_tensor"
+    if clip is not None:
+        return "it limits other values than x0, or in another way than its clip_sample or thresholding says"
+    if max(distance(2 * halved, whole) for halved, whole in zip(half.states, trial.states, strict=True)) > TOLERANCE:
+        return "its steps are not linear"
+    return "its steps depend on the shape of the samples"
+
+
 def scheduler_clip(scheduler: Any) -> Clip:
     """A scheduler's clip of x0, as `clip` of `Sampler`."""
-    config = scheduler.config
-    if config.get("thresholding"):
-        ceiling = float(config.get("sample_max_value", 1.0))
-        return DynamicThreshold(config.get("dynamic_thresholding_ratio", 0.995), 1.0, max(ceiling, 1.0))
-    return float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample") else None
+    if option(scheduler, "thresholding"):
+        ceiling = float(option(scheduler, "sample_max_value", 1.0))
+        # Of bounds that exclude each other, torch.clamp takes the upper one.
+        return DynamicThreshold(option(scheduler, "dynamic_thresholding_ratio", 0.995), min(1.0, ceiling), ceiling)
+    return float(option(scheduler, "clip_sample_range", 1.0)) if option(scheduler, "clip_sample") else None
 
 
-def _without_clip(scheduler: Any) -> Any:
-    linear = copy.deepcopy(scheduler)
-    off = {name: False for name in ("clip_sample", "thresholding") if linear.config.get(name)}
-    if off:
-        linear.register_to_config(**off)
-    return linear
+def _without_clip(original: Original) -> Original:
+    limits = ("clip_sample", "thresholding")
+    return original.with_options(**{name: False for name in limits if option(original.scheduler, name)})
 
 
-def _prediction(scheduler: Any, response: Response) -> tuple[Array, Array]:
+def _prediction(original: Original, response: Response) -> tuple[Array, Array]:
     """p_x and p_m where the scheduler returns its x0 (else 0)."""
-    config, predictions = scheduler.config, response.predictions
-    if config.get("algorithm_type") in _X0_ALGORITHMS or config.get("predict_x0"):
+    scheduler, predictions = original.scheduler, response.predictions
+    if option(scheduler, "algorithm_type") in _X0_ALGORITHMS or option(scheduler, "predict_x0"):
         predictions = response.converted if predictions is None else predictions
     found = None if predictions is None else _over_rows(predictions, response)
     return found or (np.zeros(response.calls), np.zeros(response.calls))
@@ -185,54 +219,58 @@ def _prediction(scheduler: Any, response: Response) -> tuple[Array, Array]:
 
 def _over_rows(vectors: Array, response: Response) -> tuple[Array, Array] | None:
     """Vectors, one per row, as sums of the row's state and output: the coefficients of both [C]; None if one is not."""
-    of_x, of_m = np.zeros(response.calls), np.zeros(response.calls)
-    for i, (vector, state) in enumerate(zip(vectors, response.states, strict=False)):
-        rest = vector.copy()
-        of_m[i], rest[1 + i] = rest[1 + i], 0.0
-        of_x[i] = rest @ state / (state @ state)
-        if np.abs(rest - of_x[i] * state).max() > 1e-5 * max(1.0, np.abs(rest).max()):
-            return None
-    return of_x, of_m
+    rows, states, rest = np.arange(response.calls), response.states[:-1], vectors.copy()
+    of_m = rest[rows, 1 + rows].copy()
+    rest[rows, 1 + rows] = 0.0
+    of_x = (rest * states).sum(axis=1) / (states * states).sum(axis=1)
+    error = np.abs(rest - of_x[:, None] * states).max(axis=1)
+    return None if (error > 1e-5 * np.maximum(1.0, np.abs(rest).max(axis=1))).any() else (of_x, of_m)
 
 
 def _scales(response: Response) -> Array:
     """c_in of every row."""
-    scales = np.array([x @ s / (s @ s) for x, s in zip(response.inputs, response.states, strict=False)])
-    if np.abs(response.inputs - scales[:, None] * response.states[:-1]).max() > 1e-5 * np.abs(response.inputs).max():
+    states, inputs = response.states[:-1], response.inputs
+    scales: Array = (inputs * states).sum(axis=1) / (states * states).sum(axis=1)
+    if np.abs(inputs - scales[:, None] * states).max() > 1e-5 * np.abs(inputs).max():
         raise ValueError("scheduler: got model inputs that are not multiples of the samples, expected multiples")
     return scales
 
 
-def _clipped_coefficients(linear: Any, first: int, p_x: Array, p_m: Array) -> dict[str, Array]:
+def _clipped_coefficients(clipping: Original, p_x: Array, p_m: Array) -> dict[str, Array]:
     """a_x, a_0 and a_m of steps that clip x0. Where x0 is saturated it is constant: the derivatives of a step there are
     a_x and a_m, and the remainder is a_0 times the bound."""
-    clipping = copy.deepcopy(linear)
-    clipping.register_to_config(clip_sample=True)
-    bound, found = float(clipping.config.get("clip_sample_range", 1.0)), []
-    zeros = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
-    for i in range(len(p_x)):
-        x, m = _SATURATED * np.sign(p_x[i] or 1.0), _SATURATED * np.sign(p_m[i] or 1.0)
-        values = torch.tensor([[x, m], [2 * x, m], [x, 2 * m]], dtype=torch.float64).T.reshape(2, 1, 1, 1, 3)
-        output = values[1]
-        if "learned" in str(clipping.config.get("variance_type")):
-            output = torch.cat([output, torch.zeros_like(output)], dim=1)
-        fresh = copy.deepcopy(clipping)
-        with drawing(fresh, lambda like: zeros), in_float64(), torch.no_grad():
-            t = fresh.timesteps[first + i]
-            base, by_x, by_m = fresh.step(output, t, values[0]).prev_sample.double().reshape(-1).tolist()
-        a_x, a_m = (by_x - base) / x, (by_m - base) / m
-        found.append((a_x, (base - a_x * x - a_m * m) / bound, a_m))
-    a_x, a_0, a_m = np.array(found).T
-    size = max(float(np.abs(a_m).max()), 1.0)
+    bound = float(option(clipping.scheduler, "clip_sample_range", 1.0))
+    x, m = (_SATURATED * np.where(p < 0, -1.0, 1.0) for p in (p_x, p_m))
+    # Three samples of a batch: where it is, twice as far in x, and in m.
+    samples = torch.from_numpy(np.stack([[x, 2 * x, x], [m, m, 2 * m]])).view(2, 3, 1, 1, 1, -1)
+    samples = samples.expand(2, 3, CHANNELS, 1, 1, len(x))
+    zeros = torch.zeros(3, CHANNELS, 1, 1, dtype=torch.float64)
+
+    def output(call: int, _: Tensor) -> Tensor:
+        mean = samples[1, ..., call].clone()
+        return torch.cat([mean, zeros], dim=1) if clipping.learned else mean
+
+    run = clipping.record(zeros, output, lambda *_: zeros, lambda call: samples[0, ..., call].clone())
+    base, by_x, by_m = torch.stack(run.states[1:])[:, :, 0, 0, 0].T.numpy()
+    a_x, a_m = (by_x - base) / x, (by_m - base) / m
+    a_0, size = (base - a_x * x - a_m * m) / bound, max(float(np.abs(a_m).max()), 1.0)
     return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
 
 
-def _learned_variance(scheduler: Any, first: int, draws: Sequence[Any], rounding: float) -> dict[str, Array]:
+def _learned_variance(original: Original, draws: Sequence[Sequence[float]]) -> dict[str, Array]:
     """s, l_0 and l_v of learned variances: the logarithm of the deviation is linear in the variance channels v."""
-    logs = []
-    for v in (-1.0, 0.0, 1.0):
-        s = reduce(replace(respond(scheduler, v, first=first), rounding=rounding)).s
-        logs.append(np.log2(np.where(s > 0, s, 1.0)))
+    # Three samples of a batch, v = -1, 0 and 1, whose elements are the draws of a step; all else is 0.
+    zeros = torch.zeros(3, CHANNELS, 1, MAX_DRAWS, dtype=torch.float64)
+    v = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64).view(3, 1, 1, 1).expand_as(zeros)
+    units = torch.eye(MAX_DRAWS, dtype=torch.float64)
+    run = original.record(
+        zeros,
+        lambda *_: torch.cat([zeros, v], dim=1),
+        lambda step, in_step, draw: units[in_step].expand_as(zeros).clone(),
+        lambda _: zeros.clone(),
+    )
+    s = torch.stack(run.states[1:])[:, :, 0, 0].norm(dim=-1).numpy()
+    logs = np.log2(np.where(s > 0, s, 1.0)).T
     if np.abs(logs[0] - 2 * logs[1] + logs[2]).max() > 1e-4:
         raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected it to be")
     quiet, l_v = np.array([not any(row) for row in draws]), (logs[2] - logs[0]) / 2

@@ -102,10 +102,12 @@ class Buffers:
         if self.agreement is not None:
             self.agreement.reset()
 
-    def rehearse(self, row: int) -> None:
-        """Make a row the next, from a state that is always the same."""
+    def rehearse(self, row: int, reach: float = 1.0) -> None:
+        """Make a row the next, from a state that is always the same: values from -reach to reach."""
         x = self.step.x
-        torch.linspace(-1, 1, x.numel(), out=x.view(-1))
+        torch.linspace(-reach, reach, x.numel(), out=x.view(-1))
+        if self.options.clip:
+            self.step.bound.fill_(2)  # type: ignore[union-attr]  # a bound of 0 would hide the model's output
         self.begin(row)
 
     def enter_stream(self) -> None:
@@ -115,13 +117,13 @@ class Buffers:
         stream = torch.cuda.current_stream(self.options.device)
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
-            for tensor in self._tensors():
+            for tensor in self.tensors():
                 tensor.record_stream(stream)
         self._stream = stream
 
     def nbytes(self) -> int:
         """Bytes of the static buffers."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def _load_conditioning(self, call: Call) -> None:
         if self._classifier:
@@ -130,7 +132,8 @@ class Buffers:
             branch_set.schedule.copy_(torch.from_numpy(self._planned(call.plan, active)))
             call.conditioning.copy_to(branch_set.packed, active)
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """All static tensors."""
         buffers = replace(self.step, noise=self.noises)
         tensors = [value for value in vars(buffers).values() if value is not None]
         tensors += self._classifier.values()

@@ -19,6 +19,7 @@ from .call import ProgramOptions
 from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
 from .model_output import output_tensor
+from .trial import Trial
 from .user_functions import ClassifierGradient, DenoisedOutput
 
 Program = Callable[[], None]
@@ -74,12 +75,9 @@ class Programs:
         self._repeated: dict[Branches, Program] = {}
         self.decisions: dict[Branches, Decision] = {}
         self.problem = ""
-        device = self._options.device
-        # A model that draws random numbers must not find the generators moved by these trials.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            # Largest first: the smaller graphs then fit into its memory.
-            for active in sorted(buffers.branch_sets, key=len, reverse=True):
-                self._decide(active)
+        # Largest first: the smaller graphs then fit into its memory.
+        for active in sorted(buffers.branch_sets, key=len, reverse=True):
+            self._decide(active)
 
     def single(self, active: Branches) -> Program:
         """One row of a set of branches."""
@@ -129,8 +127,12 @@ class Programs:
     def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
         """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
         if (count := self._options.rows_per_graph) > 1:
+            programs = [self._eager(active, batching, slot) for slot in range(count)]
             try:
-                self._repeated[active] = record([self._eager(active, batching, slot) for slot in range(count)])
+                with self._trial() as trial:
+                    self._buffers.rehearse(0)
+                    trial.run(programs[0])
+                    self._repeated[active] = record(programs)
             except CaptureError as error:  # they may take more memory than there is
                 return f"one row in a graph: {error}"
         return ""
@@ -142,17 +144,27 @@ class Programs:
             return [_Choice(batching, eager)], NO_CAPTURE[capture]
         buffers, rows = self._buffers, self._options.table.num_rows
         first, last = partial(buffers.rehearse, 0), partial(buffers.rehearse, rows - 1)
+        results: tuple[Tensor, Tensor] = (buffers.step.x, buffers.step.model_input)  # type: ignore[assignment]
         try:
-            examined = examine(eager, (first, last), self._options.device)
-            record = partial(self._record, examined)
-            graph = record([eager])
-            compared = compare(eager, graph, last, (buffers.step.x, buffers.step.model_input))  # type: ignore[arg-type]
+            with self._trial() as trial:
+                trial.settle(eager, (first, partial(buffers.rehearse, rows - 1, reach=0.5)), results)
+                examined = examine(eager, (first, last), self._options.device)
+                record = partial(self._record, examined)
+                graph = record([eager])
+                compared = compare(eager, graph, last, results)
+                trial.check()
             if not compared.same:
                 raise CaptureError("a replay gives other numbers than the model")
         except CaptureError as error:
             return [_Choice(batching, eager)], f"cannot be captured: {error}"
         captured = _Choice(batching, graph, compared.recording, record, len(examined.constants))
         return [_Choice(batching, eager, compared.program), captured], ""
+
+    def _trial(self) -> Trial:
+        functions = self._options.functions() | {"output": self._options.config.output}
+        for name, value in (*self._buffers.shared.items(), *self._buffers.classifier_keywords.items()):
+            functions[name] = value
+        return Trial(functions, self._options.device, self._buffers.tensors())
 
     def _record(self, examined: Any, programs: list[Program]) -> Program:
         self._buffers.rehearse(0)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..utils.checks import listed
 
 # Functions of these packages do not use weights among their globals.
-_LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
+LIBRARIES = frozenset({"torch", "triton", "numpy", "fastcfg"}) | sys.stdlib_module_names
 _MAX_NAMES = 3
-_MAX_ITEMS = 4096
+MAX_ITEMS = 4096
 _PLAIN = (Tensor, nn.Parameter)
 _NUMBERS = (bool, int, float, complex, str)
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -143,7 +143,7 @@ def _memory(tensor: Tensor) -> Any:
 def _has_parts(value: Any) -> bool:
     """Whether a value may refer to something that is compared."""
     if isinstance(value, list | tuple | dict):
-        return len(value) <= _MAX_ITEMS
+        return len(value) <= MAX_ITEMS
     return callable(value) and not isinstance(value, types.ModuleType | type | types.BuiltinFunctionType)
 
 
@@ -158,13 +158,13 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
     elif isinstance(value, types.MethodType):
         yield from (("self", value.__self__), ("func", value.__func__))
     elif isinstance(value, types.FunctionType):
-        yield from _variables(value)
+        yield from variables(value)
     else:
         yield from getattr(value, "__dict__", {}).items()
         yield from (("call", getattr(type(value).__call__, "__func__", type(value).__call__)),)
 
 
-def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """The variables of a function's code: closure, defaults, and the globals that it names."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -176,7 +176,7 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     if "_torchdynamo_orig_callable" in vars(function):
         yield "compiled", vars(function)["_torchdynamo_orig_callable"]
     scope = function.__globals__
-    if str(scope.get("__name__")).partition(".")[0] not in _LIBRARIES:
+    if str(scope.get("__name__")).partition(".")[0] not in LIBRARIES:
         yield from ((name, scope[name]) for name in _names(function.__code__) if name in scope)
 
 

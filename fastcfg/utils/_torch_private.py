@@ -28,6 +28,11 @@ def made_by_compile(item: Any) -> bool:
     return any(hasattr(item, name) for name in names) or getattr(item, "_compiled_call_impl", None) is not None
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of torch.func is running, or a level of forward-mode differentiation is open."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def release_capture_pool(device: int, pool: Any) -> None:
     """End the allocator's use of a graph pool on a device, as the end of a capture does."""
     torch.cuda.memory._cuda_endAllocateToPool(device, pool)

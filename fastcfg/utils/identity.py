@@ -90,7 +90,9 @@ def value_key(value: Any) -> Hashable:
     Raises:
         NoValueError: anything else.
     """
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device | type):
+    if isinstance(value, float):
+        return type(value), value.hex()  # 0.0 is not -0.0, and NaN is NaN
+    if value is None or isinstance(value, bool | int | str | torch.dtype | torch.device | type):
         return type(value), value
     if isinstance(value, torch.Tensor) and value.device.type == "cpu":
         contents = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
@@ -98,7 +100,9 @@ def value_key(value: Any) -> Hashable:
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return np.ndarray, value.dtype, value.shape, value.tobytes()
     if isinstance(value, Mapping):
-        return dict, tuple((name, value_key(item)) for name, item in value.items())
+        # diffusers' configurations are read by item and by attribute, which may differ.
+        attributes = value_key(vars(value)) if hasattr(value, "__dict__") else ()
+        return type(value), tuple((value_key(name), value_key(item)) for name, item in value.items()), attributes
     if isinstance(value, FunctionType) and is_self_contained(value):
         return FunctionType, value.__code__, value_key(value.__defaults__), value_key(value.__kwdefaults__)
     if isinstance(value, list | tuple):
@@ -114,8 +118,7 @@ def is_self_contained(function: FunctionType) -> bool:
 
 def view_index(values: torch.Tensor, element: Any) -> int | None:
     """The index of an element of a 1-d tensor that is a view of it; None for anything else. Reads no contents."""
-    if not isinstance(element, torch.Tensor):
+    if not isinstance(element, torch.Tensor) or element.dtype != values.dtype or element.numel() != 1:
         return None
-    if element.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
-        return None
-    return (element.storage_offset() - values.storage_offset()) // max(values.stride(0), 1)
+    index, rest = divmod(element.data_ptr() - values.data_ptr(), values.element_size() * max(values.stride(0), 1))
+    return index if not rest and 0 <= index < len(values) and element.device == values.device else None

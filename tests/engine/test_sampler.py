@@ -423,9 +423,10 @@ class Failing(Affine):
     countdown = -1
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        self.countdown -= 1
-        if self.countdown == 0:
-            raise RuntimeError("the model failed")
+        if self.countdown > 0:  # else it is one that can be captured
+            self.countdown -= 1
+            if self.countdown == 0:
+                raise RuntimeError("the model failed")
         return super().forward(x, t, y)
 
 
@@ -445,6 +446,8 @@ def test_an_exception_while_recording_leaves_the_sampler_usable() -> None:
     model.countdown = 1
     with pytest.raises(RuntimeError, match="the model failed"):
         sampler.sample(SHAPE, seed=1, **CFG_CONDITIONS)
+    assert model.countdown == 1  # it is left as it was found
+    model.countdown = -1
     fresh, _ = affine_sampler(True)
     expected = fresh.sample(SHAPE, seed=1, **CFG_CONDITIONS)
     assert torch.equal(sampler.sample(SHAPE, seed=1, **CFG_CONDITIONS), expected)

@@ -160,8 +160,8 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         # The same sums in float64.
         program = vars(ours)[STATE].last
         call = _Call(before, output, own_t, x, {"generator": redrawn})
-        noises = tuple(_drawn(draw, call) for draw in program.traced.draws)
-        inputs = [fetch(call, noises).double() for fetch in program._inputs]
+        call.noises = [_drawn(draw, call) for draw in program.traced.draws]
+        inputs = [fetch(call).double() for fetch in program._inputs]
         exact = Combine(program.traced.combination, "cpu", torch.float64)(
             inputs, [torch.float64] * len(program.traced.dtypes)
         )

@@ -53,6 +53,21 @@ def test_modes_see_operations_and_can_be_suspended() -> None:
     assert mode.seen == ["aten::zeros"]
 
 
+def test_transforms_of_functions_are_seen() -> None:
+    seen = []
+
+    def cube(x: Tensor) -> Tensor:
+        seen.append(private.in_function_transform())
+        return x**3
+
+    torch.func.grad(cube)(torch.tensor(2.0))
+    torch.func.vmap(cube)(torch.ones(2))
+    cube(torch.ones(2))
+    with torch.autograd.forward_ad.dual_level():
+        cube(torch.ones(2))
+    assert seen == [True, True, False, True]
+
+
 def test_trees_of_containers() -> None:
     tree = {"a": [1, (2, None)], "b": 3}
     assert private.tree_leaves(tree) == [1, 2, None, 3]

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...combination import Combination
 from .limits import clip_of, over_limited_x0
 from .parts import (
+    SAMPLE,
     Constant,
     Container,
     Draw,
@@ -38,10 +39,10 @@ from .parts import (
 from .reader import Reader
 from .run import run_step, undrawn
 from .sums import combination_of, prove
-from .tensors import CONFIG, BasisVectors, Examples, Inputs
+from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 
 __all__ = ["Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "StepProgram", "Sum"]
-__all__ += ["UntraceableError", "Write", "trace_step"]
+__all__ += ["UntraceableError", "Write", "laid_out", "trace_step"]
 
 # Between the sums and the original's step in the caller's dtypes, which may cancel: roundings of the coarsest dtype.
 _ROUNDINGS, _LEAST = 64, 2e-4
@@ -85,6 +86,9 @@ def _traced(
     clip = clip_of(vars(scheduler).get(CONFIG))
     linear = run(BasisVectors(inputs), **{} if clip is None else {"clip_sample": False})
     shape = inputs.example_shape(13, 7, 11)
+    if 1 in inputs.shape and set(inputs.orders.values()) != {tuple(range(sample.ndim))}:
+        # What torch makes of strides of a single element depends on them.
+        shape = inputs.shape
     reader = _read(run, inputs, shape)
     if has_number((reader.result, reader.writes), shape):
         # It may depend on the size.
@@ -101,9 +105,15 @@ def _traced(
         found = [value.double() for value in reader.sums_of(reader.trial)]
         prove(combination, inputs, reader.examples.exact, found, max(_ROUNDINGS * coarsest, _LEAST), together=True)
         sources, combination = _needed(combination, inputs)
-    draws = tuple(reader.trial.draws)
     return StepProgram(
-        frozenset(reads), sources, combination, tuple(reader.dtypes), draws, reader.result, reader.writes
+        reads=frozenset(reads),
+        sources=sources,
+        combination=combination,
+        dtypes=tuple(reader.dtypes),
+        orders=tuple(None if order == inputs.orders[SAMPLE] else order for order in reader.orders),
+        draws=tuple(reader.trial.draws),
+        result=reader.result,
+        writes=reader.writes,
     )
 
 

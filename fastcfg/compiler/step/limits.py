@@ -84,4 +84,5 @@ def _over_x0(
 
 def _cleaned(rest: Array, rows: Array) -> Array:
     """Without what rounding left of a difference."""
-    return np.where(np.abs(rest) < 1e-9 * np.abs(rows).max(axis=1, keepdims=True), 0.0, rest)
+    small = np.abs(rest) < 1e-9 * np.abs(rows).max(axis=1, keepdims=True)
+    return np.where(small, 0.0, rest)

@@ -97,6 +97,7 @@ class StepProgram:
         sources: of the combination's inputs; the first is the sample, the second the model's output.
         combination: the sums; None if nothing is computed.
         dtypes: of the combination's outputs.
+        orders: of their dimensions in memory, the largest stride first; None for the sample's.
         draws: all of the step's, used or not, in its order.
         result: what the step returns.
         writes: what it changes in the scheduler, in order.
@@ -106,6 +107,7 @@ class StepProgram:
     sources: tuple[Source, ...]
     combination: Combination | None
     dtypes: tuple[torch.dtype, ...]
+    orders: tuple[tuple[int, ...] | None, ...]
     draws: tuple[Draw, ...]
     result: Part
     writes: tuple[Write, ...]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .parts import Constant, Container, Given, Part, Small, Source, Sum, UntraceableError, Write, is_plain
 from .run import Outcome
-from .tensors import OURS, Examples
+from .tensors import OURS, Examples, order_of
 
 
 class Reader:
@@ -20,7 +20,7 @@ class Reader:
 
     Attributes:
         result, writes: the descriptions.
-        dtypes: of the sums.
+        dtypes, orders: of the sums, and of their dimensions in memory.
     """
 
     def __init__(self, examples: Examples, trial: Outcome) -> None:
@@ -28,6 +28,7 @@ class Reader:
         self._numbers: dict[int, int] = {}
         self._paths: list[tuple[Any, ...]] = []
         self.dtypes: list[torch.dtype] = []
+        self.orders: list[tuple[int, ...]] = []
         self.result = self._part(trial.result, ("result",))
         self.writes = tuple(self._writes())
 
@@ -59,6 +60,7 @@ class Reader:
             self._numbers[id(value)] = len(self._paths)
             self._paths.append(path)
             self.dtypes.append(value.dtype)
+            self.orders.append(order_of(value))
         return Sum(self._numbers[id(value)])
 
     def _writes(self) -> Iterator[Write]:

@@ -94,7 +94,7 @@ def run_step(
     except Exception as error:
         raise UntraceableError(f"its step fails on an example ({type(error).__name__}: {error})") from error
     outcome.changed = [tensor for tensor, version in outcome.kept if tensor._version != version]
-    if any(tensor.ndim < 2 or id(tensor) not in outcome.given for tensor in outcome.changed):
+    if any(tensor.ndim < 2 or outcome.given[id(tensor)][0] == "draw" for tensor in outcome.changed):
         raise UntraceableError("its step changes levels or noise in place")
     outcome.after = {name: value for name, value in twin_state.items() if name not in (_READS, _REFUSED, _CONVERTED)}
     return outcome
@@ -131,7 +131,7 @@ def _traced_class(kind: Any, step: Any) -> Any:
 def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, outcome: Outcome) -> list[Any]:
     """Replacements for the functions that draw, which give the run's noise and note the draw."""
 
-    def drawn(draw: Draw, shape: Any, **unknown: Any) -> Tensor:
+    def drawn(draw: Draw, shape: Any, like: Tensor | None = None, **unknown: Any) -> Tensor:
         if unknown := {name: value for name, value in unknown.items() if value is not None}:
             raise UntraceableError(f"its noise is drawn with {', '.join(unknown)}")
         if tuple(shape) != tensors.shape:
@@ -139,6 +139,9 @@ def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, o
         if len(outcome.draws) == MAX_DRAWS:
             raise UntraceableError(f"it draws noise more than {MAX_DRAWS} times")
         noise = tensors.tensor(("draw", len(outcome.draws)), draw.dtype)
+        if like is not None:
+            noise = torch.empty_like(like, dtype=noise.dtype).copy_(noise)
+        outcome.given[id(noise)] = ("draw", len(outcome.draws))
         outcome.draws.append(draw)
         outcome.kept.append((noise, noise._version))
         return noise
@@ -166,7 +169,7 @@ def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, o
 
     def randn_like(input: Tensor, *, dtype: Any = None, **unknown: Any) -> Tensor:
         made = Draw(originals["randn_like"], dtype or (input.dtype if tensors.dtype is None else None), like=True)
-        return drawn(made, input.shape, **unknown)
+        return drawn(made, input.shape, like=input, **unknown)
 
     originals: dict[str, Any] = {"randn": torch.randn, "randn_like": torch.randn_like}
     found: list[Any] = [(torch, "randn", randn), (torch, "randn_like", randn_like)]

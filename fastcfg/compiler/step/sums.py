@@ -20,6 +20,10 @@ TOLERANCE = 5e-6  # of coefficients, relative to their row's: some schedulers co
 _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancellation
 
 
+# A coefficient of inputs that are multiplied by 0: it makes no term but of NaN and infinities.
+_ZERO = 1e-300
+
+
 def combination_of(inputs: Inputs, sums: list[Tensor]) -> Combination:
     """The sums of a run on basis vectors, proved on its random positions."""
     vectors = BasisVectors(inputs)
@@ -39,7 +43,9 @@ def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Arr
     if value.shape[-1] != vectors.shape[-1]:
         raise UntraceableError("its step makes a tensor of another shape than the sample")
     found: Array = value.double().reshape(-1, vectors.shape[-1]).numpy()
-    if not np.isfinite(found).all():
+    nan = slice(vectors.first_nan, vectors.first_nan + count)
+    touched = np.isnan(found[:, nan]).any(axis=0)
+    if not np.isfinite(np.delete(found, nan, axis=1)).all():
         raise UntraceableError("its results are not finite")
     row, size = found[0, 1 : 1 + count].copy(), max(float(np.abs(found[:, 1 : 1 + count]).max()), 1e-300)
     if np.abs(found[:, 0]).max() > TOLERANCE * size:
@@ -49,6 +55,7 @@ def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Arr
     if np.abs(found[:, 1 + count : 1 + 2 * count] / SHORT - row).max() > TOLERANCE * size:
         raise UntraceableError("its steps are not linear")
     row[np.abs(row) < _ROUNDING * size] = 0.0
+    row[touched & (row == 0)] = _ZERO
     return row
 
 

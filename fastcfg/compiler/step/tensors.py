@@ -14,7 +14,8 @@ from torch import Tensor
 from ..probe import Array
 from .parts import OUTPUT, SAMPLE, Source, UntraceableError, is_plain
 
-__all__ = ["MAX_DRAWS", "RANDOM", "SHORT", "BasisVectors", "Examples", "Inputs", "Saturated", "Tensors"]
+__all__ = ["CONFIG", "MAX_DRAWS", "OURS", "RANDOM", "SHORT", "BasisVectors", "Examples", "Inputs", "Saturated"]
+__all__ += ["Tensors", "laid_out", "order_of"]
 
 MAX_DRAWS = 4
 RANDOM = 4  # positions of basis vectors with random inputs
@@ -33,6 +34,7 @@ class Inputs:
     dtypes: dict[Source, torch.dtype]
     shape: tuple[int, ...]
     wide: bool
+    orders: dict[Source, tuple[int, ...]]  # of the dimensions in memory
     refused: dict[str, str] = field(default_factory=dict)
     _copies: dict[int, Tensor] = field(default_factory=dict)
 
@@ -46,7 +48,8 @@ class Inputs:
             raise UntraceableError("the model output has another shape than the sample")
         if wide and shape[1] > _MAX_CHANNELS:
             raise UntraceableError(f"its samples have more than {_MAX_CHANNELS} channels and learned variances")
-        inputs = cls({SAMPLE: sample.dtype, OUTPUT: output.dtype}, shape, wide)
+        orders = {SAMPLE: order_of(sample), OUTPUT: order_of(output)}
+        inputs = cls({SAMPLE: sample.dtype, OUTPUT: output.dtype}, shape, wide, orders)
         for name, value in vars(scheduler).items():
             if name != CONFIG and not name.startswith(OURS):
                 try:
@@ -67,6 +70,7 @@ class Inputs:
                 raise UntraceableError(f"has shape {tuple(value.shape)}, the sample {self.shape}")
             if not value.is_floating_point() or (value.requires_grad and torch.is_grad_enabled()):
                 raise UntraceableError(f"is a tensor of {value.dtype}, or needs gradients")
+            self.orders[source] = order_of(value)
             return {source: value.dtype}
         if type(value) in (list, tuple, dict):
             items = value.items() if type(value) is dict else enumerate(value)
@@ -117,30 +121,34 @@ class Tensors:
 
 class BasisVectors(Tensors):
     """Float64 vectors along the last dimension: 0, then 1 for each input in turn, then a shorter one for each; with a
-    wide output, each draw again where the variance channels are -1 and 1, not 0; last random positions."""
+    wide output, each draw again where the variance channels are -1 and 1, not 0; then NaN for each input, from
+    `first_nan` on; last random positions."""
 
     dtype = torch.float64
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs, names = inputs, inputs.names
         self._wide = 2 * MAX_DRAWS if inputs.wide else 0
-        self.shape = inputs.example_shape(1, 1 + 2 * len(names) + self._wide + RANDOM)
+        self.first_nan = 1 + 2 * len(names) + self._wide
+        self.shape = inputs.example_shape(1, self.first_nan + len(names) + RANDOM)
 
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """The values of an input; a wide output's are [1, 2C, ...]."""
         index, count = self._inputs.index(source), len(self._inputs.names)
-        value = _basis_vector(self.shape, index, count, source[1] if source[0] == "draw" and self._wide else None)
+        draw = source[1] if source[0] == "draw" and self._wide else None
+        value = _basis_vector(self.shape, index, count, draw, self.first_nan + index)
         if source == OUTPUT and self._wide:
             return torch.cat([value, _variances(self.shape, 1 + 2 * count)], dim=1)
         return value.clone()
 
 
 @lru_cache(maxsize=256)
-def _basis_vector(shape: tuple[int, ...], index: int, count: int, draw: int | None) -> Tensor:
+def _basis_vector(shape: tuple[int, ...], index: int, count: int, draw: int | None, nan: int) -> Tensor:
     value = torch.zeros(shape, dtype=torch.float64)
     value[..., 1 + index], value[..., 1 + count + index] = 1.0, SHORT
     if draw is not None:
         value[..., 1 + 2 * count + 2 * draw : 3 + 2 * count + 2 * draw] = 1.0
+    value[..., nan] = torch.nan
     value[..., -RANDOM:].normal_(generator=torch.Generator().manual_seed(index))
     return value
 
@@ -169,7 +177,8 @@ class Examples(Tensors):
             value = value * self._size
         if wide:
             value = torch.cat([value, _normals(self.shape, -1).clamp(-1, 1)], dim=1)
-        return value.to(self.dtype or dtype or inputs.dtypes.get(source, torch.float32), copy=True)
+        value = value.to(self.dtype or dtype or inputs.dtypes.get(source, torch.float32), copy=True)
+        return laid_out(value, inputs.orders.get(source))
 
     def exact(self, source: Source) -> Tensor:
         """The values of an input as float64."""
@@ -200,3 +209,24 @@ class Saturated(Tensors):
         value = torch.full(self.shape, self.base[index], dtype=torch.float64)
         value[..., 1 + index] += self.added[index]
         return torch.cat([value, 0 * value], dim=1) if source == OUTPUT and self._inputs.wide else value
+
+
+def order_of(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions of a dense tensor by their strides, the largest first; UntraceableError for a tensor with gaps."""
+    strides, sizes = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    step = 1
+    for dim in reversed(order):
+        if sizes[dim] > 1:
+            if strides[dim] != step:
+                raise UntraceableError("sample, output or a kept tensor has gaps in memory")
+            step *= sizes[dim]
+    return tuple(order)
+
+
+def laid_out(tensor: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    """The tensor with its dimensions in an order in memory; None for as it is."""
+    if order is None or order == tuple(range(tensor.ndim)):
+        return tensor
+    inverse = sorted(range(tensor.ndim), key=order.__getitem__)
+    return tensor.permute(order).contiguous().permute(inverse)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...utils.identity import NoValueError, Same, value_key
 
-_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+# Types whose values are told apart by ==. Floats and booleans are not: 1.0 and True equal 1.
+_PLAIN = frozenset({int, str, type(None), torch.dtype, torch.device})
 _MISSING = object()
 _KEPT = 64  # objects with a known key
 _LONG = 16  # lists from here on are compared with a copy
@@ -57,30 +58,25 @@ class Contents:
 
     def key(self, state: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
         """The key of some attributes of a `__dict__`, and of which attributes there are."""
-        parts: list[Any] = [tuple(state)]
-        for name in names:
-            value = state.get(name, _MISSING)
-            kind = type(value)
-            if kind in _PLAIN:
-                parts.append(kind)
-                parts.append(value)
-            else:
-                parts.append(self.of(value))
-        return tuple(parts)
+        return tuple(state), *[self.of(state.get(name, _MISSING)) for name in names]
 
     def of(self, value: Any) -> Hashable:
         """The key of a value."""
         kind = type(value)
         if kind in _PLAIN:
-            return kind, value
+            return value
+        if kind is Tensor and value.ndim > 1:
+            return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
+        known = self._known.get(id(value))
+        if known is not None and known.value is value and known.unchanged():
+            return known.key
+        if kind is list or kind is tuple or kind is dict:
+            if len(value) < _LONG:
+                return (kind, *map(self.of, value), *(map(self.of, value.values()) if kind is dict else ()))
+            return self._kept(value, _container).key
         if isinstance(value, Tensor):
-            if value.ndim < 2:
-                return self._kept(value, _tensor).key
-            return kind, value.dtype, value.shape, value.device, value.requires_grad and torch.is_grad_enabled()
-        if kind is dict or (kind in (list, tuple) and len(value) < _LONG):
-            items = value.items() if kind is dict else enumerate(value)
-            return (kind, *((key, self.of(item)) for key, item in items))
-        if isinstance(value, Mapping | list | tuple):
+            return self._kept(value, _tensor).key if value.ndim < 2 else (kind, value.dtype, value.shape)
+        if isinstance(value, Mapping):
             return self._kept(value, _container).key
         return _hashable(value)
 

@@ -1,44 +1,63 @@
-"""Subclasses of diffusers' guiders with `forward` run as one blend."""
+"""Subclasses of diffusers' guiders with `forward` run as one blend.
+
+Everything that a guider reads and writes stays where the original has it: options, step, and the momentum in
+`momentum_buffer`, which every blend takes from there and replaces by a new tensor. Ours is only a cache of blends by
+their options, shared by all guiders. Whether a prediction takes part is asked of the guider's own methods.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ... import guidance
 from ...guidance import Guidance
-from ...ops.blender import Blender
+from ...ops.blender import RowBlends
+from ...ops.checks import LOADED_DTYPES
+from ...ops.gram import gram
+from ...utils._torch_private import in_function_transform
 from .fall_through import FallThroughError, falling_through, log_once
-from .subclass import STATE, subclass
+from .subclass import subclass
 
-# Attributes of diffusers' guiders by field of our specs, for each of its classes with a `forward` of its own.
-_COMMON: dict[str, Any] = {"scale": "guidance_scale", "interval": ("_start", "_stop"), "rescale": "guidance_rescale"}
-_COMMON |= {"formulation": "use_original_formulation"}
-_APG_NAME = "adaptive_projected_guidance"
-_APG = _COMMON | {"eta": "eta", "momentum": f"{_APG_NAME}_momentum", "norm_threshold": f"{_APG_NAME}_rescale"}
-_APG_MIX = _APG | {"apg_scale": f"{_APG_NAME}_scale", "apg_start_step": f"{_APG_NAME}_start_step"}
-_SKIPPED, _SMOOTHED = (
-    _COMMON | {"perturbed_scale": f"{name}_scale", "perturbed_interval": (f"{name}_start", f"{name}_stop")}
-    for name in ("skip_layer_guidance", "seg_guidance")
+# The row of the blends that runs: a perturbed branch takes no part in row 0.
+_ROW = 1
+_NUMBERS = (int, float, np.number)
+
+
+class _Spec:
+    """A spec whose fields are attributes of a guider."""
+
+    def __init__(self, kind: type[Guidance], scale: str = "guidance_scale", **names: str) -> None:
+        self.kind = kind
+        names = {"scale": scale, "rescale": "guidance_rescale", "formulation": "use_original_formulation"} | names
+        self.fields, self.attributes = tuple(names), tuple(names.values())
+
+    def options(self, values: tuple[Any, ...], decay: float | None) -> dict[str, Any]:
+        """The spec's arguments for values of the attributes."""
+        options = dict(zip(self.fields, values, strict=True))
+        options["formulation"] = "original" if options["formulation"] else "standard"
+        if self.kind is guidance.APG:
+            options["momentum"] = decay
+        elif self.kind is guidance.PerturbedCFG:
+            options["perturbed_interval"] = (0.0, 1.0)
+        return options
+
+
+_CFG = _Spec(guidance.CFG)
+_APG, _APG_OF_MIX = (
+    _Spec(guidance.APG, scale, eta="eta", norm_threshold="adaptive_projected_guidance_rescale")
+    for scale in ("guidance_scale", "adaptive_projected_guidance_scale")
 )
-_METHODS: dict[str, tuple[type[Guidance], dict[str, Any]]] = {
-    "AdaptiveProjectedGuidance": (guidance.APG, _APG),
-    "AdaptiveProjectedMixGuidance": (guidance.APGMix, _APG_MIX),
-    "AutoGuidance": (guidance.AutoGuidance, _COMMON),
-    "ClassifierFreeGuidance": (guidance.CFG, _COMMON),
-    "ClassifierFreeZeroStarGuidance": (guidance.CFGZeroStar, _COMMON | {"zero_init_steps": "zero_init_steps"}),
-    "MagnitudeAwareGuidance": (guidance.MagnitudeAwareCFG, _COMMON | {"alpha": "alpha"}),
-    "PerturbedAttentionGuidance": (guidance.PerturbedCFG, _SKIPPED),
-    "SkipLayerGuidance": (guidance.PerturbedCFG, _SKIPPED),
-    "SmoothedEnergyGuidance": (guidance.PerturbedCFG, _SMOOTHED),
-    "TangentialClassifierFreeGuidance": (guidance.TangentialCFG, _COMMON),
-}
+
+_Given = Mapping[str, Any]  # predictions by the names of `forward`'s parameters
+# (guider, predictions) to `GuiderOutput`'s fields; None where there is nothing to blend.
+_Method = Callable[[Any, _Given], dict[str, Tensor] | None]
 
 
 def is_guider(candidate: object) -> bool:
@@ -50,104 +69,245 @@ def is_guider(candidate: object) -> bool:
 def fused_guider(original: type) -> type:
     """The subclass of a guider class."""
     base: Any = original
-    names = list(inspect.signature(base.forward).parameters)[1:]
+    theirs = base.forward
+    names = list(inspect.signature(theirs).parameters)[1:]
+    owner = next(kind for kind in original.__mro__ if "forward" in vars(kind))
+    method = _METHODS.get(owner.__name__) if owner.__module__.startswith("diffusers.") else None
 
-    @functools.wraps(base.forward)
+    @functools.wraps(theirs)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        predictions = dict(zip(names, args, strict=False)) | kwargs
-        given = {name: value for name, value in predictions.items() if value is not None}
-        blend: _FusedBlend | None = vars(self).get(STATE)
-        if blend is None:
-            blend = vars(self)[STATE] = _FusedBlend(original)
-        try:
-            pred = blend(self, given)
-        except FallThroughError as error:
-            log_once(original.__name__, str(error))
-            pred = None
-        if pred is None:
-            return base.forward(self, *args, **kwargs)
-        from diffusers.guiders.guider_utils import GuiderOutput
-
-        return GuiderOutput(pred=pred, pred_cond=given["pred_cond"], pred_uncond=given.get("pred_uncond"))
+        # torch.compile fuses the original as it is. Arguments that do not fit are the original's to refuse.
+        known = len(args) <= len(names) and all(name in names[len(args) :] for name in kwargs)
+        if known and base.forward == theirs and not torch.compiler.is_compiling():
+            try:
+                fields = (method or _unknown)(self, dict(zip(names, args, strict=False)) | kwargs)
+            except FallThroughError as error:
+                log_once(original.__name__, str(error))
+            else:
+                if fields is not None:
+                    return _output()(**fields)
+        return base.forward(self, *args, **kwargs)
 
     return subclass(original, {"forward": forward}, fused_guider)
 
 
-class _FusedBlend:
-    """The blend of a guider: a `Blender` for its attributes and the predictions' shape, rebuilt when they change."""
+@functools.cache
+def _output() -> Any:
+    from diffusers.guiders.guider_utils import GuiderOutput
 
-    def __init__(self, original: type) -> None:
-        owner = next(kind for kind in original.__mro__ if "forward" in vars(kind))
-        self._method = _METHODS.get(owner.__name__) if owner.__module__.startswith("diffusers.") else None
-        self._key: Any = None
-        self._blender: Blender | None = None
-        self._momentum: Tensor | None = None  # of a copied guider, until a blender takes it
+    return GuiderOutput
 
-    def midway(self) -> tuple[type, dict[str, Any]] | None:
-        """What a copy of the guider needs to continue; None if nothing."""
-        momentum = self._momentum if self._blender is None else self._blender.momentum
-        return None if momentum is None else (type(self), {"momentum": momentum.clone()})
 
-    @classmethod
-    def resumed(cls, guider: Any, original: type, momentum: Tensor) -> _FusedBlend:
-        """The blend of a copy, from what `midway` returned."""
-        blend = cls(original)
-        blend._momentum = momentum
-        return blend
+def _unknown(guider: Any, given: _Given) -> None:
+    if sum(prediction is not None for prediction in given.values()) > 1:
+        raise FallThroughError("fastcfg has no counterpart of its method")
 
-    def __call__(self, guider: Any, predictions: Mapping[str, Tensor]) -> Tensor | None:
-        """The guided prediction; None if there is nothing to blend."""
-        step = _number(guider, "_step")
-        if step == 0:
-            self._momentum = None
-            if self._blender is not None:
-                self._blender.begin()
-        if len(predictions) < 2:
+
+def _pair(spec: _Spec, enabled: str) -> _Method:
+    """The method of a class that blends pred_cond and pred_uncond if its method `enabled` says so."""
+
+    def method(guider: Any, given: _Given) -> dict[str, Tensor] | None:
+        if not _ask(guider, enabled):
             return None
-        if self._method is None:
-            raise FallThroughError("fastcfg has no counterpart of its method")
-        if torch.is_grad_enabled() and any(prediction.requires_grad for prediction in predictions.values()):
+        cond, uncond = _predictions(given, "pred_cond", "pred_uncond")
+        return _fields(_blend(guider, spec, cond=cond, uncond=uncond), cond, uncond)
+
+    return method
+
+
+def _perturbed(enabled: str, third: str, scale: str) -> _Method:
+    """The method of a class with a third prediction and its scale."""
+    both, alone = _Spec(guidance.PerturbedCFG, perturbed_scale=scale), _Spec(guidance.CFG, scale)
+
+    def method(guider: Any, given: _Given) -> dict[str, Tensor] | None:
+        guided, perturbed = _ask(guider, "_is_cfg_enabled"), _ask(guider, enabled)
+        if guided and perturbed:
+            cond, uncond, other = _predictions(given, "pred_cond", "pred_uncond", third)
+            pred = _blend(guider, both, cond=cond, uncond=uncond, perturbed=other)
+        elif guided or perturbed:
+            cond, other = _predictions(given, "pred_cond", "pred_uncond" if guided else third)
+            pred = _blend(guider, _CFG if guided else alone, cond=cond, uncond=other)
+        else:
+            return None
+        return _fields(pred, given["pred_cond"], given.get("pred_uncond"))
+
+    return method
+
+
+def _zero_star(guider: Any, given: _Given) -> dict[str, Tensor] | None:
+    """CFG-Zero*, which returns its multiple of pred_uncond in place of it."""
+    if not guider._enabled:
+        return None
+    if guider._step < guider.zero_init_steps:
+        if not guider.guidance_rescale > 0:
+            return None
+        # The original divides by the standard deviation of zeros.
+        (cond,) = _predictions(given, "pred_cond")
+        return _fields(torch.zeros_like(cond), cond, given.get("pred_uncond"))
+    if not _ask(guider, "_is_cfg_enabled"):
+        return None
+    cond, uncond = _predictions(given, "pred_cond", "pred_uncond")
+    _refuse_autocast(cond)
+    with torch.no_grad():
+        products, _ = gram(torch.cat([cond, uncond]), 2, base=1)
+        square = products[:, 1, 1]
+        alpha = (square + products[:, 0, 1]) / (square + 1e-8)
+        uncond = uncond * alpha.to(uncond.dtype).view(-1, *[1] * (uncond.ndim - 1))
+    return _fields(_blend(guider, _CFG, cond=cond, uncond=uncond), cond, uncond)
+
+
+def _projected(guider: Any, given: _Given) -> dict[str, Tensor] | None:
+    """APG."""
+    if not _ask(guider, "_is_apg_enabled"):
+        return None
+    cond, uncond = _predictions(given, "pred_cond", "pred_uncond")
+    if guider.adaptive_projected_guidance_norm_dim is not None:
+        raise FallThroughError("its norms are over some of the dimensions only")
+    return _fields(_project(guider, _APG, cond, uncond), cond, uncond)
+
+
+def _projected_mix(guider: Any, given: _Given) -> dict[str, Tensor] | None:
+    """CFG in the first steps, APG after them."""
+    if not _ask(guider, "_is_cfg_enabled"):
+        return None
+    cond, uncond = _predictions(given, "pred_cond", "pred_uncond")
+    if _ask(guider, "_is_apg_enabled"):
+        return _fields(_project(guider, _APG_OF_MIX, cond, uncond), cond, uncond)
+    pred = _blend(guider, _CFG, cond=cond, uncond=uncond)
+    if guider.momentum_buffer is not None:
+        guider.momentum_buffer.update(cond - uncond)
+    return _fields(pred, cond, uncond)
+
+
+_METHODS: dict[str, _Method] = {
+    "AdaptiveProjectedGuidance": _projected,
+    "AdaptiveProjectedMixGuidance": _projected_mix,
+    "AutoGuidance": _pair(_CFG, "_is_ag_enabled"),
+    "ClassifierFreeGuidance": _pair(_CFG, "_is_cfg_enabled"),
+    "ClassifierFreeZeroStarGuidance": _zero_star,
+    "MagnitudeAwareGuidance": _pair(_Spec(guidance.MagnitudeAwareCFG, alpha="alpha"), "_is_mambo_g_enabled"),
+    "PerturbedAttentionGuidance": _perturbed("_is_slg_enabled", "pred_cond_skip", "skip_layer_guidance_scale"),
+    "SkipLayerGuidance": _perturbed("_is_slg_enabled", "pred_cond_skip", "skip_layer_guidance_scale"),
+    "SmoothedEnergyGuidance": _perturbed("_is_seg_enabled", "pred_cond_seg", "seg_guidance_scale"),
+    "TangentialClassifierFreeGuidance": _pair(_Spec(guidance.TangentialCFG), "_is_tcfg_enabled"),
+}
+
+
+def _ask(guider: Any, name: str) -> bool:
+    """What a guider's own method says."""
+    method = getattr(guider, name, None)
+    if method is None:
+        raise FallThroughError(f"it has no method {name}")
+    return bool(method())
+
+
+def _fields(pred: Tensor, cond: Tensor, uncond: Any) -> dict[str, Any]:
+    return {"pred": pred, "pred_cond": cond, "pred_uncond": uncond}
+
+
+def _predictions(given: _Given, *names: str) -> list[Tensor]:
+    """The predictions of these names, which one blend takes."""
+    found = [given.get(name) for name in names]
+    for name, prediction in zip(names, found, strict=True):
+        if type(prediction) is not Tensor or prediction.layout != torch.strided:
+            got = "None" if prediction is None else f"a {type(prediction).__name__}"
+            raise FallThroughError(f"{name} is {got}, expected a plain tensor")
+        if not _alike(prediction, found[0]):
+            raise FallThroughError("its predictions differ in shape, layout, dtype or device")
+        if prediction.requires_grad and torch.is_grad_enabled():
             raise FallThroughError("its blend must let gradients through")
-        kinds = {(given.shape, given.dtype, given.device) for given in predictions.values()}
-        if len(kinds) > 1 or predictions["pred_cond"].ndim < 3:
-            raise FallThroughError("its predictions differ in shape or dtype, or have less than three dimensions")
-        steps = _number(guider, "_num_inference_steps")
-        if steps is None:
-            raise FallThroughError("its number of steps is not set")
-        blender = self._blender_of(guider, steps, predictions["pred_cond"])
-        # The third prediction has several names.
-        second = next(name for name in blender.guidance.branches if name not in ("cond", "perturbed"))
-        known = {"pred_cond": "cond", "pred_uncond": second}
-        outputs = {known.get(name, "perturbed"): prediction for name, prediction in predictions.items()}
-        if not 0 <= step < steps or set(outputs) != set(blender.branches(step)):
-            raise FallThroughError(f"step {step} is given {', '.join(predictions)}")
-        return blender(step, outputs)
-
-    def _blender_of(self, guider: Any, steps: int, like: Tensor) -> Blender:
-        if getattr(guider, "adaptive_projected_guidance_norm_dim", None) is not None:
-            raise FallThroughError("its norms are over some of the dimensions only")
-        kind, names = self._method  # type: ignore[misc]
-        options: dict[str, Any] = {field: _number(guider, name) for field, name in names.items()}
-        options["formulation"] = "original" if options["formulation"] else "standard"
-        key = (options, steps, like.shape, like.dtype, like.device)
-        if self._blender is None or key != self._key:
-            before = self._momentum if self._blender is None else self._blender.momentum
-            with falling_through(TypeError, ValueError):
-                self._blender = Blender(kind(**options), steps, like)
-            self._key, momentum = key, self._blender.momentum
-            # The momentum continues if attributes change in the middle of a run.
-            if before is not None and momentum is not None and before.shape == momentum.shape:
-                momentum.copy_(before)
-        return self._blender
+    first: Any = found[0]
+    if first.ndim < 3 or not first.numel() or first.dtype not in LOADED_DTYPES or first.is_meta:
+        got = f"{first.dtype} {tuple(first.shape)} on {first.device}"
+        raise FallThroughError(f"its predictions are {got}, expected [B, C, ...] in float32, float16 or bfloat16")
+    if in_function_transform():
+        raise FallThroughError("its blend must let the transforms of torch.func through")
+    return found  # type: ignore[return-value]
 
 
-def _number(guider: Any, name: str | tuple[str, str]) -> Any:
-    """A guider's attribute, or a pair. Some are private, and other versions of diffusers may lack them."""
-    if isinstance(name, tuple):
-        return tuple(_number(guider, one) for one in name)
-    value = getattr(guider, name, guider)
-    if value is guider:
+def _alike(one: Any, other: Any) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return one.stride() == other.stride() or (one.is_contiguous() and other.is_contiguous())
+
+
+def _refuse_autocast(like: Tensor) -> None:
+    # Under autocast the originals' norms and products run in other dtypes.
+    if torch.is_autocast_enabled(like.device.type):
+        raise FallThroughError("autocast is on")
+
+
+def _project(guider: Any, spec: _Spec, cond: Tensor, uncond: Tensor) -> Tensor:
+    """The blend of APG, with the momentum of the guider's buffer if it has one."""
+    buffer = guider.momentum_buffer
+    if buffer is None:
+        return _blend(guider, spec, cond=cond, uncond=uncond)
+    kind = type(buffer)
+    if kind.__qualname__ != "MomentumBuffer" or not kind.__module__.startswith("diffusers."):
+        raise FallThroughError(f"its momentum_buffer is a {kind.__name__}, expected diffusers' MomentumBuffer")
+    average, decay = buffer.running_average, _number(buffer, "momentum")
+    if decay is None:
+        raise FallThroughError("its momentum is None, expected a number")
+    dense: dict[str, Any] = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
+    if type(average) is Tensor and _alike(average, _laid_out(cond)):
+        if average.requires_grad and torch.is_grad_enabled():
+            raise FallThroughError("its momentum must let gradients through")
+        momentum = average.detach().to(copy=True, **dense)
+    elif not isinstance(average, Tensor) and average == 0:
+        momentum = torch.zeros_like(cond, **dense)
+    else:
+        raise FallThroughError("its running average differs from the predictions in shape, layout, dtype or device")
+    pred = _blend(guider, spec, decay, momentum, cond=cond, uncond=uncond)
+    buffer.running_average = _as(cond, momentum)
+    return pred
+
+
+def _blend(
+    guider: Any, spec: _Spec, decay: float | None = None, momentum: Tensor | None = None, **outputs: Tensor
+) -> Tensor:
+    """The blend of predictions by branch."""
+    values = tuple([_number(guider, name) for name in spec.attributes])
+    cond = outputs["cond"]
+    blends = _blends(spec, values, decay, len(cond), cond.device)
+    if isinstance(blends, str):
+        raise FallThroughError(blends)
+    if blends.uses_outputs(_ROW):
+        _refuse_autocast(cond)
+    with falling_through(TypeError, ValueError):
+        pred = _as(cond, blends(_ROW, outputs, momentum))
+    # The original's pred_uncond comes out of a product of matrices, and what is added to it lies as it does.
+    return pred.contiguous() if spec.kind is guidance.TangentialCFG and not guider.use_original_formulation else pred
+
+
+@functools.lru_cache(maxsize=256)
+def _blends(
+    spec: _Spec, values: tuple[Any, ...], decay: float | None, batch: int, device: torch.device
+) -> RowBlends | str:
+    """What blends with these options, or why nothing does."""
+    try:
+        return RowBlends(spec.kind(**spec.options(values, decay)), _ROW + 1, batch, device)
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+def _laid_out(like: Tensor) -> Tensor:
+    """A tensor in the layout of elementwise results for a prediction."""
+    return like if like.is_contiguous() else torch.empty_like(like)
+
+
+def _as(like: Tensor, result: Tensor) -> Tensor:
+    """A result in the dtype and layout that the original's has for predictions like these."""
+    wanted = _laid_out(like)
+    if result.dtype == like.dtype and result.stride() == wanted.stride():
+        return result
+    return result.to(like.dtype) if wanted is like else wanted.copy_(result)
+
+
+def _number(owner: Any, name: str) -> Any:
+    """An attribute that is a number or None. Other versions of diffusers may lack it."""
+    value = getattr(owner, name, owner)
+    if value is owner:
         raise FallThroughError(f"it has no attribute {name}")
-    if not isinstance(value, Real | None):
+    if value is not None and not isinstance(value, _NUMBERS):
         raise FallThroughError(f"its attribute {name} is a {type(value).__name__}, expected a number")
     return value

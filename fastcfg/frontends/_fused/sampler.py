@@ -5,94 +5,235 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...compiler import compile_and_rehearse
+from ...compiler.patching import BROWNIAN_TREE
+from ...compiler.sampler_rehearsal import SamplerRehearsal, rehearse_sampler
+from ...compiler.stand_ins import is_plain
+from ...compiler.trial import CallbackCall, Subject
 from ...engine.noise import NoiseSource
-from ...engine.sampler import Sampler, Step
+from ...engine.sampler import Sampler
+from ...ops.stepper import Stepper
 from ...utils.identity import Alike
 from ...utils.lru import LRU
 from ..classifier_free import split_by_branch
 from .fall_through import FallThroughError, falling_through, log_once
+from .stepped import SteppedRun
 from .subclass import ORIGINAL
 
-# Arguments the engine takes, the first three always; all others go to the compiler.
-_ENGINE = ("model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler")
+# Arguments that are no options of the function's own.
+_KNOWN = ("extra_args", "callback", "disable", "noise_sampler")
+# Of a model that a stepped run found fit for the engine.
+_FIT = "fit"
 
 
 def fused(sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> Callable[..., Tensor]:
     """As `fastcfg.frontends.k_diffusion.fuse`."""
     if not callable(sample_fn):
         raise TypeError(f"sample_fn: got {type(sample_fn).__name__}, expected a function")
-    signature, name = inspect.signature(sample_fn), getattr(sample_fn, "__name__", type(sample_fn).__name__)
-    missing = [argument for argument in _ENGINE[:3] if argument not in signature.parameters]
-    samplers: LRU[Sampler] = LRU(4)
-
-    def sampler_for(call: _SamplerCall) -> Sampler:
-        model, table, device, dtype = call.model, call.compiled.table, call.x.device, call.rehearsal.dtypes[0]
-        state = torch.float64 if dtype == torch.float64 else torch.float32
-        options = {"backend": backend, "graph": graph, "device": device, "dtype": dtype, "state_dtype": state}
-        key = (Alike(model), table, dtype, device)
-        return samplers.get_or_make(key, lambda: Sampler(model, table, **options))
+    runner = _Runner(sample_fn, backend, graph)
 
     @wraps(sample_fn)
-    @torch.no_grad()
     def sample(*args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
         try:
-            if missing:
-                raise FallThroughError(f"it has no argument {missing[0]}")
-            call = _SamplerCall(sample_fn, bound.arguments)
+            call = runner.prepared(args, kwargs)
         except FallThroughError as error:
-            log_once(name, str(error))
+            runner.note("the original", str(error))
+            log_once(runner.name, str(error))
             return sample_fn(*args, **kwargs)
-        return call.run(sampler_for(call))
+        return runner.run(call)
 
     setattr(sample, ORIGINAL, sample_fn)
+    sample.report = runner.report  # type: ignore[attr-defined]
     return sample
 
 
-class _SamplerCall:
-    """A call of a sampling function, arguments by name. Raises `FallThroughError` if the original must make it."""
+class _Runner:
+    """A fused function: its samplers, steppers, and what it knows of its models."""
 
-    def __init__(self, sample_fn: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
-        options = dict(arguments)
-        for name, parameter in inspect.signature(sample_fn).parameters.items():
+    def __init__(self, sample_fn: Callable[..., Tensor], backend: str, graph: str | bool) -> None:
+        self.sample_fn, self._backend, self._graph = sample_fn, backend, graph
+        self.name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
+        self._signature = inspect.signature(sample_fn)
+        self._names = _main_arguments(self._signature)
+        self._samplers: LRU[Sampler] = LRU(4)
+        self._steppers: LRU[Stepper] = LRU(4)  # those that no run uses
+        # By model and table: why the original must run, and whether the engine may or why not.
+        self._unfit: LRU[str] = LRU(32)
+        self._captured: LRU[str] = LRU(32)
+        self._report: dict[str, Any] = {}
+
+    def report(self) -> dict[str, Any]:
+        """How the last call ran: "run" ("engine", "stepped", "the original", or "stepped, then the original"), "reason"
+        (why no further), and with the engine its sampler's report."""
+        return dict(self._report)
+
+    def note(self, run: str, reason: str = "", **more: Any) -> None:
+        self._report = {"run": run, "reason": reason, **more}
+
+    def prepared(self, args: Any, kwargs: Any) -> _Call:
+        """A call, rehearsed; `FallThroughError` if the original must make it."""
+        if isinstance(self._names, str):
+            raise FallThroughError(self._names)
+        with falling_through(TypeError):
+            bound = self._signature.bind(*args, **kwargs)
+        call = _Call(self.sample_fn, self._signature, self._names, bound.arguments)
+        if (reason := self._unfit.get(self._key(call))) is not None:
+            raise FallThroughError(reason)
+        return call
+
+    def run(self, call: _Call) -> Tensor:
+        """The samples."""
+        reason = call.not_captured or self._captured.get(self._key(call)) or "its first call looks at the model"
+        if reason == _FIT:
+            sampler = self._sampler_for(call)
+            result = call.run_on(sampler)
+            self.note("engine", **sampler.report())
+        else:
+            result = self._stepped(call, reason)
+        if call.rehearsal.trial.changes_x:
+            with torch.no_grad():
+                return call.x.copy_(result)
+        return result
+
+    def _key(self, call: _Call) -> Any:
+        return Alike(call.model), call.rehearsal.compiled.table, call.x.device, tuple(sorted(call.extra_args))
+
+    def _sampler_for(self, call: _Call) -> Sampler:
+        model, table, device, dtype = call.model, call.rehearsal.compiled.table, call.x.device, call.model_dtype
+        options = {"backend": self._backend, "graph": self._graph, "device": device, "dtype": dtype}
+        key = (Alike(model), table, dtype, device)
+        state = call.state_dtype
+        return self._samplers.get_or_make(key, lambda: Sampler(model, table, state_dtype=state, **options))
+
+    @contextmanager
+    def _borrowed(self, call: _Call) -> Any:
+        table, shape = call.rehearsal.compiled.table, tuple(call.x.shape)
+        key = (table, shape, call.state_dtype, call.x.device)
+        stepper = self._steppers.pop(key)
+        if stepper is None:
+            like = torch.empty(shape, dtype=call.state_dtype, device=call.x.device)
+            stepper = Stepper(table, like, backend=self._backend, keep_x0=False)
+        yield stepper
+        self._steppers.put(key, stepper)
+
+    def _stepped(self, call: _Call, reason: str) -> Tensor:
+        """The samples, row by row."""
+        observers = call.callback, call.noise_sampler
+        with self._borrowed(call) as stepper:
+            run = SteppedRun(
+                call.rehearsal, stepper, call.state_dtype, call.model, call.x, call.sigmas, *observers, call.progress
+            )
+            result = run.run()
+        if run.taken_over:
+            log_once(self.name, f"{run.taken_over}; the original takes over")
+            self.note("stepped, then the original", run.taken_over)
+            if run.by_model:
+                self._unfit.put(self._key(call), run.taken_over)
+            return result
+        self.note("stepped", reason)
+        if not call.not_captured:
+            moves = "the model draws random numbers itself"
+            self._captured.put(self._key(call), moves if run.draws_itself else _FIT)
+        return result
+
+
+def _main_arguments(signature: inspect.Signature) -> tuple[str, str, str] | str:
+    """The names of model, x and sigmas; why not, if the function has another form. x may have another name."""
+    parameters = signature.parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return "it takes any number of arguments by position"
+    names = list(signature.parameters)
+    if len(names) > 2 and "x" not in names and (names[0], names[2]) == ("model", "sigmas"):
+        return names[0], names[1], names[2]
+    missing = [name for name in ("model", "x", "sigmas") if name not in names]
+    return f"it has no argument {missing[0]}" if missing else ("model", "x", "sigmas")
+
+
+class _Call:
+    """A call of a sampling function, rehearsed. Raises `FallThroughError` if the original must make it."""
+
+    def __init__(
+        self,
+        sample_fn: Callable[..., Tensor],
+        signature: inspect.Signature,
+        names: tuple[str, str, str],
+        arguments: dict[str, Any],
+    ) -> None:
+        given = dict(arguments)
+        for name, parameter in signature.parameters.items():
             if parameter.kind is parameter.VAR_KEYWORD:
-                options |= options.pop(name)
-        given = {name: options.pop(name, None) for name in _ENGINE}
-        self.model, self.x, sigmas = given["model"], given["x"], given["sigmas"]
-        self.extra_args, self.callback, self.disable = given["extra_args"] or {}, given["callback"], given["disable"]
-        x = self.x
+                given |= given.pop(name, {})
+        self.model, self.x, self.sigmas = (given.pop(name, None) for name in names)
+        self.extra_args, self.callback = given.get("extra_args") or {}, given.get("callback")
+        x, sigmas = self.x, self.sigmas
         if not isinstance(x, Tensor) or x.ndim < 3 or not x.numel() or not x.dtype.is_floating_point:
             raise FallThroughError("x is not a floating tensor [B, C, ...] with elements")
-        if not isinstance(sigmas, Tensor):
-            raise FallThroughError("sigmas are not a tensor")
-        for name, value in options.items():
-            if not isinstance(value, bool | int | float | str | None):
+        if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
+            raise FallThroughError("sigmas are not a tensor of levels")
+        if not callable(self.model):
+            raise FallThroughError("its model is not callable")
+        for name, value in given.items():
+            if name not in _KNOWN and not is_plain(value) and not isinstance(value, torch.Generator):
                 raise FallThroughError(f"{name} is a {type(value).__name__}")
-        # The caller's, the function's own Brownian tree, or None for `torch.randn_like`.
-        self.noise_sampler = given["noise_sampler"]
-        levels = tuple(sigmas.detach().double().cpu().tolist())
-        kind = (levels, sigmas.dtype, x.dtype, self.noise_sampler is not None, dict(sorted(options.items())))
+        takes = tuple(name for name in ("callback", "noise_sampler") if given.get(name) is not None)
+        subject = Subject(sample_fn, given, names, self.model, takes)
         with falling_through(ValueError):
-            self.compiled, self.rehearsal = compile_and_rehearse(sample_fn, *kind)
-        if self.callback is not None and not self.rehearsal.plain_callbacks:
+            self.rehearsal: SamplerRehearsal = rehearse_sampler(subject, x, sigmas)
+        trial = self.rehearsal.trial
+        self._calls = trial.calls
+        if torch.is_grad_enabled() and x.requires_grad and any(call.grad_enabled for call in self._calls):
+            raise FallThroughError("gradients are wanted: call it under torch.no_grad()")
+        told = [event for event in trial.events if isinstance(event, CallbackCall)]
+        if any(kind == "unknown" for event in told for kind, _ in event.info.values()):
             raise FallThroughError("its callbacks are given other tensors than the model's")
-        if self.rehearsal.tree is not None:
-            args, keywords = self.rehearsal.tree
-            make: Any = inspect.getmodule(sample_fn).BrownianTreeNoiseSampler  # type: ignore[union-attr]
+        if told and (trial.in_place or trial.changes_x):
+            raise FallThroughError("it changes in place what it gives its callback")
+        if self._calls[0].dtype == x.dtype and x.is_inference() and not torch.is_inference_mode_enabled():
+            raise FallThroughError("x is a tensor of inference mode")
+        self.model_dtype = self._calls[-1].dtype
+        wide = torch.float64 in [*(call.dtype for call in self._calls), trial.result.dtype]
+        self.state_dtype = torch.float64 if wide else torch.float32
+        self.progress = "disable" in signature.parameters and _shown(signature, given)
+        # The caller's, the function's own Brownian tree, or None for torch's draws.
+        self.noise_sampler = given.get("noise_sampler")
+        if trial.tree is not None:
+            args, keywords = self.rehearsal.call.tree  # type: ignore[misc]
+            make: Any = getattr(inspect.getmodule(sample_fn), BROWNIAN_TREE)
             self.noise_sampler = make(x, *args, **keywords)
-        self._arguments = iter(self.rehearsal.draws)
 
-    def run(self, sampler: Sampler) -> Tensor:
-        """The samples."""
-        compiled, start = self.compiled, self.x.to(sampler.state_dtype)
+    @property
+    def not_captured(self) -> str:
+        """Why the engine cannot run the call; empty if it can."""
+        calls, table = self._calls, self.rehearsal.compiled.table
+        if self.callback is not None:
+            return "its callback is given what the model is, as it runs"
+        if any(call.passed.hook is not None for call in calls):
+            return "its model is given a hook"
+        if any(call.further or call.passed.changed or call.passed.left_out for call in calls):
+            return "its model is given further arguments"
+        if any(call.grad_enabled or call.requires_grad for call in calls):
+            return "gradients are on: call it under torch.no_grad()"
+        if len({call.dtype for call in calls}) > 1:
+            return "its model's inputs change their dtype"
+        time = torch.int64 if table.integer_time else torch.float32
+        for call in calls:
+            if not isinstance(call.time, Tensor) or (call.time.dtype, call.time.shape) != (time, (len(self.x),)):
+                return f"its model's times are not {time} [{len(self.x)}]"
+        if not self.x.is_contiguous():
+            return "x is not contiguous"
+        return ""
+
+    def run_on(self, sampler: Sampler) -> Tensor:
+        """The samples, by the engine."""
+        compiled, start = self.rehearsal.compiled, self.x.to(sampler.state_dtype)
+        self._draws = iter(self.rehearsal.call.draws)
+        self._like = iter(self.rehearsal.trial.draws)
         if compiled.start != 1.0:
             start = start * compiled.start
         if (noise := compiled.start_noise(self._draw)) is not None:
@@ -102,37 +243,28 @@ class _SamplerCall:
             branches=split_by_branch(self.extra_args, len(start), halves=False),
             noise=NoiseSource(torch.empty_like, self._fill, always=any(compiled.draws)),  # type: ignore[arg-type]
             x_T=start,
-            progress=not self.disable if self.disable is not None else sys.stderr.isatty(),
-            callback=None if self.callback is None else self._called_back(start),
+            progress=self.progress,
         )
-        return result.to(self.rehearsal.dtypes[1])
+        return result.to(self.rehearsal.trial.result.dtype)
 
     def _fill(self, row: int, buffer: Tensor | None) -> None:
-        noise = self.compiled.noise(self._draw, row)
+        noise = self.rehearsal.compiled.noise(self._draw, row)
         if buffer is not None:
             buffer.zero_() if noise is None else buffer.copy_(noise)
 
     def _draw(self) -> Tensor:
         """The next draw, in the original's order."""
-        arguments = next(self._arguments)
-        if arguments is None or self.noise_sampler is None:
-            return torch.randn_like(self.x)
-        return self.noise_sampler(*arguments)
+        mine, like = next(self._draws), next(self._like)
+        if like.arguments is None:
+            empty = torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=like.device)
+            return empty.normal_(generator=mine.generator)
+        copies = (value.clone() if isinstance(value, Tensor) else value for value in like.arguments)
+        result: Tensor = self.noise_sampler(*copies)  # type: ignore[misc]
+        return result
 
-    def _called_back(self, start: Tensor) -> Callable[[Step], None]:
-        """A callback of the engine that gives the caller's callback its dictionaries."""
-        x, function, before = self.x, self.callback, start
 
-        def placed(info: dict[str, Any]) -> dict[str, Any]:
-            return {name: value.to(x.device) if isinstance(value, Tensor) else value for name, value in info.items()}
-
-        # Copied to the device before the first step: later a copy would be waited for.
-        prepared = {row: placed(info) for row, info in self.rehearsal.callbacks.items()}
-
-        def called(step: Step) -> None:
-            nonlocal before
-            if step.row in prepared:
-                function(prepared[step.row] | {"x": before.to(x.dtype), "denoised": step.x0.to(x.dtype)})
-            before = step.x
-
-        return called
+def _shown(signature: inspect.Signature, given: dict[str, Any]) -> bool:
+    """Whether the original shows a progress bar, as tqdm takes `disable`."""
+    default = signature.parameters["disable"].default
+    disable = given.get("disable", None if default is inspect.Parameter.empty else default)
+    return sys.stderr.isatty() if disable is None else not disable

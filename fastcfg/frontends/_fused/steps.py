@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ...compiler.step import (
     Sum,
     UntraceableError,
     Write,
+    laid_out,
     trace_step,
 )
 from ...ops.combine import Combine
@@ -54,11 +56,16 @@ class FusedSteps:
         """A step, with further arguments by name. Raises `FallThroughError`, before any change, if the original must
         run."""
         self.last = None
-        _check_tensors(output, sample)
+        for tensor in (sample, output):
+            if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+                raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
+        if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
+            raise FallThroughError("its step must let gradients through")
         kind: Any = type(scheduler)
         state, known = vars(scheduler), _programs_of(kind, self._original)
         at = self._single(state, timestep) if isinstance(timestep, Tensor) else (type(timestep), timestep)
-        call = [output.dtype, output.shape, sample.dtype, sample.shape, sample.device, at]
+        call = [output.dtype, output.shape, output.stride(), output.device]
+        call += (sample.dtype, sample.shape, sample.stride(), sample.device, at)
         for name, value in options.items():
             call += (name, self._option(state, name, value))
         fixed = tuple(call)
@@ -78,6 +85,7 @@ class FusedSteps:
         """The attributes that a step reads, and its program, or why there is none."""
         on_host = partial(self._on_host, vars(scheduler))
         try:
+            _check_tensors(output, sample)
             given = {name: on_host(value) for name, value in options.items()}
             traced = trace_step(scheduler, self._original, output, on_host(timestep), sample, given)
         except UntraceableError as error:
@@ -151,14 +159,16 @@ def _programs_of(kind: Any, original: Callable[..., Any]) -> _Programs:
     return _Programs()
 
 
-class _Call(NamedTuple):
-    """A step's arguments, and the scheduler's attributes."""
+class _Call:
+    """A step's arguments, the scheduler's attributes, and what is drawn."""
 
-    state: dict[str, Any]
-    output: Tensor
-    timestep: Any
-    sample: Tensor
-    options: Mapping[str, Any]
+    __slots__ = ("noises", "options", "output", "sample", "state", "timestep")
+
+    def __init__(
+        self, state: dict[str, Any], output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
+    ) -> None:
+        self.state, self.output, self.timestep, self.sample, self.options = state, output, timestep, sample, options
+        self.noises: list[Tensor] = []
 
 
 class _Program:
@@ -167,6 +177,7 @@ class _Program:
     def __init__(self, traced: StepProgram, sample: Tensor) -> None:
         self.traced = traced
         self._draws = traced.draws
+        self._reordered = any(traced.orders)
         self._inputs = [_fetch(source) for source in traced.sources]
         self._combine: Combine | None = None
         if traced.combination is not None:
@@ -178,10 +189,12 @@ class _Program:
 
     def run(self, call: _Call) -> Any:
         """The step's result; the scheduler's attributes are changed as by the original."""
-        noises = tuple(_drawn(draw, call) for draw in self._draws)
+        call.noises = [_drawn(draw, call) for draw in self._draws]
         sums: list[Tensor] = []
         if self._combine is not None:
-            sums = self._combine([fetch(call, noises) for fetch in self._inputs], self.traced.dtypes)
+            sums = self._combine([fetch(call) for fetch in self._inputs], self.traced.dtypes)
+            if self._reordered:
+                sums = [laid_out(total, order) for total, order in zip(sums, self.traced.orders, strict=True)]
         result = self._result(call, sums)
         # All values first: some are what other attributes were.
         values = [value(call, sums) for value in self._values]
@@ -206,13 +219,13 @@ def _drawn(draw: Draw, call: _Call) -> Tensor:
         raise FallThroughError(f"its noise cannot be drawn ({error})") from error
 
 
-def _fetch(source: Source) -> Callable[[_Call, tuple[Tensor, ...]], Any]:
+def _fetch(source: Source) -> Callable[[_Call], Any]:
     """A function that returns what is at a source."""
     kind, *keys = source
     if kind == "state":
         name, *rest = keys
 
-        def from_state(call: _Call, noises: tuple[Tensor, ...]) -> Any:
+        def from_state(call: _Call) -> Any:
             value = call.state[name]
             for key in rest:
                 value = value[key]
@@ -220,11 +233,10 @@ def _fetch(source: Source) -> Callable[[_Call, tuple[Tensor, ...]], Any]:
 
         return from_state
     if kind == "draw":
-        return lambda call, noises: noises[keys[0]]
+        return lambda call: call.noises[keys[0]]
     if kind == "option":
-        return lambda call, noises: call.options[keys[0]]
-    index = _Call._fields.index(kind)
-    return lambda call, noises: call[index]
+        return lambda call: call.options[keys[0]]
+    return attrgetter(kind)
 
 
 def _build(part: Part) -> Callable[[_Call, list[Tensor]], Any]:
@@ -233,7 +245,7 @@ def _build(part: Part) -> Callable[[_Call, list[Tensor]], Any]:
         return lambda call, sums: sums[part.number]
     if isinstance(part, Given):
         fetch = _fetch(part.source)
-        return lambda call, sums: fetch(call, ())
+        return lambda call, sums: fetch(call)
     if isinstance(part, Small):
         return partial(_small, part.value, {})
     if isinstance(part, Constant):
@@ -257,22 +269,18 @@ def _store(write: Write) -> Callable[[_Call, Any], None]:
     if write.how != "set":
         fetch = _fetch(write.source)
         if write.how == "copy":
-            return lambda call, value: fetch(call, ()).copy_(value)
-        return lambda call, value: fetch(call, ()).__setitem__(slice(None), value)
+            return lambda call, value: fetch(call).copy_(value)
+        return lambda call, value: fetch(call).__setitem__(slice(None), value)
     _, name, *keys = write.source
     if not keys:
         return lambda call, value: call.state.__setitem__(name, value)
     holder = _fetch(write.source[:-1])
-    return lambda call, value: holder(call, ()).__setitem__(keys[-1], value)
+    return lambda call, value: holder(call).__setitem__(keys[-1], value)
 
 
-def _check_tensors(output: Any, sample: Any) -> None:
+def _check_tensors(output: Tensor, sample: Tensor) -> None:
     for tensor in (sample, output):
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
-        if not tensor.is_floating_point() or not tensor.numel() or tensor.layout != torch.strided:
-            raise FallThroughError("sample and model output are not dense floating tensors with elements")
+        if not tensor.is_floating_point() or not tensor.numel():
+            raise UntraceableError("sample and model output are not floating tensors with elements")
     if output.device != sample.device or sample.device.type == "meta":
-        raise FallThroughError("sample and model output are on different devices, or on none")
-    if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
-        raise FallThroughError("its step must let gradients through")
+        raise UntraceableError("sample and model output are on different devices, or on none")

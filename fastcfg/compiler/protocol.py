@@ -1,0 +1,160 @@
+"""What a scheduler of diffusers' protocol offers, in the forms that projects give it: its copies, its options, the
+arguments of its `set_timesteps` and what its `step` returns."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import CellType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# The attribute of a fused class with the class it was made from (`frontends`).
+ORIGINAL = "_fastcfg_original"
+_OURS = "_fastcfg"
+# Arguments of `set_timesteps` that say how many steps there are.
+_OWN_LEVELS = ("timesteps", "sigmas")
+
+
+class NextTimestep:
+    """Stands for the timestep that follows, as an argument of `step`."""
+
+
+def check_protocol(scheduler: Any) -> None:
+    """ValueError for an object that is no scheduler, or whose noise comes from a Brownian tree."""
+    name = type(scheduler).__name__
+    for method in ("set_timesteps", "step"):
+        if not callable(getattr(scheduler, method, None)):
+            raise ValueError(f"scheduler: got {name} without {method}, expected diffusers' protocol")
+    if hasattr(scheduler, "noise_sampler"):
+        raise ValueError(f"scheduler: got {name} with a Brownian tree, expected independent draws")
+
+
+def host_copy(scheduler: Any) -> Any:
+    """A deep copy, of the class before it was fused, with its tensors in the host's memory. Methods replaced on the
+    instance by functions that call its own are the copy's."""
+    kind = type(scheduler)
+    memo: dict[int, Any] = {}
+    if ORIGINAL in vars(kind):
+        twin: Any = object.__new__(vars(kind)[ORIGINAL])
+        memo[id(scheduler)] = twin
+        state = {name: value for name, value in vars(scheduler).items() if not name.startswith(_OURS)}
+        twin.__dict__.update(copy.deepcopy(state, memo))
+    else:
+        twin = copy.deepcopy(scheduler, memo)
+    for name, value in vars(twin).items():
+        if isinstance(value, Tensor):
+            vars(twin)[name] = value.cpu()
+        elif isinstance(value, FunctionType):
+            vars(twin)[name] = _bound_to(value, scheduler, twin)
+    return twin
+
+
+def _bound_to(value: Any, scheduler: Any, twin: Any) -> Any:
+    """A function, with a scheduler and its methods that it captured replaced by another one's."""
+    if value is scheduler:
+        return twin
+    if isinstance(value, MethodType) and value.__self__ is scheduler:
+        return MethodType(value.__func__, twin)
+    if not isinstance(value, FunctionType) or not value.__closure__:
+        return value
+    try:
+        contents = [cell.cell_contents for cell in value.__closure__]
+    except ValueError:  # a cell is still empty
+        return value
+    replaced = [_bound_to(content, scheduler, twin) if content is not value else content for content in contents]
+    if all(new is old for new, old in zip(replaced, contents, strict=True)):
+        return value
+    cells = tuple(map(CellType, replaced))
+    bound = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    bound.__kwdefaults__ = value.__kwdefaults__
+    return bound
+
+
+def option(scheduler: Any, name: str, default: Any = None) -> Any:
+    """An option of a scheduler's `config`, as the scheduler reads it: the attribute, which may differ from the item of
+    the same name; the default without either."""
+    config = getattr(scheduler, "config", None)
+    try:
+        return getattr(config, name)
+    except AttributeError:
+        return config.get(name, default) if isinstance(config, Mapping) else default
+
+
+def set_option(scheduler: Any, name: str, value: Any) -> None:
+    """Set an option of a scheduler that is ours, by item and by attribute, wherever it was."""
+    config = scheduler.config
+    if isinstance(config, dict) and name in config:
+        # diffusers' config refuses items.
+        (OrderedDict if isinstance(config, OrderedDict) else dict).__setitem__(config, name, value)
+    if hasattr(config, name):
+        object.__setattr__(config, name, value)
+
+
+def set_timesteps(scheduler: Any, count: Any, options: Mapping[str, Any]) -> Any:
+    """A copy of a scheduler with timesteps set: a number of them, or the caller's own (`timesteps` or `sigmas` among
+    the options), whose number may be given too.
+
+    Raises:
+        ValueError: not a number of steps, or another one than that of the caller's own.
+    """
+    own = next((name for name in _OWN_LEVELS if options.get(name) is not None), None)
+    steps = None
+    if count is not None or own is None:
+        try:
+            steps = operator.index(count)
+        except TypeError:
+            steps = 0
+        if steps < 1 or isinstance(count, bool):
+            raise ValueError(f"num_inference_steps: got {count!r}, expected an integer of at least 1")
+    if own is None:
+        prepared = host_copy(scheduler)
+        prepared.set_timesteps(steps, **options)
+        return prepared
+    try:
+        number = len(options[own])
+    except TypeError:
+        raise ValueError(f"{own}: got {options[own]!r}, expected a sequence") from None
+    # The last sigma of some is 0 and no step.
+    if steps not in (None, number, number - (own == "sigmas")):
+        raise ValueError(f"num_inference_steps: got {count!r} and {number} {own}, expected their number or None")
+    prepared = host_copy(scheduler)
+    try:
+        prepared.set_timesteps(**options)
+    except (TypeError, ValueError) as error:
+        prepared = host_copy(scheduler)
+        try:  # some want the number beside them
+            prepared.set_timesteps(number if steps is None else steps, **options)
+        except (TypeError, ValueError):
+            raise error from None
+    return prepared
+
+
+class StepResult(NamedTuple):
+    """What a `step` returned: the next sample; the predicted x0 where it says so; and its second value."""
+
+    sample: Tensor
+    prediction: Tensor | None
+    further: Tensor | None
+
+
+def step_result(returned: Any) -> StepResult:
+    """Read what a `step` returned: an object or mapping with `prev_sample`, a tuple, or the next sample itself.
+    ValueError for anything else."""
+    if isinstance(returned, Tensor):
+        return StepResult(returned, None, None)
+    if isinstance(returned, tuple | list) and not hasattr(returned, "prev_sample"):
+        values, prediction = list(returned), None
+    else:
+        fields = returned if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
+        sample = getattr(returned, "prev_sample", fields.get("prev_sample"))
+        values = [sample, *(value for name, value in fields.items() if name != "prev_sample")]
+        prediction = getattr(returned, "pred_original_sample", fields.get("pred_original_sample"))
+    if not values or not isinstance(values[0], Tensor):
+        expected = "a tensor, a tuple that begins with one, or an object with prev_sample"
+        raise ValueError(f"scheduler: got a step that returns {type(returned).__name__}, expected {expected}")
+    further = values[1] if len(values) > 1 and isinstance(values[1], Tensor) else None
+    return StepResult(values[0], prediction if isinstance(prediction, Tensor) else None, further)

@@ -1,0 +1,234 @@
+"""Rehearsals of sampling functions: what a function draws, passes on and tells its callback in a call, and its table.
+
+A function is run on small stand-ins at every call, which takes as long as its own arithmetic without the model. What it
+does there, to the last bit, is the key under which its table is kept: whatever it reads of its model, its arguments or
+the world around it cannot be missed, and generators and hooks are those of the call. When it does something new it is
+compiled, and rehearsed again at the call's shape, dtype and device; there its table has to fit too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.identity import Alike, identity_key
+from ..utils.lru import LRU
+from .assembly import Compiled, verify
+from .probe import Recording
+from .sampler import trace_subject
+from .stand_ins import FormError, is_plain
+from .trial import Draw, ModelCall, Subject, Trial
+
+_SMALL = 3  # the largest size of a small stand-in's dimensions after the first two
+# Of the coefficients of a function that computes in its own dtype, for `verify`.
+_ROUNDING = {torch.float64: 1e-7, torch.float32: 4e-6}
+_HALF_ROUNDING = 1e-3
+_MOST_FAILURES = 6
+
+
+@dataclass(frozen=True, eq=False)
+class SamplerRehearsal:
+    """What a sampling function does in a call.
+
+    Attributes:
+        compiled: its table; a function's second output, told to its hook, is the first draw of every row.
+        subject: how it is called, and which of its outputs is the table's.
+        trial: at the shape, dtype and device of the call.
+        call: the small trial of this very call, with its generators and hooks; its events are `trial`'s.
+    """
+
+    compiled: Compiled
+    subject: Subject
+    trial: Trial
+    call: Trial
+
+
+_rehearsed: LRU[tuple[Compiled, bool, Trial]] = LRU(64)
+_failed: LRU[str] = LRU(256)
+_failures: LRU[int] = LRU(256)
+
+
+def rehearse_sampler(subject: Subject, x: Tensor, sigmas: Tensor) -> SamplerRehearsal:
+    """Rehearse a call, and compile the function if it does something new; results and failures are kept. Generators
+    are put back.
+
+    Raises:
+        ValueError: the function cannot be compiled, or fails on stand-ins; the next call alike fails at once.
+    """
+    function = Alike(subject.sample_fn)
+    names = tuple((name, identity_key(value)) for name, value in subject.arguments.items() if is_plain(value))
+    layout = (tuple(x.shape), x.stride(), x.dtype, x.device, sigmas.dtype, sigmas.device, torch.is_grad_enabled())
+    levels = tuple(sigmas.detach().cpu().tolist())
+    kind = (function, names, subject.takes, type(subject.model), layout, levels)
+    if (reason := _failed.get(kind)) is not None:
+        raise ValueError(reason)
+    if (_failures.get(function) or 0) >= _MOST_FAILURES:
+        raise ValueError(f"it could not be fused in {_MOST_FAILURES} kinds of calls")
+    try:
+        with put_back(subject.arguments):
+            call = _rehearsed_on(subject, x, sigmas, small=True)
+            key = (kind, _fingerprint(call))
+            if (found := _rehearsed.get(key)) is None:
+                found = _compiled(subject, x, sigmas, call)
+                _failures.pop(function)
+                _rehearsed.put(key, found)
+    except Exception as error:  # whatever a function raises, the original may run without it
+        reason = (
+            str(error) if isinstance(error, ValueError) else f"it fails on stand-ins ({type(error).__name__}: {error})"
+        )
+        _failed.put(kind, reason)
+        _failures.put(function, (_failures.get(function) or 0) + 1)
+        raise ValueError(reason) from error
+    compiled, uncond_first, trial = found
+    return SamplerRehearsal(compiled, replace(subject, uncond_first=uncond_first), trial, call)
+
+
+def _compiled(subject: Subject, x: Tensor, sigmas: Tensor, call: Trial) -> tuple[Compiled, bool, Trial]:
+    levels = sigmas.detach().cpu()
+    compiled, subject = trace_subject(subject, levels.double() if levels.is_floating_point() else levels, x.ndim)
+    trial = _rehearsed_on(subject, x, sigmas, small=False)
+    what = f"sample_fn: got {getattr(subject.sample_fn, '__name__', type(subject.sample_fn).__name__)}"
+    counts = [len(compiled.start_draws), *map(len, compiled.draws)]
+    events = list(map(type, trial.events))
+    if list(map(len, trial.drawn)) != counts or events != list(map(type, call.events)):
+        raise FormError(f"{what} whose model calls or draws depend on shape or dtype, expected the same")
+    dtypes = [call.dtype for call in trial.calls] + [trial.result.dtype]
+    rounding = max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in dtypes)
+
+    def on_host(values: list[Tensor]) -> list[Tensor]:
+        return [value.double().cpu() for value in values]
+
+    states = on_host([*trial.inputs, trial.result])
+    drawn = [on_host(values) for values in trial.drawn]
+    verify(compiled.table, compiled.draws, Recording(on_host(trial.outputs), [], states, drawn), None, rounding, what)
+    start = compiled.start * _stand_in(x, small=False).double().cpu()
+    for weight, value in zip(compiled.start_draws, drawn[0], strict=True):
+        start = start + weight * value
+    if not float((start - states[0]).abs().max()) <= 50 * rounding * max(1.0, float(states[0].abs().max())):
+        raise FormError(f"{what} whose start depends on the shape or dtype, expected the same")
+    # The model is given the original's own times, rounded as it rounds them.
+    times = [float(call.time.flatten()[0]) if isinstance(call.time, Tensor) else call.time for call in trial.calls]
+    rows = compiled.table.rows.copy()
+    rows[:, 1] = times
+    table = replace(compiled.table, rows=rows)
+    return replace(compiled, table=table), subject.uncond_first, _without_tensors(trial)
+
+
+def _without_tensors(trial: Trial) -> Trial:
+    """What is kept of a trial: nothing of the call, of the result its dtype and strides."""
+    result, light = trial.result, Trial(Subject(_without_tensors, {}), trial.output, trial.noise)
+    light.output = light.noise = None  # type: ignore[assignment]
+    light.events, light.tree, light.in_place, light.changes_x = (
+        trial.events,
+        trial.tree,
+        trial.in_place,
+        trial.changes_x,
+    )
+    light.uses_gradients = trial.uses_gradients
+    light.result = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    return light
+
+
+def _stand_in(x: Tensor, small: bool) -> Tensor:
+    shape = (*x.shape[:2], *(min(size, _SMALL) for size in x.shape[2:])) if small else tuple(x.shape)
+    values = torch.from_numpy(np.random.default_rng(1).standard_normal(shape))
+    if small:
+        return values.to(device=x.device, dtype=x.dtype)
+    return torch.empty_like(x, requires_grad=False).copy_(values)
+
+
+def _rehearsed_on(subject: Subject, x: Tensor, sigmas: Tensor, small: bool) -> Trial:
+    rng = np.random.default_rng(2)
+    stand_in, levels = _stand_in(x, small), sigmas.detach().clone()
+
+    def output(_: int) -> Tensor:
+        return torch.empty_like(stand_in).copy_(torch.from_numpy(rng.standard_normal(tuple(stand_in.shape))))
+
+    def noise(_: int, like: Tensor) -> Tensor:
+        return like.copy_(torch.from_numpy(rng.standard_normal(tuple(like.shape)))).clone()
+
+    trial = Trial(subject, output, noise)
+    kept = stand_in.clone()
+    trial.run(stand_in, levels)
+    if not torch.equal(levels, sigmas):
+        raise FormError("sample_fn: got one that changes its sigmas in place, expected one that leaves them alone")
+    trial.changes_x = not torch.equal(kept, stand_in)
+    if trial.changes_x and trial.returned is not stand_in:
+        raise FormError("sample_fn: got one that changes x in place, expected one that leaves it alone, or returns it")
+    del trial.returned
+    return trial
+
+
+def _fingerprint(trial: Trial) -> bytes | tuple[Any, ...]:
+    """Equal for trials in which a function did the same."""
+
+    def key(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            contents = value.detach().cpu().clone(memory_format=torch.contiguous_format).view(-1)
+            return tuple(value.shape), value.dtype, contents.view(torch.uint8).numpy().tobytes()
+        if isinstance(value, tuple | list):
+            return tuple(map(key, value))
+        return repr(value)
+
+    found: list[Any] = [
+        key(trial.inputs),
+        key(trial.result),
+        key(trial.callbacks),
+        trial.in_place,
+        trial.uses_gradients,
+    ]
+    found += [trial.changes_x, trial.tree is not None]
+    for event in trial.events:
+        if isinstance(event, ModelCall):
+            grads = event.requires_grad, event.grad_enabled
+            found.append(
+                (key(event.time), key(event.further), event.passed.summary(), event.passed.hook is None, grads)
+            )
+        elif isinstance(event, Draw):
+            own = event.generator is None
+            found.append((key(event.arguments), event.shape, event.stride, event.dtype, event.device, own))
+        else:
+            found.append(tuple((name, kind, key(value)) for name, (kind, value) in event.info.items()))
+    return tuple(found)
+
+
+@contextmanager
+def put_back(arguments: Any) -> Iterator[None]:
+    """Context after which generators are as before: torch's, numpy's, Python's and those among the arguments; raises
+    `FormError` if one had moved."""
+    generators = [value for value in arguments.values() if isinstance(value, torch.Generator)]
+
+    def states() -> list[Any]:
+        cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+        theirs = [torch.get_rng_state(), *cuda, *(generator.get_state() for generator in generators)]
+        return [*theirs, np.random.get_state(), random.getstate()]  # noqa: NPY002
+
+    before = states()
+    try:
+        yield
+    finally:
+        after = states()
+        moved = not all(map(_equal_states, before, after))
+        if moved:
+            torch.set_rng_state(before[0])
+            if torch.cuda.is_initialized():
+                torch.cuda.set_rng_state(before[1])
+            for generator, state in zip(generators, before[len(before) - 2 - len(generators) : -2], strict=True):
+                generator.set_state(state)
+            np.random.set_state(before[-2])  # noqa: NPY002
+            random.setstate(before[-1])
+    if moved:
+        raise FormError("sample_fn: got one that seeds or draws from a generator unseen, expected draws by torch")
+
+
+def _equal_states(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
