@@ -55,11 +55,11 @@ def _walk(value: Any, path: str, found: Leaves, within: set[int]) -> None:
             _walk(state, path, found, within | {id(value)})
 
 
-def differences(want: Leaves, got: Leaves, truth: Leaves | None = None) -> list[str]:
+def differences(want: Leaves, got: Leaves, truth: Leaves | None = None, floor: float = 0.0) -> list[str]:
     """What differs, in words; `truth` has the tensors of the same computation in float64.
 
-    Without it, tensors may differ by 2e-6 of the largest value, half precisions' by their spacing. With it they may
-    besides be as far from it as twice the distance of those wanted.
+    Without it, tensors may differ by 2e-6 of the largest value, or of `floor` if that is larger; half precisions' by
+    their spacing. With it they may besides be as far from it as twice the distance of those wanted.
     """
     found = []
     for path in want.keys() | got.keys():
@@ -67,7 +67,7 @@ def differences(want: Leaves, got: Leaves, truth: Leaves | None = None) -> list[
             found.append(f"{path}: missing, expected {_short(want[path])}")
         elif path not in want:
             found.append(f"{path}: got {_short(got[path])}, expected none such")
-        elif said := _difference(want[path], got[path], None if truth is None else truth.get(path)):
+        elif said := _difference(want[path], got[path], None if truth is None else truth.get(path), floor):
             found.append(f"{path}: {said}")
     return sorted(found)
 
@@ -103,7 +103,7 @@ def _layout(tensor: Tensor) -> dict[str, Any]:
     }
 
 
-def _difference(want: Leaf, got: Leaf, truth: Leaf | None) -> str:
+def _difference(want: Leaf, got: Leaf, truth: Leaf | None, floor: float) -> str:
     if not (isinstance(want, Tensor) and isinstance(got, Tensor)):
         same = not isinstance(want, Tensor) and not isinstance(got, Tensor) and want == got
         return "" if same else f"got {_short(got)}, expected {_short(want)}"
@@ -112,10 +112,10 @@ def _difference(want: Leaf, got: Leaf, truth: Leaf | None) -> str:
         if ours[name] != a:
             return f"got {name} {ours[name]}, expected {a}"
     with torch.no_grad():
-        return _numbers(want.detach(), got.detach(), truth)
+        return _numbers(want.detach(), got.detach(), truth, floor)
 
 
-def _numbers(want: Tensor, got: Tensor, truth: Leaf | None) -> str:
+def _numbers(want: Tensor, got: Tensor, truth: Leaf | None, floor: float) -> str:
     if torch.equal(want, got):
         return ""
     if not want.is_floating_point():
@@ -129,7 +129,7 @@ def _numbers(want: Tensor, got: Tensor, truth: Leaf | None) -> str:
         return "got other values that are not finite"
     if not finite.any():
         return ""
-    size, apart = _largest(a, finite), _largest(a - b, finite)
+    size, apart = max(floor, _largest(a, finite)), _largest(a - b, finite)
     spacing = torch.finfo(want.dtype).eps if want.dtype in (torch.float16, torch.bfloat16) else FLOAT32
     if apart <= spacing * size:
         return ""
@@ -146,6 +146,12 @@ def _numbers(want: Tensor, got: Tensor, truth: Leaf | None) -> str:
 def _kinds(value: Tensor) -> Tensor:
     """0 for numbers, 1 and 2 for the infinities, 3 for NaN."""
     return torch.where(value.isfinite(), 0.0, value).nan_to_num(3.0, 1.0, 2.0)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest of a tensor's finite values, 0 if it has none."""
+    wide = tensor.detach().double()
+    return _largest(wide, wide.isfinite()) if wide.numel() else 0.0
 
 
 def _largest(value: Tensor, where: Tensor) -> float:

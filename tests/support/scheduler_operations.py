@@ -20,6 +20,24 @@ from torch import Tensor
 STATE = "_fastcfg"  # attributes of ours begin so
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of `step`, and the scheduler as it was before."""
+
+    before: Any
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def snapshot(scheduler: Any) -> Any:
+    """A scheduler with the same attributes; lists are copied, tensors are not."""
+    kept = object.__new__(type(scheduler))
+    for name, value in vars(scheduler).items():
+        kept.__dict__[name] = list(value) if isinstance(value, list) else value
+    return kept
+
+
 @dataclass
 class World:
     """One side: a scheduler, a second one to swap with, and what a pipeline holds."""
@@ -40,7 +58,7 @@ class World:
     # The outputs of the model, which both sides are given: noted on the original's, played back on the other.
     tape: list[Tensor] = field(default_factory=list)
     playing: Iterator[Tensor] | None = None
-    call: tuple[Any, ...] | None = None  # the last call of `step`: method, arguments
+    call: Call | None = None  # the last of `step`
 
     def generators(self) -> list[torch.Generator]:
         return [self.noise, *self.noises]
@@ -269,7 +287,7 @@ def step(world: World, *words: str) -> dict[str, Any]:
             if chosen.get("style") == "positions":
                 args, kwargs = _by_position(args, kwargs, named)
         world.passed = (sample, output)
-        world.call = (method, args, {**first, **kwargs})
+        world.call = Call(snapshot(scheduler), method, args, {**first, **kwargs})
         world.kept += [sample, output]
         seen["step"] = result = call(*args, **first, **kwargs)
         world.position += 1
