@@ -205,23 +205,23 @@ def _fields(pred: Tensor, cond: Tensor, uncond: Any) -> dict[str, Any]:
 
 def _predictions(given: _Given, *names: str) -> list[Tensor]:
     """The predictions of these names, which one blend takes."""
-    found = [given.get(name) for name in names]
-    for name, prediction in zip(names, found, strict=True):
-        if type(prediction) is not Tensor or prediction.layout != torch.strided:
+    found: list[Any] = [given.get(name) for name in names]
+    first, with_gradients = found[0], torch.is_grad_enabled()
+    for prediction in found:
+        if type(prediction) is not Tensor or prediction.layout is not torch.strided:
             got = "None" if prediction is None else f"a {type(prediction).__name__}"
-            raise FallThroughError(f"{name} is {got}, expected a plain tensor")
-        if not _alike(prediction, found[0]):
+            raise FallThroughError(f"a prediction is {got}, expected a plain tensor")
+        if prediction is not first and not _alike(prediction, first):
             raise FallThroughError("its predictions differ in shape, layout, dtype or device")
-        if prediction.requires_grad and torch.is_grad_enabled():
+        if with_gradients and prediction.requires_grad:
             raise FallThroughError("its blend must let gradients through")
-    first: Any = found[0]
     if first.ndim < 3 or not first.numel() or first.dtype not in LOADED_DTYPES or first.is_meta:
         got = f"{first.dtype} with {first.ndim} dimensions on {first.device.type}"
         expected = "elements in 3 or more dimensions of float32, float16 or bfloat16"
         raise FallThroughError(f"its predictions are {got}, expected {expected}")
     if in_function_transform():
         raise FallThroughError("its blend must let the transforms of torch.func through")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _alike(one: Any, other: Any) -> bool:
