@@ -320,3 +320,55 @@ def test_instances_with_methods_of_their_own_are_not_served_by_the_class_s() -> 
     torch.testing.assert_close(ours.step(M, 0, X)[0], X - 2.0 * M)
     del ours.factor
     torch.testing.assert_close(ours.step(M, 0, X)[0], X - 0.5 * M)
+
+
+def test_functions_replaced_around_a_scheduler_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+        return x - self.factor() * output + 0.1 * torch.randn(x.shape, generator=generator)
+
+    original, ours = scheduler(step), fuse(scheduler(step))
+    kinds = type(original), type(ours).__mro__[1]
+
+    def check() -> None:
+        torch.manual_seed(0)
+        want = original.step(M, 0, X)[0]
+        torch.manual_seed(0)
+        torch.testing.assert_close(ours.step(M, 0, X)[0], want)
+
+    for kind in kinds:
+        kind.factor = lambda self: 0.5
+    check()
+    for kind in kinds:
+        kind.factor = lambda self: 0.75
+    check()
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: torch.ones(*size))
+    check()
+    for kind in kinds:
+        inner = kind.step
+        kind.step = lambda self, *args, inner=inner, **options: (2 * inner(self, *args, **options)[0],)
+    check()
+
+
+counted = 0
+
+
+def test_steps_that_change_their_class_or_module_run_as_the_original() -> None:
+    class Counting(Own):
+        calls = 0
+
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any:
+            Counting.calls += 1
+            return (sample - model_output,)
+
+    class CountingOutside(Own):
+        def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any:
+            global counted
+            counted += 1
+            return (sample - model_output,)
+
+    for kind in (Counting, CountingOutside):
+        ours = fuse(kind(None))  # type: ignore[arg-type]
+        for _ in range(3):
+            assert torch.equal(ours.step(M, 0, X)[0], X - M)
+    assert Counting.calls == 3
+    assert counted == 3

@@ -37,11 +37,11 @@ from .parts import (
     same_parts,
 )
 from .reader import Reader
-from .run import run_step, undrawn
+from .run import MISSING, Reads, class_attribute, run_step, undrawn
 from .sums import combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 
-__all__ = ["Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "StepProgram", "Sum"]
+__all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "StepProgram", "Sum"]
 __all__ += ["UntraceableError", "Write", "laid_out", "trace_step"]
 
 # Between the sums and the original's step in the caller's dtypes, which may cancel: roundings of the coarsest dtype.
@@ -63,12 +63,12 @@ def trace_step(
     Raises:
         UntraceableError: the step is no sum of its tensors, fails on an example, or does what cannot be reproduced.
     """
-    reads: set[str] = {CONFIG} if CONFIG in vars(scheduler) else set()
+    reads = Reads({CONFIG} if CONFIG in vars(scheduler) else set())
     try:
         with torch.inference_mode(False), undrawn(options.get("generator")):
             return _traced(scheduler, step, output, timestep, sample, options, reads)
     except UntraceableError as error:
-        error.reads = frozenset(reads)
+        error.reads = frozenset(reads.own & set(vars(scheduler)))
         raise
 
 
@@ -79,7 +79,7 @@ def _traced(
     timestep: Any,
     sample: Tensor,
     options: Mapping[str, Any],
-    reads: set[str],
+    reads: Reads,
 ) -> StepProgram:
     inputs = Inputs.of(scheduler, output, sample, options)
     run = partial(run_step, scheduler, step, timestep, options, inputs, reads)
@@ -102,11 +102,13 @@ def _traced(
         if clip is not None:
             combination = over_limited_x0(combination, inputs, linear, reader, clip, run)
         coarsest = max(torch.finfo(dtype).eps for dtype in (*inputs.dtypes.values(), *reader.dtypes))
-        found = [value.double() for value in reader.sums_of(reader.trial)]
-        prove(combination, inputs, reader.examples.exact, found, max(_ROUNDINGS * coarsest, _LEAST), together=True)
+        found, tolerance = reader.sums_of(reader.trial), max(_ROUNDINGS * coarsest, _LEAST)
+        prove(combination, inputs, reader.examples.exact(), found, tolerance, together=True)
         sources, combination = _needed(combination, inputs)
+    of_class = {name: class_attribute(type(scheduler), name) for name in reads.of_class}
     return StepProgram(
-        reads=frozenset(reads),
+        reads=frozenset(reads.own & set(vars(scheduler))),
+        of_class={name: value for name, value in of_class.items() if value is not None},
         sources=sources,
         combination=combination,
         dtypes=tuple(reader.dtypes),

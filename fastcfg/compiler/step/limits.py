@@ -22,11 +22,14 @@ def clip_of(config: Any) -> float | DynamicThreshold | None:
     """The limit of x0 that a diffusers config asks for, read as its schedulers read it."""
 
     def option(name: str, default: Any) -> Any:
-        return getattr(config, name, config.get(name, default) if isinstance(config, Mapping) else default)
+        return getattr(config, name, config.get(name, default))
 
+    if not isinstance(config, Mapping):
+        return None
     if option("thresholding", False):
         quantile, ceiling = float(option("dynamic_thresholding_ratio", 0.995)), float(option("sample_max_value", 1.0))
-        return DynamicThreshold(quantile, 1.0, max(ceiling, 1.0))
+        # torch.clamp gives the maximum where the minimum, 1, is larger.
+        return DynamicThreshold(quantile, min(ceiling, 1.0), ceiling)
     return float(option("clip_sample_range", 1.0)) if option("clip_sample", False) else None
 
 
@@ -48,11 +51,11 @@ def over_limited_x0(
         # With which x0 lies on both sides of the limit.
         size = (clip if isinstance(clip, float) else 1.0) / float(np.linalg.norm(p))
         examples = Examples(inputs, reader.examples.shape, size)
-        found = reader.sums_of(run(examples))
+        found, values = reader.sums_of(run(examples)), examples.exact()
         for of_x0, rest in _over_x0(combination, inputs, p, reader, run):
             over = replace(combination, coefficients=rest, x0=p, of_x0=of_x0, clip=clip)
             try:
-                prove(over, inputs, examples.exact, found, TOLERANCE)
+                prove(over, inputs, values, found, TOLERANCE)
             except UntraceableError:
                 continue
             return over

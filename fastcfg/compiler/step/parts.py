@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -78,9 +78,11 @@ class Write(NamedTuple):
 
 @dataclass(frozen=True)
 class Draw:
-    """A draw of noise of the sample's shape: the function, and its arguments beside shape, generator and device, which
-    are the caller's."""
+    """A draw of noise of the sample's shape: the function, an attribute of a module, and its arguments beside shape,
+    generator and device, which are the caller's."""
 
+    module: Any
+    name: str
     function: Callable[..., Tensor]
     dtype: torch.dtype | None
     like: bool = False  # called as torch.randn_like
@@ -94,6 +96,7 @@ class StepProgram:
 
     Attributes:
         reads: the attributes of the scheduler that decided about it.
+        of_class: what the step read of the class, by name.
         sources: of the combination's inputs; the first is the sample, the second the model's output.
         combination: the sums; None if nothing is computed.
         dtypes: of the combination's outputs.
@@ -104,6 +107,7 @@ class StepProgram:
     """
 
     reads: frozenset[str]
+    of_class: Mapping[str, Any]
     sources: tuple[Source, ...]
     combination: Combination | None
     dtypes: tuple[torch.dtype, ...]

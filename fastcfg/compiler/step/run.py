@@ -19,6 +19,7 @@ from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError
 from .tensors import CONFIG, MAX_DRAWS, Inputs, Tensors
 
 _READS, _REFUSED, _CONVERTED = "_fastcfg_reads", "_fastcfg_refused", "_fastcfg_converted"
+MISSING = object()  # what a class does not have
 
 
 @dataclass(eq=False)
@@ -35,13 +36,21 @@ class Outcome:
     converted: list[Tensor] = field(default_factory=list)
 
 
+@dataclass(eq=False)
+class Reads:
+    """The names of the attributes that a step read: the scheduler's, and those it looked for in the class."""
+
+    own: set[str]
+    of_class: set[str] = field(default_factory=set)
+
+
 def run_step(
     scheduler: Any,
     step: Callable[..., Any],
     timestep: Any,
     options: Mapping[str, Any],
     inputs: Inputs,
-    reads: set[str],
+    reads: Reads,
     tensors: Tensors,
     clip_sample: bool | None = None,
 ) -> Outcome:
@@ -75,8 +84,9 @@ def run_step(
     if (config := vars(scheduler).get(CONFIG)) is not None:
         state[CONFIG] = config if clip_sample is None else _with_clip(config, clip_sample)
     outcome.before = {name: _snapshot(value) for name, value in state.items()}
-    kind: Any = type(scheduler)
-    twin: Any = object.__new__(_traced_class(kind, step))
+    own_kind: Any = type(scheduler)
+    kind = _traced_class(own_kind, step)
+    twin: Any = object.__new__(kind)
     twin_state = object.__getattribute__(twin, "__dict__")
     twin_state |= state | {_READS: reads, _REFUSED: inputs.refused, _CONVERTED: outcome.converted}
     given: dict[str, Any] = {
@@ -86,6 +96,7 @@ def run_step(
     if isinstance(t, Tensor):
         outcome.given[id(t)] = TIMESTEP.source
     patches = _drawing(scheduler, options.get("generator"), inputs, tensors, outcome)
+    surroundings = _surroundings(kind, step)
     try:
         with replaced(patches), in_float64() if tensors.dtype is not None else nullcontext(), torch.no_grad():
             outcome.result = step(twin, made(OUTPUT), timestep=t, sample=made(SAMPLE), **given)
@@ -93,11 +104,39 @@ def run_step(
         raise
     except Exception as error:
         raise UntraceableError(f"its step fails on an example ({type(error).__name__}: {error})") from error
+    _check_surroundings(kind, step, surroundings)
     outcome.changed = [tensor for tensor, version in outcome.kept if tensor._version != version]
     if any(tensor.ndim < 2 or outcome.given[id(tensor)][0] == "draw" for tensor in outcome.changed):
         raise UntraceableError("its step changes levels or noise in place")
     outcome.after = {name: value for name, value in twin_state.items() if name not in (_READS, _REFUSED, _CONVERTED)}
     return outcome
+
+
+def class_attribute(kind: Any, name: str) -> Any:
+    """An attribute of a class, `MISSING` if it has none; None for class methods, which are a new object each time."""
+    value = getattr(kind, name, MISSING)
+    return value if value is getattr(kind, name, MISSING) else None
+
+
+def _surroundings(kind: Any, step: Any) -> list[dict[str, Any]]:
+    """What a step could change beside its scheduler: the attributes of its classes, and its module's variables."""
+    return [*(dict(vars(one)) for one in kind.__mro__[:-1]), dict(getattr(step, "__globals__", {}))]
+
+
+def _check_surroundings(kind: Any, step: Any, before: list[dict[str, Any]]) -> None:
+    """Put back what a step changed, and raise UntraceableError, if it did."""
+    owners = [*kind.__mro__[:-1], None]
+    for owner, old, new in zip(owners, before, _surroundings(kind, step), strict=True):
+        changed = [name for name in new if new[name] is not old.get(name, MISSING)]
+        for name in changed:
+            if owner is None:
+                step.__globals__.update({name: old[name]} if name in old else {})
+            elif name in old:
+                setattr(owner, name, old[name])
+            else:
+                delattr(owner, name)
+        if changed:
+            raise UntraceableError(f"its step changes {', '.join(changed)}, which is not its scheduler's")
 
 
 @cache
@@ -109,8 +148,10 @@ def _traced_class(kind: Any, step: Any) -> Any:
         state = own(self, "__dict__")
         if name == "__dict__":
             raise UntraceableError("its step reads its __dict__")
-        if name in state and name != _READS:
-            state[_READS].add(name)
+        if name not in state:
+            state[_READS].of_class.add(name)
+        else:
+            state[_READS].own.add(name)
             if name in state[_REFUSED]:
                 raise UntraceableError(state[_REFUSED][name])
         return super(traced, self).__getattribute__(name)
@@ -151,12 +192,13 @@ def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, o
             raise UntraceableError("it draws with a generator of its own")
         return own is not None
 
-    def replacement(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def replacement(module: Any, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def draw(
             shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
         ) -> Tensor:
             layout = None if layout is torch.strided else layout
-            made = Draw(function, dtype, generator=given(generator), device=device is not None)
+            given_device = device is not None
+            made = Draw(module, "randn_tensor", function, dtype, generator=given(generator), device=given_device)
             return drawn(made, shape, layout=layout)
 
         return draw
@@ -164,11 +206,13 @@ def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, o
     def randn(*size: Any, generator: Any = None, dtype: Any = None, device: Any = None, **unknown: Any) -> Tensor:
         size = size or (unknown.pop("size", ()),)
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-        made = Draw(originals["randn"], dtype, generator=given(generator), device=device is not None)
+        given_device = device is not None
+        made = Draw(torch, "randn", originals["randn"], dtype, generator=given(generator), device=given_device)
         return drawn(made, shape, **unknown)
 
     def randn_like(input: Tensor, *, dtype: Any = None, **unknown: Any) -> Tensor:
-        made = Draw(originals["randn_like"], dtype or (input.dtype if tensors.dtype is None else None), like=True)
+        dtype = dtype or (input.dtype if tensors.dtype is None else None)
+        made = Draw(torch, "randn_like", originals["randn_like"], dtype, like=True)
         return drawn(made, input.shape, like=input, **unknown)
 
     originals: dict[str, Any] = {"randn": torch.randn, "randn_like": torch.randn_like}
@@ -176,7 +220,7 @@ def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, o
     kind: Any = type(scheduler)
     for module in _modules_of(kind):
         if (function := getattr(module, "randn_tensor", None)) is not None:
-            found.append((module, "randn_tensor", replacement(function)))
+            found.append((module, "randn_tensor", replacement(module, function)))
     return found
 
 
@@ -211,10 +255,12 @@ def undrawn(generator: Any) -> Iterator[None]:
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two states of a generator are the same."""
-    if isinstance(a, tuple):
-        return len(a) == len(b) and all(map(_is_same, a, b))
-    return np.array_equal(a, b) if isinstance(a, np.ndarray | Tensor) else bool(a == b)
+    """Whether two states of a generator are the same: tensors, Python's tuple, or numpy's, with an array in it."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a[1], np.ndarray):
+        return np.array_equal(a[1], b[1]) and a[2:] == b[2:]
+    return bool(a == b)
 
 
 def _snapshot(value: Any) -> Any:

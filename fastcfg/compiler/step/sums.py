@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from ...clip import DynamicThreshold
 from ...combination import Combination
 from ...reference.quantile import quantile_bound
 from ..probe import Array
-from .parts import Source, UntraceableError
+from .parts import UntraceableError
 from .tensors import MAX_DRAWS, RANDOM, SHORT, BasisVectors, Inputs
 
 TOLERANCE = 5e-6  # of coefficients, relative to their row's: some schedulers compute in float32
@@ -32,8 +32,7 @@ def combination_of(inputs: Inputs, sums: list[Tensor]) -> Combination:
     combination = Combination(rows)
     if inputs.wide:
         combination = _learned(combination, inputs, sums)
-    found = [value.double()[..., -RANDOM:] for value in sums]
-    prove(combination, inputs, lambda source: vectors.tensor(source)[..., -RANDOM:], found, TOLERANCE)
+    prove(combination, inputs, vectors.random(), [value[..., -RANDOM:] for value in sums], TOLERANCE)
     return combination
 
 
@@ -80,54 +79,43 @@ def _learned(combination: Combination, inputs: Inputs, sums: list[Tensor]) -> Co
 def prove(
     combination: Combination,
     inputs: Inputs,
-    values: Callable[[Source], Tensor],
+    values: Array,
     found: list[Tensor],
     tolerance: float,
     together: bool = False,
 ) -> None:
     """Raise UntraceableError unless the sums give the tensors that were found, up to a share of each one's terms
-    (`together`: of the largest sum's, where the original rounded what they share)."""
+    (`together`: of the largest sum's, where the original rounded what they share).
+
+    `values` are float64: [inputs, B, C * ...], with a wide output's variance channels as a last row.
+    """
     made, sizes = _evaluate(combination, inputs, values)
-    largest = max(sizes, default=0.0)
-    for got, want, size in zip(made, found, sizes, strict=True):
-        if want.shape != got.shape or not torch.isfinite(want).all():
-            raise UntraceableError("its results are not finite, or of another shape")
-        error = float((got - want).abs().max()) / max(largest if together else size, 1e-300)
-        if not error <= tolerance:
-            raise UntraceableError("its steps are not linear")
+    if together:
+        sizes = np.full_like(sizes, sizes.max(initial=0.0))
+    wanted = np.array([value.double().numpy() for value in found]).reshape(made.shape)
+    if not np.isfinite(wanted).all():
+        raise UntraceableError("its results are not finite")
+    if not (np.abs(made - wanted).max(axis=(1, 2)) <= tolerance * np.maximum(sizes, 1e-300)).all():
+        raise UntraceableError("its steps are not linear")
 
 
-def _evaluate(
-    combination: Combination, inputs: Inputs, values: Callable[[Source], Tensor]
-) -> tuple[list[Tensor], list[float]]:
+def _evaluate(combination: Combination, inputs: Inputs, values: Array) -> tuple[Array, Array]:
     """The sums in float64, plainly written, and the size of each one's terms."""
-    tensors = [values(source) for source in inputs.names]
-    variance = None
-    if inputs.wide:
-        tensors[1], variance = tensors[1].chunk(2, dim=1)
-
-    def total(row: Array) -> tuple[Tensor, float]:
-        terms = [c * v for c, v in zip(row.tolist(), tensors, strict=True) if c]
-        return sum(terms, 0 * tensors[0]), max((float(term.abs().max()) for term in terms), default=0.0)
-
-    x0, x0_size = None, 0.0
-    if combination.x0 is not None:
-        x0, x0_size = total(combination.x0)
-        if isinstance(combination.clip, DynamicThreshold):
-            rank = combination.clip.rank(x0[0].numel(), torch.float64)
-            bound = quantile_bound(x0, rank).view(-1, *[1] * (x0.ndim - 1))
-            x0 = torch.clamp(x0, -bound, bound) / bound
-        elif combination.clip is not None:
-            x0 = x0.clamp(-combination.clip, combination.clip)
-    made, sizes = [], []
-    for number, row in enumerate(combination.coefficients):
-        value, size = total(row)
-        if x0 is not None and combination.of_x0[number]:  # type: ignore[index]
-            value, size = value + combination.of_x0[number] * x0, max(size, abs(combination.of_x0[number]) * x0_size)  # type: ignore[index]
-        if number == 0 and combination.noise is not None:
-            std = torch.exp2(combination.l_0 + combination.l_v * variance)  # type: ignore[operator, arg-type]
-            noise = std * tensors[combination.noise]
-            value, size = value + noise, max(size, float(noise.abs().max()))
-        made.append(value)
-        sizes.append(size)
+    count, of_x0 = len(inputs.names), combination.of_x0
+    rows, tensors, noise = combination.coefficients, values[:count], combination.noise
+    largest = np.abs(tensors).max(axis=(1, 2))
+    made, sizes = np.tensordot(rows, tensors, axes=1), (np.abs(rows) * largest).max(axis=1)
+    if combination.x0 is not None and of_x0 is not None:
+        x0 = np.tensordot(combination.x0, tensors, axes=1)
+        bound: Any = combination.clip
+        if isinstance(bound, DynamicThreshold):
+            rank = bound.rank(x0.shape[1], torch.float64)
+            bound = quantile_bound(torch.from_numpy(x0.copy()), rank).numpy()[:, None]
+        x0_size = (np.abs(combination.x0) * largest).max()
+        limited = np.clip(x0, -bound, bound) / (bound if isinstance(combination.clip, DynamicThreshold) else 1.0)
+        made = made + of_x0[:, None, None] * limited
+        sizes = np.maximum(sizes, np.abs(of_x0) * x0_size)
+    if noise is not None:
+        made[0] += (term := np.exp2(combination.l_0 + combination.l_v * values[count]) * tensors[noise])
+        sizes[0] = max(sizes[0], np.abs(term).max())
     return made, sizes

@@ -56,6 +56,8 @@ class Inputs:
                     inputs.dtypes |= inputs._kept(value, ("state", name))
                 except UntraceableError as error:
                     inputs.refused[name] = f"its attribute {name} {error}"
+        if not isinstance(vars(scheduler).get(CONFIG, {}), Mapping):
+            inputs.refused[CONFIG] = "its config is no mapping"
         for name, value in options.items():
             if isinstance(value, Tensor) and value.ndim > 1:
                 inputs.dtypes |= inputs._kept(value, ("option", name))
@@ -141,6 +143,15 @@ class BasisVectors(Tensors):
             return torch.cat([value, _variances(self.shape, 1 + 2 * count)], dim=1)
         return value.clone()
 
+    def random(self) -> Array:
+        """The values of all inputs in the random positions, as `prove` takes them."""
+        tensors = [self.tensor(source)[..., -RANDOM:] for source in self._inputs.names]
+        if self._wide:
+            tensors[1], variances = tensors[1].chunk(2, dim=1)
+            tensors.append(variances)
+        stacked: Array = np.array([tensor.numpy() for tensor in tensors])
+        return stacked.reshape(len(tensors), self.shape[0], -1)
+
 
 @lru_cache(maxsize=256)
 def _basis_vector(shape: tuple[int, ...], index: int, count: int, draw: int | None, nan: int) -> Tensor:
@@ -180,9 +191,23 @@ class Examples(Tensors):
         value = value.to(self.dtype or dtype or inputs.dtypes.get(source, torch.float32), copy=True)
         return laid_out(value, inputs.orders.get(source))
 
-    def exact(self, source: Source) -> Tensor:
-        """The values of an input as float64."""
-        return self.tensor(source).double()
+    def exact(self) -> Array:
+        """The values of all inputs, as `prove` takes them."""
+        inputs = self._inputs
+        dtypes = tuple(self.dtype or inputs.dtypes.get(source, torch.float32) for source in inputs.names)
+        values = _exact_normals(self.shape, dtypes, inputs.wide)
+        if self._size == 1.0:
+            return values
+        return np.concatenate([values[: len(dtypes)] * self._size, values[len(dtypes) :]])
+
+
+@lru_cache(maxsize=64)
+def _exact_normals(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], wide: bool) -> Array:
+    values = [_normals(shape, index).to(dtype) for index, dtype in enumerate(dtypes)]
+    if wide:
+        values.append(_normals(shape, -1).clamp(-1, 1).to(dtypes[1]))
+    stacked: Array = np.array([value.double().numpy() for value in values])
+    return stacked.reshape(len(values), shape[0], -1)
 
 
 @lru_cache(maxsize=64)

@@ -42,6 +42,6 @@ def fused_class(original: type) -> type:
 def _steps_of(scheduler: Any, original: Any) -> FusedSteps:
     steps: FusedSteps | None = getattr(scheduler, STATE, None)
     if steps is None:
-        steps = FusedSteps(original.step)
+        steps = FusedSteps(original)
         setattr(scheduler, STATE, steps)
     return steps

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...compiler.step import (
+    MISSING,
     Constant,
     Draw,
     Given,
@@ -41,8 +42,8 @@ class FusedSteps:
     programs, by all that the step read when it was traced.
     """
 
-    def __init__(self, original: Callable[..., Any]) -> None:
-        self._original = original  # the class's `step`, before it was fused
+    def __init__(self, base: Any) -> None:
+        self._base = base  # the class before it was fused
         self._contents = Contents()
         self.last: _Program | None = None  # of the last step; None if the original made it
 
@@ -62,7 +63,7 @@ class FusedSteps:
         if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
             raise FallThroughError("its step must let gradients through")
         kind: Any = type(scheduler)
-        state, known = vars(scheduler), _programs_of(kind, self._original)
+        state, known = vars(scheduler), _programs_of(kind, self._base.step)
         at = self._single(state, timestep) if isinstance(timestep, Tensor) else (type(timestep), timestep)
         call = [output.dtype, output.shape, output.stride(), output.device]
         call += (sample.dtype, sample.shape, sample.stride(), sample.device, at)
@@ -87,10 +88,10 @@ class FusedSteps:
         try:
             _check_tensors(output, sample)
             given = {name: on_host(value) for name, value in options.items()}
-            traced = trace_step(scheduler, self._original, output, on_host(timestep), sample, given)
+            traced = trace_step(scheduler, self._base.step, output, on_host(timestep), sample, given)
         except UntraceableError as error:
             return error.reads, str(error)
-        return traced.reads, _Program(traced, sample)
+        return traced.reads, _Program(traced, type(scheduler), sample)
 
     def _single(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         """The key of a tensor of one number, which is not read from a device if it is one of the timesteps."""
@@ -137,7 +138,7 @@ class _Programs:
         """What is known about a step."""
         for reads in self._order:
             found = self._by_reads[reads].get((call, contents.key(state, reads)))
-            if found is not None:
+            if found is not None and (isinstance(found, str) or found.is_current()):
                 if reads is not self._order[0]:
                     self._order = (reads, *(other for other in self._order if other is not reads))
                 return found
@@ -174,9 +175,13 @@ class _Call:
 class _Program:
     """A `StepProgram`, made ready for tensors like a sample."""
 
-    def __init__(self, traced: StepProgram, sample: Tensor) -> None:
+    def __init__(self, traced: StepProgram, kind: Any, sample: Tensor) -> None:
         self.traced = traced
         self._draws = traced.draws
+        # A class or a module may be given other functions.
+        modules = {(draw.module, draw.name): draw.function for draw in traced.draws}
+        self._others = [(kind, name, value) for name, value in traced.of_class.items()]
+        self._others += [(module, name, function) for (module, name), function in modules.items()]
         self._reordered = any(traced.orders)
         self._inputs = [_fetch(source) for source in traced.sources]
         self._combine: Combine | None = None
@@ -186,6 +191,10 @@ class _Program:
         self._result = _build(traced.result)
         self._values = [_build(write.part) for write in traced.writes]
         self._stores = [_store(write) for write in traced.writes]
+
+    def is_current(self) -> bool:
+        """Whether the class and the modules still have what the step read of them."""
+        return all(getattr(owner, name, MISSING) is value for owner, name, value in self._others)
 
     def run(self, call: _Call) -> Any:
         """The step's result; the scheduler's attributes are changed as by the original."""
