@@ -160,7 +160,7 @@ def verify(
         of_x, of_m = float(x.abs().max()), float(output[:, : x.shape[1]].abs().max())
         through_x0 = abs(c["a_0"]) * (abs(c["p_x"]) * of_x + abs(c["p_m"]) * of_m)
         past = (abs(c[f"a_h{j}"]) * size for j, size in enumerate(saved))
-        size = max(of_x, abs(c["a_x"]) * of_x, abs(c["a_m"]) * of_m, through_x0, *past, float(state.abs().max()))
+        size = max(abs(c["a_x"]) * of_x, abs(c["a_m"]) * of_m, through_x0, *past, float(state.abs().max()))
         if not (error := float((y - state).abs().max()) / (size or 1.0)) <= _MAX_ROUNDINGS * rounding:
             raise UnprovedError(
                 f"{what}, from which its table differs by {error:.1e} in row {row}, expected at most "

@@ -240,7 +240,8 @@ def _scales(response: Response) -> Array:
     """c_in of every row."""
     states, inputs = response.states[:-1], response.inputs
     scales: Array = (inputs * states).sum(axis=1) / (states * states).sum(axis=1)
-    if np.abs(inputs - scales[:, None] * states).max() > 1e-5 * np.abs(inputs).max():
+    error = np.abs(inputs - scales[:, None] * states).max(axis=1)
+    if (error > 1e-5 * np.abs(inputs).max(axis=1)).any():
         raise ValueError("scheduler: got model inputs that are not multiples of the samples, expected multiples")
     return scales
 
@@ -262,7 +263,8 @@ def _clipped_coefficients(clipping: Original, p_x: Array, p_m: Array) -> dict[st
     run = clipping.record(zeros, output, lambda *_: zeros, lambda call: samples[0, ..., call].clone())
     base, by_x, by_m = torch.stack(run.states[1:])[:, :, 0, 0, 0].T.numpy()
     a_x, a_m = (by_x - base) / x, (by_m - base) / m
-    a_0, size = (base - a_x * x - a_m * m) / bound, max(float(np.abs(a_m).max()), 1.0)
+    a_0 = (base - a_x * x - a_m * m) / bound
+    size = np.maximum(np.abs(a_x), np.abs(a_0))
     return {"a_x": a_x, "a_0": a_0, "a_m": np.where(np.abs(a_m) > 1e-9 * size, a_m, 0.0)}
 
 

@@ -100,3 +100,40 @@ def test_a_step_that_is_not_linear_where_states_have_grown_is_refused(row: int) 
 
     with pytest.raises(ValueError, match=r"scheduler: got Squares.*step \d+ has|scheduler: got Squares.*in row \d+"):
         compile_scheduler(Squares(**STEEP, **NO_CLIP), 10)
+
+
+class Shrinks:
+    """Its third step makes everything 1e14 times smaller, and what the next one adds is as small."""
+
+    factors = (0.9, 0.8, 1e-14, 0.7)
+    adds = (0.1, 0.2, 1e-14, 1e-14)
+    timesteps = torch.arange(4, 0, -1)
+
+    def set_timesteps(self, count: int) -> None:
+        self.index = 0
+
+    def step(self, output: Tensor, timestep: Any, sample: Tensor) -> Any:
+        factor, add = self.factors[self.index], self.adds[self.index]
+        self.index += 1
+        return factor * sample + add * output
+
+
+def test_terms_of_rows_whose_values_are_small() -> None:
+    class Squares(Shrinks):
+        def step(self, output: Tensor, timestep: Any, sample: Tensor) -> Any:
+            return super().step(output + (0.1 * output.square() if self.index == 3 else 0.0), timestep, sample)
+
+    table = compile_scheduler(Shrinks(), 4)
+    np.testing.assert_allclose(table["a_x"], Shrinks.factors, rtol=1e-12)
+    np.testing.assert_allclose(table["a_m"], Shrinks.adds, rtol=1e-12)
+    with pytest.raises(ValueError, match="scheduler: got Squares: step 3 has coefficients that depend on the sample"):
+        compile_scheduler(Squares(), 4)
+    original = Original(Shrinks())
+    original.scheduler.set_timesteps(4)
+    trial = original.record_numbers(1.0)
+    verify(table, [()] * 4, trial, None, 1e-12, "scheduler: got it")
+    for row in range(4):
+        rows = table.rows.copy()
+        rows[row, COLUMNS.index("a_m")] *= 1 + 1e-6
+        with pytest.raises(UnprovedError, match=f"differs by .* in row {row}, expected"):
+            verify(StepTable(rows), [()] * 4, trial, None, 1e-12, "scheduler: got it")
