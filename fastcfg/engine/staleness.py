@@ -100,7 +100,11 @@ class _Walk:
         self._held.append(module)
         attributes = module.__dict__
         hooks = len(attributes["_forward_hooks"]), len(attributes["_forward_pre_hooks"])
-        self._note(name, "", (type(module), module.training, hooks))
+        forward = getattr(type(module).forward, "__func__", type(module).forward)
+        own = type(module).__module__.partition(".")[0] not in LIBRARIES
+        # A class's forward may be replaced too, as caches are put into networks.
+        identity = _Identity(forward) if own and isinstance(forward, types.FunctionType) else None
+        self._note(name, "", (type(module), identity, module.training, hooks))
         for tensors in (attributes["_parameters"], attributes["_buffers"]):
             for key, tensor in tensors.items():
                 if tensor is not None:

@@ -118,6 +118,17 @@ def step(net: Net) -> None:
     torch.optim.Adam(net.parameters()).step()
 
 
+def test_another_forward_of_the_class() -> None:
+    class Patched(Net):
+        pass
+
+    net = Patched()
+    before = Fingerprint({"model": net})
+    assert before.changes({"model": net}) == ""
+    Patched.forward = lambda self, x: x  # type: ignore[method-assign, assignment]
+    assert before.changes({"model": net}) == "model replaced"
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -145,6 +145,35 @@ def test_draws_follow_the_memory_order_of_the_models_outputs(loop: str, mean: st
         assert_close(list(steps)[-1]["sample"], want)
 
 
+def dropping(x: Tensor, t: Tensor, **_: Any) -> Tensor:
+    return torch.nn.functional.dropout(model(x, t), 0.3)
+
+
+@pytest.mark.parametrize("mean", ["EPSILON", "START_X"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("graph", ["auto", True])
+def test_a_model_that_draws_draws_before_the_step(loop: str, mean: str, graph: Any) -> None:
+    diffusion = process(mean=mean)
+    for noise in (None, drawn()):
+        want, after = run(diffusion, dropping, loop, noise, backend="reference")
+        for _ in range(2):
+            got, moved = run(diffusion, dropping, loop, noise, graph=graph)
+            assert_close(got, want)
+            assert torch.equal(moved, after)
+        assert_close(list(progressive(process(mean=mean), dropping, loop, noise, graph=graph))[-1]["sample"], want)
+
+
+def test_draws_of_the_caller_between_steps_are_none_of_the_models() -> None:
+    results = []
+    for backend in ("reference", "auto"):
+        diffusion = process()
+        for out in progressive(diffusion, model, "p_sample_loop", None, backend=backend):
+            out["sample"] += 0.1 * torch.randn(SHAPE)
+        results.append((out["sample"], torch.get_rng_state()))
+    assert_close(results[1][0], results[0][0])
+    assert torch.equal(results[1][1], results[0][1])
+
+
 # Samples changed between steps
 
 

@@ -76,8 +76,11 @@ class LoopCall:
             self.model.guided(self.shape[1])
         if self.device is None:
             model = self.model.model if isinstance(self.model, ClassifierFree) else self.model
-            has_weights = hasattr(model, "parameters") and next(iter(model.parameters()), None) is not None
-            self.device = input_device(model) if has_weights or self.noise is None else self.noise.device
+            weight = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+            if weight is not None and isinstance(model, torch.nn.Module):
+                self.device = input_device(model)
+            else:
+                self.device = next((tensor.device for tensor in (weight, self.noise) if tensor is not None), "cpu")
         self.device = torch.device(self.device)
 
     @cached_property
@@ -149,9 +152,19 @@ class LoopRunner:
     def steps(self, call: LoopCall, kind: LoopKind) -> Iterator[dict[str, Tensor]]:
         """Yield sample and pred_xstart of every step, each of the call's shape. The next step starts from the sample as
         its user leaves it: where the engine cannot take that, the original's loop takes over."""
-        sampler, outputs, arguments = self._prepare(call, kind)
+        sampler, outputs, draws, arguments = self._prepare(call, kind)
+        if outputs.draws and draws.are_watched:
+            log_once(call.name, _MODEL_DRAWS)
+            yield from kind.resume(call, 0)
+            return
         run, rows = sampler.start(**arguments), kind.table.num_rows
         for row in progress_bar(call.progress, run.rows(), total=rows):
+            if row == 0 and draws.others:
+                outputs.draws = True
+                draws.rewind()
+                log_once(call.name, _MODEL_DRAWS)
+                yield from kind.resume(_from_sample(call, call.noise), 0)
+                return
             step = run.step(row)
             sample = _whole_batch(step.x, call)
             out = {"sample": sample, "pred_xstart": _whole_batch(step.x0, call)}
@@ -171,18 +184,25 @@ class LoopRunner:
 
     def final(self, call: LoopCall, kind: LoopKind) -> Tensor:
         """The last sample alone, of the call's shape."""
-        sampler, outputs, arguments = self._prepare(call, kind)
-        draws_in_order = _keeps_order(call, kind)
-        if outputs.order is None or not draws_in_order:
-            state = _generator_state(call) if draws_in_order else None
-            samples = _whole_batch(sampler.sample(**arguments, progress=call.progress), call)
-            if outputs.order is None or state is None:
-                return samples
-            _set_generator_state(call, state)  # and once again, with draws in the order of the outputs
+        sampler, outputs, draws, arguments = self._prepare(call, kind)
+
+        def as_the_engine_draws() -> bool:
+            ordered = outputs.order is None or not _keeps_order(call, kind)
+            return ordered and not (outputs.draws and draws.are_watched)
+
+        if as_the_engine_draws():
+            draws.strict = True
+            try:
+                samples = sampler.sample(**arguments, progress=call.progress)
+            except _ModelDrawsError:
+                outputs.draws = True
+            if as_the_engine_draws():
+                return _whole_batch(samples, call)
+            draws.rewind()  # and once again, as the original draws
         *_, last = self.steps(call, kind)
         return last["sample"]
 
-    def _prepare(self, call: LoopCall, kind: LoopKind) -> tuple[Sampler, _Outputs, dict[str, Any]]:
+    def _prepare(self, call: LoopCall, kind: LoopKind) -> tuple[Sampler, _Outputs, _Draws, dict[str, Any]]:
         shape, guidance, denoised_fn = tuple(call.shape), call.guidance, call.denoised_fn
         batch = shape[0] // (1 if guidance is None else 2)
         if guidance is not None and denoised_fn is not None:
@@ -199,20 +219,17 @@ class LoopRunner:
             return Sampler(model, kind.table, output=outputs, **options), outputs
 
         sampler, outputs = self._samplers.get_or_make(key, made)
-        return (
-            sampler,
-            outputs,
-            {
-                "shape": (batch, *shape[1:]),
-                "guidance": guidance,
-                "clip": call.threshold or (1.0 if call.clip_denoised else None),
-                "denoised_fn": denoised_fn,
-                "cond_fn": call.cond_fn,
-                "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
-                "noise": _engine_noise(call, sampler, batch),
-                "x_T": None if call.noise is None else call.noise[:batch],
-            },
-        )
+        draws = _Draws(call, _engine_noise(call, sampler, batch))
+        return sampler, outputs, draws, {
+            "shape": (batch, *shape[1:]),
+            "guidance": guidance,
+            "clip": call.threshold or (1.0 if call.clip_denoised else None),
+            "denoised_fn": denoised_fn,
+            "cond_fn": call.cond_fn,
+            "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
+            "noise": draws.source,
+            "x_T": None if call.noise is None else call.noise[:batch],
+        }  # fmt: skip
 
 
 def step_by_step(
@@ -320,6 +337,42 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
     return NoiseSource(drawn.start, fill)
 
 
+class _ModelDrawsError(Exception):
+    """A model drew from the generator that the loop draws from."""
+
+
+_MODEL_DRAWS = "the model draws random numbers, in the original before the step's"
+
+
+class _Draws:
+    """The noise of an engine's run, and whether anything else draws from its generator in the first step: the originals
+    draw after the model, the engine before it."""
+
+    def __init__(self, call: LoopCall, source: NoiseSource) -> None:
+        self.strict = False  # whether to raise _ModelDrawsError at the second step
+        self.are_watched = call.generator is None and call.noise_source == "torch" and call.solver != "ddim_reverse"
+        self._call, self._fill, self.source = call, source.fill, source
+        self._begin = self._after = None if call.noise_source == "philox" else _generator_state(call)
+        if self.are_watched:
+            self.source = NoiseSource(source.start, self._watched, always=source.always)
+
+    @property
+    def others(self) -> bool:
+        """Whether the generator moved since the first step's noise was drawn."""
+        return self.are_watched and not torch.equal(_generator_state(self._call), self._after)  # type: ignore[arg-type]
+
+    def rewind(self) -> None:
+        """Put the generator back to where the call began."""
+        _set_generator_state(self._call, self._begin)  # type: ignore[arg-type]
+
+    def _watched(self, row: int, buffer: Any) -> None:
+        if row == 1 and self.strict and self.others:
+            raise _ModelDrawsError
+        self._fill(row, buffer)  # type: ignore[misc]
+        if row == 0:
+            self._after = _generator_state(self._call)
+
+
 def _originals_noise(call: LoopCall) -> NoiseSource:
     if call.noise_source == "philox":
         got = "'philox' with backend='reference'" if call.backend == "reference" else "'philox' for a loop step by step"
@@ -351,6 +404,7 @@ class _Outputs:
     def __init__(self, channels: int, variance: str) -> None:
         self._channels, self._variance = channels, variance
         self.order: tuple[int, ...] | None = None
+        self.draws = False  # whether the model draws random numbers, as found out in a run
 
     def __call__(self, returned: Any) -> Tensor:
         output, variance = output_tensor(returned), self._variance
