@@ -706,6 +706,17 @@ def test_an_unchanged_step_builds_and_reads_nothing(name: str, options: dict[str
     assert blends.made == made
 
 
+@pytest.mark.parametrize(("name", "options"), WITH_MOMENTUM, ids=str)
+def test_a_guider_fused_in_mid_run_continues_and_is_not_changed(name: str, options: dict[str, Any]) -> None:
+    rows, theirs = predictions(), make(name, options)
+    for step in range(4):
+        guide(theirs, step, rows[step])
+    ours = fuse(theirs)
+    got = [guide(ours, step, rows[step]) for step in range(4, STEPS)]
+    for step, output in zip(range(4, STEPS), got, strict=True):
+        assert_same(output, guide(theirs, step, rows[step]))
+
+
 def test_copies_and_twins_share_what_is_built(blends: Blends) -> None:
     rows, guider = predictions(), make("AdaptiveProjectedGuidance", {"guidance_scale": 4.125})
     for one in (fuse(guider), fuse(copy.deepcopy(guider)), copy.deepcopy(fuse(guider))):
