@@ -8,8 +8,10 @@ import functools
 import logging
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.guider_cases import (
@@ -266,6 +268,11 @@ OPTIONS: dict[str, list[tuple[str, Any]]] = {
         ("guidance_scale", 1.0),
         ("guidance_scale", 0.0),
         ("guidance_scale", torch.tensor(2.5)),
+        ("guidance_scale", torch.tensor([1.5, 2.5, 4.0]).view(3, 1, 1)),
+        ("guidance_scale", np.float32(2.5)),
+        ("guidance_scale", np.float64(2.5)),
+        ("guidance_scale", np.int64(3)),
+        ("guidance_scale", Fraction(5, 2)),
         ("guidance_scale", float("nan")),
         ("guidance_scale", True),
         ("guidance_scale", None),
