@@ -13,6 +13,7 @@ says why.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, TypeVar
 
 from ._fused.guider import fused_guider, is_guider
@@ -47,8 +48,11 @@ def fuse(component: _Component) -> _Component:
     fused = _fused(component, kind) if is_component(component) else None
     if fused is None:
         raise TypeError(f"component: got {kind.__name__}, expected a scheduler or guider of diffusers' protocol")
-    same: _Component = as_subclass(component, fused)
-    return same
+    same: Any = as_subclass(component, fused)
+    if getattr(same, "momentum_buffer", None) is not None:
+        same.momentum_buffer = copy.copy(same.momentum_buffer)  # the given guider keeps its own past
+    found: _Component = same
+    return found
 
 
 def is_component(candidate: object) -> bool:

@@ -8,8 +8,10 @@ import functools
 import logging
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.guider_cases import (
@@ -266,6 +268,11 @@ OPTIONS: dict[str, list[tuple[str, Any]]] = {
         ("guidance_scale", 1.0),
         ("guidance_scale", 0.0),
         ("guidance_scale", torch.tensor(2.5)),
+        ("guidance_scale", torch.tensor([1.5, 2.5, 4.0]).view(3, 1, 1)),
+        ("guidance_scale", np.float32(2.5)),
+        ("guidance_scale", np.float64(2.5)),
+        ("guidance_scale", np.int64(3)),
+        ("guidance_scale", Fraction(5, 2)),
         ("guidance_scale", float("nan")),
         ("guidance_scale", True),
         ("guidance_scale", None),
@@ -704,6 +711,17 @@ def test_an_unchanged_step_builds_and_reads_nothing(name: str, options: dict[str
     made = blends.made
     guide(ours, STEPS - 1, rows[-1])
     assert blends.made == made
+
+
+@pytest.mark.parametrize(("name", "options"), WITH_MOMENTUM, ids=str)
+def test_a_guider_fused_in_mid_run_continues_and_is_not_changed(name: str, options: dict[str, Any]) -> None:
+    rows, theirs = predictions(), make(name, options)
+    for step in range(4):
+        guide(theirs, step, rows[step])
+    ours = fuse(theirs)
+    got = [guide(ours, step, rows[step]) for step in range(4, STEPS)]
+    for step, output in zip(range(4, STEPS), got, strict=True):
+        assert_same(output, guide(theirs, step, rows[step]))
 
 
 def test_copies_and_twins_share_what_is_built(blends: Blends) -> None:
