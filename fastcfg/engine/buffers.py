@@ -96,11 +96,17 @@ class Buffers:
             buffers.history.zero_()
         if buffers.momentum is not None:
             buffers.momentum.zero_()
-        slots = buffers.model_input.unflatten(0, (-1, len(buffers.x)))  # type: ignore[union-attr]
-        slots.copy_((buffers.x * self._c_in[row]).expand_as(slots))
         buffers.time.fill_(self._t[row])  # type: ignore[union-attr]
+        self.set_state(row, buffers.x)
         if self.agreement is not None:
             self.agreement.reset()
+
+    def set_state(self, row: int, x: Tensor) -> None:
+        """Make x the state from which a row, the next, goes on."""
+        if x is not self.step.x:
+            self.step.x.copy_(x)
+        slots = self.step.model_input.unflatten(0, (-1, len(x)))  # type: ignore[union-attr]
+        slots.copy_((self.step.x * self._c_in[row]).expand_as(slots))
 
     def rehearse(self, row: int, reach: float = 1.0) -> None:
         """Make a row the next, from a state that is always the same: values from -reach to reach."""

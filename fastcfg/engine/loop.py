@@ -79,6 +79,11 @@ class Run:
         step = self.buffers.step
         return Step(*self.position(row), x=step.x.clone(), x0=step.x0.clone())  # type: ignore[union-attr]
 
+    def set_state(self, row: int, x: Tensor) -> None:
+        """Go on with row `row`, the next, from the state x [B, C, ...]."""
+        with torch.no_grad():
+            self.buffers.set_state(row, x)
+
     def position(self, row: int) -> tuple[int, int, int, float]:
         """A row's index, the number of rows, its step and its time."""
         return row, self.table.num_rows, int(self.table.steps[row]), float(self.table["t"][row])

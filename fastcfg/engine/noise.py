@@ -104,12 +104,9 @@ def torch_source(
     Raises:
         ValueError: several seeds, or a generator on another device.
     """
-    seed = None if seed is None else _integers(seed)
-    if isinstance(seed, list):
-        raise ValueError(f"seed: got {seed!r}, expected one integer for the whole batch with noise_source='torch'")
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: got one on {generator.device}, expected one on {device}")
-    generator = generator if seed is None else torch.Generator(device).manual_seed(seed)
+    generator = generator if seed is None else seeded_generator(seed, device)
     whole = (drawn or shape[0], *shape[1:])
     if whole == shape and not every_row:
         fill: Callable[[int, Any], object] = partial(_draw, generator)
@@ -124,6 +121,14 @@ def torch_source(
         fill = partial(_fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
     start = partial(torch.randn, whole, generator=generator, device=device)
     return NoiseSource(lambda: start()[: shape[0]], fill, always=every_row)
+
+
+def seeded_generator(seed: int | Sequence[int], device: torch.device) -> torch.Generator:
+    """torch's generator on a device for one seed; ValueError for several."""
+    value = _integers(seed)
+    if isinstance(value, list):
+        raise ValueError(f"seed: got {value!r}, expected one integer for the whole batch with noise_source='torch'")
+    return torch.Generator(device).manual_seed(value)
 
 
 def _draw(generator: torch.Generator | None, row: int, buffer: Tensor) -> None:

@@ -241,8 +241,12 @@ class Sampler:
         keyword arguments of `sample` up to `x_T`, and checks them at once."""
         if unknown := sorted(set(arguments) - set(_CALL)):
             raise TypeError(f"iterate: got {', '.join(unknown)}, expected some of {', '.join(_CALL)}")
-        run = self._prepare(shape, True, **arguments)
+        run = self.start(shape, **arguments)
         return (run.step(row) for row in run.rows())
+
+    def start(self, shape: Sequence[int], **arguments: Any) -> Run:
+        """A run that `iterate` makes, before its first row, for loops that change the state between rows."""
+        return self._prepare(shape, True, **arguments)
 
     def report(self) -> dict[str, Any]:
         """How the last run was executed: backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.conditioning import Shared
-from ..utils.checks import check_finite
+from ..utils.checks import check_count, check_finite
+
+# Up to so many channels all are guided, in every project.
+_PLAIN = 3
 
 
 class ClassifierFree:
@@ -22,10 +25,13 @@ class ClassifierFree:
     Args:
         model: called as model(x [2B, C, ...], t [2B], **conditioning), the conditional half first.
         guidance_scale: s.
+        channels: how many of the state's C channels are guided, the first ones; the others are each half's own, as in
+            DiT's and point-e's functions, which guide 3. None guides all of up to 3, and must be given for more:
+            projects differ in what they do then.
 
     Raises:
         TypeError: the model is not callable.
-        ValueError: the scale is not finite.
+        ValueError: the scale is not finite, or channels is not a positive integer.
 
     Example:
         >>> model_fn = ClassifierFree(lambda x, t, y: x * y.view(-1, 1, 1, 1), 3.0)
@@ -33,20 +39,29 @@ class ClassifierFree:
         tensor(3.)
     """
 
-    def __init__(self, model: Callable[..., Any], guidance_scale: float) -> None:
+    def __init__(self, model: Callable[..., Any], guidance_scale: float, channels: int | None = None) -> None:
         if not callable(model):
             raise TypeError(f"model: got {type(model).__name__}, expected a callable")
         self.model = model
         self.guidance_scale = check_finite("guidance_scale", guidance_scale)
+        self.channels = None if channels is None else check_count("channels", channels)
+
+    def guided(self, channels: int) -> int:
+        """How many of a state's channels are guided. ValueError where that is not said, or more than there are."""
+        if self.channels is None and channels > _PLAIN:
+            expected = f"the number that is guided: 3 as in DiT's forward_with_cfg, {channels} for all"
+            raise ValueError(f"channels: got None for a state of {channels}, expected {expected}")
+        return channels if self.channels is None else check_count("channels", self.channels, most=channels)
 
     def __call__(self, x_t: Tensor, ts: Tensor, **kwargs: Any) -> Tensor:
-        """x_t [2B, C, ...] at times ts [2B] to [2B, C or 2C, ...]. Raises ValueError for an odd batch."""
+        """x_t [2B, C, ...] at times ts [2B] to [2B, C or 2C, ...]. Raises ValueError for an odd batch, or as
+        `guided`."""
         if len(x_t) % 2:
             raise ValueError(f"x_t: got a batch of {len(x_t)}, expected an even one: [conditional; unconditional]")
         half = x_t[: len(x_t) // 2]
         output = self.model(torch.cat([half, half]), ts, **kwargs)
         output = output[0] if isinstance(output, tuple) else output
-        channels = x_t.shape[1]
+        channels = self.guided(x_t.shape[1])
         cond, uncond = output[:, :channels].chunk(2)
         blended = uncond + self.guidance_scale * (cond - uncond)
         return torch.cat([torch.cat([blended, blended]), output[:, channels:]], dim=1)

@@ -116,12 +116,23 @@ class GaussianDiffusion(Process):
         self.model_mean_type = ModelMeanType[model_mean_type.name]
         self.model_var_type = ModelVarType[model_var_type.name]
         self.loss_type = LossType[loss_type.name]
-        self.rescale_timesteps = self._rescale = rescale_timesteps
-        self._prediction, self._variance = _PREDICTIONS[self.model_mean_type.name], self.model_var_type.name.lower()
+        self.rescale_timesteps = rescale_timesteps
         self._set_schedule(make_schedule(betas))
 
+    @property
+    def _prediction(self) -> str:  # type: ignore[override]
+        return _PREDICTIONS[self.model_mean_type.name]
+
+    @property
+    def _variance(self) -> str:  # type: ignore[override]
+        return self.model_var_type.name.lower()
+
+    @property
+    def _rescale(self) -> bool:  # type: ignore[override]
+        return self.rescale_timesteps
+
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
-        return originals.predict_xstart_from_xprev(self._schedule, x_t, t, xprev)
+        return originals.predict_xstart_from_xprev(self._arrays(), x_t, t, xprev)
 
     def ddim_reverse_sample(  # type: ignore[override]
         self,
@@ -149,7 +160,7 @@ class GaussianDiffusion(Process):
         x_t = self.q_sample(x_start, t, noise)
         output = self._call(model, x_t, t, model_kwargs)
         types = {"prediction": self._prediction, "variance": self._variance, "loss": self.loss_type.name.lower()}
-        return bits_per_dim.training_losses(self._schedule, output, x_start, x_t, t, noise, **types)
+        return bits_per_dim.training_losses(self._arrays(), output, x_start, x_t, t, noise, **types)
 
     def _vb_terms_bpd(
         self,
@@ -161,10 +172,10 @@ class GaussianDiffusion(Process):
         model_kwargs: Keywords = None,
     ) -> dict[str, Tensor]:
         p = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        return bits_per_dim.vb_terms(self._schedule, p, x_start, x_t, t)
+        return bits_per_dim.vb_terms(self._arrays(), p, x_start, x_t, t)
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
-        return bits_per_dim.prior_bpd(self._schedule, x_start)
+        return bits_per_dim.prior_bpd(self._arrays(), x_start)
 
     def calc_bpd_loop(
         self, model: Model, x_start: Tensor, clip_denoised: bool = True, model_kwargs: Keywords = None
@@ -175,7 +186,7 @@ class GaussianDiffusion(Process):
             total_bpd and prior_bpd [B]; vb, xstart_mse and mse (of ε) [B, T], the noisiest step first.
         """
         predict = partial(self.p_mean_variance, model, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        return bits_per_dim.bits_per_dimension(self._schedule, predict, x_start)
+        return bits_per_dim.bits_per_dimension(self._arrays(), predict, x_start)
 
 
 class SpacedDiffusion(SpacedProcess, GaussianDiffusion):

@@ -21,6 +21,8 @@ Throughout, x is [B, C, ...] of any floating dtype and t int64 [B] on x's device
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -88,6 +90,7 @@ def p_mean_variance(
     variance: str = "learned_range",
     clip_denoised: bool = True,
     denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    methods: Any = None,
 ) -> dict[str, Tensor]:
     """p(x_{t-1} | x_t) from a model's output.
 
@@ -97,6 +100,8 @@ def p_mean_variance(
         variance: "fixed_small", "fixed_large", "learned" or "learned_range", as in `fastcfg.solvers.ddpm`.
         clip_denoised: clamp x0 to [-1, 1].
         denoised_fn: applied to x0 before the clamp.
+        methods: an object whose `_predict_xstart_from_eps`, `_predict_xstart_from_xprev`, `_predict_eps_from_xstart`
+            and `q_posterior_mean_variance` are called as the originals call their own; None for those of this module.
 
     Returns:
         mean, variance, log_variance and pred_xstart, each shaped like x. With "previous_x" the mean is the output
@@ -121,16 +126,19 @@ def p_mean_variance(
     output = model_output[:, :channels]
     log_variance, sigma2 = _variance(schedule, variance, model_output[:, channels:], x, t)
 
-    pred_xstart = output
-    if prediction != "x0":
-        invert = predict_xstart_from_eps if prediction == "epsilon" else predict_xstart_from_xprev
-        pred_xstart = invert(schedule, x, t, output)
+    methods, pred_xstart = methods or _Methods(schedule), output
+    if prediction == "epsilon":
+        pred_xstart = methods._predict_xstart_from_eps(x_t=x, t=t, eps=output)
+    elif prediction == "previous_x":
+        pred_xstart = methods._predict_xstart_from_xprev(x_t=x, t=t, xprev=output)
     if denoised_fn is not None:
         pred_xstart = denoised_fn(pred_xstart)
     if clip_denoised:
         pred_xstart = pred_xstart.clamp(-1, 1)
 
-    mean = output if prediction == "previous_x" else _posterior_mean(schedule, pred_xstart, x, t)
+    mean = output
+    if prediction != "previous_x":
+        mean = methods.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)[0]
     return {"mean": mean, "variance": sigma2, "log_variance": log_variance, "pred_xstart": pred_xstart}
 
 
@@ -140,13 +148,16 @@ def condition_mean(p: dict[str, Tensor], gradient: Tensor) -> Tensor:
 
 
 def condition_score(
-    schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor, gradient: Tensor
+    schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor, gradient: Tensor, methods: Any = None
 ) -> dict[str, Tensor]:
-    """p with mean and pred_xstart from ε - √(1-ᾱ) ∇ log p(y | x_t) (Dhariwal & Nichol 2021); not clamped again."""
-    eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
+    """p with mean and pred_xstart from ε - √(1-ᾱ) ∇ log p(y | x_t) (Dhariwal & Nichol 2021); not clamped again.
+    `methods` as for `p_mean_variance`."""
+    methods = methods or _Methods(schedule)
+    eps = methods._predict_eps_from_xstart(x, t, p["pred_xstart"])
     eps = eps - (1 - _look_up(schedule, "alphas_cumprod", t, x)).sqrt() * gradient
-    pred_xstart = predict_xstart_from_eps(schedule, x, t, eps)
-    return {**p, "pred_xstart": pred_xstart, "mean": _posterior_mean(schedule, pred_xstart, x, t)}
+    pred_xstart = methods._predict_xstart_from_eps(x, t, eps)
+    mean = methods.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)[0]
+    return {**p, "pred_xstart": pred_xstart, "mean": mean}
 
 
 def p_sample(p: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
@@ -156,10 +167,18 @@ def p_sample(p: dict[str, Tensor], t: Tensor, noise: Tensor) -> Tensor:
 
 
 def ddim_sample(
-    schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: Tensor, noise: Tensor, *, eta: float = 0.0
+    schedule: Schedule,
+    p: dict[str, Tensor],
+    x: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    *,
+    eta: float = 0.0,
+    methods: Any = None,
 ) -> Tensor:
-    """x_{t-1} of DDIM (Song et al. 2020, equation 12), with ε re-derived from pred_xstart; σ is 0 at t = 0."""
-    eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
+    """x_{t-1} of DDIM (Song et al. 2020, equation 12), with ε re-derived from pred_xstart; σ is 0 at t = 0. `methods`
+    as for `p_mean_variance`."""
+    eps = (methods or _Methods(schedule))._predict_eps_from_xstart(x, t, p["pred_xstart"])
     alpha_bar = _look_up(schedule, "alphas_cumprod", t, x)
     alpha_bar_prev = _look_up(schedule, "alphas_cumprod_prev", t, x)
     sigma = eta * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
@@ -172,6 +191,16 @@ def ddim_reverse_sample(schedule: Schedule, p: dict[str, Tensor], x: Tensor, t: 
     eps = predict_eps_from_xstart(schedule, x, t, p["pred_xstart"])
     alpha_bar_next = _look_up(schedule, "alphas_cumprod_next", t, x)
     return p["pred_xstart"] * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
+
+
+class _Methods:
+    """The functions of this module as an object's methods."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._predict_xstart_from_eps = partial(predict_xstart_from_eps, schedule)
+        self._predict_xstart_from_xprev = partial(predict_xstart_from_xprev, schedule)
+        self._predict_eps_from_xstart = partial(predict_eps_from_xstart, schedule)
+        self.q_posterior_mean_variance = partial(q_posterior_mean_variance, schedule)
 
 
 def _variance(schedule: Schedule, variance: str, values: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

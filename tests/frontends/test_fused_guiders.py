@@ -630,6 +630,46 @@ def test_a_guider_without_an_attribute_raises_as_the_original(name: str) -> None
             guider.forward(row["pred_cond"], row["pred_uncond"])
 
 
+def test_options_in_the_config_are_heard_where_the_original_reads_them(blends: Blends) -> None:
+    """diffusers' objects give what their config has for an attribute that they lack."""
+    rows = predictions()
+    theirs, ours = pair("ClassifierFreeGuidance", {"guidance_scale": 3.0})
+    for change in (
+        lambda guider: guider.register_to_config(guidance_scale=5.0),  # not read: the attribute is there
+        lambda guider: delattr(guider, "guidance_scale"),
+        lambda guider: guider.register_to_config(guidance_scale=2.0),
+        lambda guider: guider.register_to_config(guidance_rescale=0.5),
+        lambda guider: delattr(guider, "guidance_rescale"),
+    ):
+        for guider in (theirs, ours):
+            change(guider)
+        assert_same(guide(ours, 3, rows[3]), guide(theirs, 3, rows[3]))
+    assert blends.ran == 5
+
+
+@pytest.mark.parametrize("missing", ["_is_cfg_enabled", "guidance_scale", "_start", "_step"])
+def test_a_class_of_another_version_is_left_to_itself(missing: str, told: Any) -> None:
+    class Other(guiders.ClassifierFreeGuidance):  # type: ignore[misc]
+        """Reads other attributes."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == missing:
+                raise AttributeError
+            return super().__getattribute__(name)
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"there is no {name}")
+
+        def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> Any:
+            return pred_cond - pred_uncond
+
+    Other.__module__, Other.__name__ = "diffusers.guiders.another", "ClassifierFreeGuidance"
+    guider, row = fuse(Other()), predictions()[3]
+    guider.set_state(3, STEPS, None)
+    assert torch.equal(guider.forward(row["pred_cond"], row["pred_uncond"]), row["pred_cond"] - row["pred_uncond"])
+    assert told() == [f"ClassifierFreeGuidance is not fused: there is no {missing}"]
+
+
 class Recorded(TorchDispatchMode):
     """The operations that run, with the devices and kinds of what they copy."""
 

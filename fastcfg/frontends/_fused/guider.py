@@ -22,7 +22,7 @@ from ...ops.blender import RowBlends
 from ...ops.checks import LOADED_DTYPES
 from ...ops.gram import gram
 from ...utils._torch_private import in_function_transform
-from .fall_through import FallThroughError, falling_through, log_once
+from .fall_through import FallThroughError, log_once
 from .subclass import subclass
 
 # The row of the blends that runs: a perturbed branch takes no part in row 0.
@@ -81,7 +81,8 @@ def fused_guider(original: type) -> type:
         if known and base.forward == theirs and not torch.compiler.is_compiling():
             try:
                 fields = (method or _unknown)(self, dict(zip(names, args, strict=False)) | kwargs)
-            except FallThroughError as error:
+            except (FallThroughError, AttributeError, TypeError, ValueError) as error:
+                # What is not as expected, also in other versions of diffusers, raises again where the original does.
                 log_once(original.__name__, str(error))
             else:
                 if fields is not None:
@@ -195,10 +196,7 @@ _METHODS: dict[str, _Method] = {
 
 def _ask(guider: Any, name: str) -> bool:
     """What a guider's own method says."""
-    method = getattr(guider, name, None)
-    if method is None:
-        raise FallThroughError(f"it has no method {name}")
-    return bool(method())
+    return bool(getattr(guider, name)())
 
 
 def _fields(pred: Tensor, cond: Tensor, uncond: Any) -> dict[str, Any]:
@@ -207,23 +205,23 @@ def _fields(pred: Tensor, cond: Tensor, uncond: Any) -> dict[str, Any]:
 
 def _predictions(given: _Given, *names: str) -> list[Tensor]:
     """The predictions of these names, which one blend takes."""
-    found = [given.get(name) for name in names]
-    for name, prediction in zip(names, found, strict=True):
-        if type(prediction) is not Tensor or prediction.layout != torch.strided:
+    found: list[Any] = [given.get(name) for name in names]
+    first, with_gradients = found[0], torch.is_grad_enabled()
+    for prediction in found:
+        if type(prediction) is not Tensor or prediction.layout is not torch.strided:
             got = "None" if prediction is None else f"a {type(prediction).__name__}"
-            raise FallThroughError(f"{name} is {got}, expected a plain tensor")
-        if not _alike(prediction, found[0]):
+            raise FallThroughError(f"a prediction is {got}, expected a plain tensor")
+        if prediction is not first and not _alike(prediction, first):
             raise FallThroughError("its predictions differ in shape, layout, dtype or device")
-        if prediction.requires_grad and torch.is_grad_enabled():
+        if with_gradients and prediction.requires_grad:
             raise FallThroughError("its blend must let gradients through")
-    first: Any = found[0]
     if first.ndim < 3 or not first.numel() or first.dtype not in LOADED_DTYPES or first.is_meta:
         got = f"{first.dtype} with {first.ndim} dimensions on {first.device.type}"
         expected = "elements in 3 or more dimensions of float32, float16 or bfloat16"
         raise FallThroughError(f"its predictions are {got}, expected {expected}")
     if in_function_transform():
         raise FallThroughError("its blend must let the transforms of torch.func through")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -281,8 +279,7 @@ def _blend(
         raise FallThroughError("its scale leaves a prediction out")
     if blends.uses_outputs(_ROW):
         _refuse_autocast(cond)
-    with falling_through(TypeError, ValueError):
-        pred = _as(cond, blends(_ROW, outputs, momentum))
+    pred = _as(cond, blends(_ROW, outputs, momentum))
     # The original's pred_uncond comes out of a product of matrices, and what is added to it lies as it does.
     return pred.contiguous() if spec.kind is guidance.TangentialCFG and not guider.use_original_formulation else pred
 
@@ -312,10 +309,8 @@ def _as(like: Tensor, result: Tensor) -> Tensor:
 
 
 def _number(owner: Any, name: str) -> Any:
-    """An attribute that is a number or None. Other versions of diffusers may lack it."""
-    value = getattr(owner, name, owner)
-    if value is owner:
-        raise FallThroughError(f"it has no attribute {name}")
+    """An attribute that is a number or None."""
+    value = getattr(owner, name)
     if value is not None and not isinstance(value, _NUMBERS):
         raise FallThroughError(f"its attribute {name} is a {type(value).__name__}, expected a number")
     return value

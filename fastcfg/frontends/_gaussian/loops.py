@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...clip import DynamicThreshold
+from ...engine.model_input import input_device
 from ...engine.model_output import output_tensor
-from ...engine.noise import NoiseSource, philox_source, recorded_source, torch_source
+from ...engine.noise import NoiseSource, philox_source, recorded_source, seeded_generator, torch_source
 from ...engine.sampler import Sampler
 from ...guidance import CFG
 from ...ops import dynamic_threshold
@@ -20,6 +24,7 @@ from ...table import StepTable
 from ...utils.identity import Alike
 from ...utils.lru import LRU
 from ...utils.progress import progress_bar
+from .._fused.fall_through import log_once
 from ..classifier_free import ClassifierFree, split_by_branch
 
 Model = Callable[..., Any]
@@ -27,6 +32,7 @@ Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
 
 _ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold")
+_NAMES = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop", "ddim_reverse": "ddim_reverse_sample_loop"}
 
 
 @dataclass(eq=False)
@@ -53,11 +59,11 @@ class LoopCall:
     threshold: DynamicThreshold | None = None
 
     def __post_init__(self) -> None:
-        if self.guidance_scale is not None:
-            self.model = ClassifierFree(self.model, self.guidance_scale)
         if not isinstance(self.shape, tuple | list):
             raise TypeError(f"shape: got {type(self.shape).__name__}, expected a tuple or a list")
         self.shape = tuple(self.shape)
+        if self.guidance_scale is not None:
+            self.model = ClassifierFree(self.model, self.guidance_scale, *self.shape[1:2])
         if self.noise is not None and tuple(self.noise.shape) != self.shape:
             raise ValueError(f"noise: got shape {tuple(self.noise.shape)}, expected {self.shape}")
         if not callable(self.noise_source) and self.noise_source not in ("torch", "philox"):
@@ -66,17 +72,40 @@ class LoopCall:
             raise TypeError(f"threshold: got {type(self.threshold).__name__}, expected a DynamicThreshold or None")
         if isinstance(self.model, ClassifierFree) and self.shape[0] % 2:
             raise ValueError(f"shape: got a batch of {self.shape[0]}, expected an even one: [cond; uncond]")
+        if isinstance(self.model, ClassifierFree) and len(self.shape) > 1:
+            self.model.guided(self.shape[1])
         if self.device is None:
-            parameters = self.model.parameters() if hasattr(self.model, "parameters") else iter(())
-            tensor = next(iter(parameters), self.noise)
-            self.device = "cpu" if tensor is None else tensor.device
+            model = self.model.model if isinstance(self.model, ClassifierFree) else self.model
+            has_weights = hasattr(model, "parameters") and next(iter(model.parameters()), None) is not None
+            self.device = input_device(model) if has_weights or self.noise is None else self.noise.device
         self.device = torch.device(self.device)
+
+    @cached_property
+    def generator(self) -> torch.Generator | None:
+        """The generator of its seed, from which all draws come; None for torch's global one."""
+        if self.seed is None or self.noise_source == "philox":
+            return None
+        return seeded_generator(self.seed, self.device)
+
+    @property
+    def name(self) -> str:
+        """The original's name of the loop."""
+        return _NAMES[self.solver]
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make this call: the originals', and the engine's that are not at their defaults."""
+        skipped = {"solver", "guidance_scale", *(() if self.solver == "ddim" else ("eta",))}
+        options = [field for field in fields(self) if field.name not in skipped]
+        given = {field.name: getattr(self, field.name) for field in options}
+        defaults = {field.name: field.default for field in options if field.name in _ENGINE}
+        return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
     @property
     def guidance(self) -> CFG | None:
-        """The guidance the engine can apply, and so keep one sample of each pair; None if the model applies it, or a
-        cond_fn needs the pairs."""
+        """The guidance the engine can apply, and so keep one sample of each pair; None if the model applies it (it does
+        where some channels are not guided), or a cond_fn needs the pairs."""
         fused = isinstance(self.model, ClassifierFree) and self.cond_fn is None
+        fused = fused and self.model.guided(self.shape[1]) == self.shape[1]  # type: ignore[attr-defined]
         return CFG(self.model.guidance_scale) if fused else None  # type: ignore[attr-defined]
 
 
@@ -88,26 +117,72 @@ def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall
     return LoopCall(**originals, **engine, solver=solver)
 
 
+def layout_problem(call: LoopCall) -> str:
+    """Why the engine cannot compute and draw as the originals do from `noise=`; empty if it can."""
+    noise = call.noise
+    if noise is None or call.noise_source != "torch":
+        return ""
+    if noise.dtype not in (torch.float32, torch.float64):
+        return f"the original computes and draws its first step in the dtype of noise=, {noise.dtype}"
+    if call.solver != "ddim_reverse" and not noise.is_contiguous():
+        return "noise= is not contiguous, and the original draws in its memory order"
+    return ""
+
+
+@dataclass(frozen=True)
+class LoopKind:
+    """What a loop's process is: its solver's table, and what the model predicts; `resume` is the originals' loop of a
+    call from a step on."""
+
+    table: StepTable
+    prediction: str
+    variance: str
+    resume: Callable[[LoopCall, int], Iterator[dict[str, Tensor]]]
+
+
 class LoopRunner:
-    """Runs loops on the engine for models of some variance. Samplers, with their buffers and graphs, are kept by model
-    and solver."""
+    """Runs loops on the engine. Samplers, with their buffers and graphs, are kept by model, solver and variance."""
 
-    def __init__(self, variance: str) -> None:
-        self._variance = variance
-        self._samplers: LRU[Sampler] = LRU(4)
+    def __init__(self) -> None:
+        self._samplers: LRU[tuple[Sampler, _Outputs]] = LRU(4)
 
-    def steps(self, call: LoopCall, table: StepTable) -> Iterator[dict[str, Tensor]]:
-        """Yield sample and pred_xstart of every step, each of the call's shape."""
-        sampler, arguments = self._prepare(call, table)
-        for step in progress_bar(call.progress, sampler.iterate(**arguments), total=table.num_rows):
-            yield {"sample": _whole_batch(step.x, call), "pred_xstart": _whole_batch(step.x0, call)}
+    def steps(self, call: LoopCall, kind: LoopKind) -> Iterator[dict[str, Tensor]]:
+        """Yield sample and pred_xstart of every step, each of the call's shape. The next step starts from the sample as
+        its user leaves it: where the engine cannot take that, the original's loop takes over."""
+        sampler, outputs, arguments = self._prepare(call, kind)
+        run, rows = sampler.start(**arguments), kind.table.num_rows
+        for row in progress_bar(call.progress, run.rows(), total=rows):
+            step = run.step(row)
+            sample = _whole_batch(step.x, call)
+            out = {"sample": sample, "pred_xstart": _whole_batch(step.x0, call)}
+            layout, order = _layout(sample), outputs.order if _keeps_order(call, kind) else None
+            yield out
+            sample, problem = out["sample"], ""
+            if _layout(sample) != layout:
+                problem = f"the sample of step {row} was replaced by one of another shape, dtype or memory order"
+            elif order is not None:
+                problem, sample = "the model's outputs are in a memory order of their own", _ordered(sample, order)
+            if problem and row + 1 < rows:
+                log_once(call.name, problem)
+                yield from kind.resume(_from_sample(call, sample), row + 1)
+                return
+            if row + 1 < rows:
+                run.set_state(row + 1, sample[: len(step.x)])
 
-    def final(self, call: LoopCall, table: StepTable) -> Tensor:
+    def final(self, call: LoopCall, kind: LoopKind) -> Tensor:
         """The last sample alone, of the call's shape."""
-        sampler, arguments = self._prepare(call, table)
-        return _whole_batch(sampler.sample(**arguments, progress=call.progress), call)
+        sampler, outputs, arguments = self._prepare(call, kind)
+        draws_in_order = _keeps_order(call, kind)
+        if outputs.order is None or not draws_in_order:
+            state = _generator_state(call) if draws_in_order else None
+            samples = _whole_batch(sampler.sample(**arguments, progress=call.progress), call)
+            if outputs.order is None or state is None:
+                return samples
+            _set_generator_state(call, state)  # and once again, with draws in the order of the outputs
+        *_, last = self.steps(call, kind)
+        return last["sample"]
 
-    def _prepare(self, call: LoopCall, table: StepTable) -> tuple[Sampler, dict[str, Any]]:
+    def _prepare(self, call: LoopCall, kind: LoopKind) -> tuple[Sampler, _Outputs, dict[str, Any]]:
         shape, guidance, denoised_fn = tuple(call.shape), call.guidance, call.denoised_fn
         batch = shape[0] // (1 if guidance is None else 2)
         if guidance is not None and denoised_fn is not None:
@@ -115,39 +190,113 @@ class LoopRunner:
         model = call.model if guidance is None else call.model.model  # type: ignore[attr-defined]
         # float64 noise makes the originals compute in float64; everything else becomes float32.
         dtype = torch.float64 if call.noise is not None and call.noise.dtype == torch.float64 else torch.float32
-        options = {"backend": call.backend, "graph": call.graph, "device": call.device}
+        options: dict[str, Any] = {"backend": call.backend, "graph": call.graph, "device": call.device}
         options |= {"dtype": dtype, "state_dtype": dtype}
-        key = (Alike(model), table, shape[1], *options.values())
-        options["output"] = partial(_of_channels, shape[1], self._variance)
-        sampler = self._samplers.get_or_make(key, lambda: Sampler(model, table, **options))
-        return sampler, {
-            "shape": (batch, *shape[1:]),
-            "guidance": guidance,
-            "clip": call.threshold or (1.0 if call.clip_denoised else None),
-            "denoised_fn": denoised_fn,
-            "cond_fn": call.cond_fn,
-            "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
-            "noise": _engine_noise(call, sampler, batch),
-            "x_T": None if call.noise is None else call.noise[:batch],
-        }
+        key = (Alike(model), kind.table, shape[1], kind.variance, *options.values())
+
+        def made() -> tuple[Sampler, _Outputs]:
+            outputs = _Outputs(shape[1], kind.variance)
+            return Sampler(model, kind.table, output=outputs, **options), outputs
+
+        sampler, outputs = self._samplers.get_or_make(key, made)
+        return (
+            sampler,
+            outputs,
+            {
+                "shape": (batch, *shape[1:]),
+                "guidance": guidance,
+                "clip": call.threshold or (1.0 if call.clip_denoised else None),
+                "denoised_fn": denoised_fn,
+                "cond_fn": call.cond_fn,
+                "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
+                "noise": _engine_noise(call, sampler, batch),
+                "x_T": None if call.noise is None else call.noise[:batch],
+            },
+        )
 
 
 def step_by_step(
-    step: Callable[..., dict[str, Tensor]], times: Iterable[int], call: LoopCall
+    step: Callable[..., dict[str, Tensor]], times: Iterable[int], call: LoopCall, first: int = 0
 ) -> Iterator[dict[str, Tensor]]:
-    """The originals' loop over their own steps: the same calls, draws and roundings. A step is called as
-    step(model, x, t, **arguments of the originals, noise=a function of x)."""
-    indices, shape = list(times), tuple(call.shape)
+    """The originals' loop over their own steps, from the step `first` on: the same calls, draws and roundings. A step
+    is called as step(model, x, t, **arguments of the originals), with noise=(a function of x) where it takes that."""
+    indices, shape = list(times)[first:], tuple(call.shape)
     source = _originals_noise(call)
     x = source.start() if call.noise is None else call.noise
     options: dict[str, Any] = {"clip_denoised": call.clip_denoised, "denoised_fn": _thresholded(call)}
     options |= {"cond_fn": call.cond_fn, "model_kwargs": call.model_kwargs}
-    for i, index in enumerate(progress_bar(call.progress, indices)):
+    takes_noise = _takes_noise(step)
+    if callable(call.noise_source) and not takes_noise:
+        raise ValueError("noise_source: got a function, expected 'torch' for a step that takes no noise=")
+    for i, index in enumerate(progress_bar(call.progress, indices), first):
         t = torch.full((shape[0],), index, device=call.device)
-        with torch.no_grad():
-            out = step(call.model, x, t, **options, noise=partial(_draw, source, i))
+        drawn = {"noise": partial(_draw, source, i)} if takes_noise else {}
+        with torch.no_grad(), nullcontext() if takes_noise else _drawing_from(call.generator):
+            out = step(call.model, x, t, **options, **drawn)
         yield out
         x = out["sample"]
+
+
+def _takes_noise(step: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(step).parameters
+    return "noise" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@contextmanager
+def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Context in which torch's global generator is in a generator's place."""
+    if generator is None:
+        yield
+        return
+    before = _global_state(generator.device)
+    _set_global_state(generator.device, generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(_global_state(generator.device))
+        _set_global_state(generator.device, before)
+
+
+def _global_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_global_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
+def _generator_state(call: LoopCall) -> Tensor:
+    """The state of the generator that a call draws from."""
+    return _global_state(call.device) if call.generator is None else call.generator.get_state()
+
+
+def _set_generator_state(call: LoopCall, state: Tensor) -> None:
+    _set_global_state(call.device, state) if call.generator is None else call.generator.set_state(state)
+
+
+def _keeps_order(call: LoopCall, kind: LoopKind) -> bool:
+    """Whether the originals' states take on the memory order of the model's outputs, and are what they draw like."""
+    return kind.prediction != "epsilon" and call.noise_source == "torch" and call.solver != "ddim_reverse"
+
+
+def _ordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """The same values in another memory order, outermost dimension first."""
+    return x.permute(order).contiguous().permute(*(order.index(dim) for dim in range(x.ndim)))
+
+
+def _from_sample(call: LoopCall, sample: Any) -> LoopCall:
+    """The rest of a call, from a sample: it draws from the same generator."""
+    rest = copy.copy(call)
+    rest.noise, rest.progress = sample, False
+    rest.generator = call.generator
+    return rest
+
+
+def _layout(sample: Any) -> Any:
+    """What the engine must know of a sample: its shape, dtype, device and memory order."""
+    if not isinstance(sample, Tensor):
+        return type(sample)
+    return sample.shape, sample.dtype, sample.device, sample.is_contiguous()
 
 
 def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
@@ -158,7 +307,7 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
         return philox_source(call.seed, shape, sampler.device, sampler.backend)
     # The originals draw in every step, but for the reverse ODE.
     options = {"dtype": sampler.state_dtype, "every_row": call.solver != "ddim_reverse"}
-    drawn = torch_source(call.seed, shape, sampler.device, drawn=full[0], **options)
+    drawn = torch_source(None, shape, sampler.device, generator=call.generator, drawn=full[0], **options)
     if not callable(source):
         return drawn
 
@@ -173,9 +322,10 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
 
 def _originals_noise(call: LoopCall) -> NoiseSource:
     if call.noise_source == "philox":
-        raise ValueError("noise_source: got 'philox' with backend='reference', expected 'torch' or a function")
+        got = "'philox' with backend='reference'" if call.backend == "reference" else "'philox' for a loop step by step"
+        raise ValueError(f"noise_source: got {got}, expected 'torch' or a function")
     shape, source = tuple(call.shape), call.noise_source
-    drawn = torch_source(call.seed, shape, call.device)
+    drawn = torch_source(None, shape, call.device, generator=call.generator)
     return recorded_source(source, 0, shape, drawn.start) if callable(source) else drawn
 
 
@@ -194,14 +344,25 @@ def _thresholded(call: LoopCall) -> Function | None:
     return lambda x0: dynamic_threshold(x0 if function is None else function(x0), *limits)
 
 
-def _of_channels(channels: int, variance: str, returned: Any) -> Tensor:
-    """The model's output, of the channels that the originals insist on: twice the state's where it has variances."""
-    output = output_tensor(returned)
-    expected = (*output.shape[:1], channels * (2 if variance.startswith("learned") else 1), *output.shape[2:])
-    if output.shape != expected:
-        got = f"shape {tuple(output.shape)}"
-        raise ValueError(f"model output: got {got}, expected {expected} for {variance} variance")
-    return output
+class _Outputs:
+    """Reads a model's outputs, of the channels that the originals insist on (twice the state's where it has variances),
+    and notes their memory order, the outermost dimension first; None for the usual one."""
+
+    def __init__(self, channels: int, variance: str) -> None:
+        self._channels, self._variance = channels, variance
+        self.order: tuple[int, ...] | None = None
+
+    def __call__(self, returned: Any) -> Tensor:
+        output, variance = output_tensor(returned), self._variance
+        channels = self._channels * (2 if variance.startswith("learned") else 1)
+        expected = (*output.shape[:1], channels, *output.shape[2:])
+        if output.shape != expected:
+            got = f"shape {tuple(output.shape)}"
+            raise ValueError(f"model output: got {got}, expected {expected} for {variance} variance")
+        if not output.is_contiguous():
+            order = tuple(sorted(range(output.ndim), key=output.stride, reverse=True))
+            self.order = None if order == tuple(range(output.ndim)) else order
+        return output
 
 
 def _on_pairs(function: Function, x0: Tensor) -> Tensor:

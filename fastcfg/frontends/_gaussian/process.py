@@ -21,18 +21,25 @@ from ...reference import originals
 from ...schedule import Schedule
 from ...table import StepTable
 from ...utils.lru import LRU
-from .loops import Function, Keywords, LoopCall, LoopRunner, Model, loop_call, step_by_step
+from .._fused.fall_through import log_once
+from .attributes import ARRAYS, Tables, overridden
+from .loops import Function, Keywords, LoopCall, LoopKind, LoopRunner, Model, layout_problem, loop_call, step_by_step
 from .schedules import AssertionValueError, make_schedule
 
 Result = TypeVar("Result")
 
-# The originals' numpy attributes that are arrays of the schedule.
-_ARRAYS = (
-    *("betas", "alphas_cumprod", "alphas_cumprod_prev", "alphas_cumprod_next", "sqrt_alphas_cumprod"),
-    *("sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
-    *("sqrt_recipm1_alphas_cumprod", "posterior_variance", "posterior_log_variance_clipped"),
-    *("posterior_mean_coef1", "posterior_mean_coef2"),
+# What the originals' loops call, by solver, and with a cond_fn.
+_COMMON = (
+    *("p_mean_variance", "q_posterior_mean_variance", "_predict_xstart_from_eps", "_predict_xstart_from_xprev"),
+    *("_predict_eps_from_xstart", "_wrap_model", "_scale_timesteps"),
 )
+_STEPS = {
+    "ddpm": ("p_sample", *_COMMON),
+    "ddim": ("ddim_sample", *_COMMON),
+    "ddim_reverse": ("ddim_reverse_sample", *_COMMON),
+}
+_CONDITIONED = ("condition_mean", "condition_score")
+
 # (model, shape, noise, ..., progress, eta): the originals' arguments of a loop.
 _LOOP = list(inspect.signature(LoopCall).parameters.values())[:10]
 
@@ -84,34 +91,47 @@ class Process:
     def _set_schedule(self, schedule: Schedule) -> None:
         self._schedule, self.num_timesteps = schedule, schedule.num_timesteps
         with np.errstate(divide="ignore", invalid="ignore"):
-            for name in _ARRAYS:
-                setattr(self, name, getattr(schedule, name))
-        self._runner = LoopRunner(self._variance)
+            for name in ARRAYS:
+                setattr(self, name, getattr(schedule, name).copy())
+        self._as_made = self._read = Tables(self)
+        self._runner = LoopRunner()
         self._tables: LRU[StepTable] = LRU(16)
         self._times: LRU[Tensor] = LRU(16)
+
+    def _arrays(self) -> Schedule:
+        """What single steps read, as the originals' do at every step: the arrays that the attributes are now."""
+        if not self._as_made.differing(self):
+            return self._schedule
+        if self._read is self._as_made or self._read.differing(self):
+            self._read = Tables(self)
+        return self._read  # type: ignore[return-value]
+
+    def _edited(self) -> list[str]:
+        """The attributes that are not what the engine's table was made from."""
+        return self._as_made.differing(self)
 
     # q: from images to noise.
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log variance of q(x_t | x0), each of x_start's shape."""
-        return originals.q_mean_variance(self._schedule, x_start, t)
+        return originals.q_mean_variance(self._arrays(), x_start, t)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t from x0; noise is drawn like x_start by default."""
         noise = torch.randn_like(x_start) if noise is None else noise
         _check_shape("noise", noise, x_start.shape)
-        return originals.q_sample(self._schedule, x_start, t, noise)
+        return originals.q_sample(self._arrays(), x_start, t, noise)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x0)."""
         _check_shape("x_t", x_t, x_start.shape)
-        return originals.q_posterior_mean_variance(self._schedule, x_start, x_t, t)
+        return originals.q_posterior_mean_variance(self._arrays(), x_start, x_t, t)
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        return originals.predict_xstart_from_eps(self._schedule, x_t, t, eps)
+        return originals.predict_xstart_from_eps(self._arrays(), x_t, t, eps)
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        return originals.predict_eps_from_xstart(self._schedule, x_t, t, pred_xstart)
+        return originals.predict_eps_from_xstart(self._arrays(), x_t, t, pred_xstart)
 
     # p: one step from noise to images, in the originals' operations.
 
@@ -138,7 +158,7 @@ class Process:
             output, extra["extra"] = output if isinstance(output, tuple) else (output, None)
         types = {"prediction": self._prediction, "variance": self._variance}
         options: dict[str, Any] = {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, **types}
-        return {**originals.p_mean_variance(self._schedule, output, x, t, **options), **extra}
+        return {**originals.p_mean_variance(self._arrays(), output, x, t, **options, methods=self), **extra}
 
     def condition_mean(
         self, cond_fn: Model, p_mean_var: dict[str, Tensor], x: Tensor, t: Tensor, model_kwargs: Keywords = None
@@ -151,7 +171,7 @@ class Process:
     ) -> dict[str, Tensor]:
         """p_mean_var with mean and pred_xstart from the score moved by ∇ log p(y | x_t)."""
         gradient = self._gradient(cond_fn, x, t, model_kwargs)
-        return originals.condition_score(self._schedule, p_mean_var, x, t, gradient)
+        return originals.condition_score(self._arrays(), p_mean_var, x, t, gradient, methods=self)
 
     def p_sample(
         self,
@@ -169,10 +189,10 @@ class Process:
 
         Noise is drawn like x after the model's call; it may be given, or a function of x that draws it.
         """
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        p = self._p(model, x, t, clip_denoised, denoised_fn, model_kwargs)
         drawn = _drawn(noise, x)
         if cond_fn is not None:
-            p["mean"] = self.condition_mean(cond_fn, p, x, t, model_kwargs)
+            p["mean"] = self.condition_mean(cond_fn, p, x, t, model_kwargs=model_kwargs)
         return {"sample": originals.p_sample(p, t, drawn), "pred_xstart": p["pred_xstart"]}
 
     def ddim_sample(
@@ -189,9 +209,9 @@ class Process:
         noise: Tensor | Function | None = None,
     ) -> dict[str, Tensor]:
         """x_{t-1} of DDIM: sample and pred_xstart (with the gradient's shift). Noise as for `p_sample`."""
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        p = p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs)
-        sample = originals.ddim_sample(self._schedule, p, x, t, _drawn(noise, x), eta=eta)
+        p = self._p(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        p = p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs=model_kwargs)
+        sample = originals.ddim_sample(self._arrays(), p, x, t, _drawn(noise, x), eta=eta, methods=self)
         return {"sample": sample, "pred_xstart": p["pred_xstart"]}
 
     def ddim_reverse_sample(
@@ -207,9 +227,13 @@ class Process:
     ) -> dict[str, Tensor]:
         """x_{t+1} of the deterministic ODE: sample and pred_xstart."""
         _check_deterministic(eta)
-        p = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        p = p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs)
-        return {"sample": originals.ddim_reverse_sample(self._schedule, p, x, t), "pred_xstart": p["pred_xstart"]}
+        p = self._p(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        p = p if cond_fn is None else self.condition_score(cond_fn, p, x, t, model_kwargs=model_kwargs)
+        return {"sample": originals.ddim_reverse_sample(self._arrays(), p, x, t), "pred_xstart": p["pred_xstart"]}
+
+    def _p(self, model: Model, x: Tensor, t: Tensor, clip: bool, denoised_fn: Any, kwargs: Keywords) -> dict[str, Any]:
+        """`p_mean_variance`, called as the originals' steps call it."""
+        return self.p_mean_variance(model, x, t, clip_denoised=clip, denoised_fn=denoised_fn, model_kwargs=kwargs)
 
     # Loops.
 
@@ -272,53 +296,78 @@ class Process:
         return self._last(loop_call("ddim_reverse", engine, model=model, shape=tuple(x.shape), noise=x, **options))
 
     def _last(self, call: LoopCall) -> Tensor:
-        if (steps := self._originals_steps(call)) is None:
-            return self._runner.final(call, self._table(call))
-        *_, last = steps
-        return last["sample"]
+        name = call.name
+        if call.solver != "ddim_reverse" and overridden(self, (f"{name}_progressive",)):
+            *_, last = getattr(self, f"{name}_progressive")(**call.arguments())
+        elif (steps := self._originals_steps(call)) is None:
+            return self._runner.final(call, self._kind(call))
+        else:
+            *_, last = steps
+        sample: Tensor = last["sample"]
+        return sample
 
     def _steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
         steps = self._originals_steps(call)
-        return self._runner.steps(call, self._table(call)) if steps is None else steps
+        return self._runner.steps(call, self._kind(call)) if steps is None else steps
 
     def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]] | None:
         """The originals' own loop; None for calls that the engine runs."""
         # With a predicted x_{t-1} the mean is the output itself, and denoised_fn changes only the reported x0.
         reported_only = self._prediction == "previous_x" and call.solver == "ddpm" and call.denoised_fn is not None
         if call.backend != "reference" and not reported_only:
-            return None
+            if not (problem := self._problem(call)):
+                return None
+            log_once(call.name, problem)
+        return self._loop(call)
+
+    def _loop(self, call: LoopCall, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """The originals' own loop from a step on."""
         times = range(self.num_timesteps)
         if call.solver == "ddim_reverse":
-            return step_by_step(
-                lambda *args, noise, cond_fn, **options: self.ddim_reverse_sample(*args, **options), times, call
-            )
+
+            def reverse(*args: Any, noise: Any = None, cond_fn: Any = None, **options: Any) -> dict[str, Tensor]:
+                return self.ddim_reverse_sample(*args, **options)
+
+            return step_by_step(reverse, times, call, first)
         step = self.p_sample if call.solver == "ddpm" else partial(self.ddim_sample, eta=call.eta)
-        return step_by_step(step, reversed(times), call)
+        return step_by_step(step, reversed(times), call, first)
+
+    def _problem(self, call: LoopCall) -> str:
+        """Why the engine cannot run a loop as the original would; empty if it can."""
+        if methods := overridden(self, _STEPS[call.solver] + (_CONDITIONED if call.cond_fn is not None else ())):
+            return f"{type(self).__name__} overrides {', '.join(methods)}"
+        if edited := self._edited():
+            return f"{', '.join(edited)} changed since the process was made"
+        return layout_problem(call)
+
+    def _kind(self, call: LoopCall) -> LoopKind:
+        return LoopKind(self._table(call), self._prediction, self._variance, self._loop)
 
     def _table(self, call: LoopCall) -> StepTable:
         """The solver's table, built once: samplers know their programs by it."""
         own: dict[str, dict[str, Any]] = {"ddpm": {"variance": self._variance}, "ddim": {"eta": call.eta}}
         options = {"prediction": self._prediction, "rescale_timesteps": self._rescale, **own.get(call.solver, {})}
         build = getattr(solvers, call.solver)
-        return self._tables.get_or_make((call.solver, call.eta), lambda: build(self._schedule, **options))
+        key = (call.solver, call.eta, *options.values())
+        return self._tables.get_or_make(key, lambda: build(self._schedule, **options))
 
     def _call(self, model: Model, x: Tensor, t: Tensor, model_kwargs: Keywords) -> Any:
         _check_shape("t", t, (len(x),))
-        return model(x, self._model_times(t), **(model_kwargs or {}))
+        return self._wrap_model(model)(x, self._scale_timesteps(t), **(model_kwargs or {}))
 
     def _gradient(self, cond_fn: Model, x: Tensor, t: Tensor, model_kwargs: Keywords) -> Tensor:
         if model_kwargs is None:
             raise TypeError("model_kwargs: got None with a cond_fn, expected its keyword arguments")
-        gradient: Tensor = cond_fn(x, self._model_times(t), **model_kwargs)
+        gradient: Tensor = self._wrap_model(cond_fn)(x, self._scale_timesteps(t), **model_kwargs)
         return gradient
 
-    def _model_times(self, t: Tensor) -> Tensor:
-        """The model's times at t: steps of the original process, as floats if they are rescaled."""
-        table = self._times.get_or_make(t.device, lambda: torch.as_tensor(self._schedule.timestep_map, device=t.device))
-        times = table[t]
-        if self._rescale:
-            return times.float() * (1000.0 / self._schedule.original_num_timesteps)
-        return times.to(t.dtype)
+    def _wrap_model(self, model: Model) -> Model:
+        """The model as a function of this process's times."""
+        return model
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        """Times as floats in the range of a 1000-step process, if they are rescaled."""
+        return t.float() * (1000.0 / self.num_timesteps) if self._rescale else t
 
 
 class SpacedProcess(Process):
@@ -336,6 +385,26 @@ class SpacedProcess(Process):
         kept = self._schedule.respace(self.use_timesteps)
         self.timestep_map = kept.timestep_map.tolist()
         self._set_schedule(make_schedule(kept.betas, kept.timestep_map, self.original_num_steps))
+
+    def _edited(self) -> list[str]:
+        now = {"timestep_map": list(self.timestep_map), "original_num_steps": self.original_num_steps}
+        made = (self._schedule.timestep_map.tolist(), self._schedule.original_num_timesteps)
+        return super()._edited() + [name for name, was in zip(now, made, strict=True) if now[name] != was]
+
+    def _wrap_model(self, model: Model) -> Model:
+        def wrapped(x: Tensor, t: Tensor, **model_kwargs: Any) -> Any:
+            return model(x, self._model_times(t), **model_kwargs)
+
+        return wrapped
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        return t  # the wrapped model's are
+
+    def _model_times(self, t: Tensor) -> Tensor:
+        """The model's times at t: steps of the original process, as floats if they are rescaled."""
+        key = t.device, tuple(self.timestep_map)
+        times = self._times.get_or_make(key, lambda: torch.tensor(self.timestep_map, device=t.device))[t]
+        return times.float() * (1000.0 / self.original_num_steps) if self._rescale else times.to(t.dtype)
 
 
 def _check_deterministic(eta: float) -> None:
