@@ -241,9 +241,9 @@ def _project(guider: Any, spec: _Spec, cond: Tensor, uncond: Tensor) -> Tensor:
     buffer = guider.momentum_buffer
     if buffer is None:
         return _blend(guider, spec, cond=cond, uncond=uncond)
-    kind = type(buffer)
-    if kind.__qualname__ != "MomentumBuffer" or not kind.__module__.startswith("diffusers."):
-        raise FallThroughError(f"its momentum_buffer is a {kind.__name__}, expected diffusers' MomentumBuffer")
+    update = buffer.update
+    if update.__qualname__ != "MomentumBuffer.update" or not update.__module__.startswith("diffusers."):
+        raise FallThroughError("its momentum is updated in another way")
     average, decay = buffer.running_average, _number(buffer, "momentum")
     if decay is None:
         raise FallThroughError("its momentum is None, expected a number")
