@@ -618,6 +618,36 @@ def test_a_method_or_buffer_replaced_later_is_heard(monkeypatch: Any, told: Any)
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "helper"),
+    [
+        ("ClassifierFreeGuidance", {"guidance_rescale": 0.5}, "rescale_noise_cfg"),
+        ("AdaptiveProjectedGuidance", {}, "normalized_guidance"),
+        ("TangentialClassifierFreeGuidance", {}, "normalized_guidance"),
+        ("ClassifierFreeZeroStarGuidance", {}, "cfg_zero_star_scale"),
+        ("MagnitudeAwareGuidance", {}, "mambo_guidance"),
+    ],
+)
+def test_a_helper_that_is_replaced_is_heard(
+    name: str, options: dict[str, Any], helper: str, monkeypatch: Any, blends: Blends
+) -> None:
+    rows = predictions()
+    theirs, ours = pair(name, options)
+    guide(ours, 3, rows[3])
+    assert blends.ran == 1
+    scope = type(theirs).forward.__globals__
+    own = scope[helper]
+    monkeypatch.setitem(scope, helper, lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    want = guide(theirs, 4, rows[4])
+    assert_same(guide(ours, 4, rows[4]), want)
+
+    class Later(type(theirs)):  # type: ignore[misc]
+        """Fused when it is replaced already."""
+
+    assert_same(guide(fuse(Later(**options)), 4, rows[4]), want)
+    assert blends.ran == 1
+
+
+@pytest.mark.parametrize(
     "average",
     [0, 0.0, -0.0, 1.0, None, "", torch.tensor(0.0), torch.ones(3, 4, 30).double(), torch.ones(4, 30), torch.ones(2)],
     ids=str,
