@@ -588,7 +588,7 @@ def test_a_method_or_buffer_replaced_later_is_heard(monkeypatch: Any, told: Any)
     assert guide(theirs, 3, row) == guide(ours, 3, row) == "replaced"
 
     class Buffer:
-        """Keeps the average of two steps."""
+        """Keeps another average."""
 
         running_average: Any = 0
         momentum = -0.5
@@ -596,14 +596,55 @@ def test_a_method_or_buffer_replaced_later_is_heard(monkeypatch: Any, told: Any)
         def update(self, value: Tensor) -> None:
             self.running_average = value + 0.1 * self.running_average
 
+    def replace_buffer(buffer: Any) -> Any:
+        return Buffer()
+
+    def replace_update(buffer: Any) -> Any:
+        buffer.update = functools.partial(Buffer.update, buffer)
+        return buffer
+
+    def replace_method(buffer: Any) -> Any:
+        monkeypatch.setattr(type(buffer), "update", Buffer.update)
+        return buffer
+
     for name, options in WITH_MOMENTUM:
-        theirs, ours = pair(name, options)
-        for guider in (theirs, ours):
-            guide(guider, 0, row)
-            guider.momentum_buffer = Buffer()
-        for step in range(1, STEPS):
-            assert_same(guide(ours, step, row), guide(theirs, step, row))
-    assert len(told()) == 2
+        for replace in (replace_buffer, replace_update, replace_method):
+            theirs, ours = pair(name, options)
+            for guider in (theirs, ours):
+                guide(guider, 0, row)
+                guider.momentum_buffer = replace(guider.momentum_buffer)
+            for step in range(1, STEPS):
+                assert_same(guide(ours, step, row), guide(theirs, step, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "helper"),
+    [
+        ("ClassifierFreeGuidance", {"guidance_rescale": 0.5}, "rescale_noise_cfg"),
+        ("AdaptiveProjectedGuidance", {}, "normalized_guidance"),
+        ("TangentialClassifierFreeGuidance", {}, "normalized_guidance"),
+        ("ClassifierFreeZeroStarGuidance", {}, "cfg_zero_star_scale"),
+        ("MagnitudeAwareGuidance", {}, "mambo_guidance"),
+    ],
+)
+def test_a_helper_that_is_replaced_is_heard(
+    name: str, options: dict[str, Any], helper: str, monkeypatch: Any, blends: Blends
+) -> None:
+    rows = predictions()
+    theirs, ours = pair(name, options)
+    guide(ours, 3, rows[3])
+    assert blends.ran == 1
+    scope = type(theirs).forward.__globals__
+    own = scope[helper]
+    monkeypatch.setitem(scope, helper, lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    want = guide(theirs, 4, rows[4])
+    assert_same(guide(ours, 4, rows[4]), want)
+
+    class Later(type(theirs)):  # type: ignore[misc]
+        """Fused when it is replaced already."""
+
+    assert_same(guide(fuse(Later(**options)), 4, rows[4]), want)
+    assert blends.ran == 1
 
 
 @pytest.mark.parametrize(

@@ -72,13 +72,16 @@ def fused_guider(original: type) -> type:
     theirs = base.forward
     names = list(inspect.signature(theirs).parameters)[1:]
     owner = next(kind for kind in original.__mro__ if "forward" in vars(kind))
-    method = _METHODS.get(owner.__name__) if owner.__module__.startswith("diffusers.") else None
+    scope, helpers = _helpers(theirs)
+    is_known = all(function.__module__.startswith("diffusers.") for function in (owner, *helpers.values()))
+    method = _METHODS.get(owner.__name__) if is_known else None
 
     @functools.wraps(theirs)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # torch.compile fuses the original as it is. Arguments that do not fit are the original's to refuse.
-        known = len(args) <= len(names) and all(name in names[len(args) :] for name in kwargs)
-        if known and base.forward == theirs and not torch.compiler.is_compiling():
+        fits = len(args) <= len(names) and all(name in names[len(args) :] for name in kwargs)
+        replaced = base.forward != theirs or any(scope[name] is not helper for name, helper in helpers.items())
+        if fits and not replaced and not torch.compiler.is_compiling():
             try:
                 fields = (method or _unknown)(self, dict(zip(names, args, strict=False)) | kwargs)
             except (FallThroughError, AttributeError, TypeError, ValueError) as error:
@@ -90,6 +93,13 @@ def fused_guider(original: type) -> type:
         return base.forward(self, *args, **kwargs)
 
     return subclass(original, {"forward": forward}, fused_guider)
+
+
+def _helpers(function: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A function's globals, and those of them that are functions which it calls."""
+    scope = getattr(function, "__globals__", {})
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    return scope, {name: scope[name] for name in names if inspect.isfunction(scope.get(name))}
 
 
 @functools.cache
@@ -241,9 +251,9 @@ def _project(guider: Any, spec: _Spec, cond: Tensor, uncond: Tensor) -> Tensor:
     buffer = guider.momentum_buffer
     if buffer is None:
         return _blend(guider, spec, cond=cond, uncond=uncond)
-    kind = type(buffer)
-    if kind.__qualname__ != "MomentumBuffer" or not kind.__module__.startswith("diffusers."):
-        raise FallThroughError(f"its momentum_buffer is a {kind.__name__}, expected diffusers' MomentumBuffer")
+    update = buffer.update
+    if update.__qualname__ != "MomentumBuffer.update" or not update.__module__.startswith("diffusers."):
+        raise FallThroughError("its momentum is updated in another way")
     average, decay = buffer.running_average, _number(buffer, "momentum")
     if decay is None:
         raise FallThroughError("its momentum is None, expected a number")
