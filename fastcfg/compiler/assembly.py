@@ -148,11 +148,12 @@ def verify(
     predicted, plain = [], PlainTable(table, states[0])
     bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip
     spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
+    quiet = replace(spec, noise_source="none")
+    noisy = replace(spec, noise_source="tensor") if table.learned_variance else quiet
     saved = [0.0] * table.num_history
     for row, (x, output, noise, state) in enumerate(zip(states, trial.outputs, drawn, states[1:], strict=False)):
         c = dict(zip(COLUMNS, table.rows[row].tolist(), strict=True))
-        noisy = replace(spec, noise_source="tensor" if table.learned_variance and noise else "none")
-        made = plain(row, x, output, noisy, bound=bound, noise=noise[0] if noise else None)
+        made = plain(row, x, output, noisy if noise else quiet, bound=bound, noise=noise[0] if noise else None)
         predicted.append(made["x0"])
         y = made["x"]
         if not table.learned_variance:

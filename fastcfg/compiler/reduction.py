@@ -113,13 +113,13 @@ def _size_of_terms(rows: Rows, family: Array, response: Response, start: float) 
     states = np.linalg.norm(response.states * scale, axis=1)
     # A row's state has no share of its output.
     saved = np.hypot(family[:, 0] * states[:-1], family[:, 1])
-    history, total = np.zeros(MAX_HISTORY), 0.0
-    for i, slot in enumerate(rows.slot):
-        terms = abs(rows.a_x[i]) * states[i] + abs(rows.a_m[i]) + np.abs(rows.a_h[i]) @ history
-        total += float((terms / max(states[i + 1], 1e-12)) ** 2)
-        if slot >= 0:
-            history[slot] = saved[i]
-    return total
+    alone = np.abs(rows.a_x) * states[:-1] + np.abs(rows.a_m)
+    history, past = np.zeros(MAX_HISTORY), np.zeros(len(alone))
+    for i in np.flatnonzero(rows.a_h.any(axis=1) | (rows.slot >= 0)):
+        past[i] = np.abs(rows.a_h[i]) @ history
+        if rows.slot[i] >= 0:
+            history[rows.slot[i]] = saved[i]
+    return float(np.square((alone + past) / np.maximum(states[1:], 1e-12)).sum())
 
 
 def _needed_later(run: Run, futures: list[list[Array]], saved: int) -> Array:

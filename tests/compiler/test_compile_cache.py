@@ -71,6 +71,28 @@ def test_an_option_that_only_the_item_has_changed() -> None:
     np.testing.assert_array_equal(tables[0].rows, tables[2].rows)
 
 
+@pytest.mark.parametrize("assigned", [False, True], ids=["edited in place", "attribute assigned"])
+def test_a_nested_list_in_a_config(assigned: bool) -> None:
+    class Listed(diffusers.EulerDiscreteScheduler):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            result = super().step(*args, **kwargs)
+            result.prev_sample = result.prev_sample * self.config.levels[1][0]
+            return result
+
+    def compiled(level: float | None = None) -> Any:
+        scheduler = Listed()
+        scheduler.register_to_config(levels=[0.0, [1.0]])
+        if level is not None and assigned:
+            scheduler.config.levels = [0.0, [level]]
+        elif level is not None:
+            scheduler.config["levels"][1][0] = level
+        return compile_scheduler(scheduler, 9)
+
+    plain = compiled()
+    np.testing.assert_allclose(compiled(1.5)["a_x"], 1.5 * plain["a_x"], rtol=1e-12)
+    np.testing.assert_array_equal(compiled().rows, plain.rows)
+
+
 class Scaled:
     """A scheduler whose steps depend on one attribute, of whatever kind."""
 
