@@ -402,6 +402,22 @@ def test_fusing_leaves_the_original_alone_and_is_done_once() -> None:
     assert is_fused(ours)
 
 
+def test_a_scheduler_fused_in_mid_run_leaves_its_original_s_past_alone() -> None:
+    original = make("DPMSolverMultistepScheduler", {})
+    original.set_timesteps(STEPS)
+    x = start(original, torch.float32)
+    for t in original.timesteps[:3]:
+        x = original.step(torch.sin(x), t, x).prev_sample
+    ours, untouched = fuse(original), copy.deepcopy(original)
+    y = z = x
+    for t in ours.timesteps[3:]:
+        y = ours.step(torch.sin(y), t, y).prev_sample
+    for t in untouched.timesteps[3:]:
+        x, z = (s.step(torch.sin(v), t, v).prev_sample for s, v in ((original, x), (untouched, z)))
+    assert torch.equal(x, z)
+    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_callback_keeps_is_not_overwritten_and_what_it_changes_counts() -> None:
     scheduler = fuse(make("DDIMScheduler", {"clip_sample": False}))
     scheduler.set_timesteps(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 from collections.abc import Callable, Mapping
@@ -40,8 +41,10 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
 
 
 def as_subclass(instance: Any, fused: type) -> Any:
-    """An instance's state in an object of its subclass."""
-    return _with_state(fused, vars(instance))
+    """An instance's state in an object of its subclass. Its lists and dictionaries are copied: the two go different
+    ways."""
+    state = {name: copy.copy(value) if type(value) in (list, dict) else value for name, value in vars(instance).items()}
+    return _with_state(fused, state)
 
 
 @functools.cache
