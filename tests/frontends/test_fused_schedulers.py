@@ -38,6 +38,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("DDIMScheduler", {}),
     ("DDIMScheduler", {"clip_sample": False, **V, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
     ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.0, "clip_sample": False}),
+    ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 0.5}),  # below the least bound
+    ("DPMSolverMultistepScheduler", {"variance_type": "learned_range"}),
+    ("PNDMScheduler", {}),
     ("DDIMInverseScheduler", {}),
     ("DDIMParallelScheduler", {}),
     ("CogVideoXDDIMScheduler", V),
@@ -342,6 +345,8 @@ def test_a_step_reads_nothing_back_and_copies_nothing_from_the_host(name: str, c
     def run() -> None:
         nonlocal x
         for t in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
             x = scheduler.step(output, t, x, return_dict=False)[0]
             assert is_fused(scheduler)
 
@@ -352,6 +357,23 @@ def test_a_step_reads_nothing_back_and_copies_nothing_from_the_host(name: str, c
     scheduler.set_timesteps(STEPS)
     with NothingFromTheHost():
         run()
+
+
+@pytest.mark.parametrize(("name", "config"), CASES, ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize("begin", [0, 3, 11])
+def test_a_run_begins_where_the_original_s_does(name: str, config: dict[str, Any], begin: int) -> None:
+    original, ours = make(name, config), fuse(make(name, config))
+    if not hasattr(original, "scale_model_input"):
+        return
+    for scheduler in (original, ours):
+        scheduler.set_timesteps(STEPS)
+        if begin == 11:  # Heun's and others' timesteps occur twice
+            scheduler.timesteps[4] = scheduler.timesteps[5]
+    x = start(original, torch.float32)
+    want, got = (s.scale_model_input(x, s.timesteps[min(begin, 5)]) for s in (original, ours))
+    assert torch.equal(got, want)
+    assert getattr(ours, "_step_index", None) == getattr(original, "_step_index", None)
+    assert getattr(ours, "is_scale_input_called", None) == getattr(original, "is_scale_input_called", None)
 
 
 # What stays the original's

@@ -36,7 +36,17 @@ def fused_class(original: type) -> type:
                 log_once(original.__name__, str(error))
         return base.step(self, *args, **kwargs)
 
-    return subclass(original, {"set_timesteps": set_timesteps, "step": step}, fused_class)
+    methods: dict[str, Any] = {"set_timesteps": set_timesteps, "step": step}
+    if hasattr(base, "scale_model_input"):
+
+        @functools.wraps(base.scale_model_input)
+        def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                _steps_of(self, base).find_index(self, args[0] if args else kwargs.get("timestep"))
+            return base.scale_model_input(self, sample, *args, **kwargs)
+
+        methods["scale_model_input"] = scale_model_input
+    return subclass(original, methods, fused_class)
 
 
 def _steps_of(scheduler: Any, original: Any) -> FusedSteps:

@@ -45,6 +45,7 @@ class FusedSteps:
     def __init__(self, base: Any) -> None:
         self._base = base  # the class before it was fused
         self._contents = Contents()
+        self._indices: LRU[tuple[int | None]] = LRU(_PROGRAMS)
         self.last: _Program | None = None  # of the last step; None if the original made it
 
     def look(self, scheduler: Any) -> None:
@@ -52,6 +53,30 @@ class FusedSteps:
         for value in vars(scheduler).values():
             if isinstance(value, Tensor) and value.ndim == 1:
                 self._contents.values(value)
+
+    def find_index(self, scheduler: Any, timestep: Any) -> None:
+        """Set a scheduler's index where a run begins, which some `scale_model_input`s look for on the device, waiting
+        for it. The original looks for it in a copy on the host."""
+        state = vars(scheduler)
+        timesteps = state.get("timesteps")
+        begins = "_step_index" in state and state["_step_index"] is None and state.get("_begin_index") is None
+        if not begins or not isinstance(timesteps, Tensor) or timesteps.ndim != 1:
+            return
+        if (index := view_index(timesteps, timestep)) is None:
+            return
+
+        def look() -> tuple[int | None]:
+            twin: Any = object.__new__(self._base)
+            for name, value in state.items():
+                vars(twin)[name] = value.cpu() if isinstance(value, Tensor) and value.ndim < 2 else value
+            with torch.inference_mode(False), torch.no_grad():
+                twin.scale_model_input(torch.zeros(1, 1), twin.timesteps[index])
+            return (vars(twin)["_step_index"],)
+
+        try:
+            (state["_step_index"],) = self._indices.get_or_make((self._contents.of(timesteps), index), look)
+        except Exception:  # the original says it
+            return
 
     def step(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: Mapping[str, Any]) -> Any:
         """A step, with further arguments by name. Raises `FallThroughError`, before any change, if the original must
