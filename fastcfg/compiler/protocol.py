@@ -37,10 +37,10 @@ def check_protocol(scheduler: Any) -> None:
 def host_copy(scheduler: Any) -> Any:
     """A deep copy, of the class before it was fused, with its tensors in the host's memory. Methods replaced on the
     instance by functions that call its own are the copy's."""
-    kind = type(scheduler)
-    memo: dict[int, Any] = {}
-    if ORIGINAL in vars(kind):
-        twin: Any = object.__new__(vars(kind)[ORIGINAL])
+    kind, memo = type(scheduler), dict[int, Any]()
+    if hasattr(kind, ORIGINAL):
+        # A class derived from a fused one remains what it is.
+        twin: Any = object.__new__(vars(kind).get(ORIGINAL, kind))
         memo[id(scheduler)] = twin
         state = {name: value for name, value in vars(scheduler).items() if not name.startswith(_OURS)}
         twin.__dict__.update(copy.deepcopy(state, memo))

@@ -200,7 +200,7 @@ def _why(original: Original, trial: Recording) -> str:
         return "it limits other values than x0, or in another way than its clip_sample or thresholding says"
     if max(distance(2 * halved, whole) for halved, whole in zip(half.states, trial.states, strict=True)) > TOLERANCE:
         return "its steps are not linear"
-    return "its steps depend on the samples' shape or size"
+    return "its steps depend on the samples' shape, or round more than that"
 
 
 def scheduler_clip(scheduler: Any) -> Clip:

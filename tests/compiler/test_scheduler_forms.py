@@ -16,6 +16,7 @@ from fastcfg import DynamicThreshold, Sampler
 from fastcfg.compiler import compile_scheduler, scheduler_clip
 from fastcfg.compiler.patching import in_float64
 from fastcfg.compiler.protocol import ORIGINAL
+from fastcfg.frontends import diffusers as drop_ins
 from fastcfg.frontends._fused import subclass
 from fastcfg.frontends.diffusers import fuse
 
@@ -288,6 +289,22 @@ def test_of_a_drop_in_the_original_is_compiled(name: str, caplog: pytest.LogCapt
     assert vars(fused) == before
     with pytest.raises(ValueError, match="scheduler: got PNDMScheduler that needs 4 saved tensors"):
         compile_scheduler(fuse(diffusers.PNDMScheduler()), 11)
+
+
+@with_diffusers
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_class_derived_from_a_drop_in_keeps_its_changes(name: str) -> None:
+    def doubled(base: Any) -> Any:
+        class Doubled(base):  # type: ignore[misc]
+            def step(self, *args: Any, **kwargs: Any) -> Any:
+                result = super().step(*args, **kwargs)
+                result.prev_sample = result.prev_sample * 2
+                return result
+
+        return Doubled(**({"clip_sample": False} if name == "DDIMScheduler" else {}))
+
+    got, want = (compiled(doubled(getattr(module, name)), 7) for module in (drop_ins, diffusers))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 # Messages
