@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .staleness import LIBRARIES, variables
+from .staleness import LIBRARIES, named, variables
 
 # Compared by value; everything else is the same only if it is the same object.
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, range, slice)
@@ -120,6 +120,22 @@ class Variables(Holder):
                 scope[key] = item
 
 
+class ModuleVariables(Holder):
+    """The variables of a Python module that a function's code may name."""
+
+    def __init__(self, name: str, module: types.ModuleType, function: types.FunctionType) -> None:
+        self._keys = named(function.__code__)
+        super().__init__(name, vars(module))
+
+    def read(self) -> Items:
+        return {key: self.value[key] for key in self._keys if key in self.value}
+
+    def write(self, before: Items, now: Items) -> None:
+        for key in now.keys() - before.keys():
+            del self.value[key]
+        self.value.update(before)
+
+
 class State(Holder):
     """Something that is read and put back as a whole, such as a random generator."""
 
@@ -194,6 +210,11 @@ def is_users(kind: type) -> bool:
     if top == "fastcfg":  # wrapped models, but no samplers
         return any("__call__" in vars(base) for base in kind.__mro__)
     return top not in LIBRARIES and not issubclass(kind, types.ModuleType | BaseException)
+
+
+def is_users_module(value: Any) -> bool:
+    """Whether a value is a Python module that is none of a library's."""
+    return isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in LIBRARIES
 
 
 def slots(kind: type) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .holders import Attributes, Holder, Series, State, Variables, is_users, slots
+from .holders import Attributes, Holder, ModuleVariables, Series, State, Variables, is_users, is_users_module, slots
 from .staleness import MAX_ITEMS
 
 # What is larger is no model's state: a walk ends there.
@@ -86,7 +86,8 @@ class Snapshot:
         else:
             for holder in _holders(name, value):
                 self._holders.append(holder)
-                yield from ((_joined(name, key), item) for key, item in holder.before.items())
+                if not isinstance(holder, State):  # which holds a copy
+                    yield from ((_joined(holder.name, key), item) for key, item in holder.before.items())
             if is_users(type(value)):
                 yield from _class_parts(name, type(value))
 
@@ -94,7 +95,10 @@ class Snapshot:
 def _holders(name: str, value: Any) -> Iterator[Holder]:
     """What may change under a value."""
     if isinstance(value, types.FunctionType):
-        yield Variables(name, value)
+        yield (of_function := Variables(name, value))
+        for key, item in of_function.before.items():
+            if is_users_module(item):
+                yield ModuleVariables(f"{name}.{key}", item, value)
         if vars(value):
             yield Holder(name, vars(value))
         return

@@ -181,12 +181,12 @@ def variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
         yield "compiled", vars(function)["_torchdynamo_orig_callable"]
     scope = function.__globals__
     if str(scope.get("__name__")).partition(".")[0] not in LIBRARIES:
-        yield from ((name, scope[name]) for name in _names(function.__code__) if name in scope)
+        yield from ((name, scope[name]) for name in named(function.__code__) if name in scope)
 
 
-def _names(code: types.CodeType) -> set[str]:
+def named(code: types.CodeType) -> set[str]:
     """The globals that a code object, or one nested in it, may name."""
-    nested = (_names(item) for item in code.co_consts if isinstance(item, types.CodeType))
+    nested = (named(item) for item in code.co_consts if isinstance(item, types.CodeType))
     return set(code.co_names).union(*nested)
 
 

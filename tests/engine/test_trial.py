@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -164,6 +164,40 @@ class InAGlobal(nn.Module):
         return calls
 
 
+shared = ModuleType("shared")  # as web UIs keep their progress
+shared.state, shared.total = SimpleNamespace(step=0), 0  # type: ignore[attr-defined]
+
+
+class InAModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shared.state.step = shared.total = 0  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shared.state.step += 1  # type: ignore[attr-defined]
+        shared.total += 1  # type: ignore[attr-defined]
+        return net(x) / shared.total  # type: ignore[attr-defined]
+
+    def state(self) -> Any:
+        return shared.state.step, shared.total  # type: ignore[attr-defined]
+
+
+class OfTheClass(nn.Module):
+    """As TeaCache is put into networks: by attributes of the class, which the first call makes the object's own."""
+
+    cnt: ClassVar[int] = 0
+    previous: ClassVar[Any] = None
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if self.cnt % 4 == 0:
+            self.previous = net(x) - x  # type: ignore[misc]
+        self.cnt = 0 if self.cnt + 1 == STEPS else self.cnt + 1  # type: ignore[misc]
+        return x + self.previous
+
+    def state(self) -> Any:
+        return self.cnt, "previous" in vars(self)
+
+
 class Hooked(nn.Module):
     """A counter that a hook of a submodule keeps, as caches that are put into networks do."""
 
@@ -242,6 +276,8 @@ EAGER: dict[str, tuple[Callable[[], Any], str]] = {
     "array": (Array, "model.count"),
     "closure": (Closed, "model.count, model.defaults.0.1"),
     "global": (InAGlobal, "model.calls"),
+    "module": (InAModule, "model.shared.state.step, model.shared.total"),
+    "attributes of the class": (OfTheClass, "model.cnt, model.previous"),
     "hook": (Hooked, "model.kept.n"),
     "generators": (Drawing, "Python's random, model.mine, model.own and 1 more"),
     "from data": (FromData, "model.scale"),
