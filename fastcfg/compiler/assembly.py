@@ -37,16 +37,12 @@ class Compiled:
             s * z = sum_k draws[row][k] * z_k; with learned variances, the coefficients at v = 0.
         start: the share of the given x in the first state.
         start_draws: coefficients of the draws before the first model call: x_T = start*x + sum_k start_draws[k] * z_k.
-        further: the second value a scheduler's `step` returns: "none", "x0" (the table's, clipped), "sum" or "unknown".
-        sums: [C, 2], for "sum": the coefficients of the row's state and output.
     """
 
     table: StepTable
     draws: tuple[tuple[float, ...], ...]
     start: float = 1.0
     start_draws: tuple[float, ...] = ()
-    further: str = "none"
-    sums: Array | None = None
 
     def noise(self, draw: Callable[[], Tensor], row: int) -> Tensor | None:
         """A row's noise with deviation 1, or None if it adds none. `draw` is called for every draw of the original,
@@ -138,14 +134,14 @@ def _difference(a: Array, b: Array) -> Array:
 
 def verify(
     table: StepTable, draws: Sequence[Sequence[float]], trial: Recording, clip: Clip, rounding: float, what: str
-) -> list[Tensor]:
+) -> None:
     """Raise `UnprovedError` unless a table, with coefficients of every row's draws, reproduces an original's run on
-    random inputs in float64; returns x0 of every row. `clip` is as `scheduler_clip` returns it.
+    random inputs in float64. `clip` is as `scheduler_clip` returns it.
 
     A row is measured by its own terms: large ones that cancel leave their rounding.
     """
     states, drawn = trial.states, trial.drawn[-len(trial.outputs) :]
-    predicted, plain = [], PlainTable(table, states[0])
+    plain = PlainTable(table, states[0])
     bound = states[0].new_full((len(states[0]),), clip) if isinstance(clip, float) else clip
     spec = StepSpec.of(table, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
     quiet = replace(spec, noise_source="none")
@@ -154,7 +150,6 @@ def verify(
     for row, (x, output, noise, state) in enumerate(zip(states, trial.outputs, drawn, states[1:], strict=False)):
         c = dict(zip(COLUMNS, table.rows[row].tolist(), strict=True))
         made = plain(row, x, output, noisy if noise else quiet, bound=bound, noise=noise[0] if noise else None)
-        predicted.append(made["x0"])
         y = made["x"]
         if not table.learned_variance:
             y += sum(coefficient * z for coefficient, z in zip(draws[row], noise, strict=True))
@@ -169,7 +164,6 @@ def verify(
             )
         if c["slot"] >= 0:
             saved[int(c["slot"])] = float(made["saved"].abs().max())
-    return predicted
 
 
 def distance(got: Tensor, want: Tensor, size: float = 1.0) -> float:

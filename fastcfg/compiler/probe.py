@@ -32,8 +32,8 @@ class Response:
         states: [C + 1, size], the sample before every model call, and the last one.
         inputs, times, integer_time: the model's [C, size], its timesteps [C], and whether these are integers.
         drawn: [C + 1], the number of draws before every model call, and in all.
-        predictions, converted, further: [C, size] or None, the predicted x0 where `step` returns it, the results of
-            `convert_model_output`, and the second value `step` returns.
+        predictions, converted: [C, size] or None, the predicted x0 where `step` returns it, and the results of
+            `convert_model_output`.
         rounding: of the coefficients, `ROUNDING` or `ROUNDING_FLOAT32`.
     """
 
@@ -44,7 +44,6 @@ class Response:
     drawn: tuple[int, ...]
     predictions: Array | None
     converted: Array | None = None
-    further: Array | None = None
     rounding: float = ROUNDING
 
     @property
@@ -68,8 +67,8 @@ def normal_sample(generator: torch.Generator, channels: int = CHANNELS) -> Tenso
 @dataclass(eq=False)
 class Recording:
     """A run in float64: the model's outputs and inputs, the first sample and that of every step, each step's draws, and
-    the values of `pred_original_sample`, `convert_model_output` and the second field returned. All are copies: steps
-    may write into what they are given and what they have returned."""
+    the values of `pred_original_sample` and `convert_model_output`. All are copies: steps may write into what they are
+    given and what they have returned."""
 
     outputs: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
@@ -77,7 +76,6 @@ class Recording:
     drawn: list[list[Tensor]] = field(default_factory=list)
     predictions: list[Tensor] = field(default_factory=list)
     converted: list[Tensor] = field(default_factory=list)
-    further: list[Tensor] = field(default_factory=list)
 
 
 # What the model returns, by the number of its call and its input; and a draw of noise, by the number of the step, of
@@ -167,8 +165,8 @@ class Original:
                     found = f"{name} with samples that are not finite (from step {i} on)"
                     raise ValueError(f"scheduler: got {found}, expected finite ones")
                 run.states.append(x.clone())
-                for values, value in ((run.predictions, result.prediction), (run.further, result.further)):
-                    values.extend([] if value is None else [value.double().clone()])
+                if result.prediction is not None:
+                    run.predictions.append(result.prediction.double().clone())
                 self.tick()
         return run
 
@@ -234,5 +232,4 @@ class Original:
             drawn=tuple(drawn),
             predictions=coefficients(run.predictions),
             converted=coefficients(run.converted),
-            further=coefficients(run.further),
         )

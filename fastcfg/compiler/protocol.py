@@ -169,18 +169,17 @@ def _with_timesteps(scheduler: Any, *count: Any, **options: Any) -> Any:
 
 
 class StepResult(NamedTuple):
-    """What a `step` returned: the next sample; the predicted x0 where it says so; and its second value."""
+    """What a `step` returned: the next sample, and the predicted x0 where it says so."""
 
     sample: Tensor
     prediction: Tensor | None
-    further: Tensor | None
 
 
 def step_result(returned: Any) -> StepResult:
     """Read what a `step` returned: an object or mapping with `prev_sample`, a tuple, or the next sample itself.
     ValueError for anything else."""
     if isinstance(returned, Tensor):
-        return StepResult(returned, None, None)
+        return StepResult(returned, None)
     if isinstance(returned, tuple | list) and not hasattr(returned, "prev_sample"):
         values, prediction = list(returned), None
     else:
@@ -191,5 +190,4 @@ def step_result(returned: Any) -> StepResult:
     if not values or not isinstance(values[0], Tensor):
         expected = "a tensor, a tuple that begins with one, or an object with prev_sample"
         raise ValueError(f"scheduler: got a step that returns {type(returned).__name__}, expected {expected}")
-    further = values[1] if len(values) > 1 and isinstance(values[1], Tensor) else None
-    return StepResult(values[0], prediction if isinstance(prediction, Tensor) else None, further)
+    return StepResult(values[0], prediction if isinstance(prediction, Tensor) else None)

@@ -117,7 +117,7 @@ def _key(original: Original, clipped: bool, trial: Recording) -> Hashable:
     that its steps return. Raises NoValueError if an attribute, or a method of its own, has no value to compare."""
     scheduler, digest = original.scheduler, hashlib.sha256()
     drawn = [z for row in trial.drawn for z in row]
-    for values in (trial.inputs, trial.states, drawn, trial.predictions, trial.converted, trial.further):
+    for values in (trial.inputs, trial.states, drawn, trial.predictions, trial.converted):
         digest.update(len(values).to_bytes(8, "little"))
         for value in values:
             digest.update(value.contiguous().numpy().tobytes())
@@ -177,9 +177,8 @@ def _compile(original: Original, clipped: bool, trial: Recording) -> Compiled:
     found |= {"initial_scale": start, "learned_variance": original.learned, "steps": steps}
     table = StepTable.from_columns(name=type(original.scheduler).__name__, **found)
     with _explained(original, trial):
-        predicted = verify(table, rows.draws, trial, clip, response.rounding, what)
-    further, sums = _further(response, trial, predicted)
-    return Compiled(table, rows.draws, further=further, sums=sums)
+        verify(table, rows.draws, trial, clip, response.rounding, what)
+    return Compiled(table, rows.draws)
 
 
 @contextmanager
@@ -286,21 +285,3 @@ def _learned_variance(original: Original, draws: Sequence[Sequence[float]]) -> d
         raise ValueError("scheduler: got noise that is not exponential in the variance channels, expected it to be")
     quiet, l_v = np.array([not any(row) for row in draws]), (logs[2] - logs[0]) / 2
     return {"s": np.zeros_like(l_v), "l_0": np.where(quiet, NO_NOISE, logs[1]), "l_v": np.where(quiet, 0.0, l_v)}
-
-
-def _further(response: Response, trial: Recording, predicted: list[Tensor]) -> tuple[str, Array | None]:
-    """`further` and `sums` of `Compiled`."""
-    if not trial.further:
-        return "none", None
-
-    def is_returned(vectors: list[Tensor]) -> bool:
-        return max(map(distance, vectors, trial.further)) <= TOLERANCE
-
-    if len(trial.further) == response.calls and is_returned(predicted):
-        return "x0", None
-    found = None if response.further is None else _over_rows(response.further, response)
-    if found is not None:
-        pairs = zip(*found, trial.states, trial.outputs, strict=False)
-        if is_returned([of_x * x + of_m * m[:, : x.shape[1]] for of_x, of_m, x, m in pairs]):
-            return "sum", np.stack(found, axis=1)
-    return "unknown", None

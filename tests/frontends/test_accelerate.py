@@ -104,6 +104,8 @@ def test_fused_classes_are_pickled() -> None:
     assert pickle.loads(pickle.dumps(diffusers.EulerDiscreteScheduler)) is diffusers.EulerDiscreteScheduler
     assert copy.deepcopy(class_) is class_
     assert pickle.loads(pickle.dumps(DerivedScheduler)) is DerivedScheduler
+    for derived in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        assert type(derived(DerivedScheduler())) is DerivedScheduler
 
 
 if diffusers is not None:

@@ -25,7 +25,7 @@ def subclass(original: type, methods: Mapping[str, Any], again: Callable[[type],
     Pickles of it and its instances call `again`, a function of a module, with the original."""
 
     def reduce(self: Any) -> Any:
-        return _rebuilt, (again, original, dict(vars(self)))
+        return _with_state, (type(self), dict(vars(self)))
 
     names = {
         "__slots__": () if STATE in dir(original) else (STATE,),
@@ -58,10 +58,6 @@ def _metaclass(kind: Any) -> Any:
 def _reduce_class(fused: Any) -> Any:
     """How to pickle a class: ours is made again, a class derived from it is found by its name."""
     return (fused._fastcfg_again, (fused._fastcfg_original,)) if is_fused(fused) else fused.__qualname__
-
-
-def _rebuilt(again: Callable[[type], type], original: type, state: Mapping[str, Any]) -> Any:
-    return _with_state(again(original), state)
 
 
 def _with_state(kind: Any, state: Mapping[str, Any]) -> Any:
