@@ -71,6 +71,7 @@ def _fits(states: Array, prediction: str) -> bool:
     alpha, sigma, slack = states.real, states.imag, _EXACT * np.abs(states).max()
     if prediction == "v":
         return bool((np.abs(np.abs(states) - 1) < _EXACT).all()) and bool((alpha[:-1] > -slack).all())
-    falls = (sigma[:-1] > 0).all() and (np.diff(sigma / alpha) < slack).all()
-    positive = bool((alpha > 0).all()) and bool(falls)
-    return positive and (prediction != "flow" or bool((np.abs(alpha + sigma - 1) < slack).all()))
+    falls = bool((sigma[:-1] > 0).all() and (np.diff(np.angle(states)) < slack).all())
+    if prediction == "flow":
+        return falls and bool((alpha > -slack).all() and (np.abs(alpha + sigma - 1) < slack).all())
+    return falls and bool((alpha > 0).all())

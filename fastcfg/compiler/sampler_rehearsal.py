@@ -152,7 +152,7 @@ def _rehearsed_on(subject: Subject, x: Tensor, sigmas: Tensor, small: bool) -> T
         return torch.empty_like(stand_in).copy_(torch.from_numpy(rng.standard_normal(tuple(stand_in.shape))))
 
     def noise(_: int, like: Tensor) -> Tensor:
-        return like.copy_(torch.from_numpy(rng.standard_normal(tuple(like.shape)))).clone()
+        return torch.empty_like(like).copy_(torch.from_numpy(rng.standard_normal(tuple(like.shape))))
 
     trial = Trial(subject, output, noise)
     kept = stand_in.clone()

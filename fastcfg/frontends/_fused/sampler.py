@@ -125,6 +125,7 @@ class _Runner:
     def _stepped(self, call: _Call, reason: str) -> Tensor:
         """The samples, row by row."""
         observers = call.callback, call.noise_sampler
+        self.note("stepped", reason)
         with self._borrowed(call) as stepper:
             run = SteppedRun(
                 call.rehearsal, stepper, call.state_dtype, call.model, call.x, call.sigmas, *observers, call.progress
@@ -136,7 +137,6 @@ class _Runner:
             if run.by_model:
                 self._unfit.put(self._key(call), run.taken_over)
             return result
-        self.note("stepped", reason)
         if not call.not_captured:
             moves = "the model draws random numbers itself"
             self._captured.put(self._key(call), moves if run.draws_itself else _FIT)
