@@ -19,6 +19,9 @@ class FormError(ValueError):
     """A sampling function does what no table can; the message says what was got and what is expected."""
 
 
+_random: dict[Any, bool] = {}  # operations, whether they draw
+
+
 class DrawMode(TorchDispatchMode):
     """Context, of this thread alone, in which every draw of normal noise by torch comes from `draw`, whatever Python
     name it was drawn by. `draw` is called with an uninitialised tensor of the shape, strides, dtype and device, and the
@@ -34,7 +37,9 @@ class DrawMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if (random := _random.get(func)) is None:
+            random = _random[func] = torch.Tag.nondeterministic_seeded in func.tags
+        if random:
             return self._drawn(func, list(args), dict(kwargs))
         if func is _AT._to_copy.default and self._wide_ndim is not None:
             values, dtype = args[0], kwargs.get("dtype")
@@ -62,16 +67,17 @@ class DrawMode(TorchDispatchMode):
 
 
 class StandInModel:
-    """Called in place of a model; its attributes are the model's."""
+    """Called in place of a model; its attributes are the model's. `read` is called when one is read."""
 
-    def __init__(self, call: Callable[..., Any], model: Any) -> None:
-        object.__setattr__(self, "_stands_for", (call, model))
+    def __init__(self, call: Callable[..., Any], model: Any, read: Callable[[], object] = lambda: None) -> None:
+        object.__setattr__(self, "_stands_for", (call, model, read))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._stands_for[0](*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        model = object.__getattribute__(self, "_stands_for")[1]
+        _, model, read = object.__getattribute__(self, "_stands_for")
+        read()
         if model is None:
             raise FormError(f"model: got a function that reads model.{name}, expected the model too: give model=")
         if name == "forward":
@@ -83,8 +89,35 @@ class StandInModel:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        model = object.__getattribute__(self, "_stands_for")[1]
+        _, model, read = object.__getattribute__(self, "_stands_for")
+        read()
         return StandInModel if model is None else type(model)
+
+
+class ReadDict(dict[str, Any]):
+    """A dictionary that notices when its items are read, but for `**`."""
+
+    was_read = False
+
+    def __getitem__(self, name: str) -> Any:
+        self.was_read = True
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.was_read = True
+        return super().__contains__(name)
+
+
+def _noticed(method: str) -> Any:
+    def read(self: ReadDict, *args: Any, **kwargs: Any) -> Any:
+        self.was_read = True
+        return getattr(dict, method)(self, *args, **kwargs)
+
+    return read
+
+
+for _method in ("get", "keys", "values", "items", "copy", "pop", "popitem", "setdefault", "update", "__or__", "__eq__"):
+    setattr(ReadDict, _method, _noticed(_method))
 
 
 def copied(value: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .patching import BROWNIAN_TREE, replaced
-from .stand_ins import DrawMode, FormError, Passed, StandInModel, copied, is_plain, passed
+from .stand_ins import DrawMode, FormError, Passed, ReadDict, StandInModel, copied, is_plain, passed
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +119,7 @@ class Trial:
         tree: the arguments, after x, of the function's own Brownian tree; None if it makes none.
         in_place: whether the function changes tensors that its model, its callback or the caller may hold.
         changes_x: whether it works in place on x, and returns it.
+        reads: whether it reads attributes of its model or items of `extra_args`.
         uses_gradients: whether its result has a gradient if the model's outputs have one.
     """
 
@@ -136,6 +137,7 @@ class Trial:
     in_place: bool = False
     changes_x: bool = False
     uses_gradients: bool = False
+    reads: bool = False
 
     def run(self, x: Tensor, sigmas: Tensor) -> Trial:
         """Run; raises what the function raises."""
@@ -145,13 +147,16 @@ class Trial:
         others: dict[str, Any] = {name: copied(value) for name, value in subject.arguments.items()}
         stand_ins = {"callback": self._callback, "noise_sampler": lambda *args: self._draw_for(args)}
         others |= {name: stand_ins[name] for name in subject.takes}
+        if type(others.get("extra_args")) is dict:
+            others["extra_args"] = ReadDict(others["extra_args"])
         if "disable" in inspect.signature(subject.sample_fn).parameters:
             others["disable"] = True
         with ExitStack() as stack:
             module = inspect.getmodule(subject.sample_fn)
             stack.enter_context(replaced([(module, BROWNIAN_TREE, self._make_tree)]))
             stack.enter_context(DrawMode(self._draw, x.ndim if self.wide else None))
-            result = subject.call(StandInModel(self._model, subject.model), x, sigmas, others)
+            result = subject.call(StandInModel(self._model, subject.model, self._note_read), x, sigmas, others)
+        self.reads = self.reads or getattr(others.get("extra_args"), "was_read", False)
         if not isinstance(result, Tensor):
             raise FormError(f"sample_fn: got one that returns {_kind(result)}, expected a tensor")
         if result.shape != x.shape:
@@ -171,6 +176,9 @@ class Trial:
     def draws(self) -> list[Draw]:
         """The draws of noise."""
         return [event for event in self.events if isinstance(event, Draw)]
+
+    def _note_read(self) -> None:
+        self.reads = True
 
     def _model(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) < 2 or not isinstance(args[0], Tensor):

@@ -9,6 +9,7 @@ callback twice, and from the same place on runs by itself.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from ...compiler.stand_ins import DrawMode, StandInModel
 from ...compiler.trial import CallbackCall, Draw, ModelCall
 from ...ops.stepper import Stepper
 from ...utils.progress import progress_bar
+
+# Stands for an output that is the model's input.
+_INPUT: Any = object()
 
 
 class SteppedRun:
@@ -73,7 +77,13 @@ class SteppedRun:
         self._output: Tensor | None = None  # of the row that runs
         self._row, self._drawn = -1, list[Tensor]()
         self._inputs: dict[int, Tensor] = {}
+        # Outputs that are told or compared later; of the others it is known whether the caller still holds them.
         self._outputs: dict[int, Tensor] = {}
+        self._alive: dict[int, weakref.ref[Tensor]] = {}
+        self._last_told: dict[int, int] = {}  # by row, the last event that tells its output
+        for position, event in enumerate(self._rehearsal.trial.events):
+            if isinstance(event, CallbackCall):
+                self._last_told |= {row: position for kind, row in event.info.values() if kind == "output"}
         table = self._rehearsal.compiled.table
         with progress_bar(self._progress, total=table.num_steps) as bar:
             try:
@@ -154,18 +164,23 @@ class SteppedRun:
         reason, hooked = _unlike(output, x, event, self._rehearsal), event.passed.hook is not None
         if watched.changed():
             reason = "its model changes its input"
+        elif not reason and self._reused(output, x):
+            reason = "its model returns memory that it returned before, which the function may hold or change"
         if hooked and not reason:
             reason = _hook_unlike(told, x)
         if reason:
             edits = {"x": x.detach().clone()} if watched.changed() else {}
             self.by_model = "gradients" not in reason
-            raise _SurpriseError(reason, len(self._records), edits, output, told)
+            raise _SurpriseError(reason, len(self._records), edits, _INPUT if output is x else output, told)
         with torch.inference_mode(False), torch.no_grad():
             output = output.detach()
             kept = output.clone()
             # Writing into a tensor of inference mode is not noticed, so callbacks are given a copy.
             live = output.clone() if output.is_inference() and self._callback is not None else output
-        self._outputs = {**self._outputs, row: live} if self._callback is not None else {}
+        self._settle(live)
+        kept_rows = {row - 1, *(r for r, last in self._last_told.items() if last >= len(self._records))}
+        self._outputs = {r: tensor for r, tensor in self._outputs.items() if r in kept_rows} | {row: live}
+        self._alive[row] = weakref.ref(live)
         self._output, main = kept, kept
         if hooked:
             other = told[0]["uncond_denoised"].detach().clone()
@@ -173,6 +188,23 @@ class SteppedRun:
             main, other = (other, kept) if self._rehearsal.subject.uncond_first else (kept, other)
             self._output, self._drawn = main, [other]
         self._records.append((kept, told))
+
+    def _reused(self, output: Any, x: Tensor) -> bool:
+        """Whether an output's memory is that of its input or of the output before, and this matters."""
+        last = self._outputs.get(self._row - 1)
+        shared = output.data_ptr() == x.data_ptr() or (last is not None and output.data_ptr() == last.data_ptr())
+        rehearsal = self._rehearsal
+        return shared and (rehearsal.trial.in_place or rehearsal.compiled.table.num_history > 0)
+
+    def _settle(self, live: Tensor) -> None:
+        """Keep the last output itself and not its copy, unless a callback has it or it was written over."""
+        last = self._outputs.get(self._row - 1)
+        if last is None or last.data_ptr() == live.data_ptr() or self._callback is not None:
+            return
+        position = max(i for i, record in enumerate(self._records) if isinstance(record, tuple))
+        kept, told = self._records[position]
+        if not told and last.dtype == kept.dtype:
+            self._records[position] = last, told
 
     def _draw(self, event: Draw, mine: Any) -> None:
         """A draw of noise."""
@@ -213,7 +245,7 @@ class SteppedRun:
         if edits or levels.changed():
             raise _SurpriseError("its callback changes what it is given", position, edits, result)
         for watched in now.values():
-            watched.rely_on_version()
+            watched.let_go()
         self._handed |= now
         self._records.append(None)
 
@@ -234,6 +266,8 @@ class _SurpriseError(Exception):
     ) -> None:
         super().__init__(reason)
         self.reason, self.position, self.edits, self.value, self.told = reason, position, edits, value, told or []
+        # A model may write over its output.
+        self.contents = value.detach().clone() if isinstance(value, Tensor) else None
 
 
 class _Watched:
@@ -241,20 +275,25 @@ class _Watched:
     as writing through `.data` and numpy leaves the version alone."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, None if tensor.is_inference() else tensor._version
+        self._tensor: Callable[[], Tensor | None] = lambda: tensor
+        self._version = None if tensor.is_inference() else tensor._version
         self._copy = tensor.detach().clone() if tensor.device.type == "cpu" else None
 
     def has_new_version(self) -> bool:
-        return self._version is not None and self._tensor._version != self._version
+        tensor = self._tensor()
+        return tensor is not None and self._version is not None and tensor._version != self._version
 
     def changed(self) -> bool:
-        return self.has_new_version() or (self._copy is not None and not _identical(self._tensor, self._copy))
+        tensor = self._tensor()
+        return self.has_new_version() or not (tensor is None or self._copy is None or _identical(tensor, self._copy))
 
-    def rely_on_version(self) -> None:
-        self._copy = None
+    def let_go(self) -> None:
+        """Hold the tensor no longer: what no one else holds will not change."""
+        tensor, self._copy = self._tensor(), None
+        self._tensor = weakref.ref(tensor)
 
     def copy(self) -> Tensor:
-        return self._tensor.detach().clone()
+        return self._tensor().detach().clone()  # type: ignore[union-attr]
 
 
 @dataclass(eq=False)
@@ -323,9 +362,13 @@ class _Resumed:
             for arguments in told:
                 _own_hook(kwargs, passed)(arguments)
         if last:
+            if output is _INPUT:
+                output = args[0]
+            elif surprise.contents is not None:
+                _restore(output, surprise.contents)
             self._go_live()
             self._leave()
-        elif (live := self.stepped._outputs.get(self._calls)) is not None:
+        elif (live := self.stepped._alive[self._calls]()) is not None:
             # The very tensor that the callback was given, as it was when the model returned it.
             _restore(live, output)
             output = live
