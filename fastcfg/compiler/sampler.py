@@ -196,6 +196,8 @@ def _respond(subject: Subject, levels: Tensor, ndim: int, length: float) -> Tria
     def noise(index: int, like: Tensor) -> Tensor:
         if index >= draws:
             raise FormError(f"sample_fn: got more than {draws} draws of noise, expected at most that")
+        if like.numel() == 1:  # one number for many: a vector stands for it, which broadcasts as far
+            return basis_vector(size, 1 + calls + index, length).reshape(shape)
         if like.numel() != size:
             raise FormError(f"sample_fn: got one that draws noise of shape {tuple(like.shape)}, expected x's")
         return basis_vector(size, 1 + calls + index, length).reshape(like.shape)
