@@ -17,15 +17,14 @@ from torch import Tensor
 
 # Held while names are replaced: two threads at once could restore them in the wrong order.
 _lock = RLock()
+# k-diffusion's class of trees, in the module of a sampling function.
 BROWNIAN_TREE = "BrownianTreeNoiseSampler"
 
 
 @contextmanager
-def drawing(
-    sampler: Any, draw: Callable[[Tensor | None], Tensor], brownian_tree: Callable[..., Any] | None = None
-) -> Iterator[None]:
+def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[None]:
     """Context in which a scheduler or sampling function draws from `draw`, called with an uninitialised tensor of the
-    shape and dtype. `brownian_tree` replaces k-diffusion's class in the function's module."""
+    shape and dtype."""
 
     def randn_tensor(shape: Any, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         return draw(torch.empty(tuple(shape), dtype=dtype))
@@ -39,8 +38,6 @@ def drawing(
     functions: list[tuple[Any, str, Callable[..., Any]]]
     functions = [(module, "randn_tensor", randn_tensor) for module in modules_of(type(sampler))]
     functions += [(torch, "randn", randn), (torch, "randn_like", randn_like)]
-    if brownian_tree is not None:
-        functions.append((inspect.getmodule(sampler), BROWNIAN_TREE, brownian_tree))
     with replaced(functions):
         yield
 

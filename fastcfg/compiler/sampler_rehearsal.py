@@ -83,8 +83,8 @@ def rehearse_sampler(subject: Subject, x: Tensor, sigmas: Tensor) -> SamplerRehe
             key = (kind, _fingerprint(call))
             if (found := _rehearsed.get(key)) is None:
                 found = _compiled(subject, x, sigmas, call)
-                _failures.pop(function)
                 _rehearsed.put(key, found)
+            _failures.pop(function)
     except Exception as error:  # whatever a function raises, the original may run without it
         reason = (
             str(error) if isinstance(error, ValueError) else f"it fails on stand-ins ({type(error).__name__}: {error})"

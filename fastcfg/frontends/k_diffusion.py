@@ -3,8 +3,8 @@
     from fastcfg.frontends.k_diffusion import sample_dpmpp_2m
 
 is k-diffusion's function of that name, compiled by running it: the same arguments, callbacks and random numbers, with
-every step one fused kernel in one CUDA graph with the model. `fuse` works for any function of that form, ComfyUI's or a
-user's own. What cannot be compiled runs as before, and one logged line says why.
+every step one fused kernel, and from a model's second call on in one CUDA graph with it. `fuse` works for any function
+of that form, ComfyUI's or a user's own. What cannot be compiled runs as before, and one logged line says why.
 """
 
 from __future__ import annotations
@@ -25,11 +25,22 @@ def fuse(sample_fn: Callable[..., Tensor], backend: str = "auto", graph: str | b
     """A sampling function with fused steps; `fastcfg.accelerate` does the same.
 
     The signature and name are the same. Sigmas may be on a GPU: they are read once, before the first step. Noise is
-    drawn as the original draws it, also from its own Brownian tree. Callbacks get its dictionary, after the step.
+    drawn when and as the original draws it: dtype, shape, layout, generators of its own or given, its Brownian tree.
+    The model is given what the function would give it, ComfyUI's hooks of CFG++ included.
+
+    With a callback the model and the steps run one after the other and are not captured: it is given the tensors that
+    the run goes by, when the original gives them. Where it writes into one, and where the model's output is unlike its
+    input (dtype, shape, layout, a gradient that is wanted), the original takes over from that place, without evaluating
+    the model or calling the callback twice. For this, outputs and draws are kept until such a run ends. So runs the
+    first call of a model too, which shows whether it may be captured.
+
+    `report()` of the returned function says how the last call ran: "run" is "engine", "stepped", "stepped, then the
+    original" or "the original", "reason" why not the one before; with the engine also `Sampler.report`'s entries.
 
     Args:
         sample_fn: called as sample_fn(model, x, sigmas, extra_args, callback, disable, **options), where model(x [B, C,
-            ...], sigma [B], **extra_args) returns the denoised x; one without model, x and sigmas runs as before.
+            ...], sigma [B], **extra_args) returns a tensor like x; one without model, x and sigmas runs as before. It
+            is run on stand-ins before a call: what it changes elsewhere, but for generators, is not put back.
         backend, graph: as for `Sampler`.
 
     Raises:

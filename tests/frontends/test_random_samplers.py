@@ -47,7 +47,7 @@ def check(plan: Plan) -> None:
 
 
 @seed(0)
-@settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans)
 def test_a_random_sampler_is_the_original(plan: Plan) -> None:
     logging.getLogger("fastcfg").disabled = True

@@ -194,8 +194,6 @@ class _Call:
             raise FallThroughError("its callbacks are given other tensors than the model's")
         if told and (trial.in_place or trial.changes_x):
             raise FallThroughError("it changes in place what it gives its callback")
-        if self._calls[0].dtype == x.dtype and x.is_inference() and not torch.is_inference_mode_enabled():
-            raise FallThroughError("x is a tensor of inference mode")
         self.model_dtype = self._calls[-1].dtype
         wide = torch.float64 in [*(call.dtype for call in self._calls), trial.result.dtype]
         self.state_dtype = torch.float64 if wide else torch.float32
