@@ -98,6 +98,7 @@ OTHER_DRAWS: dict[str, Callable[..., Tensor]] = {
     "by numpy": lambda x: torch.from_numpy(np.random.standard_normal(x.shape)).to(x.dtype),  # noqa: NPY002
     "by Python": lambda x: torch.full_like(x, random.gauss(0, 1)),
     "permuted": lambda x: torch.randn(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1),
+    "before seeding": lambda x: (torch.randn_like(x), torch.manual_seed(7))[0],
     "after seeding": lambda x: (torch.manual_seed(7), torch.randn_like(x))[1],
 }
 
@@ -293,6 +294,24 @@ def test_another_seed_or_process_is_another_image() -> None:
     for flow in (False, True):
         process.flow = flow
         both(ancestral, ours, lambda each: as_ksampler(each, Guided(process), 1, None, []))
+
+
+@pytest.mark.parametrize("name", ["ancestral", "ancestral, hooked"])
+def test_generators_of_a_function_s_own_are_handed_over(name: str) -> None:
+    function = COMFY[name]
+    ours = fuse(function)
+
+    def call(each: Any) -> Tensor:
+        def callback(info: dict[str, Any]) -> None:
+            if info["i"] == 2:
+                info["x"].mul_(0.5)
+
+        extra_args = {"seed": 3, "model_options": {}}
+        result: Tensor = each(Guided(Process(False)), start(), LEVELS, extra_args=extra_args, callback=callback)
+        return result
+
+    both(function, ours, call)
+    assert ours.report()["run"] == "stepped, then the original"
 
 
 @pytest.mark.parametrize("habit", ["bare hook", "tensor", "changes the prediction", "takes out"])
