@@ -137,13 +137,12 @@ def _without_tensors(trial: Trial) -> Trial:
     """What is kept of a trial: nothing of the call, of the result its dtype and strides."""
     result, light = trial.result, Trial(Subject(_without_tensors, {}), trial.output, trial.noise)
     light.output = light.noise = None  # type: ignore[assignment]
-    light.events, light.tree, light.in_place, light.changes_x = (
-        trial.events,
-        trial.tree,
-        trial.in_place,
-        trial.changes_x,
-    )
-    light.uses_gradients = trial.uses_gradients
+    for name in ("tree", "in_place", "changes_x", "uses_gradients"):
+        setattr(light, name, getattr(trial, name))
+    for event in trial.events:
+        hooked = isinstance(event, ModelCall) and event.passed.hook is not None
+        # A function's own hook holds its variables: only that there is one is kept.
+        light.events.append(replace(event, passed=replace(event.passed, hook=dict)) if hooked else event)  # type: ignore
     light.result = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
     return light
 

@@ -221,4 +221,4 @@ def _close(got: Tensor, want: Tensor) -> None:
         return
     difference = float((got.detach().double() - want.detach().double()).abs().max()) if want.numel() else 0.0
     # Measured: 1e-6 of the largest value.
-    assert difference <= 1e-5 * max(1.0, float(want.abs().max())), difference
+    assert difference <= 1e-5 * max(1.0, float(want.detach().abs().max())), difference
