@@ -245,7 +245,9 @@ def _drawn(draw: Draw, call: _Call) -> Tensor:
             return draw.function(sample if same else torch.empty_like(sample, dtype=draw.dtype))
         options: dict[str, Any] = {"dtype": draw.dtype}
         if draw.generator:
-            options["generator"] = call.options["generator"]
+            options["generator"] = generator = call.options["generator"]
+            if isinstance(generator, list) and 1 != len(generator) < len(sample):
+                raise ValueError("too few generators")  # before some of them are moved
         if draw.device:
             options["device"] = sample.device
         return draw.function(sample.shape, **options).to(sample.device)
