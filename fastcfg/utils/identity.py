@@ -95,8 +95,7 @@ def value_key(value: Any) -> Hashable:
     if value is None or isinstance(value, bool | int | str | torch.dtype | torch.device | type):
         return type(value), value
     if isinstance(value, torch.Tensor) and value.device.type == "cpu":
-        contents = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return torch.Tensor, value.dtype, tuple(value.shape), contents
+        return torch.Tensor, value.dtype, tuple(value.shape), host_array(value).tobytes()
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return np.ndarray, value.dtype, value.shape, value.tobytes()
     if isinstance(value, Mapping):
@@ -108,6 +107,16 @@ def value_key(value: Any) -> Hashable:
     if isinstance(value, list | tuple):
         return type(value), tuple(map(value_key, value))
     raise NoValueError
+
+
+def host_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The memory of a tensor on the host; as integers where numpy lacks the dtype."""
+    tensor = tensor.detach()
+    try:
+        found: np.ndarray[Any, Any] = tensor.numpy()
+    except TypeError:
+        found = tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).numpy()
+    return found
 
 
 def is_self_contained(function: FunctionType) -> bool:

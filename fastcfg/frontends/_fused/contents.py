@@ -6,11 +6,10 @@ import copy
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...utils.identity import NoValueError, Same, value_key
+from ...utils.identity import NoValueError, Same, host_array, value_key
 
 # Types whose values are told apart by ==. Floats and booleans are not: 1.0 and True equal 1.
 _PLAIN = frozenset({int, str, type(None), torch.dtype, torch.device})
@@ -97,22 +96,16 @@ class Contents:
 
 
 def _tensor(tensor: Tensor) -> _Known:
-    array = _array(tensor.detach().cpu())
-    contents = array.tobytes()
+    contents = host_array(tensor.detach().cpu()).tobytes()
     key = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, contents)
     if tensor.device.type == "cpu":
         # The same memory: changes through other tensors and arrays are seen as well.
-        tobytes = _array(tensor.detach()).tobytes
+        tobytes = host_array(tensor).tobytes
         return _Known(tensor, key, lambda: tobytes() == contents)
     if tensor.is_inference():
         return _Known(tensor, key, lambda: True)
     version = tensor._version
     return _Known(tensor, key, lambda: tensor._version == version)
-
-
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The memory of a tensor on the host."""
-    return (tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 and tensor.ndim else tensor).numpy()
 
 
 def _container(value: Any) -> _Known:
