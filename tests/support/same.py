@@ -15,6 +15,7 @@ Leaves = dict[str, Leaf]
 
 # Of the largest value.
 FLOAT32 = 2e-6
+TINY = 1e-37  # below float32's normal numbers: as good as 0
 
 
 def leaves_of(value: Any, path: str) -> Leaves:
@@ -131,7 +132,7 @@ def _numbers(want: Tensor, got: Tensor, truth: Leaf | None, floor: float) -> str
         return ""
     size, apart = max(floor, _largest(a, finite)), _largest(a - b, finite)
     spacing = torch.finfo(want.dtype).eps if want.dtype in (torch.float16, torch.bfloat16) else FLOAT32
-    if apart <= spacing * size:
+    if apart <= spacing * size + TINY:
         return ""
     said = f"off by {apart:.3g} of {size:.3g}"
     if isinstance(truth, Tensor) and truth.shape == want.shape:
