@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from fastcfg import DynamicThreshold, ops
+from fastcfg.combination import Combination
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
@@ -33,6 +35,12 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
     yield "posterior_mean_variance", partial(ops.posterior_mean_variance, x, x, p, p, p, p, m)
     yield "quantile_bound", partial(ops.quantile_bound, x, 0.9)
     yield "dynamic_threshold", partial(ops.dynamic_threshold, x, 0.9)
+    yield (
+        "Combine",
+        partial(
+            ops.Combine(Combination(np.ones((2, 3)), np.ones(3), np.ones(2), 1.0), device), [x, m, x], [dtype, x.dtype]
+        ),
+    )
     for spec in SPECS:
         output, table = wide[: spec.branches * n].clone(), normal(3, len(DEVICE_COLUMNS))
         table[:, COLUMNS.index("slot")] = spec.history - 1.0

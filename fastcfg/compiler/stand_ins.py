@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..utils._torch_private import TorchDispatchMode
 
 _AT = torch.ops.aten
 # ComfyUI's: functions that its models call with their predictions, before they return the first of them.

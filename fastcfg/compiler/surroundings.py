@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._contextlib import _DecoratorContextManager
 
 # Packages whose functions are taken to do the same every time.
 _LIBRARIES = {"torch", "numpy", "scipy", "math", "tqdm", "functools", "torchsde", "builtins", "itertools", "typing"}
 _MOST = 2000
+
+# Contexts that decorate functions.
+_GRADIENTS = torch.no_grad | torch.enable_grad | torch.inference_mode | torch.set_grad_enabled
 
 
 class Surroundings:
@@ -41,7 +43,7 @@ class Surroundings:
             return True
         if isinstance(value, tuple | frozenset):
             return all(map(self._visit, value))
-        if isinstance(value, _DecoratorContextManager | types.ModuleType):
+        if isinstance(value, _GRADIENTS | types.ModuleType):
             return True
         if isinstance(value, types.BuiltinFunctionType):
             return isinstance(value.__self__, types.ModuleType | type | None)

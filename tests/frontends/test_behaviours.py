@@ -77,10 +77,12 @@ def step_parameters(scheduler: Any) -> tuple[str, ...]:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """The largest difference, relative to the largest number; NaN in one alone is infinite."""
-    if not torch.equal(one.isnan(), other.isnan()):
+    """The largest difference of finite numbers, relative to the largest; infinite where one alone is not finite.
+    (Whether a difference divided by 0 is NaN or infinite depends on its last bit.)"""
+    finite = other.isfinite()
+    if not torch.equal(one.isfinite(), finite):
         return float("inf")
-    one, other = one.double().nan_to_num(0), other.double().nan_to_num(0)
+    one, other = (value.double().where(finite, 0) for value in (one, other))
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
 
@@ -389,7 +391,7 @@ def ddpm_goes_to_the_next_of_its_timesteps() -> None:
 
 @row
 def inverse_dpm_solver_ends_before_the_last_timestep() -> None:
-    run = both("DPMSolverMultistepInverseScheduler", 10)
+    run = both("DPMSolverMultistepInverseScheduler", 10, least=4e-6)  # the original's own rounding is 3e-6
     assert run.timesteps[-1] == 899
     alpha = diffusers.DPMSolverMultistepInverseScheduler().alphas_cumprod[-1]
     assert float(run.sigmas[-1]) == pytest.approx(float(((1 - alpha) / alpha) ** 0.5), rel=1e-3)

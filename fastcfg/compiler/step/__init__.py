@@ -37,7 +37,7 @@ from .parts import (
     same_parts,
 )
 from .reader import Reader
-from .run import MISSING, Reads, class_attribute, run_step, undrawn
+from .run import MISSING, Reads, class_attribute, run_step, unchanged, undrawn
 from .sums import combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 
@@ -65,7 +65,7 @@ def trace_step(
     """
     reads = Reads({CONFIG} if CONFIG in vars(scheduler) else set())
     try:
-        with torch.inference_mode(False), undrawn(options.get("generator")):
+        with torch.inference_mode(False), undrawn(options.get("generator")), unchanged(scheduler, step):
             return _traced(scheduler, step, output, timestep, sample, options, reads)
     except UntraceableError as error:
         error.reads = frozenset(reads.own & set(vars(scheduler)))

@@ -96,7 +96,6 @@ def run_step(
     if isinstance(t, Tensor):
         outcome.given[id(t)] = TIMESTEP.source
     patches = _drawing(scheduler, options.get("generator"), inputs, tensors, outcome)
-    surroundings = _surroundings(kind, step)
     try:
         with replaced(patches), in_float64() if tensors.dtype is not None else nullcontext(), torch.no_grad():
             outcome.result = step(twin, made(OUTPUT), timestep=t, sample=made(SAMPLE), **given)
@@ -104,7 +103,6 @@ def run_step(
         raise
     except Exception as error:
         raise UntraceableError(f"its step fails on an example ({type(error).__name__}: {error})") from error
-    _check_surroundings(kind, step, surroundings)
     outcome.changed = [tensor for tensor, version in outcome.kept if tensor._version != version]
     if any(tensor.ndim < 2 or outcome.given[id(tensor)][0] == "draw" for tensor in outcome.changed):
         raise UntraceableError("its step changes levels or noise in place")
@@ -118,15 +116,22 @@ def class_attribute(kind: Any, name: str) -> Any:
     return value if value is getattr(kind, name, MISSING) else None
 
 
-def _surroundings(kind: Any, step: Any) -> list[dict[str, Any]]:
-    """What a step could change beside its scheduler: the attributes of its classes, and its module's variables."""
-    return [*(dict(vars(one)) for one in kind.__mro__[:-1]), dict(getattr(step, "__globals__", {}))]
+@contextmanager
+def unchanged(scheduler: Any, step: Any) -> Iterator[None]:
+    """Context that raises UntraceableError, and puts back what it was, where a step changes other things than its
+    scheduler: attributes of its classes, or variables of its module."""
+    kind: Any = type(scheduler)
+    owners: list[Any] = [*_traced_class(kind, step).__mro__[:-1], None]
 
+    def now() -> list[dict[str, Any]]:
+        return [dict(getattr(step, "__globals__", {}) if owner is None else vars(owner)) for owner in owners]
 
-def _check_surroundings(kind: Any, step: Any, before: list[dict[str, Any]]) -> None:
-    """Put back what a step changed, and raise UntraceableError, if it did."""
-    owners = [*kind.__mro__[:-1], None]
-    for owner, old, new in zip(owners, before, _surroundings(kind, step), strict=True):
+    before, failed = now(), None
+    try:
+        yield
+    except UntraceableError as error:
+        failed = error
+    for owner, old, new in zip(owners, before, now(), strict=True):
         changed = [name for name in new if new[name] is not old.get(name, MISSING)]
         for name in changed:
             if owner is None:
@@ -136,7 +141,9 @@ def _check_surroundings(kind: Any, step: Any, before: list[dict[str, Any]]) -> N
             else:
                 delattr(owner, name)
         if changed:
-            raise UntraceableError(f"its step changes {', '.join(changed)}, which is not its scheduler's")
+            raise UntraceableError(f"its step changes {', '.join(changed)}, which is not its scheduler's") from failed
+    if failed is not None:
+        raise failed
 
 
 @cache

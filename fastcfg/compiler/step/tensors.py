@@ -237,15 +237,19 @@ class Saturated(Tensors):
 
 
 def order_of(tensor: Tensor) -> tuple[int, ...]:
-    """The dimensions of a dense tensor by their strides, the largest first; UntraceableError for a tensor with gaps."""
+    """The dimensions of a tensor by their strides, the largest first. UntraceableError for a tensor with gaps in memory
+    and another than the usual order: what torch makes of it differs by operation."""
     strides, sizes = tensor.stride(), tensor.shape
     order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
-    step = 1
+    step, dense = 1, True
     for dim in reversed(order):
         if sizes[dim] > 1:
-            if strides[dim] != step:
-                raise UntraceableError("sample, output or a kept tensor has gaps in memory")
+            dense = dense and strides[dim] == step
             step *= sizes[dim]
+    if not dense and order != list(range(tensor.ndim)):
+        raise UntraceableError(
+            "sample, output or a kept tensor has gaps in memory, and its dimensions in another order"
+        )
     return tuple(order)
 
 

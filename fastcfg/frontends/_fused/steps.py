@@ -214,8 +214,10 @@ class _Program:
             wide = torch.float64 in (sample.dtype, *traced.dtypes)
             self._combine = Combine(traced.combination, sample.device, torch.float64 if wide else torch.float32)
         self._result = _build(traced.result)
-        self._values = [_build(write.part) for write in traced.writes]
-        self._stores = [_store(write) for write in traced.writes]
+        # What may fail comes first.
+        writes = sorted(traced.writes, key=lambda write: write.how != "copy")
+        self._values = [_build(write.part) for write in writes]
+        self._stores = [_store(write) for write in writes]
 
     def is_current(self) -> bool:
         """Whether the class and the modules still have what the step read of them."""
