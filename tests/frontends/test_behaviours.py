@@ -476,6 +476,19 @@ def zero_snr_ddim_without_clipping_is_infinite() -> None:
 
 
 @row
+def half_precision_overflows_inside_a_step() -> None:
+    theirs = diffusers.DDIMScheduler(clip_sample=False)
+    ours = accelerate(theirs)
+    x = torch.full(SHAPE, 6000.0, dtype=torch.float16)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(4)
+        scheduler.timesteps[0] = 999
+    want, got = (scheduler.step(x / 2, scheduler.timesteps[0], x).prev_sample for scheduler in (theirs, ours))
+    assert want.isinf().all()
+    assert distance(got, theirs.step(x.double() / 2, theirs.timesteps[0], x.double()).prev_sample) < 1e-3
+
+
+@row
 def inverse_sde_dpm_solver_is_nan_from_its_first_step() -> None:
     run = both("DPMSolverMultistepInverseScheduler", 4, {"algorithm_type": "sde-dpmsolver++"})
     assert run.samples[1:].isnan().all()
