@@ -122,11 +122,17 @@ def _numbers(want: Tensor, got: Tensor, truth: Leaf | None, floor: float) -> str
     if not want.is_floating_point():
         return "got other integers"
     a, b = want.double(), got.double()
+    if isinstance(truth, Tensor) and truth.shape == want.shape:
+        # Where the original overflows in half precision inside its step, the true number will do as well, and so will
+        # another value that is not finite.
+        exact = truth.detach().double()
+        a = torch.where(~a.isfinite() & exact.isfinite(), torch.where(b.isfinite(), exact, b), a)
+        # One sum of infinite inputs may be infinite where the original subtracts two infinities.
+        a = torch.where(a.isnan() & b.isinf(), b, a)
+        if want.dtype == torch.float16:  # the last numbers before infinity
+            a = torch.where(exact.abs() > 0.9 * torch.finfo(torch.float16).max, b, a)
     finite = a.isfinite()
-    if not torch.equal(
-        torch.where(finite, 0.0, a).nan_to_num(3.0, 1.0, 2.0),
-        torch.where(b.isfinite(), 0.0, b).nan_to_num(3.0, 1.0, 2.0),
-    ):
+    if not torch.equal(_kinds(a), _kinds(b)):
         return "got other values that are not finite"
     if not finite.any():
         return ""
