@@ -40,7 +40,7 @@ class _Known:
 
     def __init__(self, value: Any, key: Hashable, unchanged: Callable[[], bool]) -> None:
         self.value, self.key, self.unchanged = value, _Key(key), unchanged
-        self.values: list[Any] | None = None
+        self.values: dict[int, Any] | None = None  # of a tensor, by address
 
 
 class Contents:
@@ -57,7 +57,11 @@ class Contents:
 
     def key(self, state: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
         """The key of some attributes of a `__dict__`, and of which attributes there are."""
-        return tuple(state), *[self.of(state.get(name, _MISSING)) for name in names]
+        parts: list[Any] = [tuple(state)]
+        for name in names:
+            value = state.get(name, _MISSING)
+            parts.append(value if type(value) in _PLAIN else self.of(value))
+        return tuple(parts)
 
     def of(self, value: Any) -> Hashable:
         """The key of a value."""
@@ -66,12 +70,15 @@ class Contents:
             return value
         if kind is Tensor and value.ndim > 1:
             return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
+        if kind is bool or kind is float:
+            return kind, value
         known = self._known.get(id(value))
         if known is not None and known.value is value and known.unchanged():
             return known.key
         if kind is list or kind is tuple or kind is dict:
             if len(value) < _LONG:
-                return (kind, *map(self.of, value), *(map(self.of, value.values()) if kind is dict else ()))
+                items = value if kind is not dict else (*value, *value.values())
+                return kind, *[item if type(item) in _PLAIN else self.of(item) for item in items]
             return self._kept(value, _container).key
         if isinstance(value, Tensor):
             return self._kept(value, _tensor).key if value.ndim < 2 else (kind, value.dtype, value.shape)
@@ -81,9 +88,19 @@ class Contents:
 
     def values(self, tensor: Tensor) -> list[Any]:
         """The values of a one-dimensional tensor."""
-        known = self._kept(tensor, _tensor)
+        return list(self._by_address(tensor).values())
+
+    def element(self, tensor: Tensor, element: Tensor) -> Any:
+        """The value of an element of a one-dimensional tensor that is a view of it; None for any other tensor."""
+        return self._by_address(tensor).get(element.data_ptr()) if element.dtype == tensor.dtype else None
+
+    def _by_address(self, tensor: Tensor) -> dict[int, Any]:
+        known = self._known.get(id(tensor))
+        if known is None or known.value is not tensor or not known.unchanged():
+            known = self._kept(tensor, _tensor)
         if known.values is None:
-            known.values = tensor.tolist()
+            step = tensor.element_size() * max(tensor.stride(0), 1)
+            known.values = {tensor.data_ptr() + step * index: value for index, value in enumerate(tensor.tolist())}
         return known.values
 
     def _kept(self, value: Any, make: Callable[[Any], _Known]) -> _Known:

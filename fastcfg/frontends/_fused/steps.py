@@ -126,10 +126,10 @@ class FusedSteps:
 
     def _number(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         timesteps = state.get("timesteps")
-        if isinstance(timesteps, Tensor) and timesteps.ndim == 1 and timesteps.dtype == tensor.dtype:
-            index = view_index(timesteps, tensor)
-            if index is not None and 0 <= index < len(timesteps):
-                return self._contents.values(timesteps)[index]
+        if type(timesteps) is Tensor and timesteps.ndim == 1:
+            value = self._contents.element(timesteps, tensor)
+            if value is not None:
+                return value
         return tensor.item()
 
     def _option(self, state: Mapping[str, Any], name: str, value: Any) -> Any:
