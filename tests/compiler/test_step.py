@@ -193,6 +193,10 @@ def squares(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Ten
     return x - output**2
 
 
+def clamps(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+    return x - output.clamp(-300, 300)
+
+
 def adds_one(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
     return x - output + 1
 
@@ -239,6 +243,7 @@ def forgets(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Ten
         (mixes_channels, {}, "not linear"),
         (scales_channels, {}, "differ by channel"),
         (squares, {}, "not linear"),
+        (clamps, {}, "not linear"),
         (adds_one, {}, "without inputs its result is not 0"),
         (draws_with_numpy, {}, "draws random numbers by another function"),
         (draws_with_python, {}, "draws random numbers by another function"),

@@ -180,6 +180,16 @@ _SAMPLES: dict[str, Callable[[Tensor], Tensor]] = {
     "integer": lambda x: x.long(),
     "parameter": torch.nn.Parameter,
 }
+
+
+def _huge(m: Tensor) -> Tensor:
+    """Large numbers, but for variance channels: of a power of those rounding would be all that is left."""
+    if m.ndim < 3 or m.shape[1] % 2:
+        return m * 1e5
+    means, variances = m.chunk(2, dim=1)
+    return torch.cat([means * 1e5, variances], dim=1)
+
+
 _OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     name: _SAMPLES[name]
     for name in ("half", "bfloat16", "double", "channels_last", "transposed", "expanded", "batch1", "narrow")
@@ -187,7 +197,7 @@ _OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 _OUTPUTS |= {
     "zero": torch.zeros_like,
     "nan": lambda m: torch.where(_wave(m) > 0.9, torch.nan, m),
-    "huge": lambda m: m * 1e5,
+    "huge": _huge,
 }
 OPTIONS: dict[str, tuple[str, Any]] = {
     "eta": ("eta", 0.5),

@@ -31,7 +31,7 @@ def combination_of(inputs: Inputs, sums: list[Tensor]) -> Combination:
     rows = rows.reshape(len(sums), len(inputs.names))
     combination = Combination(rows)
     if inputs.wide:
-        combination = _learned(combination, inputs, sums)
+        combination = _learned(combination, inputs, sums, vectors.end_nan - 1)
     prove(combination, inputs, vectors.random(), [value[..., -RANDOM:] for value in sums], TOLERANCE)
     return combination
 
@@ -42,8 +42,9 @@ def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Arr
     if value.shape[-1] != vectors.shape[-1]:
         raise UntraceableError("its step makes a tensor of another shape than the sample")
     found: Array = value.double().reshape(-1, vectors.shape[-1]).numpy()
-    nan = slice(vectors.first_nan, vectors.first_nan + count)
-    touched = np.isnan(found[:, nan]).any(axis=0)
+    nan = slice(vectors.first_nan, vectors.end_nan)
+    touched: Array = np.isnan(found[:, nan]).any(axis=0)
+    touched = touched[:count]
     if not np.isfinite(np.delete(found, nan, axis=1)).all():
         raise UntraceableError("its results are not finite, or sums over elements")
     row, size = found[0, 1 : 1 + count].copy(), max(float(np.abs(found[:, 1 : 1 + count]).max()), 1e-300)
@@ -58,15 +59,17 @@ def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Arr
     return row
 
 
-def _learned(combination: Combination, inputs: Inputs, sums: list[Tensor]) -> Combination:
-    """With the coefficient of noise as a power of the variance channels, if it depends on them."""
+def _learned(combination: Combination, inputs: Inputs, sums: list[Tensor], nan: int) -> Combination:
+    """With the coefficient of noise as a power of the variance channels, if it depends on them: also where these are
+    multiplied by 0 (in position `nan` they are NaN)."""
     first, names = 1 + 2 * len(inputs.names), inputs.names
     for number, value in enumerate(sums):
         at = value.double().reshape(-1, value.shape[-1])[0, first : first + 2 * MAX_DRAWS].view(MAX_DRAWS, 2)
         for draw, (low, high) in enumerate(at.tolist()):
             index = names.index(("draw", draw))
             middle = float(combination.coefficients[number, index])
-            if abs(low - middle) + abs(high - middle) <= TOLERANCE * abs(middle):
+            multiplied = not number and middle > 0 and bool(value[..., nan].isnan().all())
+            if abs(low - middle) + abs(high - middle) <= TOLERANCE * abs(middle) and not multiplied:
                 continue
             if number or combination.noise is not None or min(low, middle, high) <= 0:
                 raise UntraceableError("its noise depends on the variance channels in another way than by a power")

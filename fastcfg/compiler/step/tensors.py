@@ -18,7 +18,9 @@ __all__ = ["CONFIG", "MAX_DRAWS", "OURS", "RANDOM", "SHORT", "BasisVectors", "Ex
 __all__ += ["Tensors", "laid_out", "order_of"]
 
 MAX_DRAWS = 4
-RANDOM = 4  # positions of basis vectors with random inputs
+# Sizes of the random inputs in the last positions of basis vectors: bounds of all sizes show.
+_SIZES = (1.0, 1.0, 1.0, 1.0, 10.0, 10.0, 1e2, 1e2, 1e3, 1e3, 1e4, 1e4)
+RANDOM = len(_SIZES)
 SHORT = 0.3  # the other length of basis vectors
 CONFIG = "_internal_dict"  # the attribute with a diffusers config
 OURS = "_fastcfg"  # how our own attributes begin
@@ -132,7 +134,9 @@ class BasisVectors(Tensors):
         self._inputs, names = inputs, inputs.names
         self._wide = 2 * MAX_DRAWS if inputs.wide else 0
         self.first_nan = 1 + 2 * len(names) + self._wide
-        self.shape = inputs.example_shape(1, self.first_nan + len(names) + RANDOM)
+        # In the last of these the variance channels are.
+        self.end_nan = self.first_nan + len(names) + inputs.wide
+        self.shape = inputs.example_shape(1, self.end_nan + RANDOM)
 
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """The values of an input; a wide output's are [1, 2C, ...]."""
@@ -140,7 +144,7 @@ class BasisVectors(Tensors):
         draw = source[1] if source[0] == "draw" and self._wide else None
         value = _basis_vector(self.shape, index, count, draw, self.first_nan + index)
         if source == OUTPUT and self._wide:
-            return torch.cat([value, _variances(self.shape, 1 + 2 * count)], dim=1)
+            return torch.cat([value, _variances(self.shape, 1 + 2 * count, self.end_nan - 1)], dim=1)
         return value.clone()
 
     def random(self) -> Array:
@@ -161,13 +165,15 @@ def _basis_vector(shape: tuple[int, ...], index: int, count: int, draw: int | No
         value[..., 1 + 2 * count + 2 * draw : 3 + 2 * count + 2 * draw] = 1.0
     value[..., nan] = torch.nan
     value[..., -RANDOM:].normal_(generator=torch.Generator().manual_seed(index))
+    value[..., -RANDOM:] *= torch.tensor(_SIZES, dtype=torch.float64)
     return value
 
 
 @lru_cache(maxsize=64)
-def _variances(shape: tuple[int, ...], first: int) -> Tensor:
+def _variances(shape: tuple[int, ...], first: int, nan: int) -> Tensor:
     value = torch.zeros(shape, dtype=torch.float64)
     value[..., first : first + 2 * MAX_DRAWS] = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(MAX_DRAWS)
+    value[..., nan] = torch.nan
     value[..., -RANDOM:].uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     return value
 

@@ -116,7 +116,7 @@ class FusedSteps:
             traced = trace_step(scheduler, self._base.step, output, on_host(timestep), sample, given)
         except UntraceableError as error:
             return error.reads, str(error)
-        return traced.reads, _Program(traced, type(scheduler), sample)
+        return traced.reads, _Program(traced, type(scheduler), output, sample)
 
     def _single(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         """The key of a tensor of one number, which is not read from a device if it is one of the timesteps."""
@@ -200,7 +200,7 @@ class _Call:
 class _Program:
     """A `StepProgram`, made ready for tensors like a sample."""
 
-    def __init__(self, traced: StepProgram, kind: Any, sample: Tensor) -> None:
+    def __init__(self, traced: StepProgram, kind: Any, output: Tensor, sample: Tensor) -> None:
         self.traced = traced
         self._draws = traced.draws
         # A class or a module may be given other functions.
@@ -211,7 +211,7 @@ class _Program:
         self._inputs = [_fetch(source) for source in traced.sources]
         self._combine: Combine | None = None
         if traced.combination is not None:
-            wide = torch.float64 in (sample.dtype, *traced.dtypes)
+            wide = torch.float64 in (output.dtype, sample.dtype, *traced.dtypes)
             self._combine = Combine(traced.combination, sample.device, torch.float64 if wide else torch.float32)
         self._result = _build(traced.result)
         # What may fail comes first.
