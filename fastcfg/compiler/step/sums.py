@@ -43,7 +43,7 @@ def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Arr
         raise UntraceableError("its step makes a tensor of another shape than the sample")
     found: Array = value.double().reshape(-1, vectors.shape[-1]).numpy()
     nan = slice(vectors.first_nan, vectors.end_nan)
-    touched: Array = np.isnan(found[:, nan]).any(axis=0)
+    touched: Any = np.isnan(found[:, nan]).any(axis=0)
     touched = touched[:count]
     if not np.isfinite(np.delete(found, nan, axis=1)).all():
         raise UntraceableError("its results are not finite, or sums over elements")
