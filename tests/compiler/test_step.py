@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcfg.compiler.step import Given, StepProgram, Sum, UntraceableError, Write, trace_step
+from fastcfg.compiler.step import Given, Sum, TracedStep, UntraceableError, Write, trace_step
 from fastcfg.frontends._fused import steps
 from fastcfg.frontends.diffusers import fuse
 
@@ -32,7 +32,7 @@ class Own:
 
 
 def scheduler(function: Callable[..., Any], **attributes: Any) -> Any:
-    """One of a class of its own: classes share programs."""
+    """One of a class of its own: classes share what was traced."""
 
     class Scheduler(Own):
         def step(self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None) -> Any:
@@ -43,7 +43,7 @@ def scheduler(function: Callable[..., Any], **attributes: Any) -> Any:
     return made
 
 
-def trace(own: Any, timestep: Any = 1, output: Tensor = M, sample: Tensor = X, **options: Any) -> StepProgram:
+def trace(own: Any, timestep: Any = 1, output: Tensor = M, sample: Tensor = X, **options: Any) -> TracedStep:
     return trace_step(own, type(own).step, output, timestep, sample, options)
 
 
@@ -55,14 +55,14 @@ def test_a_step_is_read_as_sums() -> None:
         return 0.9 * x - self.levels[t] * (output + 0.25 * self.past[0])
 
     own = scheduler(step, levels=[0.1, 0.2, 0.3], past=[M.clone(), M.clone()], unused=np.ones(3))
-    program = trace(own)
-    assert program.reads == {"past", "levels", "calls"}
-    assert program.sources == (("sample",), ("output",), ("state", "past", 1))
-    assert program.combination is not None
-    np.testing.assert_allclose(program.combination.coefficients, [[0.9, -0.2, -0.05]])
-    assert program.result.parts == (Sum(0),)  # type: ignore[union-attr]
-    assert [write.source for write in program.writes] == [("state", "past"), ("state", "calls")]
-    kept = program.writes[0].part
+    traced = trace(own)
+    assert traced.reads == {"past", "levels", "calls"}
+    assert traced.sources == (("sample",), ("output",), ("state", "past", 1))
+    assert traced.combination is not None
+    np.testing.assert_allclose(traced.combination.coefficients, [[0.9, -0.2, -0.05]])
+    assert traced.result.parts == (Sum(0),)  # type: ignore[union-attr]
+    assert [write.source for write in traced.writes] == [("state", "past"), ("state", "calls")]
+    kept = traced.writes[0].part
     assert kept.parts == (Given(("state", "past", 1)), Given(("output",)))  # type: ignore[union-attr]
     assert own.calls == 0
     assert len(own.past) == 2
@@ -290,9 +290,9 @@ def test_failing_steps_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_the_caller_changes_is_a_write_in_place() -> None:
-    program = trace(scheduler(double_in_place))
-    assert program.writes == (Write(("sample",), Sum(0), "copy"),)
-    assert program.result.parts == (Given(("sample",)),)  # type: ignore[union-attr]
+    traced = trace(scheduler(double_in_place))
+    assert traced.writes == (Write(("sample",), Sum(0), "copy"),)
+    assert traced.result.parts == (Given(("sample",)),)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("layout", ["sample", "output", "both"])

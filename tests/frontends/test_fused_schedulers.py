@@ -161,12 +161,12 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.dtype for value in got.values()] == [value.dtype for value in want.values()]
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same sums in float64.
-        program = getattr(ours, STATE).last
+        step = getattr(ours, STATE).last
         call = _Call(before, output, own_t, x, {"generator": redrawn})
-        call.noises = [_drawn(draw, call) for draw in program.traced.draws]
-        inputs = [fetch(call).double() for fetch in program._inputs]
-        exact = Combine(program.traced.combination, "cpu", torch.float64)(
-            inputs, [torch.float64] * len(program.traced.dtypes)
+        call.noises = [_drawn(draw, call) for draw in step.traced.draws]
+        inputs = [fetch(call).double() for fetch in step._inputs]
+        exact = Combine(step.traced.combination, "cpu", torch.float64)(
+            inputs, [torch.float64] * len(step.traced.dtypes)
         )
         for i, (a, b, c) in enumerate(zip(got.values(), want.values(), exact, strict=False)):
             a, b = a.double(), b.double()

@@ -29,8 +29,8 @@ from .parts import (
     Part,
     Small,
     Source,
-    StepProgram,
     Sum,
+    TracedStep,
     UntraceableError,
     Write,
     has_number,
@@ -41,7 +41,7 @@ from .run import MISSING, Reads, class_attribute, run_step, unchanged, undrawn
 from .sums import combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 
-__all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "StepProgram", "Sum"]
+__all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "Sum", "TracedStep"]
 __all__ += ["UntraceableError", "Write", "laid_out", "trace_step"]
 
 # Between the sums and the original's step in the caller's dtypes, which may cancel: roundings of the coarsest dtype.
@@ -50,7 +50,7 @@ _ROUNDINGS, _LEAST = 64, 2e-4
 
 def trace_step(
     scheduler: Any, step: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
-) -> StepProgram:
+) -> TracedStep:
     """Trace a step of a scheduler, which is not changed; no random numbers are drawn.
 
     Args:
@@ -80,7 +80,7 @@ def _traced(
     sample: Tensor,
     options: Mapping[str, Any],
     reads: Reads,
-) -> StepProgram:
+) -> TracedStep:
     inputs = Inputs.of(scheduler, output, sample, options)
     run = partial(run_step, scheduler, step, timestep, options, inputs, reads)
     clip = clip_of(vars(scheduler).get(CONFIG))
@@ -106,7 +106,7 @@ def _traced(
         prove(combination, inputs, reader.examples.exact(), found, tolerance, together=True)
         sources, combination = _needed(combination, inputs)
     of_class = {name: class_attribute(type(scheduler), name) for name in reads.of_class}
-    return StepProgram(
+    return TracedStep(
         reads=frozenset(reads.own & set(vars(scheduler))),
         of_class={name: value for name, value in of_class.items() if value is not None},
         sources=sources,

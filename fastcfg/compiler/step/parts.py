@@ -91,7 +91,7 @@ class Draw:
 
 
 @dataclass(frozen=True, eq=False)
-class StepProgram:
+class TracedStep:
     """A step as sums.
 
     Attributes:

@@ -18,8 +18,8 @@ from ...compiler.step import (
     Part,
     Small,
     Source,
-    StepProgram,
     Sum,
+    TracedStep,
     UntraceableError,
     Write,
     laid_out,
@@ -31,7 +31,7 @@ from ...utils.lru import LRU
 from .contents import Contents
 from .fall_through import FallThroughError
 
-_PROGRAMS = 4096  # kept for a class; every step of a run is one
+_STEPS = 4096  # kept for a class; every step of a run is one
 
 
 class FusedSteps:
@@ -39,14 +39,14 @@ class FusedSteps:
 
     Nothing of a run is kept here: tensors and counters are read from the scheduler's own attributes and written to
     them, as by the original, so that they may be changed, replaced and copied between any two steps. What is kept are
-    programs, by all that the step read when it was traced.
+    traced steps, by all that they read when they were traced.
     """
 
     def __init__(self, base: Any) -> None:
         self._base = base  # the class before it was fused
         self._contents = Contents()
-        self._indices: LRU[tuple[int | None]] = LRU(_PROGRAMS)
-        self.last: _Program | None = None  # of the last step; None if the original made it
+        self._indices: LRU[tuple[int | None]] = LRU(_STEPS)
+        self.last: _ReadyStep | None = None  # of the last step; None if the original made it
 
     def look(self, scheduler: Any) -> None:
         """Read what is on a device now, rather than in the first step."""
@@ -88,27 +88,27 @@ class FusedSteps:
         if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
             raise FallThroughError("its step must let gradients through")
         kind: Any = type(scheduler)
-        state, known = vars(scheduler), _programs_of(kind, self._base.step)
+        state, known = vars(scheduler), _known_steps(kind, self._base.step)
         at = self._single(state, timestep) if isinstance(timestep, Tensor) else (type(timestep), timestep)
         call = [output.dtype, output.shape, output.stride(), output.device]
         call += (sample.dtype, sample.shape, sample.stride(), sample.device, at)
         for name, value in options.items():
             call += (name, self._option(state, name, value))
         fixed = tuple(call)
-        program = known.find(fixed, self._contents, state)
-        if program is None:
-            reads, program = self._trace(scheduler, output, timestep, sample, options)
-            known.put(reads, fixed, self._contents, state, program)
-        if isinstance(program, str):
-            raise FallThroughError(program)
-        result = program.run(_Call(state, output, timestep, sample, options))
-        self.last = program
+        ready = known.find(fixed, self._contents, state)
+        if ready is None:
+            reads, ready = self._trace(scheduler, output, timestep, sample, options)
+            known.put(reads, fixed, self._contents, state, ready)
+        if isinstance(ready, str):
+            raise FallThroughError(ready)
+        result = ready.run(_Call(state, output, timestep, sample, options))
+        self.last = ready
         return result
 
     def _trace(
         self, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor, options: Mapping[str, Any]
-    ) -> tuple[frozenset[str], _Program | str]:
-        """The attributes that a step reads, and its program, or why there is none."""
+    ) -> tuple[frozenset[str], _ReadyStep | str]:
+        """The attributes that a step reads, and what it was traced to, or why it was not."""
         on_host = partial(self._on_host, vars(scheduler))
         try:
             _check_tensors(output, sample)
@@ -116,7 +116,7 @@ class FusedSteps:
             traced = trace_step(scheduler, self._base.step, output, on_host(timestep), sample, given)
         except UntraceableError as error:
             return error.reads, str(error)
-        return traced.reads, _Program(traced, type(scheduler), output, sample)
+        return traced.reads, _ReadyStep(traced, type(scheduler), output, sample)
 
     def _single(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         """The key of a tensor of one number, which is not read from a device if it is one of the timesteps."""
@@ -151,15 +151,16 @@ class FusedSteps:
         return torch.tensor(self._number(state, value), dtype=value.dtype).reshape(value.shape)
 
 
-class _Programs:
-    """What is known about a class's steps: programs, or why there is none, by the attributes that the steps read and by
-    what these contained. Most steps of a class read the same few sets of attributes; the last to fit is tried first."""
+class _KnownSteps:
+    """What is known about a class's steps: what they were traced to, or why they were not, by the attributes that they
+    read and by what these contained. Most of them read the same few sets of attributes; the last to fit is tried first.
+    """
 
     def __init__(self) -> None:
-        self._by_reads: dict[tuple[str, ...], LRU[_Program | str]] = {}
+        self._by_reads: dict[tuple[str, ...], LRU[_ReadyStep | str]] = {}
         self._order: tuple[tuple[str, ...], ...] = ()
 
-    def find(self, call: Hashable, contents: Contents, state: Mapping[str, Any]) -> _Program | str | None:
+    def find(self, call: Hashable, contents: Contents, state: Mapping[str, Any]) -> _ReadyStep | str | None:
         """What is known about a step."""
         for reads in self._order:
             found = self._by_reads[reads].get((call, contents.key(state, reads)))
@@ -170,19 +171,24 @@ class _Programs:
         return None
 
     def put(
-        self, names: frozenset[str], call: Hashable, contents: Contents, state: Mapping[str, Any], found: _Program | str
+        self,
+        names: frozenset[str],
+        call: Hashable,
+        contents: Contents,
+        state: Mapping[str, Any],
+        found: _ReadyStep | str,
     ) -> None:
         """Keep what was found about a step that reads some attributes."""
         reads = tuple(sorted(names))
         if reads not in self._by_reads:
-            self._by_reads[reads] = LRU(_PROGRAMS)
+            self._by_reads[reads] = LRU(_STEPS)
             self._order = (reads, *self._order)
         self._by_reads[reads].put((call, contents.key(state, reads)), found)
 
 
 @cache
-def _programs_of(kind: Any, original: Callable[..., Any]) -> _Programs:
-    return _Programs()
+def _known_steps(kind: Any, original: Callable[..., Any]) -> _KnownSteps:
+    return _KnownSteps()
 
 
 class _Call:
@@ -197,10 +203,10 @@ class _Call:
         self.noises: list[Tensor] = []
 
 
-class _Program:
-    """A `StepProgram`, made ready for tensors like a sample."""
+class _ReadyStep:
+    """A `TracedStep`, made ready for tensors like a sample."""
 
-    def __init__(self, traced: StepProgram, kind: Any, output: Tensor, sample: Tensor) -> None:
+    def __init__(self, traced: TracedStep, kind: Any, output: Tensor, sample: Tensor) -> None:
         self.traced = traced
         self._draws = traced.draws
         # A class or a module may be given other functions.
