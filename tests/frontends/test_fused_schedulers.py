@@ -424,6 +424,19 @@ def test_fusing_leaves_the_original_alone_and_is_done_once() -> None:
     assert is_fused(ours)
 
 
+def test_an_x0_that_is_part_of_the_output_is_a_view_of_it() -> None:
+    options = {"variance_type": "learned_range", "prediction_type": "sample", "clip_sample": False}
+    original, ours = make("DDPMScheduler", options), fuse(make("DDPMScheduler", options))
+    for scheduler in (original, ours):
+        scheduler.set_timesteps(STEPS)
+        x = start(scheduler, torch.float32)
+        output = denoise(x, torch.zeros(()), True)
+        x0 = scheduler.step(output, scheduler.timesteps[0], x).pred_original_sample
+        assert x0.data_ptr() == output.data_ptr()
+        assert x0.stride() == output.stride()
+    assert is_fused(ours)
+
+
 def test_a_scheduler_fused_in_mid_run_leaves_its_original_s_past_alone() -> None:
     original = make("DPMSolverMultistepScheduler", {})
     original.set_timesteps(STEPS)

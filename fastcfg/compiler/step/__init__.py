@@ -26,6 +26,7 @@ from .parts import (
     Container,
     Draw,
     Given,
+    Means,
     Part,
     Small,
     Source,
@@ -41,7 +42,7 @@ from .run import MISSING, Reads, class_attribute, run_step, unchanged, undrawn
 from .sums import combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 
-__all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Part", "Small", "Source", "Sum", "TracedStep"]
+__all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Means", "Part", "Small", "Source", "Sum", "TracedStep"]
 __all__ += ["UntraceableError", "Write", "laid_out", "trace_step"]
 
 # Between the sums and the original's step in the caller's dtypes, which may cancel: roundings of the coarsest dtype.

@@ -41,6 +41,10 @@ class Given(NamedTuple):
     source: Source
 
 
+class Means(NamedTuple):
+    """A part of a result: the model's output without its variance channels, as a view."""
+
+
 class Small(NamedTuple):
     """A part of a result: a new tensor of at most one dimension, such as a level."""
 
@@ -61,7 +65,7 @@ class Container(NamedTuple):
     keys: tuple[Any, ...] | None = None
 
 
-Part = Sum | Given | Small | Constant | Container
+Part = Sum | Given | Means | Small | Constant | Container
 # What the caller gave as the timestep.
 TIMESTEP = Given(("timestep",))
 

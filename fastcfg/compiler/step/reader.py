@@ -10,7 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .parts import Constant, Container, Given, Part, Small, Source, Sum, UntraceableError, Write, is_plain
+from .parts import (
+    OUTPUT,
+    Constant,
+    Container,
+    Given,
+    Means,
+    Part,
+    Small,
+    Source,
+    Sum,
+    UntraceableError,
+    Write,
+    is_plain,
+)
 from .run import Outcome
 from .tensors import OURS, Examples, order_of
 
@@ -41,7 +54,7 @@ class Reader:
                 return Small(value.clone())
             if tuple(value.shape) != self.examples.shape or not value.is_floating_point():
                 raise UntraceableError(f"its step makes a tensor of {value.dtype} of another shape than the sample")
-            return self._sum(value, path)
+            return Means() if self._is_view(value) else self._sum(value, path)
         if is_plain(value):
             return Constant(value)
         if isinstance(value, Mapping):
@@ -54,6 +67,17 @@ class Reader:
             names, kind = tuple(vars(value)), partial(_object, type(value))
             return Container(kind, tuple(self._part(item, (*path, key)) for key, item in vars(value).items()), names)
         raise UntraceableError(f"its step makes a {type(value).__name__}")
+
+    def _is_view(self, value: Tensor) -> bool:
+        """Whether a tensor is the output's first channels; UntraceableError for another view of an input."""
+        memory = value.untyped_storage().data_ptr()
+        for tensor, _ in self.trial.kept:
+            if tensor.ndim > 1 and tensor.untyped_storage().data_ptr() == memory:
+                whole = self.trial.given[id(tensor)] == OUTPUT and tensor.shape != value.shape
+                if whole and value.storage_offset() == 0 and value.stride() == tensor.stride():
+                    return True
+                raise UntraceableError("its step returns or keeps a view of what it was given")
+        return False
 
     def _sum(self, value: Tensor, path: tuple[Any, ...]) -> Sum:
         if id(value) not in self._numbers:

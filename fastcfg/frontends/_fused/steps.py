@@ -15,6 +15,7 @@ from ...compiler.step import (
     Constant,
     Draw,
     Given,
+    Means,
     Part,
     Small,
     Source,
@@ -290,6 +291,8 @@ def _build(part: Part) -> Callable[[_Call, list[Tensor]], Any]:
     if isinstance(part, Given):
         fetch = _fetch(part.source)
         return lambda call, sums: fetch(call)
+    if isinstance(part, Means):
+        return lambda call, sums: call.output[:, : call.sample.shape[1]]
     if isinstance(part, Small):
         return partial(_small, part.value, {})
     if isinstance(part, Constant):
