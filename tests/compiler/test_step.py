@@ -377,3 +377,32 @@ def test_steps_that_change_their_class_or_module_run_as_the_original() -> None:
             assert torch.equal(ours.step(M, 0, X)[0], X - M)
     assert Counting.calls == 3
     assert counted == 3
+
+
+def test_gradients_of_what_is_kept_and_of_levels_come_through_the_original() -> None:
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+        return x - self.levels[t] * output + self.past
+
+    for name in ("levels", "past"):
+        own = scheduler(step, levels=torch.tensor([0.1, 0.2, 0.3]), past=M.clone())
+        ours = fuse(own)
+        getattr(ours, name).requires_grad_()
+        with torch.no_grad():
+            ours.step(M, 0, X)
+        assert ours._fastcfg_state.last is not None
+        assert ours.step(M, 0, X)[0].requires_grad
+        with torch.no_grad():
+            assert not ours.step(M, 0, X)[0].requires_grad
+        assert ours._fastcfg_state.last is not None
+
+
+def test_noise_like_a_tensor_of_another_layout_is_the_original_s() -> None:
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+        return x - output + torch.randn_like(output)
+
+    original, ours = scheduler(step), fuse(scheduler(step))
+    for x, m in ((X, M), (X, M.contiguous(memory_format=torch.channels_last))):
+        torch.manual_seed(0)
+        want = original.step(m, 0, x)[0]
+        torch.manual_seed(0)
+        torch.testing.assert_close(ours.step(m, 0, x)[0], want)

@@ -65,8 +65,14 @@ def trace_step(
         UntraceableError: the step is no sum of its tensors, fails on an example, or does what cannot be reproduced.
     """
     reads = Reads({CONFIG} if CONFIG in vars(scheduler) else set())
+    graded = torch.is_grad_enabled()  # which leaving inference mode would turn on
     try:
-        with torch.inference_mode(False), undrawn(options.get("generator")), unchanged(scheduler, step):
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(graded),
+            undrawn(options.get("generator")),
+            unchanged(scheduler, step),
+        ):
             return _traced(scheduler, step, output, timestep, sample, options, reads)
     except UntraceableError as error:
         error.reads = frozenset(reads.own & set(vars(scheduler)))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..patching import in_float64, modules_of, replaced
 from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError
-from .tensors import CONFIG, MAX_DRAWS, Inputs, Tensors
+from .tensors import CONFIG, MAX_DRAWS, Inputs, Tensors, order_of
 
 _READS, _REFUSED, _CONVERTED = "_fastcfg_reads", "_fastcfg_refused", "_fastcfg_converted"
 MISSING = object()  # what a class does not have
@@ -218,6 +218,9 @@ def _drawing(scheduler: Any, generator: Any, inputs: Inputs, tensors: Tensors, o
         return drawn(made, shape, **unknown)
 
     def randn_like(input: Tensor, *, dtype: Any = None, **unknown: Any) -> Tensor:
+        if tensors.dtype is None and order_of(input) != inputs.orders[SAMPLE]:
+            # Its numbers depend on the layout.
+            raise UntraceableError("its noise is drawn like a tensor of another layout than the sample's")
         dtype = dtype or (input.dtype if tensors.dtype is None else None)
         made = Draw(torch, "randn_like", originals["randn_like"], dtype, like=True)
         return drawn(made, input.shape, like=input, **unknown)

@@ -18,8 +18,6 @@ from .tensors import MAX_DRAWS, RANDOM, SHORT, BasisVectors, Inputs
 
 TOLERANCE = 5e-6  # of coefficients, relative to their row's: some schedulers compute in float32
 _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancellation
-
-
 # A coefficient of inputs that are multiplied by 0: it makes no term but of NaN and infinities.
 _ZERO = 1e-300
 

@@ -68,12 +68,14 @@ class Inputs:
     def _kept(self, value: Any, source: Source) -> dict[Source, torch.dtype]:
         """The tensors like the sample in a value."""
         if isinstance(value, Tensor):
+            if value.requires_grad and torch.is_grad_enabled():
+                raise UntraceableError("needs gradients")
             if value.ndim < 2:
                 return {}
             if tuple(value.shape) != self.shape:
                 raise UntraceableError(f"has shape {tuple(value.shape)}, the sample {self.shape}")
-            if not value.is_floating_point() or (value.requires_grad and torch.is_grad_enabled()):
-                raise UntraceableError(f"is a tensor of {value.dtype}, or needs gradients")
+            if not value.is_floating_point():
+                raise UntraceableError(f"is a tensor of {value.dtype}")
             self.orders[source] = order_of(value)
             return {source: value.dtype}
         if type(value) in (list, tuple, dict):

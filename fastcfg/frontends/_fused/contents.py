@@ -69,7 +69,8 @@ class Contents:
         if kind in _PLAIN:
             return value
         if kind is Tensor and value.ndim > 1:
-            return value.dtype, value.shape, value.stride(), value.device, value.requires_grad
+            wanted = value.requires_grad and torch.is_grad_enabled()
+            return value.dtype, value.shape, value.stride(), value.device, wanted
         if kind is bool or kind is float:
             return kind, value
         known = self._known.get(id(value))
@@ -114,7 +115,9 @@ class Contents:
 
 def _tensor(tensor: Tensor) -> _Known:
     contents = host_array(tensor.detach().cpu()).tobytes()
-    key = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, contents)
+    key: Hashable = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, contents)
+    if tensor.requires_grad:  # whether a gradient is wanted may change at any time
+        return _Known(tensor, (key, torch.is_grad_enabled()), lambda: False)
     if tensor.device.type == "cpu":
         # The same memory: changes through other tensors and arrays are seen as well.
         tobytes = host_array(tensor).tobytes
