@@ -43,15 +43,15 @@ def drawing(sampler: Any, draw: Callable[[Tensor | None], Tensor]) -> Iterator[N
 
 
 @contextmanager
-def in_float64() -> Iterator[None]:
-    """Context in which float64 samples keep their dtype. Schedulers that compute half-precision samples in float32 do
-    so by converting every sample, which would round the coefficients read off a float64 run."""
+def in_float64(applies: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Context in which float64 samples keep their dtype, while that applies. Schedulers that compute half-precision
+    samples in float32 do so by converting every sample, which would round the coefficients read off a float64 run."""
 
     def widest(convert: Callable[..., Any]) -> Callable[..., Any]:
         def converted(values: Tensor, *args: Any, **kwargs: Any) -> Any:
             result = convert(values, *args, **kwargs)
             narrowed = isinstance(result, Tensor) and result.is_floating_point() and result.dtype != torch.float64
-            return values if narrowed and values.dtype == torch.float64 and values.ndim == 4 else result
+            return values if narrowed and values.dtype == torch.float64 and values.ndim == 4 and applies() else result
 
         return converted
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...combination import Combination
+from ..probe import Array
 from .limits import clip_of, over_limited_x0
 from .parts import (
     SAMPLE,
@@ -38,9 +38,10 @@ from .parts import (
     same_parts,
 )
 from .reader import Reader
-from .run import MISSING, Reads, class_attribute, run_step, unchanged, undrawn
-from .sums import combination_of, prove
+from .run import MISSING, Reads, Runs, class_attribute
+from .sums import TOLERANCE, combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
+from .watch import unchanged, undrawn
 
 __all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Means", "Part", "Small", "Source", "Sum", "TracedStep"]
 __all__ += ["UntraceableError", "Write", "laid_out", "trace_step"]
@@ -73,27 +74,21 @@ def trace_step(
             undrawn(options.get("generator")),
             unchanged(scheduler, step),
         ):
-            return _traced(scheduler, step, output, timestep, sample, options, reads)
+            inputs = Inputs.of(scheduler, output, sample, options)
+            runs = Runs(scheduler, step, timestep, options, inputs, reads)
+            with runs.open():
+                return _traced(scheduler, inputs, runs, reads)
     except UntraceableError as error:
         error.reads = frozenset(reads.own & set(vars(scheduler)))
         raise
 
 
-def _traced(
-    scheduler: Any,
-    step: Callable[..., Any],
-    output: Tensor,
-    timestep: Any,
-    sample: Tensor,
-    options: Mapping[str, Any],
-    reads: Reads,
-) -> TracedStep:
-    inputs = Inputs.of(scheduler, output, sample, options)
-    run = partial(run_step, scheduler, step, timestep, options, inputs, reads)
+def _traced(scheduler: Any, inputs: Inputs, run: Runs, reads: Reads) -> TracedStep:
     clip = clip_of(vars(scheduler).get(CONFIG))
-    linear = run(BasisVectors(inputs), **{} if clip is None else {"clip_sample": False})
+    vectors = BasisVectors(inputs) if clip is None else BasisVectors(inputs, _signs(inputs))
+    linear = run(vectors)
     shape = inputs.example_shape(13, 7, 11)
-    if 1 in inputs.shape and set(inputs.orders.values()) != {tuple(range(sample.ndim))}:
+    if 1 in inputs.shape and set(inputs.orders.values()) != {tuple(range(len(inputs.shape)))}:
         # What torch makes of strides of a single element depends on them.
         shape = inputs.shape
     reader = _read(run, inputs, shape)
@@ -105,12 +100,17 @@ def _traced(
     sources: tuple[Source, ...] = ()
     combination = None
     if reader.dtypes:
-        combination = combination_of(inputs, reader.sums_of(linear))
-        if clip is not None:
-            combination = over_limited_x0(combination, inputs, linear, reader, clip, run)
+        sums = reader.sums_of(linear)
+        combination = combination_of(inputs, vectors, sums)
+        try:
+            prove(combination, inputs, vectors.values(), [value[vectors.random] for value in sums], TOLERANCE)
+        except UntraceableError:
+            if clip is None:
+                raise
+            combination = over_limited_x0(combination, inputs, vectors, linear, reader, clip, run)
         coarsest = max(torch.finfo(dtype).eps for dtype in (*inputs.dtypes.values(), *reader.dtypes))
         found, tolerance = reader.sums_of(reader.trial), max(_ROUNDINGS * coarsest, _LEAST)
-        prove(combination, inputs, reader.examples.exact(), found, tolerance, together=True)
+        prove(combination, inputs, reader.examples.values(), found, tolerance, together=True)
         sources, combination = _needed(combination, inputs)
     of_class = {name: class_attribute(type(scheduler), name) for name in reads.of_class}
     return TracedStep(
@@ -126,9 +126,16 @@ def _traced(
     )
 
 
-def _read(run: Callable[..., Any], inputs: Inputs, shape: tuple[int, ...]) -> Reader:
+def _read(run: Runs, inputs: Inputs, shape: tuple[int, ...]) -> Reader:
     examples = Examples(inputs, shape)
     return Reader(examples, run(examples))
+
+
+def _signs(inputs: Inputs) -> Array:
+    """Of the coefficients of most x0: of the sample, and less the model's output."""
+    signs = np.zeros(len(inputs.names))
+    signs[0], signs[1] = 1.0, -1.0
+    return signs
 
 
 def _needed(combination: Combination, inputs: Inputs) -> tuple[tuple[Source, ...], Combination]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ...clip import DynamicThreshold
 from ...combination import Combination
 from ..probe import Array
 from .parts import UntraceableError
 from .reader import Reader
-from .run import Outcome
+from .run import Outcome, Runs
 from .sums import TOLERANCE, coefficients_of, prove
-from .tensors import CONFIG, BasisVectors, Examples, Inputs, Saturated
+from .tensors import BasisVectors, Inputs
 
 
 def clip_of(config: Any) -> float | DynamicThreshold | None:
@@ -36,56 +37,52 @@ def clip_of(config: Any) -> float | DynamicThreshold | None:
 def over_limited_x0(
     combination: Combination,
     inputs: Inputs,
+    vectors: BasisVectors,
     linear: Outcome,
     reader: Reader,
     clip: float | DynamicThreshold,
-    run: Callable[..., Outcome],
+    run: Runs,
 ) -> Combination:
     """The sums with what passes through a limited x0 written over it. Candidates for x0 are what the step converts its
-    output to and what it returns or keeps beside the next sample; the sums are proved on the step with its limit."""
-    vectors = BasisVectors(inputs)
-    converted = [value for value in linear.converted if value.shape[-1] == vectors.shape[-1]]
-    for p in (*(coefficients_of(value, vectors, inputs) for value in converted), *combination.coefficients[1:]):
-        if not p.any():
+    output to and what it returns or keeps beside the next sample; the sums are proved on random samples."""
+    converted = [value for value in linear.converted if value.shape == vectors.shape]
+    found = reader.sums_of(linear)
+    # Dynamic thresholding divides by its bound.
+    floor = clip.floor if isinstance(clip, DynamicThreshold) else 1.0
+    for limited in (*coefficients_of(converted, vectors, inputs), *combination.coefficients[1:]):
+        if not limited.any():
             continue
-        # With which x0 lies on both sides of the limit.
-        size = (clip if isinstance(clip, float) else 1.0) / float(np.linalg.norm(p))
-        examples = Examples(inputs, reader.examples.shape, size)
-        found, values = reader.sums_of(run(examples)), examples.exact()
-        for of_x0, rest in _over_x0(combination, inputs, p, reader, run):
-            over = replace(combination, coefficients=rest, x0=p, of_x0=of_x0, clip=clip)
-            try:
-                prove(over, inputs, values, found, TOLERANCE)
-            except UntraceableError:
-                continue
-            return over
+        p = floor * limited
+        beyond = p * vectors.base
+        if beyond.max() * beyond.min() < 0 or not beyond[p != 0].all():
+            # The samples in which another x0 would be limited.
+            vectors = BasisVectors(inputs, np.sign(p))
+            found = reader.sums_of(run(vectors))
+        over = _over_x0(combination, inputs, vectors, found, p, clip)
+        try:
+            prove(over, inputs, vectors.values(), [value[vectors.random] for value in found], TOLERANCE)
+        except UntraceableError:
+            continue
+        return over
     raise UntraceableError("what limits its x0 cannot be told from its other terms")
 
 
 def _over_x0(
     combination: Combination,
     inputs: Inputs,
+    vectors: BasisVectors,
+    sums: list[Tensor],
     p: Array,
-    reader: Reader,
-    run: Callable[..., Outcome],
-) -> Iterator[tuple[Array, Array]]:
-    """Ways to write the sums over x0: its coefficients, and those of the other terms."""
+    clip: float | DynamicThreshold,
+) -> Combination:
+    """The sums over x0. Where it is at its bound it is constant: the derivatives there are those of the other terms."""
     rows = combination.coefficients
-    pivot = 1 if p[1] else int(np.abs(p).argmax())
-    of_x0 = rows[:, pivot] / p[pivot]
-    yield of_x0, _cleaned(rows - of_x0[:, None] * p, rows)
-    # Where x0 is at its bound it is constant: the derivatives there are those of the other terms. How it is limited
-    # makes no difference to them.
-    saturated = Saturated(inputs, p)
-    outcome = run(saturated, clip_sample=True)
-    found = np.array([value.double().reshape(-1, value.shape[-1])[0].numpy() for value in reader.sums_of(outcome)])
-    rest = _cleaned((found[:, 1:] - found[:, :1]) / saturated.added, rows)
-    bound = clip_of(outcome.before[CONFIG][0])
-    if isinstance(bound, float):
-        yield (found[:, 0] - rest @ saturated.base) / bound, rest
-
-
-def _cleaned(rest: Array, rows: Array) -> Array:
-    """Without what rounding left of a difference."""
-    small = np.abs(rest) < 1e-9 * np.abs(rows).max(axis=1, keepdims=True)
-    return np.where(small, 0.0, rest)
+    found = np.array([value[vectors.saturated].reshape(1 + len(inputs.names), -1)[:, 0].numpy() for value in sums])
+    rest = (found[:, 1:] - found[:, :1]) / vectors.added
+    if combination.noise is not None:
+        rest[0, combination.noise] = 0.0
+    # Without what rounding left of a difference.
+    rest[np.abs(rest) < 1e-9 * np.abs(rows).max(axis=1, keepdims=True)] = 0.0
+    bound = np.sign(p @ vectors.base) * (clip if isinstance(clip, float) else 1.0)
+    of_x0 = (found[:, 0] - rest @ vectors.base) / bound if bound else np.zeros(len(rows))
+    return replace(combination, coefficients=rest, x0=p, of_x0=of_x0, clip=clip)

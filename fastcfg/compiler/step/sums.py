@@ -14,7 +14,7 @@ from ...combination import Combination
 from ...reference.quantile import quantile_bound
 from ..probe import Array
 from .parts import UntraceableError
-from .tensors import MAX_DRAWS, RANDOM, SHORT, BasisVectors, Inputs
+from .tensors import MAX_DRAWS, SHORT, BasisVectors, Inputs
 
 TOLERANCE = 5e-6  # of coefficients, relative to their row's: some schedulers compute in float32
 _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancellation
@@ -22,51 +22,53 @@ _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancella
 _ZERO = 1e-300
 
 
-def combination_of(inputs: Inputs, sums: list[Tensor]) -> Combination:
-    """The sums of a run on basis vectors, proved on its random positions."""
-    vectors = BasisVectors(inputs)
-    rows = np.array([coefficients_of(value, vectors, inputs) for value in sums])
-    rows = rows.reshape(len(sums), len(inputs.names))
+def combination_of(inputs: Inputs, vectors: BasisVectors, sums: list[Tensor]) -> Combination:
+    """The sums of a run on basis vectors."""
+    rows = coefficients_of(sums, vectors, inputs)
     combination = Combination(rows)
-    if inputs.wide:
-        combination = _learned(combination, inputs, sums, vectors.end_nan - 1)
-    prove(combination, inputs, vectors.random(), [value[..., -RANDOM:] for value in sums], TOLERANCE)
-    return combination
+    return _learned(combination, inputs, vectors, sums) if inputs.wide else combination
 
 
-def coefficients_of(value: Tensor, vectors: BasisVectors, inputs: Inputs) -> Array:
-    """The coefficients of all inputs in a tensor [1, C, ..., positions]."""
-    count = len(inputs.names)
-    if value.shape[-1] != vectors.shape[-1]:
+def coefficients_of(values: list[Tensor], vectors: BasisVectors, inputs: Inputs) -> Array:
+    """The coefficients of all inputs [tensors, inputs] in tensors of a run on basis vectors."""
+    count, size = len(inputs.names), vectors.size
+    if any(value.shape != vectors.shape for value in values):
         raise UntraceableError("its step makes a tensor of another shape than the sample")
-    found: Array = value.double().reshape(-1, vectors.shape[-1]).numpy()
-    nan = slice(vectors.first_nan, vectors.end_nan)
-    touched: Any = np.isnan(found[:, nan]).any(axis=0)
-    touched = touched[:count]
-    if not np.isfinite(np.delete(found, nan, axis=1)).all():
+    if not values:
+        return np.zeros((0, count))
+    found: Array = np.array([value.double().numpy() for value in values])
+    found = found.reshape(len(values), len(found[0]), -1, vectors.shape[-1])
+    linear: Array = found[:, 0]
+    touched: Any = np.isnan(found[:, vectors.nan, :, 0]).any(axis=2)
+    touched = touched[:, :count]
+    # A limit of x0 may depend on all elements of a sample.
+    spread = vectors.size == 1 and np.isnan(found[:, vectors.nan, :, 1:]).any()
+    if spread or not (np.isfinite(linear).all() and np.isfinite(found[:, vectors.nan.stop :]).all()):
         raise UntraceableError("its results are not finite, or sums over elements")
-    row, size = found[0, 1 : 1 + count].copy(), max(float(np.abs(found[:, 1 : 1 + count]).max()), 1e-300)
-    if np.abs(found[:, 0]).max() > TOLERANCE * size:
+    long, short = linear[..., 1 : 1 + count] / size, linear[..., 1 + count : 1 + 2 * count] / (size * SHORT)
+    rows = long[:, 0].copy()
+    bound = TOLERANCE * np.maximum(np.abs(long).max(axis=(1, 2)), 1e-300)[:, None]
+    if (np.abs(linear[..., 0]) > bound * size).any():
         raise UntraceableError("its steps are not linear: without inputs its result is not 0")
-    if np.abs(found[:, 1 : 1 + count] - row).max() > TOLERANCE * size:
+    if (np.abs(long - rows[:, None]).max(axis=1) > bound).any():
         raise UntraceableError("its coefficients differ by channel")
-    if np.abs(found[:, 1 + count : 1 + 2 * count] / SHORT - row).max() > TOLERANCE * size:
+    if (np.abs(short - rows[:, None]).max(axis=1) > bound).any():
         raise UntraceableError("its steps are not linear")
-    row[np.abs(row) < _ROUNDING * size] = 0.0
-    row[touched & (row == 0)] = _ZERO
-    return row
+    rows[np.abs(rows) < (_ROUNDING / TOLERANCE) * bound] = 0.0
+    rows[touched & (rows == 0)] = _ZERO
+    return rows
 
 
-def _learned(combination: Combination, inputs: Inputs, sums: list[Tensor], nan: int) -> Combination:
+def _learned(combination: Combination, inputs: Inputs, vectors: BasisVectors, sums: list[Tensor]) -> Combination:
     """With the coefficient of noise as a power of the variance channels, if it depends on them: also where these are
-    multiplied by 0 (in position `nan` they are NaN)."""
+    multiplied by 0 (in the last NaN sample they are NaN)."""
     first, names = 1 + 2 * len(inputs.names), inputs.names
     for number, value in enumerate(sums):
-        at = value.double().reshape(-1, value.shape[-1])[0, first : first + 2 * MAX_DRAWS].view(MAX_DRAWS, 2)
+        at = value[0].double().reshape(-1, value.shape[-1])[0, first : first + 2 * MAX_DRAWS].view(MAX_DRAWS, 2)
         for draw, (low, high) in enumerate(at.tolist()):
             index = names.index(("draw", draw))
             middle = float(combination.coefficients[number, index])
-            multiplied = not number and middle > 0 and bool(value[..., nan].isnan().all())
+            multiplied = not number and middle > 0 and bool(value[vectors.nan.stop - 1, ..., 0].isnan().all())
             if abs(low - middle) + abs(high - middle) <= TOLERANCE * abs(middle) and not multiplied:
                 continue
             if number or combination.noise is not None or min(low, middle, high) <= 0:
@@ -96,27 +98,29 @@ def prove(
     wanted = np.array([value.double().numpy() for value in found]).reshape(made.shape)
     if not np.isfinite(wanted).all():
         raise UntraceableError("its results are not finite")
-    if not (np.abs(made - wanted).max(axis=(1, 2)) <= tolerance * np.maximum(sizes, 1e-300)).all():
+    if (np.abs(made - wanted).max(axis=2) > tolerance * np.maximum(sizes, 1e-300)).any():
         raise UntraceableError("its steps are not linear")
 
 
 def _evaluate(combination: Combination, inputs: Inputs, values: Array) -> tuple[Array, Array]:
-    """The sums in float64, plainly written, and the size of each one's terms."""
+    """The sums in float64, plainly written, [outputs, B, ...], and the size of their terms in each sample."""
     count, of_x0 = len(inputs.names), combination.of_x0
     rows, tensors, noise = combination.coefficients, values[:count], combination.noise
-    largest = np.abs(tensors).max(axis=(1, 2))
-    made, sizes = np.tensordot(rows, tensors, axes=1), (np.abs(rows) * largest).max(axis=1)
+    flat = tensors.reshape(count, -1)
+    largest = np.abs(tensors).max(axis=2)
+    made: Any = (rows @ flat).reshape(len(rows), values.shape[1], -1)
+    sizes: Array = (np.abs(rows)[..., None] * largest).max(axis=1)
     if combination.x0 is not None and of_x0 is not None:
-        x0 = np.tensordot(combination.x0, tensors, axes=1)
+        x0 = (combination.x0 @ flat).reshape(made.shape[1:])
         bound: Any = combination.clip
         if isinstance(bound, DynamicThreshold):
             rank = bound.rank(x0.shape[1], torch.float64)
             bound = quantile_bound(torch.from_numpy(x0.copy()), rank).numpy()[:, None]
-        x0_size = (np.abs(combination.x0) * largest).max()
+        x0_sizes = (np.abs(combination.x0)[:, None] * largest).max(axis=0)
         limited = np.clip(x0, -bound, bound) / (bound if isinstance(combination.clip, DynamicThreshold) else 1.0)
         made = made + of_x0[:, None, None] * limited
-        sizes = np.maximum(sizes, np.abs(of_x0) * x0_size)
+        sizes = np.maximum(sizes, np.abs(of_x0)[:, None] * x0_sizes)
     if noise is not None:
         made[0] += (term := np.exp2(combination.l_0 + combination.l_v * values[count]) * tensors[noise])
-        sizes[0] = max(sizes[0], np.abs(term).max())
+        sizes[0] = np.maximum(sizes[0], np.abs(term).max(axis=1))
     return made, sizes

@@ -14,17 +14,27 @@ from torch import Tensor
 from ..probe import Array
 from .parts import OUTPUT, SAMPLE, Source, UntraceableError, is_plain
 
-__all__ = ["CONFIG", "MAX_DRAWS", "OURS", "RANDOM", "SHORT", "BasisVectors", "Examples", "Inputs", "Saturated"]
-__all__ += ["Tensors", "laid_out", "order_of"]
+__all__ = [
+    "CONFIG",
+    "MAX_DRAWS",
+    "OURS",
+    "SHORT",
+    "BasisVectors",
+    "Examples",
+    "Inputs",
+    "Tensors",
+    "laid_out",
+    "order_of",
+]
 
 MAX_DRAWS = 4
-# Sizes of the random inputs in the last positions of basis vectors: bounds of all sizes show.
-_SIZES = (1.0, 1.0, 1.0, 1.0, 10.0, 10.0, 1e2, 1e2, 1e3, 1e3, 1e4, 1e4)
-RANDOM = len(_SIZES)
 SHORT = 0.3  # the other length of basis vectors
 CONFIG = "_internal_dict"  # the attribute with a diffusers config
 OURS = "_fastcfg"  # how our own attributes begin
-_SATURATED = 1e4
+# Of the random samples: bounds of all sizes show.
+_SIZES = (1e-2, 1.0, 1.0, 1e1, 1e2, 1e3, 1e4)
+_TINY = 1e-6  # basis vectors of which no x0 is limited
+_SATURATED = 1e4  # with which every x0 is
 _MAX_CHANNELS = 16
 
 
@@ -126,87 +136,115 @@ class Tensors:
 
 
 class BasisVectors(Tensors):
-    """Float64 vectors along the last dimension: 0, then 1 for each input in turn, then a shorter one for each; with a
-    wide output, each draw again where the variance channels are -1 and 1, not 0; then NaN for each input, from
-    `first_nan` on; last random positions."""
+    """Float64 tensors that show a step's coefficients.
+
+    Sample 0 has, along its last dimension, 0, then 1 for each input in turn, then a shorter one for each; with a wide
+    output, each draw again where the variance channels are -1 and 1, not 0. In the following samples one input each is
+    NaN. With `signs`, of an x0's coefficients, there are then samples in which x0 is far beyond every limit: a common
+    one, and one for each input with a larger value of it; in sample 0 no limit shows, as all is tiny. The last samples
+    are random.
+
+    Attributes:
+        size: of the vectors.
+        nan, saturated, random: the samples.
+        base, added: [inputs], the values of the saturated samples: in all, and added in turn.
+    """
 
     dtype = torch.float64
 
-    def __init__(self, inputs: Inputs) -> None:
-        self._inputs, names = inputs, inputs.names
-        self._wide = 2 * MAX_DRAWS if inputs.wide else 0
-        self.first_nan = 1 + 2 * len(names) + self._wide
-        # In the last of these the variance channels are.
-        self.end_nan = self.first_nan + len(names) + inputs.wide
-        self.shape = inputs.example_shape(1, self.end_nan + RANDOM)
+    def __init__(self, inputs: Inputs, signs: Array | None = None) -> None:
+        self._inputs, count = inputs, len(inputs.names)
+        self.size = 1.0 if signs is None else _TINY
+        self.nan = slice(1, 1 + count + inputs.wide)
+        self.saturated = slice(self.nan.stop, self.nan.stop + (0 if signs is None else 1 + count))
+        self.random = slice(self.saturated.stop, self.saturated.stop + len(_SIZES))
+        self.shape = inputs.example_shape(self.random.stop, 1, 1 + 2 * count + 2 * MAX_DRAWS * inputs.wide)
+        self.base = _SATURATED * (np.zeros(count) if signs is None else signs)
+        self.added = np.where(self.base < 0, -_SATURATED, _SATURATED)
+        self._key = (self.shape, count, inputs.wide, None if signs is None else tuple(signs.tolist()))
 
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """The values of an input; a wide output's are [1, 2C, ...]."""
-        index, count = self._inputs.index(source), len(self._inputs.names)
-        draw = source[1] if source[0] == "draw" and self._wide else None
-        value = _basis_vector(self.shape, index, count, draw, self.first_nan + index)
-        if source == OUTPUT and self._wide:
-            return torch.cat([value, _variances(self.shape, 1 + 2 * count, self.end_nan - 1)], dim=1)
+        """The values of an input; a wide output's are [B, 2C, ...]."""
+        draw = source[1] if source[0] == "draw" else None
+        value = _vectors(self._key, self._inputs.index(source), draw)
+        if source == OUTPUT and self._inputs.wide:
+            value = torch.cat([value, _variances(self._key)], dim=1)
         return value.clone()
 
-    def random(self) -> Array:
-        """The values of all inputs in the random positions, as `prove` takes them."""
-        tensors = [self.tensor(source)[..., -RANDOM:] for source in self._inputs.names]
-        if self._wide:
-            tensors[1], variances = tensors[1].chunk(2, dim=1)
-            tensors.append(variances)
-        stacked: Array = np.array([tensor.numpy() for tensor in tensors])
-        return stacked.reshape(len(tensors), self.shape[0], -1)
+    def values(self) -> Array:
+        """The values of all inputs in the random samples, as `prove` takes them."""
+        return _random_values(self._key, len(self._inputs.dtypes))
+
+
+_Key = tuple[tuple[int, ...], int, bool, tuple[float, ...] | None]
 
 
 @lru_cache(maxsize=256)
-def _basis_vector(shape: tuple[int, ...], index: int, count: int, draw: int | None, nan: int) -> Tensor:
+def _vectors(key: _Key, index: int, draw: int | None) -> Tensor:
+    shape, count, wide, signs = key
     value = torch.zeros(shape, dtype=torch.float64)
-    value[..., 1 + index], value[..., 1 + count + index] = 1.0, SHORT
-    if draw is not None:
-        value[..., 1 + 2 * count + 2 * draw : 3 + 2 * count + 2 * draw] = 1.0
-    value[..., nan] = torch.nan
-    value[..., -RANDOM:].normal_(generator=torch.Generator().manual_seed(index))
-    value[..., -RANDOM:] *= torch.tensor(_SIZES, dtype=torch.float64)
+    size = 1.0 if signs is None else _TINY
+    value[0, ..., 1 + index], value[0, ..., 1 + count + index] = size, size * SHORT
+    if draw is not None and wide:
+        value[0, ..., 1 + 2 * count + 2 * draw : 3 + 2 * count + 2 * draw] = 1.0
+    value[1 + index, ..., 0] = torch.nan
+    if signs is not None:
+        first, base = 1 + count + wide, _SATURATED * signs[index]
+        value[first : first + 1 + count] = base
+        value[first + 1 + index] = base + (-_SATURATED if base < 0 else _SATURATED)
+    for sample, of_sample in zip(value[-len(_SIZES) :], _SIZES, strict=True):
+        sample.normal_(generator=torch.Generator().manual_seed(index)).mul_(of_sample)
     return value
 
 
 @lru_cache(maxsize=64)
-def _variances(shape: tuple[int, ...], first: int, nan: int) -> Tensor:
+def _variances(key: _Key) -> Tensor:
+    shape, count, _, _ = key
     value = torch.zeros(shape, dtype=torch.float64)
-    value[..., first : first + 2 * MAX_DRAWS] = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(MAX_DRAWS)
-    value[..., nan] = torch.nan
-    value[..., -RANDOM:].uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    value[0, ..., 1 + 2 * count :] = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(MAX_DRAWS)
+    value[1 + count, ..., 0] = torch.nan
+    value[-len(_SIZES) :].uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
     return value
 
 
-class Examples(Tensors):
-    """Random tensors of a shape, float64 of a size if that is given, else of the caller's dtypes."""
+@lru_cache(maxsize=64)
+def _random_values(key: _Key, kept: int) -> Array:
+    _, count, wide, _ = key
+    tensors = [_vectors(key, index, index - kept if index >= kept else None) for index in range(count)]
+    tensors += [_variances(key)] if wide else []
+    return np.array([tensor[-len(_SIZES) :].numpy() for tensor in tensors]).reshape(len(tensors), len(_SIZES), -1)
 
-    def __init__(self, inputs: Inputs, shape: tuple[int, ...], size: float | None = None) -> None:
-        self._inputs, self._size = inputs, 1.0 if size is None else size
-        self.dtype = None if size is None else torch.float64
-        self.shape = shape
+
+class Examples(Tensors):
+    """Random tensors of a shape, in the caller's dtypes and layouts."""
+
+    dtype = None
+
+    def __init__(self, inputs: Inputs, shape: tuple[int, ...]) -> None:
+        self._inputs, self.shape = inputs, shape
 
     def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """The values of an input, always the same; `dtype` is that of a draw."""
-        inputs, wide = self._inputs, source == OUTPUT and self._inputs.wide
-        value = _normals(self.shape, inputs.index(source))
-        if self._size != 1.0:
-            value = value * self._size
-        if wide:
-            value = torch.cat([value, _normals(self.shape, -1).clamp(-1, 1)], dim=1)
-        value = value.to(self.dtype or dtype or inputs.dtypes.get(source, torch.float32), copy=True)
-        return laid_out(value, inputs.orders.get(source))
+        inputs = self._inputs
+        wide = source == OUTPUT and inputs.wide
+        dtype = dtype or inputs.dtypes.get(source, torch.float32)
+        return _example(self.shape, inputs.index(source), dtype, inputs.orders.get(source), wide).clone()
 
-    def exact(self) -> Array:
+    def values(self) -> Array:
         """The values of all inputs, as `prove` takes them."""
         inputs = self._inputs
-        dtypes = tuple(self.dtype or inputs.dtypes.get(source, torch.float32) for source in inputs.names)
-        values = _exact_normals(self.shape, dtypes, inputs.wide)
-        if self._size == 1.0:
-            return values
-        return np.concatenate([values[: len(dtypes)] * self._size, values[len(dtypes) :]])
+        dtypes = tuple(inputs.dtypes.get(source, torch.float32) for source in inputs.names)
+        return _exact_normals(self.shape, dtypes, inputs.wide)
+
+
+@lru_cache(maxsize=256)
+def _example(
+    shape: tuple[int, ...], index: int, dtype: torch.dtype, order: tuple[int, ...] | None, wide: bool
+) -> Tensor:
+    value = _normals(shape, index)
+    if wide:
+        value = torch.cat([value, _normals(shape, -1).clamp(-1, 1)], dim=1)
+    return laid_out(value.to(dtype), order)
 
 
 @lru_cache(maxsize=64)
@@ -222,26 +260,6 @@ def _exact_normals(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], wide
 def _normals(shape: tuple[int, ...], index: int) -> Tensor:
     generator = torch.Generator().manual_seed(index + 1)
     return torch.empty(shape, dtype=torch.float64).normal_(generator=generator)
-
-
-class Saturated(Tensors):
-    """Float64 vectors with which x0, of coefficients p, is far above every bound: first a common point, then for each
-    input one with a larger value of it."""
-
-    dtype = torch.float64
-
-    def __init__(self, inputs: Inputs, p: Array) -> None:
-        self._inputs = inputs
-        self.base = _SATURATED * np.sign(p)
-        self.added = np.where(p >= 0, _SATURATED, -_SATURATED)
-        self.shape = inputs.example_shape(1, 1 + len(inputs.names))
-
-    def tensor(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
-        """The values of an input; the variance channels of a wide output are 0."""
-        index = self._inputs.index(source)
-        value = torch.full(self.shape, self.base[index], dtype=torch.float64)
-        value[..., 1 + index] += self.added[index]
-        return torch.cat([value, 0 * value], dim=1) if source == OUTPUT and self._inputs.wide else value
 
 
 def order_of(tensor: Tensor) -> tuple[int, ...]:

@@ -40,7 +40,7 @@ class _Known:
 
     def __init__(self, value: Any, key: Hashable, unchanged: Callable[[], bool]) -> None:
         self.value, self.key, self.unchanged = value, _Key(key), unchanged
-        self.values: dict[int, Any] | None = None  # of a tensor, by address
+        self.values: list[Any] | None = None  # of a tensor
 
 
 class Contents:
@@ -89,19 +89,9 @@ class Contents:
 
     def values(self, tensor: Tensor) -> list[Any]:
         """The values of a one-dimensional tensor."""
-        return list(self._by_address(tensor).values())
-
-    def element(self, tensor: Tensor, element: Tensor) -> Any:
-        """The value of an element of a one-dimensional tensor that is a view of it; None for any other tensor."""
-        return self._by_address(tensor).get(element.data_ptr()) if element.dtype == tensor.dtype else None
-
-    def _by_address(self, tensor: Tensor) -> dict[int, Any]:
-        known = self._known.get(id(tensor))
-        if known is None or known.value is not tensor or not known.unchanged():
-            known = self._kept(tensor, _tensor)
+        known = self._kept(tensor, _tensor)
         if known.values is None:
-            step = tensor.element_size() * max(tensor.stride(0), 1)
-            known.values = {tensor.data_ptr() + step * index: value for index, value in enumerate(tensor.tolist())}
+            known.values = tensor.tolist()
         return known.values
 
     def _kept(self, value: Any, make: Callable[[Any], _Known]) -> _Known:

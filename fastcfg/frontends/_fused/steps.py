@@ -52,7 +52,7 @@ class FusedSteps:
     def look(self, scheduler: Any) -> None:
         """Read what is on a device now, rather than in the first step."""
         for value in vars(scheduler).values():
-            if isinstance(value, Tensor) and value.ndim == 1:
+            if isinstance(value, Tensor) and value.ndim == 1 and value.device.type != "cpu":
                 self._contents.values(value)
 
     def find_index(self, scheduler: Any, timestep: Any) -> None:
@@ -128,9 +128,8 @@ class FusedSteps:
     def _number(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         timesteps = state.get("timesteps")
         if type(timesteps) is Tensor and timesteps.ndim == 1:
-            value = self._contents.element(timesteps, tensor)
-            if value is not None:
-                return value
+            if (index := view_index(timesteps, tensor)) is not None:
+                return self._contents.values(timesteps)[index]
         return tensor.item()
 
     def _option(self, state: Mapping[str, Any], name: str, value: Any) -> Any:
