@@ -95,7 +95,7 @@ class Combination:
 def _sum_of(row: NDArray[np.float64], of_x0: float, dtype: torch.dtype) -> Sum:
     """The order that rounds least, mostly: kept tensors and noise, x0, the model's output, the sample."""
     order = [*range(OUTPUT + 1, len(row)), len(row), *range(min(OUTPUT, len(row) - 1), -1, -1)]
-    values = [*map(float, row), of_x0]
+    values = [*row.tolist(), of_x0]
     terms = [(index, values[index]) for index in order if values[index] != 0]
     factor = 1.0
     of_sample, squares = values[SAMPLE], sum(value * value for _, value in terms)

@@ -46,6 +46,8 @@ class Combine:
         (tensor([0.5000, 0.5000, 0.5000]), torch.float16)
     """
 
+    __slots__ = ("_kernel", "_learned", "_num_inputs", "_num_outputs", "_reference", "backend", "combination")
+
     def __init__(
         self,
         combination: Combination,

@@ -16,16 +16,18 @@ from .pieces import quantile_bound, threshold
 class ReferenceCombine:
     """A combination ready for tensors of a device, computed in float32 or float64."""
 
+    __slots__ = ("_add", "_sums", "_used", "_x0", "combination", "dtype")
+
     def __init__(
         self, combination: Combination, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.combination, self.dtype = combination, dtype
         count, inputs = combination.coefficients.shape
         self._add = adder(dtype, torch.device(device))
-        self._sums = [_Prepared(combination.sum_of(j, dtype), dtype, self._add) for j in range(count)]
+        self._sums = tuple(_Prepared(combination.sum_of(j, dtype), dtype, self._add) for j in range(count))
         self._x0 = _Prepared(combination.sum_of_x0(dtype), dtype, self._add) if combination.uses_x0 else None
-        used = {index for prepared in (*self._sums, self._x0) if prepared for index in prepared.inputs}
-        self._used = [index for index in range(inputs) if index in used or index == combination.noise]
+        used = {index for prepared in (*self._sums, self._x0) if prepared for index in prepared.inputs()}
+        self._used = tuple(index for index in range(inputs) if index in used or index == combination.noise)
 
     def __call__(
         self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype], variance: Tensor | None = None
@@ -79,16 +81,22 @@ class ReferenceCombine:
 class _Prepared:
     """A `Sum` with what can be made ready once. A call returns the sum, and whether it is in new memory."""
 
+    __slots__ = ("_add", "_factor", "_first", "_is_scaled", "_is_zero", "_rest", "_scale")
+
     def __init__(self, total: Sum, dtype: torch.dtype, add: Callable[..., Tensor]) -> None:
-        self.inputs = [index for index, _ in total.terms]
-        (self._first, coefficient), *self._rest = total.terms or [(0, 0.0)]
+        self._first, coefficient = total.terms[0] if total.terms else (0, 0.0)
+        self._rest = total.terms[1:]
         # Scalar tensors cost less than numbers here, and stay on the CPU: operations on any device take them as they
         # are.
         self._scale = torch.tensor(coefficient, dtype=dtype, device="cpu")
-        self._is_scaled = bool(self._scale != 1)
+        self._is_scaled = self._scale.item() != 1
         self._is_zero = not total.terms
         self._factor = None if total.factor == 1 else torch.tensor(total.factor, dtype=dtype, device="cpu")
         self._add = add
+
+    def inputs(self) -> list[int]:
+        """The inputs that it reads."""
+        return [] if self._is_zero else [self._first, *(index for index, _ in self._rest)]
 
     def __call__(self, values: Sequence[Tensor]) -> tuple[Tensor, bool]:
         total = values[self._first]

@@ -20,7 +20,7 @@ from fastcfg.cli.parser import UsageError
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends._fused import fall_through as _fall_through
 from fastcfg.frontends._fused import steps
-from fastcfg.frontends._fused.steps import _Call, _drawn
+from fastcfg.frontends._fused.ready import Call, drawn
 from fastcfg.frontends._fused.subclass import STATE
 from fastcfg.frontends.diffusers import fuse
 from fastcfg.ops.combine import Combine
@@ -162,12 +162,10 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same sums in float64.
         step = getattr(ours, STATE).last
-        call = _Call(before, output, own_t, x, {"generator": redrawn})
-        call.noises = [_drawn(draw, call) for draw in step.traced.draws]
-        inputs = [fetch(call).double() for fetch in step._inputs]
-        exact = Combine(step.traced.combination, "cpu", torch.float64)(
-            inputs, [torch.float64] * len(step.traced.dtypes)
-        )
+        call = Call(before, output, own_t, x, {"generator": redrawn})
+        call.noises = [drawn(draw, call) for draw in step.form.draws]
+        inputs = [fetch(call).double() for fetch in step.form.inputs]
+        exact = Combine(step.combine.combination, "cpu", torch.float64)(inputs, [torch.float64] * len(step.form.dtypes))
         for i, (a, b, c) in enumerate(zip(got.values(), want.values(), exact, strict=False)):
             a, b = a.double(), b.double()
             size = max(1.0, float(b.abs().max()))

@@ -102,12 +102,10 @@ def _traced(scheduler: Any, inputs: Inputs, run: Runs, reads: Reads) -> TracedSt
     if reader.dtypes:
         sums = reader.sums_of(linear)
         combination = combination_of(inputs, vectors, sums)
-        try:
-            prove(combination, inputs, vectors.values(), [value[vectors.random] for value in sums], TOLERANCE)
-        except UntraceableError:
-            if clip is None:
-                raise
+        if clip is not None:
             combination = over_limited_x0(combination, inputs, vectors, linear, reader, clip, run)
+        else:
+            prove(combination, inputs, vectors.values(), [value[vectors.random] for value in sums], TOLERANCE)
         coarsest = max(torch.finfo(dtype).eps for dtype in (*inputs.dtypes.values(), *reader.dtypes))
         found, tolerance = reader.sums_of(reader.trial), max(_ROUNDINGS * coarsest, _LEAST)
         prove(combination, inputs, reader.examples.values(), found, tolerance, together=True)

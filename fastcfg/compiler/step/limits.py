@@ -59,12 +59,19 @@ def over_limited_x0(
             vectors = BasisVectors(inputs, np.sign(p))
             found = reader.sums_of(run(vectors))
         over = _over_x0(combination, inputs, vectors, found, p, clip)
-        try:
-            prove(over, inputs, vectors.values(), [value[vectors.random] for value in found], TOLERANCE)
-        except UntraceableError:
-            continue
-        return over
+        if _holds(over, inputs, vectors, found):
+            return over
+    if _holds(combination, inputs, vectors, found):
+        return combination
     raise UntraceableError("what limits its x0 cannot be told from its other terms")
+
+
+def _holds(combination: Combination, inputs: Inputs, vectors: BasisVectors, sums: list[Tensor]) -> bool:
+    try:
+        prove(combination, inputs, vectors.values(), [value[vectors.random] for value in sums], TOLERANCE)
+    except UntraceableError:
+        return False
+    return True
 
 
 def _over_x0(

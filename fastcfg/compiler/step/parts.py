@@ -121,16 +121,25 @@ class TracedStep:
     writes: tuple[Write, ...]
 
 
+# Without state of their own.
+_NUMBERS = {type(None), bool, int, float, str}
+_PLAIN = (complex, bytes, range, enum.Enum, torch.dtype, torch.device, np.generic, type)
+
+
+def are_numbers(values: Any) -> bool:
+    """Whether a list or the like has nothing but numbers and strings."""
+    return set(map(type, values)) <= _NUMBERS
+
+
 def is_plain(value: Any) -> bool:
     """Whether a value has neither tensors nor a state of its own."""
+    if type(value) in _NUMBERS:
+        return True
     if isinstance(value, tuple | list | set | frozenset):
-        return all(map(is_plain, value))
+        return are_numbers(value) or all(map(is_plain, value))
     if isinstance(value, FunctionType):
         return is_self_contained(value)
-    plain = (
-        None | bool | int | float | complex | str | bytes | range | enum.Enum | torch.dtype | torch.device | np.generic
-    )
-    return isinstance(value, plain | type)
+    return isinstance(value, (*_PLAIN, *_NUMBERS))
 
 
 def same_parts(a: Any, b: Any) -> bool:

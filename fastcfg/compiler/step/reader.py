@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -64,8 +64,8 @@ class Reader:
             kind = getattr(type(value), "_make", type(value))
             return Container(kind, tuple(self._part(item, (*path, key)) for key, item in enumerate(value)))
         if hasattr(value, "__dict__"):
-            names, kind = tuple(vars(value)), partial(_object, type(value))
-            return Container(kind, tuple(self._part(item, (*path, key)) for key, item in vars(value).items()), names)
+            names, made = tuple(vars(value)), _objects(type(value))  # type: ignore[arg-type]
+            return Container(made, tuple(self._part(item, (*path, key)) for key, item in vars(value).items()), names)
         raise UntraceableError(f"its step makes a {type(value).__name__}")
 
     def _is_view(self, value: Tensor) -> bool:
@@ -110,7 +110,9 @@ class Reader:
             yield Write(source, Container(list, parts), "fill")
         elif type(value) is list:
             for key, (item, old) in enumerate(zip(value, before[1], strict=True)):
-                yield from self._changes(item, old, (*source, key))
+                old = old if isinstance(old, tuple) else (old, None)  # of a list of numbers
+                if item is not old[0] or old[1] is not None:
+                    yield from self._changes(item, old, (*source, key))
         elif type(value) is dict:
             if set(before[1]) - set(value):
                 raise UntraceableError(f"its step deletes items of {source[1]}")
@@ -134,6 +136,12 @@ class Reader:
                 raise UntraceableError("its step does other things in float64")
             found.append(value)
         return found
+
+
+@cache
+def _objects(kind: Any) -> Any:
+    """A function that makes an object of a class with attributes, always the same one."""
+    return partial(_object, kind)
 
 
 def _object(kind: type, **attributes: Any) -> Any:

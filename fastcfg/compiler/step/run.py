@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..patching import in_float64, replaced
 from .drawing import Drawing
-from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError
+from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError, are_numbers
 from .tensors import CONFIG, Inputs, Tensors
 
 _READS, _SEEN, _REFUSED, _CONVERTED = "_fastcfg_reads", "_fastcfg_seen", "_fastcfg_refused", "_fastcfg_converted"
@@ -130,6 +130,8 @@ class Runs:
         if type(value) is dict:
             return {key: self._copied(item, (*source, key), tensors, outcome) for key, item in value.items()}
         if type(value) in (list, tuple):
+            if are_numbers(value):
+                return value[:]
             items = [self._copied(item, (*source, key), tensors, outcome) for key, item in enumerate(value)]
             return type(value)(items)
         return value.copy() if isinstance(value, np.ndarray) else value
@@ -178,5 +180,5 @@ def _snapshot(value: Any) -> Any:
     if type(value) is dict:
         return value, {key: _snapshot(item) for key, item in value.items()}
     if type(value) is list:
-        return value, [_snapshot(item) for item in value]
+        return value, value[:] if are_numbers(value) else [_snapshot(item) for item in value]
     return value, value.copy() if isinstance(value, np.ndarray) else None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..probe import Array
-from .parts import OUTPUT, SAMPLE, Source, UntraceableError, is_plain
+from .parts import OUTPUT, SAMPLE, Source, UntraceableError, are_numbers, is_plain
 
 __all__ = [
     "CONFIG",
@@ -89,6 +89,8 @@ class Inputs:
             self.orders[source] = order_of(value)
             return {source: value.dtype}
         if type(value) in (list, tuple, dict):
+            if type(value) is not dict and are_numbers(value):
+                return {}
             items = value.items() if type(value) is dict else enumerate(value)
             found: dict[Source, torch.dtype] = {}
             for key, item in items:
