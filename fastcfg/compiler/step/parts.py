@@ -163,6 +163,6 @@ def has_number(part: Any, numbers: tuple[int, ...]) -> bool:
 def _has_number(value: Any, numbers: tuple[int, ...]) -> bool:
     if isinstance(value, tuple | list | set | frozenset):
         return any(_has_number(item, numbers) for item in value)
-    products = {a * b for a, b in combinations(numbers, 2)}
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and (value in numbers or any(value and value % product == 0 for product in products))
+    if type(value) not in (int, float) or not value:
+        return False
+    return value in numbers or any(value % (a * b) == 0 for a, b in combinations(numbers, 2))

@@ -13,6 +13,7 @@ from ...utils.identity import NoValueError, Same, host_array, value_key
 
 # Types whose values are told apart by ==. Floats and booleans are not: 1.0 and True equal 1.
 _PLAIN = frozenset({int, str, type(None), torch.dtype, torch.device})
+_CONTAINERS = frozenset({list, tuple, dict})
 _MISSING = object()
 _KEPT = 64  # objects with a known key
 _LONG = 16  # lists from here on are compared with a copy
@@ -36,11 +37,11 @@ class _Key:
 class _Known:
     """An object and its key, which is valid as long as `unchanged()`."""
 
-    __slots__ = ("key", "unchanged", "value", "values")
+    __slots__ = ("elements", "key", "unchanged", "value")
 
     def __init__(self, value: Any, key: Hashable, unchanged: Callable[[], bool]) -> None:
         self.value, self.key, self.unchanged = value, _Key(key), unchanged
-        self.values: list[Any] | None = None  # of a tensor
+        self.elements: dict[int, Any] | None = None  # of a tensor, by address
 
 
 class Contents:
@@ -68,31 +69,40 @@ class Contents:
         kind = type(value)
         if kind in _PLAIN:
             return value
-        if kind is Tensor and value.ndim > 1:
-            wanted = value.requires_grad and torch.is_grad_enabled()
-            return value.dtype, value.shape, value.stride(), value.device, wanted
-        if kind is bool or kind is float:
+        if kind is Tensor:
+            if value.ndim > 1:
+                wanted = value.requires_grad and torch.is_grad_enabled()
+                return value.dtype, value.shape, value.stride(), value.device, wanted
+        elif kind is bool or kind is float:
             return kind, value
+        elif kind in _CONTAINERS and len(value) < _LONG:
+            items = value if kind is not dict else (*value, *value.values())
+            return kind, *[item if type(item) in _PLAIN else self.of(item) for item in items]
         known = self._known.get(id(value))
         if known is not None and known.value is value and known.unchanged():
             return known.key
-        if kind is list or kind is tuple or kind is dict:
-            if len(value) < _LONG:
-                items = value if kind is not dict else (*value, *value.values())
-                return kind, *[item if type(item) in _PLAIN else self.of(item) for item in items]
-            return self._kept(value, _container).key
         if isinstance(value, Tensor):
             return self._kept(value, _tensor).key if value.ndim < 2 else (kind, value.dtype, value.shape)
-        if isinstance(value, Mapping):
+        if kind in _CONTAINERS or isinstance(value, Mapping):
             return self._kept(value, _container).key
         return _hashable(value)
 
-    def values(self, tensor: Tensor) -> list[Any]:
-        """The values of a one-dimensional tensor."""
-        known = self._kept(tensor, _tensor)
-        if known.values is None:
-            known.values = tensor.tolist()
-        return known.values
+    def look(self, tensor: Tensor) -> None:
+        """Read a one-dimensional tensor now, rather than when its contents are asked for."""
+        self._elements(tensor)
+
+    def element(self, tensor: Tensor, element: Tensor) -> Any:
+        """The value of an element of a one-dimensional tensor that is a view of it; None for any other tensor."""
+        return self._elements(tensor).get(element.data_ptr()) if element.dtype == tensor.dtype else None
+
+    def _elements(self, tensor: Tensor) -> dict[int, Any]:
+        known = self._known.get(id(tensor))
+        if known is None or known.value is not tensor or not known.unchanged():
+            known = self._kept(tensor, _tensor)
+        if known.elements is None:
+            step = tensor.element_size() * max(tensor.stride(0), 1)
+            known.elements = {tensor.data_ptr() + step * index: value for index, value in enumerate(tensor.tolist())}
+        return known.elements
 
     def _kept(self, value: Any, make: Callable[[Any], _Known]) -> _Known:
         known = self._known.get(id(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial
+from threading import Lock
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class FusedSteps:
         """Read what is on a device now, rather than in the first step."""
         for value in vars(scheduler).values():
             if isinstance(value, Tensor) and value.ndim == 1 and value.device.type != "cpu":
-                self._contents.values(value)
+                self._contents.look(value)
 
     def find_index(self, scheduler: Any, timestep: Any) -> None:
         """Set a scheduler's index where a run begins, which some `scale_model_input`s look for on the device, waiting
@@ -115,8 +116,8 @@ class FusedSteps:
 
     def _number(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         timesteps: Any = state.get("timesteps")
-        index = view_index(timesteps, tensor) if type(timesteps) is Tensor and timesteps.ndim == 1 else None
-        return tensor.item() if index is None else self._contents.values(timesteps)[index]
+        known = self._contents.element(timesteps, tensor) if type(timesteps) is Tensor and timesteps.ndim == 1 else None
+        return tensor.item() if known is None else known
 
     def _option(self, state: Mapping[str, Any], name: str, value: Any) -> Any:
         """The key of a further argument."""
@@ -144,17 +145,20 @@ class _KnownSteps:
 
     def __init__(self) -> None:
         self.forms = StepForms()
-        self._tensors: dict[Hashable, Hashable] = {}
-        self._by_reads: dict[tuple[str, ...], LRU[ReadyStep | str]] = {}
+        self._tensors: LRU[Hashable] = LRU(64)
+        # The oldest first; an LRU would cost two more hashes a step.
+        self._by_reads: dict[tuple[str, ...], dict[Hashable, ReadyStep | str]] = {}
         self._order: tuple[tuple[str, ...], ...] = ()
+        self._lock = Lock()
 
     def find(self, call: Hashable, contents: Contents, state: Mapping[str, Any]) -> ReadyStep | str | None:
         """What is known about a step."""
-        for reads in self._order:
+        order = self._order
+        for reads in order:
             found = self._by_reads[reads].get((call, contents.key(state, reads)))
             if found is not None and (isinstance(found, str) or found.is_current()):
-                if reads is not self._order[0]:
-                    self._order = (reads, *(other for other in self._order if other is not reads))
+                if reads is not order[0]:
+                    self._order = (reads, *(other for other in order if other is not reads))
                 return found
         return None
 
@@ -169,11 +173,14 @@ class _KnownSteps:
         """Keep what was found about a step that reads some attributes."""
         reads = tuple(sorted(names))
         tensors, *rest = call
-        call = (self._tensors.setdefault(tensors, tensors), *rest)  # steps of a run share it
-        if reads not in self._by_reads:
-            self._by_reads[reads] = LRU(_STEPS)
-            self._order = (reads, *self._order)
-        self._by_reads[reads].put((call, contents.key(state, reads)), found)
+        call = (self._tensors.get_or_make(tensors, lambda: tensors), *rest)  # steps of a run share it
+        with self._lock:
+            steps = self._by_reads.setdefault(reads, {})
+            steps[call, contents.key(state, reads)] = found
+            if len(steps) > _STEPS:
+                del steps[next(iter(steps))]
+            if reads not in self._order:
+                self._order = (reads, *self._order)
 
 
 @cache
