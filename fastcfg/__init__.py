@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import _moved, guidance, sigmas, solvers
 from .clip import DynamicThreshold
 from .engine.config import SamplerConfig
-from .engine.sampler import Preview, Sampler, Step
+from .engine.sampler import Preview, RunState, Sampler, Step
 from .frontends import ClassifierFree, accelerate, is_fused
 from .guidance import (
     APG,
@@ -48,8 +48,18 @@ __version__ = "0.1.0"
 
 __all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "ClassifierFree", "Compose"]
 __all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance"]
-__all__ += ["PerpNeg", "PerturbedCFG", "Preview", "Sampler", "SamplerConfig", "Schedule", "Step", "StepTable"]
-__all__ += ["TangentialCFG", "TextToImage", "Upsampler", "accelerate", "compiler", "guidance", "is_fused", "sigmas"]
+__all__ += ["PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule", "Step"]
+__all__ += [
+    "StepTable",
+    "TangentialCFG",
+    "TextToImage",
+    "Upsampler",
+    "accelerate",
+    "compiler",
+    "guidance",
+    "is_fused",
+    "sigmas",
+]
 __all__ += ["solvers", "to_pil"]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.

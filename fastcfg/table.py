@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,9 @@ class StepTable:
         integer_time: whether the model takes t as int64 (else float32).
         steps: int64 [R], the step of the run each row belongs to, for progress and guidance intervals.
         name: what built the table, for messages.
+        levels: float64 [R + 1, 2], α and σ of the state x = α x0 + σ z before each row, and after the last one; None if
+            they are not known. Runs that begin from an image need them.
+        rebuild: (row) -> the table of a run that begins at that row, by what built this one; None if nothing can.
 
     Raises:
         ValueError: wrong shape, non-finite values, a slot that is not -1, 0, 1 or 2, a saved tensor read before a row
@@ -79,6 +83,8 @@ class StepTable:
     integer_time: bool = True
     steps: NDArray[np.int64] = None  # type: ignore[assignment]  # until __post_init__
     name: str = "table"
+    levels: NDArray[np.float64] | None = None
+    rebuild: Callable[[int], StepTable] | None = None
 
     def __post_init__(self) -> None:
         rows = np.array(self.rows, dtype=np.float64)
@@ -89,6 +95,8 @@ class StepTable:
             raise ValueError(f"steps: got {steps.tolist()}, expected {len(rows)} non-decreasing integers from 0")
         object.__setattr__(self, "rows", rows)
         object.__setattr__(self, "steps", steps)
+        if self.levels is not None:
+            object.__setattr__(self, "levels", np.array(self.levels, dtype=np.float64))
         self._check()
 
     @classmethod
@@ -98,14 +106,14 @@ class StepTable:
         Args:
             steps: as the attribute.
             **columns: one value or R values for columns named in `COLUMNS`, at least one of length R; and the
-                attributes learned_variance, initial_scale, integer_time, name.
+                attributes learned_variance, initial_scale, integer_time, name, levels.
 
         Example:
             >>> table = StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0)     # the model predicts x0, and x' = x0
             >>> table.num_rows
             2
         """
-        options: dict[str, Any] = {name: columns.pop(name) for name in _ATTRIBUTES if name in columns}
+        options: dict[str, Any] = {name: columns.pop(name) for name in (*_ATTRIBUTES, "levels") if name in columns}
         if unknown := sorted(set(columns) - set(COLUMNS)):
             raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
         values: dict[str, NDArray[np.float64]] = {}
@@ -183,6 +191,34 @@ class StepTable:
         """Whether any row adds the unconditional output (a_u, CFG++)."""
         return bool(self["a_u"].any())
 
+    def restarted(self, row: int) -> StepTable:
+        """The table for a run that begins at a row without a past: this one where no row from there on reads what an
+        earlier one saved, else with the rows from there on as `rebuild` has them, those of a multistep method that
+        begins with lower orders.
+
+        Raises:
+            ValueError: a row within a step, or of a table that nothing can rebuild.
+        """
+        if row == 0 or not self._unwritten(row):
+            return self
+        if self.rebuild is None or self.steps[row] == self.steps[row - 1]:
+            got = f"row {row} of the table {self.name}, from which on rows read what earlier ones saved"
+            raise ValueError(f"start: got {got}, expected a table that is built for a run from there, or a RunState")
+        known: dict[int, StepTable] = vars(self).setdefault("_restarted", {})
+        if row not in known:
+            rows = np.concatenate([self.rows[:row], self.rebuild(row).rows])
+            known[row] = replace(self, rows=rows, rebuild=None)
+        return known[row]
+
+    def _unwritten(self, start: int = 0) -> dict[int, int]:
+        """The rows that read a saved tensor which no row from `start` on wrote before, by tensor: the first of each."""
+        slots, found = self["slot"][start:], {}
+        for j in range(MAX_HISTORY):
+            reads, writes = np.flatnonzero(self[f"a_h{j}"][start:]), np.flatnonzero(slots == j)
+            if reads.size and (not writes.size or reads[0] <= writes[0]):
+                found[j] = start + int(reads[0])
+        return found
+
     def on(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[R + 1, len(DEVICE_COLUMNS)] on `device`: the rows rounded once, with the rests of p_x, p_m and a_x, and a
         last row of defaults that the final step looks ahead to."""
@@ -235,7 +271,8 @@ class StepTable:
         """Write the table as JSON, whole or not at all: the attributes, the columns' names and the rows. OSError if the
         file cannot be written."""
         attributes = {name: getattr(self, name) for name in _ATTRIBUTES}
-        rows = {"steps": self.steps.tolist(), "columns": list(COLUMNS), "rows": self.rows.tolist()}
+        rows: dict[str, Any] = {"steps": self.steps.tolist(), "columns": list(COLUMNS), "rows": self.rows.tolist()}
+        rows["levels"] = None if self.levels is None else self.levels.tolist()
         write_text(path, json.dumps({"format": _FORMAT, **attributes, **rows}) + "\n")
 
     @classmethod
@@ -255,7 +292,8 @@ class StepTable:
             if found["format"] != _FORMAT or found["columns"] != list(COLUMNS):
                 raise ValueError(f"got format {found['format']!r} and columns {found['columns']}")
             rows, steps = np.array(found["rows"], dtype=np.float64), np.array(found["steps"], dtype=np.int64)
-            return cls(rows, steps=steps, **{name: found[name] for name in _ATTRIBUTES})
+            options = {name: found[name] for name in _ATTRIBUTES}
+            return cls(rows, steps=steps, levels=found.get("levels"), **options)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a table of this version of fastcfg ({error})") from error
 
@@ -269,11 +307,12 @@ class StepTable:
         slots = self["slot"]
         if not np.isin(slots, range(-1, MAX_HISTORY)).all():
             raise ValueError(f"slot of {self.name}: got {np.unique(slots).tolist()}, expected -1 ... {MAX_HISTORY - 1}")
-        for j in range(MAX_HISTORY):
-            reads, writes = np.flatnonzero(self[f"a_h{j}"]), np.flatnonzero(slots == j)
-            if reads.size and (not writes.size or reads[0] <= writes[0]):
-                found = f"row {reads[0]} reads a saved tensor that no earlier row wrote"
-                raise ValueError(f"a_h{j} of {self.name}: {found}")
+        for j, row in self._unwritten().items():
+            raise ValueError(f"a_h{j} of {self.name}: row {row} reads a saved tensor that no earlier row wrote")
+        levels = self.levels
+        if levels is not None and (levels.shape != (self.num_rows + 1, 2) or not np.isfinite(levels).all()):
+            expected = f"finite values of shape {(self.num_rows + 1, 2)}"
+            raise ValueError(f"levels of {self.name}: got shape {levels.shape}, expected {expected}")
 
 
 def _sum(terms: dict[str, float]) -> str:

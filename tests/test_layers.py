@@ -47,6 +47,8 @@ INSIDE = {
         "readback",
         "model_input",
         "config",
+        "run_state",
+        "span",
         "model_output",
         "conditioning",
         "noise",

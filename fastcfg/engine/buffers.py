@@ -15,6 +15,7 @@ from ..step import StepBuffers
 from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
 from .conditioning import Conditioning
+from .run_state import RunState
 
 
 @dataclass(eq=False)
@@ -82,9 +83,11 @@ class Buffers:
             self.step.bound.copy_(call.bounds)  # type: ignore[union-attr]
         if call.source.seeds is not None:
             self.step.seeds.copy_(call.source.seeds)  # type: ignore[union-attr]
-        start = call.source.start() * self.options.table.initial_scale if call.start is None else call.start
-        self.step.x.copy_(start)
-        self.begin()
+        span = call.span
+        self.step.x.copy_(span.starting_state(call.source.start, self.step.x.dtype))
+        self.begin(span.rows.start)
+        if span.state is not None:
+            self._carry_on(span.state)
 
     def begin(self, row: int = 0) -> None:
         """Make a row the next, from the state now in `step.x`."""
@@ -100,6 +103,13 @@ class Buffers:
         self.set_state(row, buffers.x)
         if self.agreement is not None:
             self.agreement.reset()
+
+    def _carry_on(self, state: RunState) -> None:
+        """Take over what a run carries beside its state."""
+        if state.history is not None:
+            self.step.history[:-1].copy_(state.history)  # type: ignore[index]
+        if state.momentum is not None and self.step.momentum is not None:
+            self.step.momentum.copy_(state.momentum)
 
     def set_state(self, row: int, x: Tensor) -> None:
         """Make x the state from which a row, the next, goes on."""

@@ -18,6 +18,7 @@ from ..utils.identity import Alike
 from .conditioning import Conditioning
 from .config import SamplerConfig
 from .noise import NoiseSource
+from .span import Span
 from .staleness import torch_settings
 
 
@@ -76,7 +77,7 @@ class Call:
     classifier_conditioning: Conditioning  # cond_fn's
     bounds: Tensor | None  # of x0, float64 [1] or [B]
     source: NoiseSource
-    start: Tensor | None  # x_T; None draws it
+    span: Span  # the rows to run, and from what state
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -14,6 +14,7 @@ from .call import Call
 from .program_cache import CachedPrograms
 from .programs import Program
 from .readback import Pace, Readback
+from .run_state import RunState, table_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +52,16 @@ class Run:
     """A prepared run of a call, on buffers and programs that are given back to their cache at the end."""
 
     result: Tensor  # after the last row, the samples, which are the caller's own
+    state: RunState  # after the last row, if that was asked for
 
     def __init__(self, entry: CachedPrograms, call: Call) -> None:
-        self.buffers, self.table = entry.buffers, call.options.table
+        self.buffers, self.table, self.span = entry.buffers, call.options.table, call.span
         self.branches: list[int] = []  # how many each row so far has evaluated
         self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
 
-    def rows(self) -> Iterator[int]:
-        """Execute, yielding the index of the last row of each program when it is enqueued."""
+    def rows(self, export: bool = False) -> Iterator[int]:
+        """Execute, yielding the index of the last row of each program when it is enqueued; keep `state` at the end if
+        it is to be exported."""
         fill, noises = self._source.fill, self.buffers.noises
         if noises is None and not self._source.always:
             fill = None
@@ -73,6 +76,8 @@ class Run:
                 yield first + count - 1
             # Before the memory is given back: another thread may take it at once.
             self.result = self.buffers.step.x.clone()
+            if export:
+                self.state = self._exported()
 
     def step(self, row: int) -> Step:
         """The state now, after a row."""
@@ -88,20 +93,35 @@ class Run:
         """A row's index, the number of rows, its step and its time."""
         return row, self.table.num_rows, int(self.table.steps[row]), float(self.table["t"][row])
 
+    def _exported(self) -> RunState:
+        span, step, source = self.span, self.buffers.step, self._source
+        return RunState(
+            row=span.rows.stop,
+            began=span.began,
+            table=table_key(span.given),
+            x=self.result,
+            noise=source.kind if self.table.uses_noise else "none",
+            history=None if step.history is None else step.history[:-1].clone(),
+            momentum=None if step.momentum is None else step.momentum.clone(),
+            seeds=source.seeds,
+            generators=source.generator_states(self.buffers.options.device),
+        )
+
     def _schedule(self) -> Iterator[tuple[int, int, Program]]:
         """What to run, as (first row, number of rows, program)."""
         if self._plan.agreement is not None:
             return self._adaptive_schedule()
-        self.branches += [len(active) for active in self._plan.active]
-        return iter(self._programs.schedule(self._plan.active))
+        rows = self.span.rows
+        self.branches += [len(active) for active in self._plan.active[rows.start : rows.stop]]
+        return iter(self._programs.schedule(self._plan.active, rows))
 
     def _adaptive_schedule(self) -> Iterator[tuple[int, int, Program]]:
         """Row by row, with the branches that are still needed."""
         agreement = self.buffers.agreement
         done = Readback(agreement.done)  # type: ignore[union-attr]
         sent = all_agree = False
-        for row, planned in enumerate(self._plan.active):
-            active = self._plan.fallback_branches if all_agree else planned
+        for row in self.span.rows:
+            active = self._plan.fallback_branches if all_agree else self._plan.active[row]
             self.branches.append(len(active))
             yield row, 1, self._programs.single(active)
             # This row is enqueued: the decision on the one before may be waited for, and acts on the next.
@@ -121,7 +141,7 @@ class Previews:
     def after_row(self, row: int) -> None:
         """Deliver what is on its way, and send this row's x0."""
         self.deliver()
-        if row % self._every == 0 or row == self._run.table.num_rows - 1:
+        if row % self._every == 0 or row == self._run.span.rows[-1]:
             self._readback.push(self._run.buffers.step.x0)  # type: ignore[arg-type]
             self._sent = row
 
@@ -136,9 +156,9 @@ class ProgressBar:
     """Counts rows on a bar: True makes one, False none; or on the caller's own tqdm bar, for a run that is part of
     something larger."""
 
-    def __init__(self, bar: Any, rows: int, device: torch.device) -> None:
+    def __init__(self, bar: Any, rows: range, device: torch.device) -> None:
         self._own = bar is True
-        self._bar, self._row = progress_bar(total=rows) if self._own else bar, -1
+        self._bar, self._row = progress_bar(total=len(rows)) if self._own else bar, rows.start - 1
         if bar is not False:
             self._pace = Pace(device)
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..ops import initial_noise
-from ..reference.philox import sample_seeds
-from ..table import StepTable
+from ..reference.philox import check_seed, sample_seeds
 from .config import SamplerConfig
+from .run_state import RunState
+from .span import Span
 
 Recording = Tensor | Callable[[int, tuple[int, ...]], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,34 +33,45 @@ class NoiseSource:
         seeds: int64 [B], the samples' seeds where the step draws; else None.
         always: whether fill is called (with None for the buffer) even where the solver adds no noise, so that a
             generator moves as the original moves it.
+        kind: what the noise is, as `RunState.noise`.
+        generators: torch's generators that it is drawn from, None being torch's global one.
     """
 
     start: Callable[[], Tensor]
     fill: Callable[[int, Any], object] | None = None
     seeds: Tensor | None = None
     always: bool = False
+    kind: str = "recorded"
+    generators: tuple[torch.Generator | None, ...] = ()
+
+    def generator_states(self, device: torch.device) -> Tensor | None:
+        """uint8 [G, bytes]: where the generators are now, on the CPU; None if there are none."""
+        states = [global_state(device) if one is None else one.get_state() for one in self.generators]
+        return torch.stack(states) if states else None
 
 
 def make_source(
     config: SamplerConfig,
-    table: StepTable,
+    span: Span,
     shape: tuple[int, ...],
     noise: Recording | NoiseSource | None,
     seed: int | Sequence[int] | None,
-    generator: torch.Generator | None,
-    x_T: Tensor | None,
+    generator: Generators | None,
 ) -> NoiseSource:
     """The source of a call's noise; arguments as `Sampler.sample`, checked."""
-    if not isinstance(generator, torch.Generator | None):
-        raise TypeError(f"generator: got {type(generator).__name__}, expected a torch.Generator or None")
+    table, state, generator = span.table, span.state, _checked_generators(generator, shape[0])
     if generator is not None and seed is not None:
         raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")
+    if state is not None and (generator is not None or seed is not None):
+        raise ValueError("state: got one beside a seed or generator, expected it alone: it has those of its run")
     if isinstance(noise, NoiseSource):
         return noise
     device: Any = config.device
-    if x_T is not None and (noise is not None or not table.uses_noise):
+    if span.x is not None and (noise is not None or not table.uses_noise):
         # Nothing is random: torch's generator must not move for a seed that is not used.
-        source = NoiseSource(lambda: x_T)
+        source = NoiseSource(lambda: span.x)  # type: ignore[arg-type,return-value]
+    elif state is not None:
+        source = _resumed_source(config, state, shape)
     elif config.noise_source == "torch":
         source = torch_source(seed, shape, device, generator=generator)
     else:
@@ -66,20 +79,46 @@ def make_source(
     return source if noise is None else recorded_source(noise, table.num_rows, shape, source.start)
 
 
+def _resumed_source(config: SamplerConfig, state: RunState, shape: tuple[int, ...]) -> NoiseSource:
+    """The noise of a run's later rows."""
+    device: Any = config.device
+    if state.noise != config.noise_source:
+        expected = "noise=, as recorded for the whole run" if state.noise == "recorded" else f"{state.noise!r}"
+        raise ValueError(f"state: got noise_source {config.noise_source!r}, expected {expected}: the run's noise")
+    if state.noise == "philox":
+        return philox_source(state.seeds.tolist(), shape, device, config.backend)  # type: ignore[union-attr]
+    generators = []
+    for saved in state.generators.cpu():  # type: ignore[union-attr]
+        generators.append(torch.Generator(device))
+        try:
+            generators[-1].set_state(saved.clone())
+        except RuntimeError as error:
+            raise ValueError(f"state: got one of a generator on another device than {device} ({error})") from error
+    return torch_source(None, shape, device, generator=generators if len(generators) > 1 else generators[0])
+
+
 def philox_source(
     seed: int | Sequence[int] | None,
     shape: tuple[int, ...],
     device: torch.device,
     backend: str,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> NoiseSource:
     """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`). Without a seed, one is drawn from
-    the generator, or from torch's global one."""
+    the generator, or from torch's global one; of a list of generators, each sample's from its own."""
     if seed is None:
-        where = "cpu" if generator is None else generator.device
-        seed = int(torch.randint(2**62, (), generator=generator, device=where).item())
+        seed = [_drawn_seed(one) for one in generator] if isinstance(generator, Sequence) else _drawn_seed(generator)
     seeds = sample_seeds(_integers(seed), shape[0]).to(device)
-    return NoiseSource(lambda: initial_noise(torch.empty(shape, device=device), seeds, backend), seeds=seeds)
+
+    def start() -> Tensor:
+        return initial_noise(torch.empty(shape, device=device), seeds, backend)
+
+    return NoiseSource(start, seeds=seeds, kind="philox")
+
+
+def _drawn_seed(generator: torch.Generator | None) -> int:
+    where = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=where).item())
 
 
 def torch_source(
@@ -87,7 +126,7 @@ def torch_source(
     shape: tuple[int, ...],
     device: torch.device,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     drawn: int | None = None,
     dtype: torch.dtype = torch.float32,
     every_row: bool = False,
@@ -95,18 +134,26 @@ def torch_source(
     """`torch.randn` on the device: the start [B, C, ...], then one draw per row.
 
     Args:
-        seed: one integer for the whole batch; None draws from `generator`, or from torch's global one.
+        seed: one integer for the whole batch, or one for each sample; None draws from `generator`, or from torch's
+            global one.
+        generator: one, or one for each sample, which is then drawn as if it were alone (as diffusers' are).
         drawn: samples drawn each time, of which the first B are used: guided-diffusion's and GLIDE's loops draw for a
             doubled batch. The generator is left as if all had been drawn.
         dtype: of the steps' draws. The start is float32, as in the originals.
         every_row: draw also where the solver adds no noise, as the originals do.
 
     Raises:
-        ValueError: several seeds, or a generator on another device.
+        ValueError: seeds or generators that do not fit the batch, or a generator on another device.
     """
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"generator: got one on {generator.device}, expected one on {device}")
-    generator = generator if seed is None else seeded_generator(seed, device)
+    if isinstance(seeds := None if seed is None else _integers(seed), list):
+        generator = [seeded_generator(one, device) for one in sample_seeds(seeds, shape[0]).tolist()]
+    elif seeds is not None:
+        generator = seeded_generator(seeds, device)
+    for one in generator if isinstance(generator, Sequence) else [generator]:
+        if one is not None and one.device.type != device.type:
+            raise ValueError(f"generator: got one on {one.device}, expected one on {device}")
+    if isinstance(generator, Sequence):
+        return _source_by_sample(generator, shape, device)
     whole = (drawn or shape[0], *shape[1:])
     if whole == shape and not every_row:
         fill: Callable[[int, Any], object] = partial(_draw, generator)
@@ -120,15 +167,48 @@ def torch_source(
     else:
         fill = partial(_fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
     start = partial(torch.randn, whole, generator=generator, device=device)
-    return NoiseSource(lambda: start()[: shape[0]], fill, always=every_row)
+    return NoiseSource(lambda: start()[: shape[0]], fill, always=every_row, kind="torch", generators=(generator,))
+
+
+def _source_by_sample(
+    generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device
+) -> NoiseSource:
+    """torch's noise, each sample's from a generator of its own."""
+
+    def start() -> Tensor:
+        return torch.cat([torch.randn((1, *shape[1:]), generator=one, device=device) for one in generators])
+
+    def fill(row: int, buffer: Tensor) -> None:
+        for sample, generator in zip(buffer.unbind(), generators, strict=True):
+            sample.normal_(generator=generator)
+
+    return NoiseSource(start, fill, kind="torch", generators=tuple(generators))
 
 
 def seeded_generator(seed: int | Sequence[int], device: torch.device) -> torch.Generator:
-    """torch's generator on a device for one seed; ValueError for several."""
+    """torch's generator on a device for one seed; ValueError for several, or one beyond 64 bits."""
     value = _integers(seed)
     if isinstance(value, list):
-        raise ValueError(f"seed: got {value!r}, expected one integer for the whole batch with noise_source='torch'")
-    return torch.Generator(device).manual_seed(value)
+        raise ValueError(f"seed: got {value!r}, expected one integer")
+    return torch.Generator(device).manual_seed(check_seed(value))
+
+
+def global_state(device: torch.device) -> Tensor:
+    """Where torch's global generator of a device is."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _checked_generators(generator: Any, batch: int) -> torch.Generator | list[torch.Generator] | None:
+    """One generator, or a list with one for each sample."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__}, expected a torch.Generator, a list of them or None"
+        )
+    if len(generator) != batch:
+        raise ValueError(f"generator: got {len(generator)} generators, expected one, or one per sample ({batch})")
+    return list(generator)
 
 
 def _draw(generator: torch.Generator | None, row: int, buffer: Tensor) -> None:

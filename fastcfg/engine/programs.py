@@ -83,11 +83,11 @@ class Programs:
         """One row of a set of branches."""
         return self._single[active]
 
-    def schedule(self, active: tuple[Branches, ...]) -> list[tuple[int, int, Program]]:
-        """A whole run as (first row, number of rows, program), from the branches of every row."""
+    def schedule(self, active: tuple[Branches, ...], rows: range) -> list[tuple[int, int, Program]]:
+        """Some rows as (first row, number of rows, program), from the branches of every row of the table."""
         runs: list[tuple[int, int, Program]] = []
-        row, count = 0, self._options.rows_per_graph
-        while row < len(active):
+        row, count, active = rows.start, self._options.rows_per_graph, active[: rows.stop]
+        while row < rows.stop:
             branches = active[row]
             repeats = branches in self._repeated and active[row : row + count] == (branches,) * count
             runs.append((row, count, self._repeated[branches]) if repeats else (row, 1, self._single[branches]))

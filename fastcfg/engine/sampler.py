@@ -18,11 +18,13 @@ from .call import Call, ProgramOptions, check_functions, check_shape, clip_bound
 from .conditioning import Conditioning, check_conditioning
 from .config import COMPILE_MODES, NO_CAPTURE, SamplerConfig
 from .loop import Preview, Previews, ProgressBar, Run, Step
-from .noise import NoiseSource, Recording, make_source
+from .noise import Generators, NoiseSource, Recording, make_source
 from .program_cache import ProgramCache
 from .programs import Decision
+from .run_state import RunState
+from .span import plan_span
 
-__all__ = ["Preview", "Sampler", "Step"]
+__all__ = ["Preview", "RunState", "Sampler", "Step"]
 
 _OPTIONS = tuple(field.name for field in fields(SamplerConfig))
 _CALL = (
@@ -37,6 +39,11 @@ _CALL = (
     "generator",
     "noise",
     "x_T",
+    "init",
+    "strength",
+    "start",
+    "stop",
+    "state",
 )
 _RENAMED = {"noise": "noise_source", "steps_per_graph": "rows_per_graph"}
 
@@ -179,15 +186,20 @@ class Sampler:
         denoised_fn: Callable[[Tensor], Tensor] | None = OWN,
         cond_fn: Callable[..., Tensor] | None = OWN,
         seed: int | Sequence[int] | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         noise: Recording | NoiseSource | None = None,
         x_T: Tensor | None = None,
+        init: Tensor | None = None,
+        strength: float | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+        state: RunState | None = None,
         progress: bool | Any = False,
         callback: Callable[[Step], object] | None = None,
         preview: Callable[[Preview], object] | None = None,
         preview_every: int = 1,
     ) -> Tensor:
-        """Run all rows.
+        """Run all rows, or those from `start` to `stop`.
 
         Args:
             shape: (B, C, ...) of the samples.
@@ -195,12 +207,19 @@ class Sampler:
                 [1, ...], repeated), or values that all branches share. A negative prompt goes to uncond.
             branches: conditionings of further branches by name, for guidance that has them.
             guidance, clip, denoised_fn, cond_fn: for this call, in place of the sampler's own.
-            seed: sample i gets `seed + i`; a sequence gives each its own. With noise_source="torch" one integer seeds
-                the whole batch. None takes a seed from `generator`.
+            seed: of 64 bits. Sample i gets `seed + i`; a sequence gives each its own. With noise_source="torch" one
+                integer seeds the whole batch. None takes a seed from `generator`.
             generator: torch's, in place of its global one: of the seed with noise_source="philox", of all draws with
-                "torch" (then it must be on the sampler's device).
+                "torch" (then it must be on the sampler's device). A list has one for each sample, which then has the
+                noise that it has alone, as in diffusers.
             noise: recorded standard normals, [R, B, C, ...] or a function (row, shape) -> tensor, or a `NoiseSource`.
-            x_T: the start [B, C, ...], in place of initial_scale times noise.
+            x_T: the state to start from [B, C, ...], in place of initial_scale times noise.
+            init: an image [B, C, ...] to start from: noise is added to it as the first row has it (image to image).
+            strength: with init, the share of the steps that are run, the last ones, as in diffusers' pipelines.
+            start: the first row to run, with init or x_T. A multistep solver then begins with lower orders, as at row
+                0, and rows keep their times, noise and guidance. Within a step of several rows nothing can start.
+            stop: the row before which to stop; the result is the state there.
+            state: a `RunState` to go on from, which has start, state and noise of its run (see `export`).
             progress: True shows a progress bar; a tqdm bar is updated. On a GPU the host then stays one row ahead.
             callback: called with a `Step` after every row, when it is enqueued. It costs two copies of the state per
                 row on the device, and no sync.
@@ -221,10 +240,11 @@ class Sampler:
         progress = progress if hasattr(progress, "update") else bool(progress)
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(
-            shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T
-        )
+            shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T,
+            init, strength, start, stop, state,
+        )  # fmt: skip
         previews = None if preview is None else Previews(run, preview, preview_every)
-        with ProgressBar(progress, self.table.num_rows, self.device) as bar:
+        with ProgressBar(progress, run.span.rows, self.device) as bar:
             for row in run.rows():
                 if callback is not None:
                     callback(run.step(row))
@@ -238,15 +258,35 @@ class Sampler:
 
     def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
         """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples. It takes the
-        keyword arguments of `sample` up to `x_T`, and checks them at once."""
-        if unknown := sorted(set(arguments) - set(_CALL)):
-            raise TypeError(f"iterate: got {', '.join(unknown)}, expected some of {', '.join(_CALL)}")
+        keyword arguments of `sample` up to `state`, and checks them at once."""
+        _check_names("iterate", arguments)
         run = self.start(shape, **arguments)
         return (run.step(row) for row in run.rows())
 
     def start(self, shape: Sequence[int], **arguments: Any) -> Run:
         """A run that `iterate` makes, before its first row, for loops that change the state between rows."""
         return self._prepare(shape, True, **arguments)
+
+    @torch.no_grad()
+    def export(self, shape: Sequence[int], *, stop: int, **arguments: Any) -> RunState:
+        """Run the rows before `stop`, and return what `resume` goes on from, here or in another process: the state, and
+        what solver, guidance and noise carry from row to row. It takes the keyword arguments of `sample` up to `state`.
+
+        Both parts together have the bits of one run, with the same arguments of `sample` in each but seed and generator
+        (recorded noise is given again, whole); a part may have another model, guidance or clip. One that adaptive
+        guidance runs cannot be exported: ValueError.
+        """
+        _check_names("export", arguments)
+        run = self._prepare(shape, stop=stop, export=True, **arguments)
+        for _ in run.rows(export=True):
+            pass
+        return run.state
+
+    def resume(self, state: RunState, **arguments: Any) -> Tensor:
+        """The rest of an exported run: `sample` of its shape, with `state` and the other keyword arguments."""
+        if not isinstance(state, RunState):
+            raise TypeError(f"state: got {type(state).__name__}, expected a RunState (see Sampler.export)")
+        return self.sample(state.shape, state=state, **arguments)
 
     def report(self) -> dict[str, Any]:
         """How the last run was executed: backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is
@@ -284,24 +324,26 @@ class Sampler:
     @torch.no_grad()
     def _prepare(  # type: ignore[no-untyped-def]
         self, shape, keep_x0=False, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
-        cond_fn=OWN, seed=None, generator=None, noise=None, x_T=None,
+        cond_fn=OWN, seed=None, generator=None, noise=None, x_T=None, init=None, strength=None, start=None, stop=None,
+        state=None, export=False,
     ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
-        config, table = self.config, self.table
+        config = self.config
         guidance = self.guidance if guidance is OWN else _checked_guidance(guidance)
         clip = self._clip if clip is OWN else clip_bounds(clip)
         shape = check_shape(shape, config.memory_format, clip)
+        rows = {"start": start, "stop": stop, "strength": strength, "init": init, "x_T": x_T, "state": state}
+        span = plan_span(self.table, shape, **rows)
+        table = span.table
         denoised_fn = self.denoised_fn if denoised_fn is OWN else denoised_fn
         cond_fn = self.cond_fn if cond_fn is OWN else cond_fn
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
         given = {"cond": cond, "uncond": uncond, **(branches or {})}
         classifier, conditioning = self._conditionings(given, guidance.branches, shape[0])
         plan = guidance.plan(table, shape[0])
-        if x_T is not None and not isinstance(x_T, Tensor):
-            raise TypeError(f"x_T: got {type(x_T).__name__}, expected a tensor")
-        if x_T is not None and tuple(x_T.shape) != shape:
-            raise ValueError(f"x_T: got shape {tuple(x_T.shape)}, expected {shape}")
-        source = make_source(config, table, shape, noise, seed, generator, x_T)
+        if export and plan.agreement is not None:
+            raise ValueError("export: got adaptive guidance, expected another: which samples agree is not exported")
+        source = make_source(config, span, shape, noise, seed, generator)
         # Where every row is looked at, every row is a program of its own.
         by_row = keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE
         options = ProgramOptions(
@@ -325,7 +367,7 @@ class Sampler:
             rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
         )
         bounds = clip if isinstance(clip, Tensor) else None
-        call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, x_T)
+        call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, span)
         entry = self._cache.take(call)
         run = Run(entry, call)
         self._last = options, entry.programs.decisions, run.branches
@@ -354,6 +396,11 @@ class Sampler:
         if self._compiled is None or self._compiled[0] != wanted:
             self._compiled = (wanted, torch.compile(self.model, mode=COMPILE_MODES[mode], dynamic=False))
         return self._compiled[1]
+
+
+def _check_names(method: str, arguments: dict[str, Any]) -> None:
+    if unknown := sorted(set(arguments) - set(_CALL)):
+        raise TypeError(f"{method}: got {', '.join(unknown)}, expected some of {', '.join(_CALL)}")
 
 
 def _checked_guidance(guidance: Guidance | None) -> Guidance:

@@ -32,20 +32,29 @@ _WORD = 0xFFFFFFFF
 
 
 def sample_seeds(seed: int | Sequence[int], batch: int) -> torch.Tensor:
-    """int64 [batch]: `seed + i` for sample i, or the given sequence; seeds are taken modulo 2**64. TypeError for a seed
-    that is not an integer, ValueError for a sequence of another length than the batch."""
+    """int64 [batch]: `seed + i` (modulo 2**64) for sample i, or the given sequence. TypeError for a seed that is not an
+    integer, ValueError for one beyond 64 bits, or a sequence of another length than the batch."""
     if isinstance(seed, torch.Tensor):
         seed = seed.tolist()
     first = as_integer(seed)
     if first is not None:
-        seed = range(first, first + batch)
+        seed = range(check_seed(first), first + batch)
     seeds = [as_integer(one) for one in seed] if isinstance(seed, Iterable) else [None]
     known = [one for one in seeds if one is not None]
     if len(known) != len(seeds):
         raise TypeError(f"seed: got {seed!r}, expected an integer or a sequence of integers")
     if len(known) != batch:
         raise ValueError(f"seed: got {len(known)} seeds, expected one per sample ({batch})")
+    if first is None:
+        known = [check_seed(one) for one in known]
     return torch.tensor([(one + 2**63) % 2**64 - 2**63 for one in known], dtype=torch.int64)
+
+
+def check_seed(seed: int) -> int:
+    """The seed, or ValueError for one beyond 64 bits, signed or not: torch's generators refuse the same."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, expected -2**63 to 2**64 - 1")
+    return seed
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

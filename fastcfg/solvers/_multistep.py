@@ -98,6 +98,7 @@ def data_table(
         predictor.append(data_weights(λ[n], λ[n + 1], λ[n - np.arange(p)], Bs[n], c[n]))
     for n, q in enumerate(orders(levels, corrector_order - 1, lower_order_final)[:-1]):
         corrector.append(data_weights(λ[n], λ[n + 1], λ[n + 1 - np.arange(q + 1)], Bs[n], c[n]))
+    columns["end"] = levels[-1]
     return multistep_table(denoiser, σ, (levels[1:] / σ) ** c, predictor, corrector, **columns)
 
 

@@ -61,4 +61,11 @@ def timestep_table(
     columns |= {"t": schedule.model_timesteps(rescale_timesteps), "p_x": p_x, "p_m": p_m}
     order = slice(None) if ascending else slice(None, None, -1)
     ordered = {key: value[order] if isinstance(value, np.ndarray) else value for key, value in columns.items()}
-    return StepTable.from_columns(integer_time=not rescale_timesteps, **ordered)
+    last = schedule.alphas_cumprod_next[-1] if ascending else 1.0
+    levels = levels_of(np.append(schedule.alphas_cumprod[order], last))
+    return StepTable.from_columns(integer_time=not rescale_timesteps, levels=levels, **ordered)
+
+
+def levels_of(ᾱ: Array) -> Array:
+    """[..., 2]: `StepTable.levels` of states at ᾱ."""
+    return np.stack([np.sqrt(ᾱ), np.sqrt(1 - ᾱ)], axis=-1)

@@ -56,4 +56,4 @@ def _euler(sigmas: ArrayLike, denoiser: Denoiser, eta: float, s_noise: float, na
     model = denoiser.columns(σ)
     ratio = σ_down / σ
     columns = {"a_x": ratio * (1 - α * model["p_x"]), "a_0": α_to, "a_u": -ratio * α * model["p_m"], "s": σ_up}
-    return denoising_table(denoiser, σ, σ[0], **columns, name=name)
+    return denoising_table(denoiser, σ, σ[0], **columns, end=σ_to[-1], name=name)

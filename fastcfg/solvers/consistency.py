@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_finite
-from ._prediction import check_schedule, level_coefficients, timestep_table
+from ._prediction import check_schedule, level_coefficients, levels_of, timestep_table
 
 _SIGMA_DATA = 0.5
 
@@ -77,5 +78,6 @@ def tcd(
     ratio = ᾱ_prev / ᾱ_s
     a_x = np.sqrt(ratio * (1 - ᾱ_s) / (1 - ᾱ))
     columns = {"p_x": p_x, "p_m": p_m, "a_x": a_x, "a_0": np.sqrt(ᾱ_prev) - a_x * np.sqrt(ᾱ), "s": np.sqrt(1 - ratio)}
+    options: dict[str, Any] = {"integer_time": not rescale_timesteps, "levels": levels_of(np.append(ᾱ, ᾱ_prev[-1]))}
     times = schedule.model_timesteps(rescale_timesteps)[t]
-    return StepTable.from_columns(t=times, integer_time=not rescale_timesteps, **columns, name="tcd")
+    return StepTable.from_columns(t=times, **options, **columns, name="tcd")

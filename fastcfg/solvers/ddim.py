@@ -8,6 +8,7 @@ from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_finite
 from ._prediction import Array, check_schedule, timestep_table
+from ._rebuild import rebuilt
 
 
 def ddim(
@@ -52,6 +53,7 @@ def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_tim
     return timestep_table(schedule, prediction, rescale_timesteps, True, **columns, name="ddim_reverse")
 
 
+@rebuilt
 def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """DDIM with ε extrapolated along the run: glide-finetune's `dpm_solver_sample_loop` of order 2.
 

@@ -7,9 +7,11 @@ from numpy.typing import ArrayLike
 
 from ..table import StepTable
 from ._multistep import integrals, multistep_table, orders
+from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, noise_levels
 
 
+@rebuilt
 def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, denoiser: Denoiser = RAW) -> StepTable:
     """Exponential Adams-Bashforth on ε = d: equation 15 of the paper, with polynomials in log ρ, ρ being σ.
 
@@ -32,4 +34,4 @@ def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, d
     for n, p in enumerate(orders(levels, order, lower_order_final)):
         if p > 1:
             weights[n] = integrals(lambda τ: -np.exp(-τ), λ[n], -np.log(σ_to[n]), λ[n - np.arange(p)])
-    return multistep_table(denoiser, σ, np.ones_like(σ), weights, slopes=True, name="deis")
+    return multistep_table(denoiser, σ, np.ones_like(σ), weights, slopes=True, end=levels[-1], name="deis")

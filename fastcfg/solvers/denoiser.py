@@ -100,11 +100,18 @@ def at_least_0(**numbers: float) -> None:
         check_finite(name, value, least=0)
 
 
-def denoising_table(denoiser: Denoiser, σ: Array, σ_max: float, **columns: Any) -> StepTable:
-    """A table of rows at noise levels σ [R], for a start of standard deviation σ_max."""
+def denoising_table(
+    denoiser: Denoiser, σ: Array, σ_max: float, *, end: float, noise: Array | None = None, **columns: Any
+) -> StepTable:
+    """A table of rows at noise levels σ [R], for a start of standard deviation σ_max and a run that ends at level
+    `end`. `noise` is the deviation of the state's noise before each row, where it is not σ."""
     if not isinstance(denoiser, Denoiser):
         raise TypeError(f"denoiser: got {type(denoiser).__name__}, expected a Denoiser")
     # The state of a flow has another scale at every level.
     if denoiser.prediction == "flow" and np.any(columns.get("s", 0)):
         raise ValueError("denoiser: got prediction 'flow' for steps that add noise, expected a solver without")
-    return StepTable.from_columns(**denoiser.columns(σ), integer_time=False, initial_scale=float(σ_max), **columns)
+    columns |= denoiser.columns(σ)
+    deviation = np.append(σ if noise is None else noise, end)
+    signal = 1 - deviation if denoiser.prediction == "flow" else np.ones_like(deviation)
+    options: dict[str, Any] = {"initial_scale": float(σ_max), "levels": np.stack([signal, deviation], axis=1)}
+    return StepTable.from_columns(integer_time=False, **options, **columns)

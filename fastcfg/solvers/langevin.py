@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_count
-from ._prediction import Array, check_schedule, x0_coefficients
+from ._prediction import Array, check_schedule, levels_of, x0_coefficients
 
 _Ints = NDArray[np.int64]
 
@@ -132,7 +132,8 @@ def predictor_corrector(
     at = np.repeat(first, corrector_steps)
     rows = np.insert(predictor.rows, at, np.repeat(inserted, corrector_steps, axis=0), axis=0)
     steps = np.insert(predictor.steps, at, predictor.steps[at])
-    return replace(predictor, rows=rows, steps=steps, name="predictor_corrector")
+    levels = None if predictor.levels is None else np.insert(predictor.levels, at, predictor.levels[at], axis=0)
+    return replace(predictor, rows=rows, steps=steps, levels=levels, rebuild=None, name="predictor_corrector")
 
 
 def _table(
@@ -152,7 +153,10 @@ def _table(
         columns = {key: np.append(column, float(key == "a_0")) for key, column in columns.items()}
     p_x, p_m = x0_coefficients(schedule, prediction)
     columns |= {"t": schedule.model_timesteps(rescale)[levels], "p_x": p_x[levels], "p_m": p_m[levels]}
-    return StepTable.from_columns(steps=steps, **columns, integer_time=not rescale, name=name)
+    states = levels_of(
+        np.append(schedule.alphas_cumprod[levels], 1.0 if denoise else schedule.alphas_cumprod[levels[-1]])
+    )
+    return StepTable.from_columns(steps=steps, **columns, levels=states, integer_time=not rescale, name=name)
 
 
 def _step(ᾱ: Array, step_size: Array, learned_variance: bool = False) -> dict[str, Array]:

@@ -12,7 +12,8 @@ from ..schedule import Schedule
 from ..table import StepTable
 from ..utils.checks import check_one_of
 from ._multistep import history
-from ._prediction import Array, check_schedule, epsilon_coefficients, level_coefficients, x0_coefficients
+from ._prediction import Array, check_schedule, epsilon_coefficients, level_coefficients, levels_of, x0_coefficients
+from ._rebuild import rebuilt
 
 # Weights of the newest ε first, by order.
 ADAMS_BASHFORTH = {
@@ -23,6 +24,7 @@ ADAMS_BASHFORTH = {
 }
 
 
+@rebuilt
 def plms(
     schedule: Schedule, *, order: int = 4, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
@@ -54,7 +56,8 @@ def plms(
     columns = {"p_x": p_x, "p_m": p_m, "a_x": A + now * e_x, "a_m": now * e_m, "k_x": e_x, "k_m": e_m}
     columns |= history((B[:, None] * weights[:, 1:order]).T)
     times = schedule.model_timesteps(rescale_timesteps)[::-1]
-    return StepTable.from_columns(t=times, **columns, integer_time=not rescale_timesteps, name="plms")
+    levels = levels_of(np.append(schedule.alphas_cumprod[::-1], 1.0))
+    return StepTable.from_columns(t=times, **columns, integer_time=not rescale_timesteps, levels=levels, name="plms")
 
 
 def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
@@ -95,7 +98,8 @@ def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: b
     columns |= {"k_x": np.tile([1.0, 1.0, 0.0, 0.0], len(t)) + saved_ε * e_x, "k_m": saved_ε * e_m}
     columns |= {"slot": np.tile([0.0, 1.0, -1.0, -1.0], len(t)), "steps": np.repeat(np.arange(len(t)), 4)}
     times = np.interp(stages, indices, schedule.model_timesteps(rescale_timesteps))
-    return StepTable.from_columns(t=times, **columns, integer_time=False, name="prk")
+    levels = levels_of(np.append(ᾱ, schedule.alphas_cumprod[0]))
+    return StepTable.from_columns(t=times, **columns, integer_time=False, levels=levels, name="prk")
 
 
 def _rows(*stages: Array | float) -> Array:

@@ -7,9 +7,11 @@ from numpy.typing import ArrayLike
 
 from ..table import StepTable
 from ._multistep import data_table
+from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, noise_levels
 
 
+@rebuilt
 def sa_solver(
     sigmas: ArrayLike,
     *,

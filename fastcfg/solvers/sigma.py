@@ -55,7 +55,8 @@ def euler(
         (10, 10.0)
     """
     σ, σ_to, noise, start = _churned_levels(sigmas, s_churn, s_tmin, s_tmax, s_noise)
-    return denoising_table(denoiser, σ, start, a_x=σ_to / σ, a_0=1 - σ_to / σ, s=noise, name="euler")
+    columns: _Columns = {"a_x": σ_to / σ, "a_0": 1 - σ_to / σ, "s": noise}
+    return denoising_table(denoiser, σ, start[0], **columns, noise=start, end=σ_to[-1], name="euler")
 
 
 def euler_ancestral(
@@ -66,8 +67,9 @@ def euler_ancestral(
 
     Args, errors, result: as `euler`, and eta: 0 for the ODE to 1; s_noise: factor of the noise, at least 0.
     """
-    σ, _, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
-    return denoising_table(denoiser, σ, σ[0], a_x=σ_down / σ, a_0=1 - σ_down / σ, s=σ_up, name="euler_ancestral")
+    σ, σ_to, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
+    columns: _Columns = {"a_x": σ_down / σ, "a_0": 1 - σ_down / σ, "s": σ_up}
+    return denoising_table(denoiser, σ, σ[0], **columns, end=σ_to[-1], name="euler_ancestral")
 
 
 def heun(
@@ -111,7 +113,7 @@ def dpm2(
 def dpm2_ancestral(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
     """`dpm2` steps to σ_down, then noise. Args, errors: as `euler_ancestral`. Result: as `heun`."""
     σ, σ_to, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
-    return _dpm2(denoiser, σ, σ_to, σ_down, σ_up, σ[0], "dpm2_ancestral")
+    return _dpm2(denoiser, σ, σ_to, σ_down, σ_up, σ, "dpm2_ancestral")
 
 
 def dpmpp_2s_ancestral(
@@ -123,10 +125,10 @@ def dpmpp_2s_ancestral(
     σ, σ_to, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
     # h0 <- X: the second stage moves the step's start along the x0 seen halfway.
     second = {"a_0": 1 - σ_down / σ, "a_h0": σ_down / σ, "s": σ_up}
-    return _two_stages(denoiser, σ, np.sqrt(σ * σ_down), σ_to, σ[0], {"k_x": 1.0}, second, "dpmpp_2s_ancestral")
+    return _two_stages(denoiser, σ, np.sqrt(σ * σ_down), σ_to, σ, {"k_x": 1.0}, second, "dpmpp_2s_ancestral")
 
 
-def _dpm2(denoiser: Denoiser, σ: Array, σ_to: Array, σ_down: Array, noise: Array, start: float, name: str) -> StepTable:
+def _dpm2(denoiser: Denoiser, σ: Array, σ_to: Array, σ_down: Array, noise: Array, start: Array, name: str) -> StepTable:
     σ_mid = np.sqrt(σ * σ_down)
     # h0 <- X, and X + (σ_down - σ) d_2.
     slope = (σ_down - σ) / _or_1(σ_mid)
@@ -148,8 +150,9 @@ def ancestral_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Arr
 
 def _churned_levels(
     sigmas: ArrayLike, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-) -> tuple[Array, Array, Array, float]:
-    """(σ̂, σ', the standard deviation of the next step's churn) of every step, each [N], and the start's deviation."""
+) -> tuple[Array, Array, Array, Array]:
+    """(σ̂, σ', the standard deviation of the next step's churn, the noise's deviation in the state after its own churn)
+    of every step, each [N]."""
     at_least_0(s_churn=s_churn, s_tmin=s_tmin, s_noise=s_noise)
     if not s_tmax >= s_tmin:
         raise ValueError(f"s_tmax: got {s_tmax}, expected at least s_tmin {s_tmin}")
@@ -157,23 +160,26 @@ def _churned_levels(
     σ, σ_to = σ[:-1], σ[1:]
     γ = np.where((σ >= s_tmin) & (σ <= s_tmax), min(s_churn / len(σ), np.sqrt(2) - 1), 0.0)
     added = s_noise * σ * np.sqrt(γ * (2 + γ))
-    return (1 + γ) * σ, σ_to, np.append(added[1:], 0.0), float(np.hypot(σ[0], added[0]))
+    return (1 + γ) * σ, σ_to, np.append(added[1:], 0.0), np.hypot(σ, added)
 
 
 def _two_stages(
-    denoiser: Denoiser, σ: Array, σ_mid: Array, σ_to: Array, start: float, saved: _Columns, second: _Columns, name: str
+    denoiser: Denoiser, σ: Array, σ_mid: Array, σ_to: Array, start: Array, saved: _Columns, second: _Columns, name: str
 ) -> StepTable:
     """Rows of steps from σ to σ_to, each [N]: an Euler step to σ_mid that saves a tensor, and the columns of the second
-    stage there; a step to 0 has no second stage."""
+    stage there; a step to 0 has no second stage. `start` is the noise's deviation in the state before each step."""
     first = {"a_x": σ_mid / σ, "a_0": 1 - σ_mid / σ, **saved}
     rows = 2 * len(σ) - (σ_to[-1] == 0)
 
     def interleaved(one: Array | float, two: Array | float) -> Array:
         return np.stack(np.broadcast_arrays(one, two, σ)[:2], axis=1).ravel()[:rows]
 
-    columns = {column: interleaved(first.get(column, 0.0), second.get(column, 0.0)) for column in {*first, *second}}
+    columns: _Columns = {
+        column: interleaved(first.get(column, 0.0), second.get(column, 0.0)) for column in {*first, *second}
+    }
     columns["slot"] = interleaved(np.where(σ_to > 0, 0.0, -1.0), -1.0)
-    return denoising_table(denoiser, interleaved(σ, σ_mid), start, **columns, steps=np.arange(rows) // 2, name=name)
+    columns |= {"noise": interleaved(start, σ_mid), "steps": np.arange(rows) // 2, "name": name}
+    return denoising_table(denoiser, interleaved(σ, σ_mid), start[0], end=σ_to[-1], **columns)
 
 
 def _or_1(σ: Array) -> Array:

@@ -6,6 +6,8 @@ q = h_last/h; D_1, D_2 are the x0 of the last two steps. x0 is the clipped one t
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,11 +15,13 @@ from ..table import StepTable
 from ..utils.checks import check_one_of
 from ._multistep import history, integrals
 from ._prediction import Array
+from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
 
 SOLVER_TYPES = ("midpoint", "heun")
 
 
+@rebuilt
 def dpmpp_2m(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
     """DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2): second order, but for the first
     step and one to 0.
@@ -27,6 +31,7 @@ def dpmpp_2m(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
     return _dpmpp_2m(sigmas, denoiser, 0.0, 1.0, "midpoint", "dpmpp_2m")
 
 
+@rebuilt
 def dpmpp_2m_sde(
     sigmas: ArrayLike,
     *,
@@ -46,6 +51,7 @@ def dpmpp_2m_sde(
     return _dpmpp_2m(sigmas, denoiser, eta, s_noise, solver_type, "dpmpp_2m_sde")
 
 
+@rebuilt
 def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
     """k-diffusion's three-step relative of SDE-DPM-Solver++ (https://arxiv.org/abs/2211.01095); it is in no paper.
 
@@ -55,7 +61,7 @@ def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, d
 
     Args, errors, result: as `euler_ancestral`, with eta unbounded and two saved tensors.
     """
-    σ, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
+    σ, end, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
     rows = np.arange(len(σ))
     φ_2 = 1 - (1 - a_x) / h
     φ_3 = φ_2 / h - 0.5
@@ -68,11 +74,12 @@ def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, d
     on_D_1, on_D_2 = on_second / r1 - on_first / r0, -on_second / r1
     # Row i's x0 replaces D_2, which it is the last to read.
     odd = rows % 2 == 1
-    columns = {"a_x": a_x, "a_0": 1 - a_x + on_first / r0, "s": noise, "k_0": 1.0, "slot": rows % 2}
+    columns: dict[str, Any] = {"a_x": a_x, "a_0": 1 - a_x + on_first / r0, "s": noise, "k_0": 1.0, "slot": rows % 2}
     columns |= {"a_h0": np.where(odd, on_D_1, on_D_2), "a_h1": np.where(odd, on_D_2, on_D_1)}
-    return denoising_table(denoiser, σ, σ[0], **columns, name="dpmpp_3m_sde")
+    return denoising_table(denoiser, σ, σ[0], **columns, end=end, name="dpmpp_3m_sde")
 
 
+@rebuilt
 def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepTable:
     """Linear multistep: Adams-Bashforth for uneven steps, on the ODE dx/dσ = d of Karras et al. 2022
     (https://arxiv.org/abs/2206.00364).
@@ -89,29 +96,31 @@ def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepT
     for n in range(len(σ)):
         known = levels[n - np.arange(min(n + 1, order))]
         weights[: len(known), n] = integrals(np.ones_like, levels[n], levels[n + 1], known, rule)
-    columns = {"a_x": 1 + weights[0] / σ, "a_0": -weights[0] / σ, "k_x": 1 / σ, "k_0": -1 / σ}
-    return denoising_table(denoiser, σ, σ[0], **columns, **history(weights[1:order]), name="lms")
+    columns: dict[str, Any] = {"a_x": 1 + weights[0] / σ, "a_0": -weights[0] / σ, "k_x": 1 / σ, "k_0": -1 / σ}
+    return denoising_table(denoiser, σ, σ[0], **columns, **history(weights[1:order]), end=levels[-1], name="lms")
 
 
 def _dpmpp_2m(
     sigmas: ArrayLike, denoiser: Denoiser, eta: float, s_noise: float, solver_type: str, name: str
 ) -> StepTable:
-    σ, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
+    σ, end, a_x, h, noise, taken = _sde_levels(sigmas, eta, s_noise)
     extrapolated = (1 - a_x) / 2 if solver_type == "midpoint" else 1 - (1 - a_x) / h
     weight = np.where(taken & (np.arange(len(σ)) >= 1), extrapolated / _ratio(h, 1), 0.0)
-    columns = {"a_x": a_x, "a_0": 1 - a_x + weight, "a_h0": -weight, "s": noise, "k_0": 1.0, "slot": 0}
-    return denoising_table(denoiser, σ, σ[0], **columns, name=name)
+    columns: dict[str, Any] = {"a_x": a_x, "a_0": 1 - a_x + weight, "a_h0": -weight, "s": noise, "k_0": 1.0, "slot": 0}
+    return denoising_table(denoiser, σ, σ[0], **columns, end=end, name=name)
 
 
-def _sde_levels(sigmas: ArrayLike, eta: float, s_noise: float) -> tuple[Array, Array, Array, Array, NDArray[np.bool_]]:
-    """σ; e^-h with h = (1 + eta)(λ' - λ); h, 1 for a step to 0; the noise's standard deviation; and whether the step
-    ends above 0. Each [N]."""
+def _sde_levels(
+    sigmas: ArrayLike, eta: float, s_noise: float
+) -> tuple[Array, float, Array, Array, Array, NDArray[np.bool_]]:
+    """σ, and the level at the end; e^-h with h = (1 + eta)(λ' - λ); h, 1 for a step to 0; the noise's standard
+    deviation; and whether the step ends above 0. Each [N] but for the end."""
     at_least_0(eta=eta, s_noise=s_noise)
     levels = noise_levels(sigmas)
     σ, σ_to = levels[:-1], levels[1:]
     ratio, taken = σ_to / σ, σ_to > 0
     h = np.where(taken, -(1 + eta) * np.log(np.where(taken, ratio, np.exp(-1))), 1.0)
-    return σ, ratio ** (1 + eta), h, s_noise * σ_to * np.sqrt(1 - ratio ** (2 * eta)), taken
+    return σ, levels[-1], ratio ** (1 + eta), h, s_noise * σ_to * np.sqrt(1 - ratio ** (2 * eta)), taken
 
 
 def _ratio(h: Array, age: int) -> Array:

@@ -8,11 +8,13 @@ from numpy.typing import ArrayLike
 from ..table import StepTable
 from ..utils.checks import check_one_of
 from ._multistep import data_table
+from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, noise_levels
 
 VARIANTS = ("bh1", "bh2")
 
 
+@rebuilt
 def unipc(
     sigmas: ArrayLike, *, order: int = 2, variant: str = "bh2", lower_order_final: bool = True, denoiser: Denoiser = RAW
 ) -> StepTable:
