@@ -31,7 +31,7 @@ Model = Callable[..., Any]
 Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
 
-_ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold")
+_ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold", "skip_timesteps", "init_image")
 _NAMES = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop", "ddim_reverse": "ddim_reverse_sample_loop"}
 
 
@@ -57,6 +57,10 @@ class LoopCall:
     noise_source: str | Callable[[int, tuple[int, ...]], Tensor] = "torch"
     graph: str | bool = "auto"
     threshold: DynamicThreshold | None = None
+    skip_timesteps: int = 0
+    init_image: Tensor | None = None
+    # The step it begins with; `from_image` sets it.
+    first = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.shape, tuple | list):
@@ -70,6 +74,8 @@ class LoopCall:
             raise ValueError(f"noise_source: got {self.noise_source!r}, expected 'torch', 'philox' or a function")
         if self.threshold is not None and not isinstance(self.threshold, DynamicThreshold):
             raise TypeError(f"threshold: got {type(self.threshold).__name__}, expected a DynamicThreshold or None")
+        if self.solver == "ddim_reverse" and (self.skip_timesteps or self.init_image is not None):
+            raise ValueError("skip_timesteps, init_image: got one for the reverse ODE, expected neither")
         if isinstance(self.model, ClassifierFree) and self.shape[0] % 2:
             raise ValueError(f"shape: got a batch of {self.shape[0]}, expected an even one: [cond; uncond]")
         if isinstance(self.model, ClassifierFree) and len(self.shape) > 1:
@@ -155,15 +161,15 @@ class LoopRunner:
         sampler, outputs, draws, arguments = self._prepare(call, kind)
         if outputs.draws and draws.are_watched:
             log_once(call.name, _MODEL_DRAWS)
-            yield from kind.resume(call, 0)
+            yield from kind.resume(call, call.first)
             return
         run, rows = sampler.start(**arguments), kind.table.num_rows
-        for row in progress_bar(call.progress, run.rows(), total=rows):
-            if row == 0 and draws.others:
+        for row in progress_bar(call.progress, run.rows(), total=rows - call.first):
+            if row == call.first and draws.others:
                 outputs.draws = True
                 draws.rewind()
                 log_once(call.name, _MODEL_DRAWS)
-                yield from kind.resume(_from_sample(call, call.noise), 0)
+                yield from kind.resume(_from_sample(call, call.noise), call.first)
                 return
             step = run.step(row)
             sample = _whole_batch(step.x, call)
@@ -194,6 +200,8 @@ class LoopRunner:
             draws.strict = True
             try:
                 samples = sampler.sample(**arguments, progress=call.progress)
+                if call.first == kind.table.num_rows - 1 and draws.others:
+                    raise _ModelDrawsError  # in the only step, which no other follows
             except _ModelDrawsError:
                 outputs.draws = True
             if as_the_engine_draws():
@@ -229,6 +237,7 @@ class LoopRunner:
             "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
             "noise": draws.source,
             "x_T": None if call.noise is None else call.noise[:batch],
+            "start": call.first or None,
         }  # fmt: skip
 
 
@@ -366,10 +375,10 @@ class _Draws:
         _set_generator_state(self._call, self._begin)  # type: ignore[arg-type]
 
     def _watched(self, row: int, buffer: Any) -> None:
-        if row == 1 and self.strict and self.others:
+        if row == self._call.first + 1 and self.strict and self.others:
             raise _ModelDrawsError
         self._fill(row, buffer)  # type: ignore[misc]
-        if row == 0:
+        if row == self._call.first:
             self._after = _generator_state(self._call)
 
 

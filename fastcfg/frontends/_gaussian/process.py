@@ -23,6 +23,7 @@ from ...table import StepTable
 from ...utils.lru import LRU
 from .._fused.fall_through import log_once
 from .attributes import ARRAYS, Tables, overridden
+from .init_image import begins_from_image, from_image
 from .loops import Function, Keywords, LoopCall, LoopKind, LoopRunner, Model, layout_problem, loop_call, step_by_step
 from .schedules import AssertionValueError, make_schedule
 
@@ -251,7 +252,8 @@ class Process:
             **engine: arguments the originals lack: seed, guidance_scale (wraps the model in `ClassifierFree`), backend
                 ("reference": the originals' own operations, bit for bit), noise_source ("torch", "philox" or a
                 function (step, shape) -> normals, step 0 executed first), graph, threshold (a `DynamicThreshold`
-                instead of the clamp).
+                instead of the clamp); and of forks, skip_timesteps (how many of the noisiest steps are left out) and
+                init_image (of the given shape: noised to the first step that is left; zeros by default).
 
         Returns:
             The samples, of the given shape. With `ClassifierFree` the second half repeats the first.
@@ -299,6 +301,8 @@ class Process:
         name = call.name
         if call.solver != "ddim_reverse" and overridden(self, (f"{name}_progressive",)):
             *_, last = getattr(self, f"{name}_progressive")(**call.arguments())
+        elif begins_from_image(call):
+            return self._last(from_image(call, self.num_timesteps, self.q_sample))
         elif (steps := self._originals_steps(call)) is None:
             return self._runner.final(call, self._kind(call))
         else:
@@ -307,8 +311,14 @@ class Process:
         return sample
 
     def _steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
+        if begins_from_image(call):
+            return self._steps_from_image(call)
         steps = self._originals_steps(call)
         return self._runner.steps(call, self._kind(call)) if steps is None else steps
+
+    def _steps_from_image(self, call: LoopCall) -> Iterator[dict[str, Tensor]]:
+        # A generator: like the forks', it draws when its first step is asked for.
+        yield from self._steps(from_image(call, self.num_timesteps, self.q_sample))
 
     def _originals_steps(self, call: LoopCall) -> Iterator[dict[str, Tensor]] | None:
         """The originals' own loop; None for calls that the engine runs."""
@@ -318,9 +328,9 @@ class Process:
             if not (problem := self._problem(call)):
                 return None
             log_once(call.name, problem)
-        return self._loop(call)
+        return self._loop(call, call.first)
 
-    def _loop(self, call: LoopCall, first: int = 0) -> Iterator[dict[str, Tensor]]:
+    def _loop(self, call: LoopCall, first: int) -> Iterator[dict[str, Tensor]]:
         """The originals' own loop from a step on."""
         times = range(self.num_timesteps)
         if call.solver == "ddim_reverse":
