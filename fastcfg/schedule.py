@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from operator import index
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .utils.checks import check_count
+from .utils.checks import as_integer, check_count, plain, takes_numbers
 
 __all__ = ["Schedule", "betas_for_alpha_bar", "consistency_timesteps", "legacy_betas", "named_betas", "space_timesteps"]
 
@@ -24,6 +25,7 @@ BETA_SCHEDULES = ("linear", "cosine", "squaredcos_cap_v2", "scaled_linear")
 LEGACY_BETA_SCHEDULES = ("quad", "linear", "warmup10", "warmup50", "const", "jsd")
 
 
+@takes_numbers
 def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> Array:
     """Discretise a continuous cumulative product of (1 - beta), a function of t in [0, 1].
 
@@ -36,6 +38,7 @@ def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float],
     return np.array([min(1 - b / a, max_beta) for a, b in pairwise(edges)], dtype=np.float64)
 
 
+@takes_numbers
 def named_betas(name: str, num_timesteps: int) -> Array:
     """Betas float64 [T] by the field's names: "linear" (Ho et al. 2020, scaled so that any T covers the range of
     T = 1000), "cosine" or "squaredcos_cap_v2" (the same function, Nichol & Dhariwal 2021, as guided-diffusion and GLIDE
@@ -58,6 +61,7 @@ def named_betas(name: str, num_timesteps: int) -> Array:
     raise ValueError(f"name: unknown beta schedule {name!r}, expected one of {', '.join(BETA_SCHEDULES)}")
 
 
+@takes_numbers
 def legacy_betas(name: str, *, beta_start: float, beta_end: float, num_timesteps: int) -> Array:
     """Betas float64 [T] of GLIDE's deprecated `get_beta_schedule`: "quad", "linear", "warmup10", "warmup50", "const" or
     "jsd". ValueError for an unknown name, or T < 1."""
@@ -76,6 +80,7 @@ def legacy_betas(name: str, *, beta_start: float, beta_end: float, num_timesteps
     raise ValueError(f"name: unknown beta schedule {name!r}, expected one of {', '.join(LEGACY_BETA_SCHEDULES)}")
 
 
+@takes_numbers
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
     """The timesteps that a shorter process keeps of T (guided-diffusion's and GLIDE's `space_timesteps`).
 
@@ -104,6 +109,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             # The noisiest step moves by two: GLIDE's authors saw DDIM artifacts.
             return (space_timesteps(num_timesteps, "10,10,3,2,2") - {num_timesteps - 1}) | {num_timesteps - 3}
         section_counts = _counts(section_counts.split(","), section_counts)
+    section_counts = [plain(count) for count in section_counts]
     if not section_counts:
         raise ValueError("section_counts: got an empty list, expected at least one count")
 
@@ -125,6 +131,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     return kept
 
 
+@takes_numbers
 def consistency_timesteps(n: int, num_timesteps: int = 1000, original_steps: int = 50) -> list[int]:
     """The timesteps that consistency models are distilled for, and sampled at (diffusers' LCMScheduler): n of the
     multiples of num_timesteps // original_steps, less 1, the noisiest first.
@@ -194,9 +201,11 @@ class Schedule:
         Raises:
             ValueError: no timestep kept, or one outside the process.
         """
-        if isinstance(timesteps, int):
-            timesteps = str(timesteps)
-        keep = sorted(space_timesteps(self.num_timesteps, timesteps) if isinstance(timesteps, str) else set(timesteps))
+        if (count := as_integer(timesteps)) is not None:
+            timesteps = str(count)
+        if isinstance(timesteps, str):
+            timesteps = space_timesteps(self.num_timesteps, timesteps)
+        keep = sorted({index(step) for step in timesteps})  # type: ignore[union-attr]
         if not keep or keep[0] < 0 or keep[-1] >= self.num_timesteps:
             got, expected = keep or "none", f"at least one in 0 ... {self.num_timesteps - 1}"
             raise ValueError(f"timesteps: got {got}, expected {expected}")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .schedule import Schedule
-from .utils.checks import check_count, check_finite, check_one_of
+from .utils.checks import check_count, check_finite, check_one_of, takes_numbers
 
 __all__ = ["ALIGN_YOUR_STEPS", "SPACINGS", "align_your_steps", "beta", "discrete_sigmas", "exponential", "flow"]
 __all__ += ["flow_mu", "from_schedule", "karras", "polyexponential"]
@@ -30,6 +30,7 @@ ALIGN_YOUR_STEPS = {
 }
 
 
+@takes_numbers
 def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Array:
     """Evenly spaced in sigma^(1/rho): equation 5 of Karras et al. 2022 (https://arxiv.org/abs/2206.00364).
 
@@ -50,11 +51,13 @@ def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Arra
     return np.append((high + np.linspace(0, 1, n) * (low - high)) ** rho, 0.0)
 
 
+@takes_numbers
 def exponential(n: int, sigma_min: float, sigma_max: float) -> Array:
     """Evenly spaced in log sigma; arguments, result and errors as `karras`."""
     return polyexponential(n, sigma_min, sigma_max)
 
 
+@takes_numbers
 def polyexponential(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Array:
     """A power rho of an even ramp in log sigma; arguments, result and errors as `karras`."""
     _check(n, sigma_min, sigma_max, rho)
@@ -62,6 +65,7 @@ def polyexponential(n: int, sigma_min: float, sigma_max: float, rho: float = 1.0
     return np.append(np.exp(np.linspace(1, 0, n) ** rho * (high - low) + low), 0.0)
 
 
+@takes_numbers
 def beta(n: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: float = 0.6) -> Array:
     """At even quantiles of a Beta distribution over [sigma_min, sigma_max]: with the defaults close together at both
     ends (Lee et al. 2024, https://arxiv.org/abs/2407.12173; diffusers' `use_beta_sigmas`).
@@ -79,6 +83,7 @@ def beta(n: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: f
     return np.append(sigma_min + _beta_quantiles(1 - np.linspace(0, 1, n), alpha, beta) * (sigma_max - sigma_min), 0.0)
 
 
+@takes_numbers
 def align_your_steps(n: int, model: str = "sd15") -> Array:
     """Levels optimised for a model (Sabour et al. 2024, https://arxiv.org/abs/2404.14507): the ten published ones,
     interpolated in their logarithm for another n.
@@ -92,6 +97,7 @@ def align_your_steps(n: int, model: str = "sd15") -> Array:
     return np.append(np.exp(np.interp(np.linspace(0, 1, n + 1)[:-1], np.linspace(0, 1, len(known)), known)), 0.0)
 
 
+@takes_numbers
 def flow(n: int, shift: float = 1.0) -> Array:
     """Times of flow matching: even ones t, shifted towards noise to s t/(1 + (s-1) t) (Esser et al. 2024,
     https://arxiv.org/abs/2403.03206, equation 23).
@@ -117,12 +123,14 @@ def flow(n: int, shift: float = 1.0) -> Array:
     return shift * t / (1 + (shift - 1) * t)
 
 
+@takes_numbers
 def flow_mu(tokens: int, low: tuple[int, float] = (256, 0.5), high: tuple[int, float] = (4096, 1.15)) -> float:
     """mu of a dynamic shift, for `flow(n, shift=math.exp(mu))`: on the line through two pairs (tokens, mu), by default
     FLUX's (diffusers' `calculate_shift`). Tokens are the image's: (height/16) (width/16) for FLUX."""
     return low[1] + (tokens - low[0]) * (high[1] - low[1]) / (high[0] - low[0])
 
 
+@takes_numbers
 def from_schedule(schedule: Schedule, n: int, spacing: str = "linspace") -> tuple[Array, Array]:
     """The noise levels of n timesteps of a discrete process.
 

@@ -134,7 +134,8 @@ def clip_bounds(clip: float | Sequence[float] | Tensor | DynamicThreshold | None
     try:
         if isinstance(clip, bool):
             raise TypeError("a switch is no bound")
-        bounds = torch.as_tensor(clip, dtype=torch.float64).detach().flatten().clone()
+        given = [checks.plain(one) for one in clip] if isinstance(clip, list | tuple) else checks.plain(clip)
+        bounds = torch.as_tensor(given, dtype=torch.float64).detach().flatten().clone()
     except TypeError as error:
         raise TypeError(f"clip: got {clip!r}, expected None, numbers or a DynamicThreshold") from error
     if not bounds.numel() or not torch.isfinite(bounds).all() or (bounds <= 0).any():

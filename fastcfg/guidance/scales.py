@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..table import StepTable
+from ..utils.checks import as_integer, as_number
 
 Scale = float | Sequence[float] | NDArray[np.float64] | Callable[[float], ArrayLike]
 Scales = Mapping[str, Scale]
@@ -57,7 +58,8 @@ def inside_interval(interval: Interval, table: StepTable) -> NDArray[np.bool_]:
 
 def check_fields(spec: Any) -> None:
     """Raise ValueError unless a dataclass's fields are what their annotations say: finite scales (functions are checked
-    when they are called), an Interval, one of `_LIMITS`, or None where that is allowed."""
+    when they are called), an Interval, one of `_LIMITS`, or None where that is allowed. Numbers of other types become
+    Python's."""
     for field in fields(spec):
         name, value = field.name, getattr(spec, field.name)
         kind = str(field.type).removesuffix("" if value is None else " | None")
@@ -67,13 +69,17 @@ def check_fields(spec: Any) -> None:
                 if not callable(scale):
                     _finite(label, scale)
         elif kind == "Interval":
-            if not isinstance(value, Sequence) or len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
+            edges = [as_number(edge) for edge in value] if isinstance(value, Sequence | np.ndarray) else []
+            start, stop = edges if len(edges) == 2 else (None, None)
+            if start is None or stop is None or not 0 <= start < stop <= 1:
                 raise ValueError(f"{name}: got {value!r}, expected 0 <= start < stop <= 1")
+            object.__setattr__(spec, name, (start, stop))
         elif kind in _LIMITS:
             least, most, expected = _LIMITS[kind]
-            number = isinstance(value, int if kind == "Count" else int | float) and math.isfinite(value)
-            if not number or isinstance(value, bool) or not least <= value <= most:
+            number = as_integer(value) if kind == "Count" else as_number(value)
+            if number is None or not math.isfinite(number) or not least <= number <= most:
                 raise ValueError(f"{name}: got {value!r}, expected {expected}")
+            object.__setattr__(spec, name, number)
 
 
 def _finite(name: str, scale: Any) -> NDArray[np.float64]:

@@ -27,7 +27,7 @@ def readable(output: Tensor) -> Tensor:
 
 def check_image(name: str, tensor: Tensor, like: Tensor | None = None) -> None:
     """Raise unless a tensor is a non-empty [B, C, ...] in a dtype that kernels load, in shape and device as `like`."""
-    if tensor.ndim < 3 or not tensor.numel():
+    if tensor.ndim < 2 or not tensor.numel():
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [B, C, ...] with at least one element")
     if tensor.dtype not in LOADED_DTYPES:
         raise ValueError(f"{name}: got {tensor.dtype}, expected {_LOADED}")
@@ -62,7 +62,7 @@ def check_spec(spec: StepSpec) -> None:
 def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
     """Raise unless a spec's step can run on these buffers."""
     x = buffers.x
-    if x.ndim < 3 or not x.numel():
+    if x.ndim < 2 or not x.numel():
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected [B, C, ...] with at least one element")
     state = x.dtype if buffers.source is None else buffers.table.dtype
     if state not in (torch.float32, torch.float64) or not x.is_contiguous():

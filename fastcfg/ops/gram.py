@@ -59,7 +59,7 @@ def gram(
         >>> sums
         tensor([[4., 3.]], dtype=torch.float64)
     """
-    if branches < 2 or output.ndim < 3 or not output.numel() or len(output) % branches:
+    if branches < 2 or output.ndim < 2 or not output.numel() or len(output) % branches:
         raise ValueError(f"output: got shape {tuple(output.shape)}, expected [K*B, C, ...] of K = {branches} >= 2")
     if not output.dtype.is_floating_point:
         raise ValueError(f"output: got {output.dtype}, expected a floating dtype")

@@ -15,7 +15,7 @@ import numpy as np
 from .. import sigmas
 from ..schedule import Schedule, consistency_timesteps, space_timesteps
 from ..table import StepTable
-from ..utils.checks import check_count
+from ..utils.checks import check_count, takes_numbers
 from ._prediction import check_schedule
 from .cfg_pp import ddim_cfg_pp, euler_ancestral_cfg_pp, euler_cfg_pp
 from .consistency import lcm, tcd
@@ -65,6 +65,7 @@ _LOWEST, _HIGHEST = 0.02, 80.0
 _HIGHEST_UNCLIPPED = 15.0
 
 
+@takes_numbers
 def solver_table(
     solver: str, schedule: Schedule, steps: int | str = 50, spacing: str | None = None, eta: float | None = None
 ) -> StepTable:

@@ -12,12 +12,14 @@ from numpy.typing import ArrayLike
 
 from ..schedule import Schedule
 from ..table import StepTable
+from ..utils.checks import takes_numbers
 from ._prediction import epsilon_coefficients, timestep_table, x0_coefficients
 from .ddim import noise_split
 from .denoiser import RAW, Denoiser, denoising_table
 from .sigma import ancestral_levels
 
 
+@takes_numbers
 def ddim_cfg_pp(
     schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
@@ -36,11 +38,13 @@ def ddim_cfg_pp(
     return timestep_table(schedule, prediction, rescale_timesteps, **columns, name="ddim_cfg_pp")
 
 
+@takes_numbers
 def euler_cfg_pp(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
     """Euler steps with CFG++: ComfyUI's `euler_cfg_pp`, which is `ddim_cfg_pp` in noise-level space. All as `euler`."""
     return _euler(sigmas, denoiser, 0.0, 1.0, "euler_cfg_pp")
 
 
+@takes_numbers
 def euler_ancestral_cfg_pp(
     sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW
 ) -> StepTable:

@@ -9,12 +9,13 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ..utils.checks import check_finite
+from ..utils.checks import check_finite, takes_numbers
 from ._prediction import check_schedule, level_coefficients, levels_of, timestep_table
 
 _SIGMA_DATA = 0.5
 
 
+@takes_numbers
 def lcm(
     schedule: Schedule, *, timestep_scaling: float = 10.0, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
@@ -45,6 +46,7 @@ def lcm(
     return timestep_table(schedule, prediction, rescale_timesteps, **columns, name="lcm")
 
 
+@takes_numbers
 def tcd(
     schedule: Schedule,
     timesteps: Sequence[int],

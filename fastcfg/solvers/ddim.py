@@ -6,11 +6,12 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ..utils.checks import check_finite
+from ..utils.checks import check_finite, takes_numbers
 from ._prediction import Array, check_schedule, timestep_table
 from ._rebuild import rebuilt
 
 
+@takes_numbers
 def ddim(
     schedule: Schedule, *, eta: float = 0.0, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
@@ -42,6 +43,7 @@ def ddim(
     return timestep_table(schedule, prediction, rescale_timesteps, **columns, s=σ, name="ddim")
 
 
+@takes_numbers
 def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """The deterministic ODE run from image to noise: guided-diffusion's `ddim_reverse_sample_loop`.
 
@@ -54,6 +56,7 @@ def ddim_reverse(schedule: Schedule, *, prediction: str = "epsilon", rescale_tim
 
 
 @rebuilt
+@takes_numbers
 def ddim_extrapolated(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """DDIM with ε extrapolated along the run: glide-finetune's `dpm_solver_sample_loop` of order 2.
 

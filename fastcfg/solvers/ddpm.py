@@ -6,12 +6,13 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import NO_NOISE, StepTable
-from ..utils.checks import check_one_of
+from ..utils.checks import check_one_of, takes_numbers
 from ._prediction import Array, check_schedule, timestep_table
 
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
+@takes_numbers
 def ddpm(
     schedule: Schedule, *, prediction: str = "epsilon", variance: str = "learned_range", rescale_timesteps: bool = False
 ) -> StepTable:

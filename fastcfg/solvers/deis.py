@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..table import StepTable
+from ..utils.checks import takes_numbers
 from ._multistep import integrals, multistep_table, orders
 from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, noise_levels
 
 
 @rebuilt
+@takes_numbers
 def deis(sigmas: ArrayLike, *, order: int = 3, lower_order_final: bool = True, denoiser: Denoiser = RAW) -> StepTable:
     """Exponential Adams-Bashforth on ε = d: equation 15 of the paper, with polynomials in log ρ, ρ being σ.
 

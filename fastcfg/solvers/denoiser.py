@@ -55,7 +55,7 @@ class Denoiser:
             discrete_sigmas(self.schedule)
         elif self.schedule is not None:
             raise ValueError(f"schedule: got one, expected None with prediction {self.prediction!r}")
-        check_finite("sigma_data", self.sigma_data, above=0)
+        object.__setattr__(self, "sigma_data", check_finite("sigma_data", self.sigma_data, above=0))
 
     def columns(self, σ: Array) -> dict[str, Array]:
         """The columns c_in, t, p_x and p_m of rows at noise levels σ [R] above 0, ValueError above 1 for a flow."""

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ..utils.checks import check_count
+from ..utils.checks import check_count, takes_numbers
 from ._prediction import Array, check_schedule, levels_of, x0_coefficients
 
 _Ints = NDArray[np.int64]
 
 
+@takes_numbers
 def langevin(
     schedule: Schedule,
     *,
@@ -60,6 +61,7 @@ def langevin(
     return _table(schedule, levels, sizes, steps, denoise, prediction, rescale_timesteps, "langevin")
 
 
+@takes_numbers
 def sgld(
     schedule: Schedule,
     timestep: int,
@@ -90,6 +92,7 @@ def sgld(
     return _table(schedule, levels, sizes, np.arange(num_steps), denoise, prediction, rescale_timesteps, "sgld")
 
 
+@takes_numbers
 def predictor_corrector(
     predictor: StepTable, schedule: Schedule, *, corrector_steps: int = 1, step_size: float = 0.1
 ) -> StepTable:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..schedule import Schedule
 from ..table import StepTable
-from ..utils.checks import check_one_of
+from ..utils.checks import check_one_of, takes_numbers
 from ._multistep import history
 from ._prediction import Array, check_schedule, epsilon_coefficients, level_coefficients, levels_of, x0_coefficients
 from ._rebuild import rebuilt
@@ -25,6 +25,7 @@ ADAMS_BASHFORTH = {
 
 
 @rebuilt
+@takes_numbers
 def plms(
     schedule: Schedule, *, order: int = 4, prediction: str = "epsilon", rescale_timesteps: bool = False
 ) -> StepTable:
@@ -60,6 +61,7 @@ def plms(
     return StepTable.from_columns(t=times, **columns, integer_time=not rescale_timesteps, levels=levels, name="plms")
 
 
+@takes_numbers
 def prk(schedule: Schedule, *, prediction: str = "epsilon", rescale_timesteps: bool = False) -> StepTable:
     """Pseudo Runge-Kutta of fourth order, four model evaluations a step: glide-finetune's `prk_sample_loop`.
 

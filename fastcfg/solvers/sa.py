@@ -6,12 +6,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..table import StepTable
+from ..utils.checks import takes_numbers
 from ._multistep import data_table
 from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, noise_levels
 
 
 @rebuilt
+@takes_numbers
 def sa_solver(
     sigmas: ArrayLike,
     *,

@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..table import StepTable
+from ..utils.checks import takes_numbers
 from ._prediction import Array
 from .denoiser import RAW, Denoiser, at_least_0, denoising_table, noise_levels
 
 _Columns = dict[str, Any]
 
 
+@takes_numbers
 def euler(
     sigmas: ArrayLike,
     *,
@@ -59,6 +61,7 @@ def euler(
     return denoising_table(denoiser, σ, start[0], **columns, noise=start, end=σ_to[-1], name="euler")
 
 
+@takes_numbers
 def euler_ancestral(
     sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW
 ) -> StepTable:
@@ -72,6 +75,7 @@ def euler_ancestral(
     return denoising_table(denoiser, σ, σ[0], **columns, end=σ_to[-1], name="euler_ancestral")
 
 
+@takes_numbers
 def heun(
     sigmas: ArrayLike,
     *,
@@ -94,6 +98,7 @@ def heun(
     return _two_stages(denoiser, σ, σ_to, σ_to, start, saved, second, "heun")
 
 
+@takes_numbers
 def dpm2(
     sigmas: ArrayLike,
     *,
@@ -110,12 +115,14 @@ def dpm2(
     return _dpm2(denoiser, σ, σ_to, σ_to, noise, start, "dpm2")
 
 
+@takes_numbers
 def dpm2_ancestral(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
     """`dpm2` steps to σ_down, then noise. Args, errors: as `euler_ancestral`. Result: as `heun`."""
     σ, σ_to, σ_down, σ_up = ancestral_levels(sigmas, eta, s_noise)
     return _dpm2(denoiser, σ, σ_to, σ_down, σ_up, σ, "dpm2_ancestral")
 
 
+@takes_numbers
 def dpmpp_2s_ancestral(
     sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW
 ) -> StepTable:

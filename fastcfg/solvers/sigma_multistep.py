@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..table import StepTable
-from ..utils.checks import check_one_of
+from ..utils.checks import check_one_of, takes_numbers
 from ._multistep import history, integrals
 from ._prediction import Array
 from ._rebuild import rebuilt
@@ -22,6 +22,7 @@ SOLVER_TYPES = ("midpoint", "heun")
 
 
 @rebuilt
+@takes_numbers
 def dpmpp_2m(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
     """DPM-Solver++(2M) (Lu et al. 2022, https://arxiv.org/abs/2211.01095, algorithm 2): second order, but for the first
     step and one to 0.
@@ -32,6 +33,7 @@ def dpmpp_2m(sigmas: ArrayLike, *, denoiser: Denoiser = RAW) -> StepTable:
 
 
 @rebuilt
+@takes_numbers
 def dpmpp_2m_sde(
     sigmas: ArrayLike,
     *,
@@ -52,6 +54,7 @@ def dpmpp_2m_sde(
 
 
 @rebuilt
+@takes_numbers
 def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, denoiser: Denoiser = RAW) -> StepTable:
     """k-diffusion's three-step relative of SDE-DPM-Solver++ (https://arxiv.org/abs/2211.01095); it is in no paper.
 
@@ -80,6 +83,7 @@ def dpmpp_3m_sde(sigmas: ArrayLike, *, eta: float = 1.0, s_noise: float = 1.0, d
 
 
 @rebuilt
+@takes_numbers
 def lms(sigmas: ArrayLike, *, order: int = 4, denoiser: Denoiser = RAW) -> StepTable:
     """Linear multistep: Adams-Bashforth for uneven steps, on the ODE dx/dσ = d of Karras et al. 2022
     (https://arxiv.org/abs/2206.00364).

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..table import StepTable
-from ..utils.checks import check_one_of
+from ..utils.checks import check_one_of, takes_numbers
 from ._multistep import data_table
 from ._rebuild import rebuilt
 from .denoiser import RAW, Denoiser, noise_levels
@@ -15,6 +15,7 @@ VARIANTS = ("bh1", "bh2")
 
 
 @rebuilt
+@takes_numbers
 def unipc(
     sigmas: ArrayLike, *, order: int = 2, variant: str = "bh2", lower_order_final: bool = True, denoiser: Denoiser = RAW
 ) -> StepTable:

@@ -6,11 +6,12 @@ Numbers are recognised by protocol: numpy scalars and 0-d arrays and tensors cou
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Complex, Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -34,6 +35,28 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def plain(value: Any) -> Any:
+    """A number as Python's int or float, whatever its type; anything else as it is."""
+    if isinstance(value, bool | int | float | str | None):
+        return value
+    integer = as_integer(value)
+    number = as_number(value) if integer is None else integer
+    return value if number is None else number
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def takes_numbers(function: Function) -> Function:
+    """The function, given all arguments that are numbers as `plain` ones."""
+
+    @functools.wraps(function)
+    def with_plain_numbers(*args: Any, **options: Any) -> Any:
+        return function(*map(plain, args), **{name: plain(value) for name, value in options.items()})
+
+    return cast(Function, with_plain_numbers)
 
 
 def check_count(name: str, value: Any, most: int | None = None, least: int = 1) -> int:
@@ -64,9 +87,10 @@ def check_one_of(name: str, value: T, choices: Collection[T]) -> T:
     return value
 
 
-def check_shape(name: str, shape: Any, least: int = 3, form: str = "(B, C, ...)") -> tuple[int, ...]:
-    """A sequence of at least `least` positive integers; `form` describes it in the message."""
-    sizes = [as_integer(size) for size in shape] if isinstance(shape, Sequence) and not isinstance(shape, str) else []
+def check_shape(name: str, shape: Any, least: int = 2, form: str = "(B, C, ...)") -> tuple[int, ...]:
+    """A sequence, or vector, of at least `least` positive integers; `form` describes it in the message."""
+    is_sequence = isinstance(shape, Sequence) and not isinstance(shape, str)
+    sizes = [as_integer(size) for size in shape] if is_sequence or getattr(shape, "ndim", 0) == 1 else []
     checked = tuple(size for size in sizes if size is not None and size > 0)
     if len(checked) < least or len(checked) != len(sizes):
         raise ValueError(f"{name}: got {shape!r}, expected {form} of positive integers")

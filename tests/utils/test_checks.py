@@ -56,7 +56,7 @@ def test_what_is_no_number(value: Any) -> None:
         (lambda: check_finite("x", math.inf, above=0), "x: got inf, expected a finite value above 0"),
         (lambda: check_finite("x", 0, above=0), "x: got 0, expected a finite value above 0"),
         (lambda: check_one_of("kind", "c", ("a", "b")), "kind: got 'c', expected one of a, b"),
-        (lambda: check_shape("shape", (2, 3)), "shape: got (2, 3), expected (B, C, ...) of positive integers"),
+        (lambda: check_shape("shape", (2,)), "shape: got (2,), expected (B, C, ...) of positive integers"),
         (lambda: check_shape("shape", (2, 0, 4)), "shape: got (2, 0, 4), expected (B, C, ...) of positive integers"),
         (lambda: check_shape("shape", (2, True, 4)), "shape: got (2, True, 4), expected (B, C, ...) of positive"),
         (lambda: check_shape("shape", 3), "shape: got 3, expected (B, C, ...) of positive integers"),

@@ -225,9 +225,9 @@ def _predictions(given: _Given, *names: str) -> list[Tensor]:
             raise FallThroughError("its predictions differ in shape, layout, dtype or device")
         if with_gradients and prediction.requires_grad:
             raise FallThroughError("its blend must let gradients through")
-    if first.ndim < 3 or not first.numel() or first.dtype not in LOADED_DTYPES or first.is_meta:
+    if first.ndim < 2 or not first.numel() or first.dtype not in LOADED_DTYPES or first.is_meta:
         got = f"{first.dtype} with {first.ndim} dimensions on {first.device.type}"
-        expected = "elements in 3 or more dimensions of float32, float16 or bfloat16"
+        expected = "elements in 2 or more dimensions of float32, float16 or bfloat16"
         raise FallThroughError(f"its predictions are {got}, expected {expected}")
     if in_function_transform():
         raise FallThroughError("its blend must let the transforms of torch.func through")

@@ -172,7 +172,7 @@ class _Call:
         self.model, self.x, self.sigmas = (given.pop(name, None) for name in names)
         self.extra_args, self.callback = given.get("extra_args") or {}, given.get("callback")
         x, sigmas = self.x, self.sigmas
-        if not isinstance(x, Tensor) or x.ndim < 3 or not x.numel() or not x.dtype.is_floating_point:
+        if not isinstance(x, Tensor) or x.ndim < 2 or not x.numel() or not x.dtype.is_floating_point:
             raise FallThroughError("x is not a floating tensor [B, C, ...] with elements")
         if not isinstance(sigmas, Tensor) or sigmas.ndim != 1:
             raise FallThroughError("sigmas are not a tensor of levels")

@@ -21,6 +21,7 @@ from ...engine.sampler import Sampler
 from ...guidance import CFG
 from ...ops import dynamic_threshold
 from ...table import StepTable
+from ...utils.checks import plain
 from ...utils.identity import Alike
 from ...utils.lru import LRU
 from ...utils.progress import progress_bar
@@ -65,7 +66,7 @@ class LoopCall:
     def __post_init__(self) -> None:
         if not isinstance(self.shape, tuple | list):
             raise TypeError(f"shape: got {type(self.shape).__name__}, expected a tuple or a list")
-        self.shape = tuple(self.shape)
+        self.shape, self.eta = tuple(map(plain, self.shape)), plain(self.eta)
         if self.guidance_scale is not None:
             self.model = ClassifierFree(self.model, self.guidance_scale, *self.shape[1:2])
         if self.noise is not None and tuple(self.noise.shape) != self.shape:
@@ -158,7 +159,21 @@ class LoopRunner:
     def steps(self, call: LoopCall, kind: LoopKind) -> Iterator[dict[str, Tensor]]:
         """Yield sample and pred_xstart of every step, each of the call's shape. The next step starts from the sample as
         its user leaves it: where the engine cannot take that, the original's loop takes over."""
-        sampler, outputs, draws, arguments = self._prepare(call, kind)
+        prepared, begun = self._prepare(call, kind), False
+        try:
+            for out in self._engine_steps(call, kind, *prepared):
+                begun = True
+                yield out
+        except _WideOutputError as error:
+            if begun or call.noise_source == "philox":
+                raise
+            log_once(call.name, str(error))
+            prepared[2].rewind()
+            yield from kind.resume(_from_sample(call, call.noise), call.first)
+
+    def _engine_steps(
+        self, call: LoopCall, kind: LoopKind, sampler: Sampler, outputs: _Outputs, draws: _Draws, arguments: Any
+    ) -> Iterator[dict[str, Tensor]]:
         if outputs.draws and draws.are_watched:
             log_once(call.name, _MODEL_DRAWS)
             yield from kind.resume(call, call.first)
@@ -202,10 +217,13 @@ class LoopRunner:
                 samples = sampler.sample(**arguments, progress=call.progress)
                 if call.first == kind.table.num_rows - 1 and draws.others:
                     raise _ModelDrawsError  # in the only step, which no other follows
+                if as_the_engine_draws():
+                    return _whole_batch(samples, call)
             except _ModelDrawsError:
                 outputs.draws = True
-            if as_the_engine_draws():
-                return _whole_batch(samples, call)
+            except _WideOutputError:
+                if call.noise_source == "philox":
+                    raise
             draws.rewind()  # and once again, as the original draws
         *_, last = self.steps(call, kind)
         return last["sample"]
@@ -223,7 +241,7 @@ class LoopRunner:
         key = (Alike(model), kind.table, shape[1], kind.variance, *options.values())
 
         def made() -> tuple[Sampler, _Outputs]:
-            outputs = _Outputs(shape[1], kind.variance)
+            outputs = _Outputs(shape[1], kind.variance, dtype)
             return Sampler(model, kind.table, output=outputs, **options), outputs
 
         sampler, outputs = self._samplers.get_or_make(key, made)
@@ -346,6 +364,10 @@ def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
     return NoiseSource(drawn.start, fill)
 
 
+class _WideOutputError(ValueError):
+    """A model's output is wider than the state: the original goes on in the output's dtype."""
+
+
 class _ModelDrawsError(Exception):
     """A model drew from the generator that the loop draws from."""
 
@@ -410,8 +432,8 @@ class _Outputs:
     """Reads a model's outputs, of the channels that the originals insist on (twice the state's where it has variances),
     and notes their memory order, the outermost dimension first; None for the usual one."""
 
-    def __init__(self, channels: int, variance: str) -> None:
-        self._channels, self._variance = channels, variance
+    def __init__(self, channels: int, variance: str, dtype: torch.dtype) -> None:
+        self._channels, self._variance, self._dtype = channels, variance, dtype
         self.order: tuple[int, ...] | None = None
         self.draws = False  # whether the model draws random numbers, as found out in a run
 
@@ -422,6 +444,8 @@ class _Outputs:
         if output.shape != expected:
             got = f"shape {tuple(output.shape)}"
             raise ValueError(f"model output: got {got}, expected {expected} for {variance} variance")
+        if output.dtype == torch.float64 != self._dtype:
+            raise _WideOutputError(f"model output: got {output.dtype}, wider than the state's {self._dtype}")
         if not output.is_contiguous():
             order = tuple(sorted(range(output.ndim), key=output.stride, reverse=True))
             self.order = None if order == tuple(range(output.ndim)) else order
