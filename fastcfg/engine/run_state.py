@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass, fields
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..table import StepTable
@@ -67,6 +65,8 @@ class RunState:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it as safetensors, whole or not at all. OSError if the file cannot be written."""
+        from safetensors.torch import save_file
+
         others = {name: str(getattr(self, name)) for name in ("row", "began", "table", "noise")}
         with replacing(path) as temporary:
             tensors = {name: value.contiguous() for name, value in self.tensors().items()}
@@ -75,6 +75,8 @@ class RunState:
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> RunState:
         """What `save` wrote, on a device; OSError or ValueError for another file."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 found = file.metadata() or {}
