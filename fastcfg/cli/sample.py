@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .options import STDOUT, add_command, add_device, add_json, add_option
 from .outputs import check_json, check_output, write_json
-from .parser import any_integer, choose_device, finite, integer, respacing, several_finite
+from .parser import UsageError, any_integer, choose_device, finite, integer, respacing, several_finite
 from .stages import Models, Request, Stages, add_arguments, load_stages
 from .versions import versions
 
@@ -72,7 +72,7 @@ def add_parser(commands: Any) -> None:
     add_option(parser, "--schedule", "NAME", f"{text}default is karras)", choices=(*LEVELS, *SPACINGS))
     add_option(parser, "--eta", "E", "noise of solvers with an eta: for ddim 0 (the default) to 1, DDPM's", type=finite)
     add_option(parser, "--num-samples", "N", "pictures per prompt (default: 16, 1 with --model glide)", type=integer(1))
-    add_option(parser, "--seed", "N", "first seed; -1 is a random one", type=any_integer, default=0)
+    add_option(parser, "--seed", "N", "first seed (default: -1, a random one)", type=any_integer, default=-1)
     add_option(parser, "--out", "FILE", "PNG to write", default="samples.png")
     add_device(parser)
     backends = ("auto", "triton", "inductor", "reference")
@@ -114,6 +114,8 @@ def _request(arguments: argparse.Namespace) -> Request:
     options["steps"] = options["steps"] or (100 if glide else 50)
     scales = [s for given in arguments.guidance_scale or [[default_scale(arguments.solver)]] for s in given]
     num_samples = arguments.num_samples or (1 if glide else 16)
+    if not -1 <= arguments.seed < 2**63:
+        raise UsageError(f"argument --seed: got {arguments.seed}, expected -1, or 0 to 2**63 - 1")
     seed = random_seed() if arguments.seed == -1 else arguments.seed
     execution = {"backend": arguments.backend, "graph": False if arguments.no_graph else "auto"}
     return Request(arguments.prompts, scales, num_samples, seed, options, execution)

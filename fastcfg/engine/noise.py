@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops import initial_noise
-from ..reference.philox import check_seed, sample_seeds
+from ..reference.philox import sample_seeds
+from ..utils.checks import check_seed
 from .config import SamplerConfig
 from .run_state import RunState
 from .span import Span

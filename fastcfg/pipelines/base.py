@@ -245,8 +245,7 @@ class Pipeline:
                     known.load(inputs["inpaint_image"], inputs["inpaint_mask"], len(rows))
                 given: dict[str, Any] = {"guidance": drawing.guidance, "denoised_fn": known, "cond_fn": drawing.cond_fn}
                 given |= {"progress": bar if drawing.progress else False, "callback": drawing.callback}
-                # torch's generator takes one seed for the whole batch.
-                given["seed"] = seeds[part] if sampler.noise_source == "philox" else seeds[start]
+                given["seed"] = seeds[part]
                 given["cond"] = {**{name: values[rows] for name, values in cond.items()}, **inputs}
                 given["branches"] = {branch: {**text, **inputs} for branch, text in others.items()}
                 images.append(sampler.sample((len(rows), self._channels, size, size), **given))

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..utils.checks import as_integer
+from ..utils.checks import as_integer, check_seed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,17 +57,20 @@ def picture_seeds(seed: int | Sequence[int] | None, num_prompts: int, num_sample
 
     Raises:
         TypeError: not integers.
-        ValueError: another number of seeds than of pictures.
+        ValueError: another number of seeds than of pictures, or one beyond 64 bits.
     """
-    first = random_seed() if seed is None or seed == -1 else as_integer(seed)
+    first = as_integer(seed)
+    if seed is None or first == -1:
+        first = random_seed()
     if first is not None and first < 0:
         raise ValueError(f"seed: got {first}, expected at least 0, or -1 for a random one")
     if first is not None:
-        return [first + i for i in range(num_samples)] * num_prompts
-    seeds = [as_integer(value) for value in seed] if isinstance(seed, Sequence) else [None]
+        return [check_seed(check_seed(first) + i) for i in range(num_samples)] * num_prompts
+    several = isinstance(seed, Sequence) or getattr(seed, "ndim", 0) == 1
+    seeds = [as_integer(value) for value in seed] if several else [None]  # type: ignore[union-attr]
     checked = [value for value in seeds if value is not None]
     if len(checked) != len(seeds):
         raise TypeError(f"seed: got {seed!r}, expected an integer or a sequence of integers, or None for a random one")
     if len(checked) != num_prompts * num_samples:
         raise ValueError(f"seed: got {len(checked)} seeds, expected one per picture ({num_prompts * num_samples})")
-    return checked
+    return [check_seed(value) for value in checked]

@@ -98,8 +98,8 @@ class TextToImage(Pipeline):
             raise ValueError(f"negative: got {negative!r} with negative_prompt, expected one of them")
         negative = negative if negative_prompt is None else negative_prompt
         texts, others, spec = self._texts(prompts, negative, guidance, guidance_scale, solver)
-        check_count("num_samples", num_samples)
-        check_count("batch_size", batch_size)
+        num_samples = check_count("num_samples", num_samples)
+        batch_size = check_count("batch_size", batch_size)
         seeds = picture_seeds(seed, len(texts), num_samples)
         inputs = self._inpainting(inpaint, len(seeds))
         execution = {"backend": backend, "graph": graph, "noise_source": noise_source}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..utils.checks import as_integer
+from ..utils.checks import as_integer, check_seed
 
 __all__ = ["INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "sample_seeds"]
 
@@ -48,13 +48,6 @@ def sample_seeds(seed: int | Sequence[int], batch: int) -> torch.Tensor:
     if first is None:
         known = [check_seed(one) for one in known]
     return torch.tensor([(one + 2**63) % 2**64 - 2**63 for one in known], dtype=torch.int64)
-
-
-def check_seed(seed: int) -> int:
-    """The seed, or ValueError for one beyond 64 bits, signed or not: torch's generators refuse the same."""
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed: got {seed}, expected -2**63 to 2**64 - 1")
-    return seed
 
 
 def philox4x32(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -68,6 +68,13 @@ def check_count(name: str, value: Any, most: int | None = None, least: int = 1) 
     return count
 
 
+def check_seed(seed: int) -> int:
+    """The seed, or ValueError for one beyond 64 bits, signed or not: torch's generators refuse the same."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, expected -2**63 to 2**64 - 1")
+    return seed
+
+
 def check_finite(name: str, value: Any, *, least: float | None = None, above: float | None = None) -> float:
     """A finite number, of at least `least` or above `above` where given."""
     number = as_number(value)

@@ -108,7 +108,7 @@ def test_equal_runs_write_equal_files_and_other_seeds_do_not(checkpoint: Path) -
 def test_picture_i_does_not_depend_on_their_number(checkpoint: Path) -> None:
     """To one level of 255: batches of another size may round otherwise in torch's convolutions."""
     for name, count in (("one.png", "1"), ("four.png", "4")):
-        assert sample(checkpoint, "--num-samples", count, "--out", name) == 0
+        assert sample(checkpoint, "--num-samples", count, "--seed", "0", "--out", name) == 0
     one, four = pixels("one.png").astype(int), pixels("four.png").astype(int)
     # Both have tiles of 256 pixels and start at the same corner.
     first = np.s_[60:300, 30:270]
@@ -119,7 +119,7 @@ def test_picture_i_does_not_depend_on_their_number(checkpoint: Path) -> None:
 @pytest.mark.parametrize("to_file", [True, False])
 def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--json", "summary.json"] if to_file else ["--json"]
-    scales = ["--guidance-scale", "0,1", "--guidance-scale", "6"]
+    scales = ["--seed", "0", "--guidance-scale", "0,1", "--guidance-scale", "6"]
     assert sample(checkpoint, "--num-samples", "2", "--negative", "a blue star", "--no-graph", *scales, *where) == 0
     out = capsys.readouterr().out
     summary = json.loads(Path("summary.json").read_text() if to_file else out)
@@ -174,6 +174,7 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         ([PROMPT, "--eta", "0.5"], "eta: got 0.5 with solver 'ddpm', expected 0 or None"),
         ([PROMPT, "--eta", "-1", "--solver", "ddim"], "eta: got -1.0, expected a finite value of at least 0"),
         ([PROMPT, "--num-samples", "-3"], "argument --num-samples: got '-3', expected an integer of at least 1"),
+        ([PROMPT, "--seed", str(2**63)], "argument --seed: got 9223372036854775808, expected -1, or 0 to 2**63 - 1"),
         ([PROMPT, "--seed", "0.5"], "argument --seed: got '0.5', expected an integer"),
         ([PROMPT, "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
         ([PROMPT, "--backend", "cuda"], "argument --backend: invalid choice: 'cuda' (choose from "),

@@ -352,7 +352,7 @@ X = torch.zeros(2, 3, 4, 4)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.split_model_output(torch.zeros(2, 6), 3), r"output: got shape \(2, 6\), expected \[B, C"),
+        (lambda: ops.split_model_output(torch.zeros(2), 3), r"output: got shape \(2,\), expected \[B, C"),
         (lambda: ops.split_model_output(torch.zeros(0, 6, 4), 3), r"output: got shape \(0, 6, 4\)"),
         (lambda: ops.split_model_output(torch.zeros(2, 6, 4), 2), r"output: got 6 channels, expected 2\*2"),
         (lambda: ops.split_model_output(torch.zeros(2, 6, 4).double(), 3), "output: got torch.float64, expected one"),
@@ -372,7 +372,7 @@ X = torch.zeros(2, 3, 4, 4)
         (lambda: ops.predict_x0(X, X, torch.ones(3), ONE), r"p_x: got torch.float32 \(3,\)"),
         (lambda: ops.predict_x0(X, X, ONE, torch.ones(4)[::2]), "p_m: got non-contiguous"),
         (lambda: ops.predict_x0(X, X, ONE, ONE, ONE.half()), "bound: got torch.float16"),
-        (lambda: ops.posterior_mean_variance(X[0, 0], X, *[ONE] * 4), r"x0: got shape \(4, 4\)"),
+        (lambda: ops.posterior_mean_variance(X[0, 0, 0], X, *[ONE] * 4), r"x0: got shape \(4,\)"),
         (lambda: ops.posterior_mean_variance(X, X[:1], *[ONE] * 4), r"x: got shape \(1, 3, 4, 4\)"),
         (lambda: ops.posterior_mean_variance(X, X, ONE, ONE, ONE, ONE[:1]), r"max_log: got torch.float32 \(1,\)"),
         (lambda: ops.posterior_mean_variance(X, X, *[ONE] * 4, X[..., :2]), "variance: got shape"),

@@ -215,7 +215,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("x", zeros(2, 3), r"x: got shape \(2, 3\), expected \[B, C, ...\]"),
+        ("x", zeros(2), r"x: got shape \(2,\), expected \[B, C, ...\]"),
         ("x", zeros(0, 3, 5, 7), r"x: got shape \(0, 3, 5, 7\)"),
         ("x", zeros(*SHAPE, dtype=torch.float16), "x: got torch.float16"),
         ("x", zeros(*SHAPE).mT.contiguous().mT, "x: got torch.float32 with strides .* expected contiguous"),

@@ -141,7 +141,7 @@ def test_x0_may_be_left_out_and_a_float64_state_stays_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"like": torch.zeros(2, 3)}, "x: got shape"),
+        ({"like": torch.zeros(2)}, "x: got shape"),
         ({"like": torch.zeros(2, 3, 4, dtype=torch.int64)}, "x: got torch.int64"),
         ({"backend": "inductor"}, "backend: got 'inductor' with a source"),
     ],

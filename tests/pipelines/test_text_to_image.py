@@ -106,6 +106,22 @@ def test_picture_i_does_not_depend_on_how_many_are_drawn(pipeline: TextToImage, 
     torch.testing.assert_close(split, many, rtol=0, atol=ROUNDING)
 
 
+def test_torchs_noise_is_each_pictures_own_too(pipeline: TextToImage) -> None:
+    options = {"steps": STEPS, "noise_source": "torch"}
+    many = pipeline.sample(PROMPT, num_samples=5, seed=2, batch_size=2, **options)
+    for i, seed in enumerate(pipeline.report()["seeds"]):
+        torch.testing.assert_close(pipeline.sample(PROMPT, seed=seed, **options)[0], many[i], rtol=0, atol=ROUNDING)
+
+
+def test_no_seed_is_a_random_one(pipeline: TextToImage) -> None:
+    images, seeds = [], []
+    for seed in (None, -1, torch.tensor(-1), None):
+        images.append(pipeline.sample(PROMPT, steps=STEPS, seed=seed))
+        seeds += pipeline.report()["seeds"]
+    assert len(set(seeds)) == 4
+    assert torch.equal(pipeline.sample(PROMPT, steps=STEPS, seed=seeds[2]), images[2])
+
+
 def test_every_picture_may_have_its_own_seed(pipeline: TextToImage) -> None:
     images = pipeline.sample([PROMPT, PROMPT], steps=STEPS, num_samples=2, seed=[5, 9, 9, 6])
     torch.testing.assert_close(images[1], images[2], rtol=0, atol=ROUNDING)
@@ -216,6 +232,8 @@ def test_the_package_brings_a_model() -> None:
         ({"batch_size": 0}, ValueError, "batch_size: got 0, expected an integer of at least 1"),
         ({"seed": 0.5}, TypeError, "seed: got 0.5, expected an integer or a sequence of integers"),
         ({"seed": -2}, ValueError, "seed: got -2, expected at least 0, or -1 for a random one"),
+        ({"seed": 2**64}, ValueError, "seed: got 18446744073709551616, expected -2"),
+        ({"seed": [2**64]}, ValueError, "seed: got 18446744073709551616"),
         ({"seed": [1, 2]}, ValueError, r"seed: got 2 seeds, expected one per picture \(1\)"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of"),
         ({"graph": "always"}, ValueError, "graph: got 'always'"),
