@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcfg.combination import Combination
+from fastcfg.state_change import FRESH_STREAM, RENOISE_STREAM, KnownBuffers, StateSpec
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
 
@@ -193,6 +194,26 @@ def combine(
     return _launch("combine", size, given, None, variance, results, _tensor(SIZE), options)
 
 
+def state_change(
+    shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last: bool = False, **fields: Any
+) -> Launch:
+    """A change of the state between two rows, for two branches.
+
+    Args:
+        shape, dtype, channels_last: as `step`.
+        **fields: of the `StateSpec`.
+    """
+    spec, image, batch = StateSpec(**fields), _tensor(*shape), shape[0]
+    model_input = _tensor(2 * batch, *shape[1:], dtype=dtype, channels_last=channels_last)
+    given = _given(shape, 2)
+    del given["weights"], given["x0"]
+    seeds, time = _tensor(batch, dtype="int64"), _tensor(2 * batch, dtype="int64")
+    buffers = StepBuffers(**given, seeds=seeds, model_input=model_input, time=time)
+    known = KnownBuffers(image, image, _tensor(50, 5), image, image) if spec.known else None
+    size = 8 + 8 * spec.known + 2 * model_input.dtype.itemsize
+    return _launch("state_change", size, _tensor(*shape), spec, buffers, known)
+
+
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise_source": "philox"}
@@ -235,6 +256,12 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "quantile-first": partial(quantile_pass, 0),
     "quantile-pass": partial(quantile_pass, 1),
     "quantile-last": partial(quantile_pass, 3),
+    "state-change": state_change,
+    "known-pixels": partial(state_change, known=True, noise=FRESH_STREAM),
+    "known-pixels-all": partial(
+        state_change, known=True, hard=True, before=True, noise=FRESH_STREAM, renoise=RENOISE_STREAM
+    ),
+    "known-pixels-channels-last": partial(state_change, (1, 3, 64, 64), known=True, channels_last=True, noise=0),
     "combine": combine,
     "combine-all": partial(combine, inputs=8, outputs=4, learned=True),
     "combine-all-bf16": partial(combine, dtype="bfloat16", inputs=8, outputs=4, learned=True),

@@ -17,6 +17,7 @@ from . import _moved, guidance, sigmas, solvers
 from .clip import DynamicThreshold
 from .engine.config import SamplerConfig
 from .engine.sampler import Preview, RunState, Sampler, Step
+from .engine.state_function import StateFunction
 from .frontends import ClassifierFree, accelerate, is_fused
 from .guidance import (
     APG,
@@ -35,7 +36,9 @@ from .guidance import (
     PerturbedCFG,
     TangentialCFG,
 )
+from .known_pixels import differential, inpaint, repaint
 from .schedule import Schedule
+from .solvers.repaint import reordered, repaint_order
 from .table import StepTable
 
 if TYPE_CHECKING:
@@ -48,19 +51,10 @@ __version__ = "0.1.0"
 
 __all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "ClassifierFree", "Compose"]
 __all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance"]
-__all__ += ["PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule", "Step"]
-__all__ += [
-    "StepTable",
-    "TangentialCFG",
-    "TextToImage",
-    "Upsampler",
-    "accelerate",
-    "compiler",
-    "guidance",
-    "is_fused",
-    "sigmas",
-]
-__all__ += ["solvers", "to_pil"]
+__all__ += ["PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule"]
+__all__ += ["StateFunction", "Step", "StepTable", "TangentialCFG", "TextToImage", "Upsampler", "accelerate"]
+__all__ += ["compiler", "differential", "guidance", "inpaint", "is_fused", "reordered", "repaint", "repaint_order"]
+__all__ += ["sigmas", "solvers", "to_pil"]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
 _LAZY = {"TextToImage": "pipelines.text_to_image", "Upsampler": "pipelines.upsampler", "to_pil": "pipelines.pictures"}

@@ -16,6 +16,7 @@ from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
 from .conditioning import Conditioning
 from .run_state import RunState
+from .state_function import KnownMemory
 
 
 @dataclass(eq=False)
@@ -74,6 +75,8 @@ class Buffers:
         self.shared = call.conditioning.shared
         self._classifier = call.classifier_conditioning.allocate(1) if options.cond_fn.value is not None else {}
         self.classifier_keywords = {**self._classifier, **call.classifier_conditioning.shared}
+        known = call.state is not None and call.state.known is not None
+        self.known = KnownMemory(call.state, self.step) if known else None  # type: ignore[arg-type]
         self._load_conditioning(call)
 
     def load(self, call: Call) -> None:
@@ -85,6 +88,8 @@ class Buffers:
             self.step.seeds.copy_(call.source.seeds)  # type: ignore[union-attr]
         span = call.span
         self.step.x.copy_(span.starting_state(call.source.start, self.step.x.dtype))
+        if self.known is not None:
+            self.known.load(call.state)  # type: ignore[arg-type]
         self.begin(span.rows.start)
         if span.state is not None:
             self._carry_on(span.state)
@@ -99,6 +104,8 @@ class Buffers:
             buffers.history.zero_()
         if buffers.momentum is not None:
             buffers.momentum.zero_()
+        if self.options.state is not None and buffers.x0 is not None:
+            buffers.x0.zero_()  # a state_fn before the first row is given it
         buffers.time.fill_(self._t[row])  # type: ignore[union-attr]
         self.set_state(row, buffers.x)
         if self.agreement is not None:
@@ -153,6 +160,7 @@ class Buffers:
         buffers = replace(self.step, noise=self.noises)
         tensors = [value for value in vars(buffers).values() if value is not None]
         tensors += self._classifier.values()
+        tensors += [] if self.known is None else self.known.tensors()
         for branch_set in self.branch_sets.values():
             weights = [] if branch_set.weights is branch_set.schedule else [branch_set.weights]
             tensors += [branch_set.padded, *weights, *branch_set.packed.values()]

@@ -58,6 +58,7 @@ class Run:
         self.buffers, self.table, self.span = entry.buffers, call.options.table, call.span
         self.branches: list[int] = []  # how many each row so far has evaluated
         self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
+        self._state = call.state
 
     def rows(self, export: bool = False) -> Iterator[int]:
         """Execute, yielding the index of the last row of each program when it is enqueued; keep `state` at the end if
@@ -72,6 +73,9 @@ class Run:
                     with torch.no_grad():
                         for row, slot in enumerate(slots[:count], first):
                             fill(row, slot)
+                if self._state is not None and self._state.draws:
+                    with torch.no_grad():
+                        self.buffers.known.fill(self._state, first)  # type: ignore[union-attr]
                 program()
                 yield first + count - 1
             # Before the memory is given back: another thread may take it at once.

@@ -58,8 +58,9 @@ def make_source(
     noise: Recording | NoiseSource | None,
     seed: int | Sequence[int] | None,
     generator: Generators | None,
+    draws: bool = False,
 ) -> NoiseSource:
-    """The source of a call's noise; arguments as `Sampler.sample`, checked."""
+    """The source of a call's noise; arguments as `Sampler.sample`, checked, and whether a state_fn draws from it."""
     table, state, generator = span.table, span.state, _checked_generators(generator, shape[0])
     if generator is not None and seed is not None:
         raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")
@@ -68,7 +69,7 @@ def make_source(
     if isinstance(noise, NoiseSource):
         return noise
     device: Any = config.device
-    if span.x is not None and (noise is not None or not table.uses_noise):
+    if span.x is not None and (noise is not None or not (table.uses_noise or draws)):
         # Nothing is random: torch's generator must not move for a seed that is not used.
         source = NoiseSource(lambda: span.x)  # type: ignore[arg-type,return-value]
     elif state is not None:

@@ -19,6 +19,7 @@ from .call import ProgramOptions
 from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
 from .model_output import output_tensor
+from .state_function import StateProgram
 from .trial import Trial
 from .user_functions import ClassifierGradient, DenoisedOutput
 
@@ -41,8 +42,8 @@ class Decision:
     reason: str = ""  # why there is no graph, or none of several rows
     milliseconds: dict[str, float] = field(default_factory=dict)  # of a row, by "eager" or "graph" and batching
     constants: int = 0  # tensors that the model copies from the host in every call, and the graph does not
-    # Over the state in a row beside the model: one for the step, and one where the guidance uses the outputs; those of
-    # dynamic thresholding are not counted.
+    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs, and one for a
+    # state_fn; those of dynamic thresholding and of the caller's functions are not counted.
     passes: int = 1
 
 
@@ -121,7 +122,7 @@ class Programs:
             reason=reason,
             milliseconds=ways if capture == "timed" and len(choices) > 1 else {},
             constants=best.constants,
-            passes=1 + (self._buffers.branch_sets[active].computed is not None),
+            passes=1 + (self._buffers.branch_sets[active].computed is not None) + (options.state is not None),
         )
 
     def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
@@ -186,6 +187,12 @@ class Programs:
             table = takes_x0(options.table).on(options.device, options.config.state_dtype)
             buffers = replace(buffers, weights=None, table=table)
         bound = QuantileBound(options.threshold, spec, buffers, backend) if options.threshold else None
+        change = None
+        if options.state is not None:
+            known = None if self._buffers.known is None else self._buffers.known.of_slot(buffers.noise)
+            change = StateProgram(options.state, self._buffers.step, known, backend)
+            buffers = replace(buffers, model_input=None, time=None)  # the change writes them
+        before, after = (change, None) if change is not None and change.before else (None, change)
         step = GuidedStep(spec, buffers, backend)
         call, gradient = self._model_call(active, batching), self._gradient
 
@@ -193,6 +200,8 @@ class Programs:
         @torch.inference_mode(False)
         @torch.no_grad()
         def program() -> None:
+            if before is not None:
+                before()
             output = call()
             if weights is not None:
                 weights(output)
@@ -203,6 +212,8 @@ class Programs:
             if gradient is not None:
                 gradient()
             step(output)
+            if after is not None:
+                after()
 
         return program
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..guidance import Guidance, NoGuidance
+from ..known_pixels import KnownPixels
 from ..table import StepTable
 from ..utils.checks import check_count
 from ..utils.identity import Alike
@@ -23,6 +24,7 @@ from .program_cache import ProgramCache
 from .programs import Decision
 from .run_state import RunState
 from .span import plan_span
+from .state_function import StateFunction, checked_state_function, draws_by_seed, plan_state
 
 __all__ = ["Preview", "RunState", "Sampler", "Step"]
 
@@ -35,6 +37,7 @@ _CALL = (
     "clip",
     "denoised_fn",
     "cond_fn",
+    "state_fn",
     "seed",
     "generator",
     "noise",
@@ -79,6 +82,8 @@ class Sampler:
             the known pixels back.
         cond_fn: classifier guidance, as guided-diffusion's: (x [B, C, ...], t [B], **cond) -> ∇ log p(y | x_t), of x's
             shape. Called with gradients off: it must turn them on for itself.
+        state_fn: changes the state after every row, (x, x0, row) -> x, in the captured program (`StateFunction`; with
+            `when="before"`, before it); or known pixels: `fastcfg.inpaint`, `differential`, `repaint`.
         config: a `SamplerConfig`; None for its defaults.
         **options: fields of `SamplerConfig`, which replace those of `config`.
 
@@ -108,6 +113,7 @@ class Sampler:
         clip: float | Sequence[float] | Tensor | DynamicThreshold | None = None,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
+        state_fn: Callable[..., Tensor] | StateFunction | KnownPixels | None = None,
         config: SamplerConfig | None = None,
         **options: Any,
     ) -> None:
@@ -120,7 +126,7 @@ class Sampler:
             raise TypeError(f"branch_models: got {type(branch_models).__name__}, expected a mapping of names to models")
         self.model, self.table, self.guidance = model, table, _checked_guidance(guidance)
         self.branch_models, self.clip = dict(branch_models or {}), clip
-        self.denoised_fn, self.cond_fn = denoised_fn, cond_fn
+        self.denoised_fn, self.cond_fn, self.state_fn = denoised_fn, cond_fn, state_fn
         self.config = replace(config or SamplerConfig(), **options)
         self._start_empty()
 
@@ -185,6 +191,7 @@ class Sampler:
         clip: float | Sequence[float] | Tensor | DynamicThreshold | None = OWN,
         denoised_fn: Callable[[Tensor], Tensor] | None = OWN,
         cond_fn: Callable[..., Tensor] | None = OWN,
+        state_fn: Callable[..., Tensor] | StateFunction | KnownPixels | None = OWN,
         seed: int | Sequence[int] | None = None,
         generator: Generators | None = None,
         noise: Recording | NoiseSource | None = None,
@@ -206,7 +213,7 @@ class Sampler:
             cond, uncond: keyword arguments of the model for these branches, with the same keys: tensors [B, ...] (or
                 [1, ...], repeated), or values that all branches share. A negative prompt goes to uncond.
             branches: conditionings of further branches by name, for guidance that has them.
-            guidance, clip, denoised_fn, cond_fn: for this call, in place of the sampler's own.
+            guidance, clip, denoised_fn, cond_fn, state_fn: for this call, in place of the sampler's own.
             seed: of 64 bits. Sample i gets `seed + i`; a sequence gives each its own. With noise_source="torch" one
                 integer seeds the whole batch. None takes a seed from `generator`.
             generator: torch's, in place of its global one: of the seed with noise_source="philox", of all draws with
@@ -240,8 +247,8 @@ class Sampler:
         progress = progress if hasattr(progress, "update") else bool(progress)
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(
-            shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, seed, generator, noise, x_T,
-            init, strength, start, stop, state,
+            shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, state_fn, seed, generator,
+            noise, x_T, init, strength, start, stop, state,
         )  # fmt: skip
         previews = None if preview is None else Previews(run, preview, preview_every)
         with ProgressBar(progress, run.span.rows, self.device) as bar:
@@ -324,8 +331,8 @@ class Sampler:
     @torch.no_grad()
     def _prepare(  # type: ignore[no-untyped-def]
         self, shape, keep_x0=False, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
-        cond_fn=OWN, seed=None, generator=None, noise=None, x_T=None, init=None, strength=None, start=None, stop=None,
-        state=None, export=False,
+        cond_fn=OWN, state_fn=OWN, seed=None, generator=None, noise=None, x_T=None, init=None, strength=None,
+        start=None, stop=None, state=None, export=False,
     ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
         config = self.config
@@ -343,9 +350,16 @@ class Sampler:
         plan = guidance.plan(table, shape[0])
         if export and plan.agreement is not None:
             raise ValueError("export: got adaptive guidance, expected another: which samples agree is not exported")
-        source = make_source(config, span, shape, noise, seed, generator)
+        state_fn = self.state_fn if state_fn is OWN else state_fn
+        change = None if state_fn is None else checked_state_function(state_fn, table, shape)
+        source = make_source(config, span, shape, noise, seed, generator, draws_by_seed(change))
+        noise_source = "none" if not table.uses_noise else "tensor" if source.fill else "philox"
+        changes = None if change is None else plan_state(change, noise_source, source.seeds)
         # Where every row is looked at, every row is a program of its own.
-        by_row = keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE
+        by_row = (
+            keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE or bool(changes and changes.draws)
+        )
+        keep_x0 = keep_x0 or (changes is not None and changes.known is None)
         options = ProgramOptions(
             config=config,
             table=table,
@@ -362,12 +376,13 @@ class Sampler:
             momentum=plan.momentum,
             clip=isinstance(clip, Tensor),
             threshold=clip if isinstance(clip, DynamicThreshold) else None,
-            noise_source="none" if not table.uses_noise else "tensor" if source.fill else "philox",
+            noise_source=noise_source,
             keep_x0=keep_x0,
             rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
+            state=None if changes is None else changes.options,
         )
         bounds = clip if isinstance(clip, Tensor) else None
-        call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, span)
+        call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, span, changes)
         entry = self._cache.take(call)
         run = Run(entry, call)
         self._last = options, entry.programs.decisions, run.branches

@@ -6,7 +6,8 @@ from .combine import ReferenceCombine
 from .gram import gram, rescale_factor
 from .guided_step import ReferenceStep
 from .quantile import ReferenceBound, quantile_bound
+from .state_change import ReferenceStateChange
 from .table_step import Scratch, blend, table_step
 
-__all__ = ["ReferenceBound", "ReferenceCombine", "ReferenceStep", "Scratch", "bits_per_dim", "blend", "gram"]
-__all__ += ["originals", "pieces", "quantile_bound", "rescale_factor", "table_step"]
+__all__ = ["ReferenceBound", "ReferenceCombine", "ReferenceStateChange", "ReferenceStep", "Scratch", "bits_per_dim"]
+__all__ += ["blend", "gram", "originals", "pieces", "quantile_bound", "rescale_factor", "table_step"]

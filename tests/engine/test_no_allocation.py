@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastcfg import CFG, Compose, DynamicThreshold, Guidance, Sampler, Schedule, StepTable
+from fastcfg import CFG, Compose, DynamicThreshold, Guidance, Sampler, Schedule, StepTable, inpaint
 from fastcfg.ops import triton_problem
 from fastcfg.solvers import ddim, ddpm
 
@@ -181,6 +181,17 @@ def test_the_fused_loop_with_dynamic_thresholding_is_two_operations() -> None:
     for row in rows:
         names = [call.name for call in row if not call.is_view]
         assert names == ["fastcfg.step_bound.default", "fastcfg.guided_step.default"]
+
+
+@interpreted
+@pytest.mark.parametrize("noise", ["fixed", "row"])
+def test_the_fused_loop_with_known_pixels_is_two_operations(noise: str) -> None:
+    pixels = inpaint(torch.ones(1, 1, 1, 8), torch.ones(1, 3, 8, 8), SCHEDULE, noise=noise)
+    rows, storages = record_rows(TABLES["learned range"], state_fn=pixels, backend="triton")
+    assert_nothing_new(rows, storages)
+    for row in rows:
+        names = [call.name for call in row if not call.is_view]
+        assert names == ["fastcfg.guided_step.default", "fastcfg.state_change.default"]
 
 
 def test_a_run_sees_the_allocations_it_is_asked_about() -> None:

@@ -41,27 +41,34 @@ STEPS = {
 PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece", "combine-all-bf16")
 # Sums of the same tensors: float32 tensors read and written.
 COMBINED = {"combine": (2, 2), "combine-all": (8 + 1, 4), "combine-one-sample": (2, 2)}
+# Changes of the state between rows: float32 tensors read and written.
+CHANGES = {"state-change": (1, 1), "known-pixels": (3, 1), "known-pixels-all": (3, 1)}
 # Dynamic thresholding: they count, and the last program of a sample continues.
 PASSES = ("step-bound", "quantile-first", "quantile-pass", "quantile-last")
 # The Gram matrix.
 SUMS = ("gram", "gram-k3-momentum")
 # One element at a time.
-SCALAR = ("channels-last", "gram-channels-last", "odd-size", "one-element", "step-bound-one")
+SCALAR = (
+    *("channels-last", "gram-channels-last", "odd-size", "one-element", "step-bound-one"),
+    "known-pixels-channels-last",
+)
 
-ALL = (*STEPS, *PIECES, *COMBINED, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise")
+ALL = (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise")
 
 # For the other targets. Between them they have every feature: of variants with a feature in common, the one with most
 # terms, which takes the most registers.
 CHOSEN = (
     *("main", "fp32", "all-terms", "one-sample", "rescale", "momentum", "channels-last", "odd-size"),
     *("blend-piece", "combine-all", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
+    *("known-pixels-all", "known-pixels-channels-last"),
 )
 
 # For a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6,
 # at most: 128 with x0 output, 108 otherwise.
 MOST_REGISTERS = 128
-# Addresses and masks of single elements take registers, and so do three saved tensors. Measured: 168, 145, 188.
-MOST_REGISTERS_OF = {"all-terms": 176, "channels-last": 176, "odd-size": 208}
+# Addresses and masks of single elements take registers, and so do three saved tensors and two draws.
+# Measured: 168, 145, 188, 148.
+MOST_REGISTERS_OF = {"all-terms": 176, "channels-last": 176, "odd-size": 208, "known-pixels-all": 160}
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -116,7 +123,7 @@ class MachineCode:
         assert {key for key, row in with_ticket.items() if not row["barriers_before_ticket"]} == set()
 
     def test_float32_tensors_move_16_bytes_at_a_time(self, rows: Rows) -> None:
-        wrong, moved = {}, STEPS | COMBINED
+        wrong, moved = {}, STEPS | COMBINED | CHANGES
         for (target, variant), row in rows.items():
             if variant not in moved:
                 continue
@@ -134,13 +141,16 @@ class MachineCode:
         """On NVIDIA; AMD's code reads scalars by instructions of their own."""
         wrong = {}
         for (target, variant), row in rows.items():
-            if not target.startswith("sm_") or variant not in (*STEPS, *PIECES, *COMBINED, *PASSES, *SUMS):
+            if not target.startswith("sm_") or variant not in (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS):
                 continue
             widths = [(int(width), count) for kind in ("loads", "stores") for width, count in row[kind].items()]
             moved, scalars = sum(width * count for width, count in widths if width > 4), 0
             if variant in STEPS:
                 # Each of 8 bytes: the seed, and the time for each branch.
                 scalars = 8 * (variant not in ("ddim", "history-3", "noise-tensor")) + 8 * (3 if variant == "k3" else 2)
+            if variant in CHANGES:
+                # The times of two branches, and the seed.
+                scalars = 8 * (2 if variant == "state-change" else 3)
             if (moved - scalars) / row["elements_per_thread"] != row["bytes_per_element"]:
                 wrong[target, variant] = (moved - scalars) / row["elements_per_thread"], row["bytes_per_element"]
         assert wrong == {}
