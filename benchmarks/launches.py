@@ -214,6 +214,15 @@ def state_change(
     return _launch("state_change", size, _tensor(*shape), spec, buffers, known)
 
 
+def finite(dtype: str = "bfloat16") -> Launch:
+    """The check of a row of two branches, with variance channels, for NaN and infinity."""
+    batch, channels, *rest = SHAPE
+    output = _tensor(2 * batch, 2 * channels, *rest, dtype=dtype)
+    counter, sources = _tensor(2, dtype="int32"), _tensor(3, dtype="int32")
+    record = _tensor(1, dtype="int64")
+    return _launch("finite", 4 + 4 * output.itemsize, output, _tensor(*SHAPE), counter, sources, record, 1)
+
+
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise_source": "philox"}
@@ -262,6 +271,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
         state_change, known=True, hard=True, before=True, noise=FRESH_STREAM, renoise=RENOISE_STREAM
     ),
     "known-pixels-channels-last": partial(state_change, (1, 3, 64, 64), known=True, channels_last=True, noise=0),
+    "finite": finite,
     "combine": combine,
     "combine-all": partial(combine, inputs=8, outputs=4, learned=True),
     "combine-all-bf16": partial(combine, dtype="bfloat16", inputs=8, outputs=4, learned=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .schedule import Schedule
+from .table import StepTable
 from .utils.checks import check_one_of
 
 __all__ = ["KnownPixels", "differential", "inpaint", "noise_pairs", "repaint"]
@@ -30,11 +31,12 @@ class KnownPixels:
     Attributes:
         image: [1 or B, C, ...].
         hold: how far each pixel is known, 0 to 1, [1 or B, 1 or C, ...].
-        levels: float64 [N + 1, 2], signal and noise at the start of each of N rows, and at the end.
+        levels: float64 [N + 1, 2], signal and noise at the start of each of N rows, and at the end; None takes those of
+            the table.
         order: the rows that the table's R rows are, int64 [R]; None for 0 ... N - 1.
         when: "before" or "after" a row.
-        gates: float64 [R], by row; as `hard` says.
-        hard: whether a pixel is known where hold > gate; else it is known by the share gate*hold.
+        hard: whether a pixel is known where hold > r/R, before row 0 everywhere; else it is known by the share hold.
+        free_start: whether the change of row 0 is left out.
         noise: "fixed" (the start's normals for every row), "fresh" (others in every row), "row" (those that the row's
             step adds), a tensor [1 or B, C, ...] for all rows, or a function (row, shape) -> tensor.
         renoise: a function (row, shape) -> tensor that draws the normals of jumps back; None draws them from the seeds.
@@ -42,11 +44,11 @@ class KnownPixels:
 
     image: Tensor
     hold: Tensor
-    levels: NDArray[np.float64]
+    levels: NDArray[np.float64] | None = None
     order: NDArray[np.int64] | None = None
     when: str = "after"
-    gates: NDArray[np.float64] | None = None
     hard: bool = False
+    free_start: bool = False
     noise: str | Normals = "fixed"
     renoise: Callable[[int, tuple[int, ...]], Tensor] | None = None
 
@@ -67,43 +69,60 @@ class KnownPixels:
             raise TypeError(f"noise: got {type(self.noise).__name__}, expected {expected}")
         if self.renoise is not None and not callable(self.renoise):
             raise TypeError(f"renoise: got {type(self.renoise).__name__}, expected a function (row, shape) -> tensor")
-        order, rows = self.order, len(self.levels) - 1
+        order = self.order
         if order is None:
             return
-        if order.ndim != 1 or not len(order) or order.min() < 0 or order.max() >= rows:
-            raise ValueError(f"order: got {order.tolist()}, expected rows below {rows}")
+        if order.ndim != 1 or not len(order) or order.min() < 0:
+            raise ValueError(f"order: got {order.tolist()}, expected rows of a table")
         if (np.diff(order) > 1).any():
             raise ValueError(f"order: got {order.tolist()}, expected no row to be left out: noise can only be added")
-
-    @property
-    def num_rows(self) -> int:
-        """R, the rows of the table that this is for."""
-        return len(self.levels) - 1 if self.order is None else len(self.order)
+        if self.levels is not None and order.max() >= len(self.levels) - 1:
+            raise ValueError(f"order: got {order.tolist()}, expected rows below {len(self.levels) - 1}")
 
     @property
     def jumps(self) -> bool:
         """Whether the state is noised again between some rows."""
-        return bool((self.rows()[:, 4] != 0).any())
+        return self.order is not None and bool((np.diff(self.order) < 1).any())
+
+    def of_table(self, table: StepTable) -> KnownPixels:
+        """The same for a table, with its levels where none were given.
+
+        Raises:
+            ValueError: a table of another length, or without levels.
+        """
+        levels: Any = self.levels
+        if levels is None:
+            levels = getattr(table, "levels", None)
+            if levels is None:
+                raise ValueError(f"state_fn: got no levels with the table {table.name}, which has none, expected some")
+            if self.order is not None and len(levels) == len(self.order) + 1:
+                levels, starts = np.empty((self.order.max() + 2, 2)), levels
+                levels[self.order], levels[-1] = starts[:-1], starts[-1]
+        rows = len(levels) - 1 if self.order is None else len(self.order)
+        if rows != table.num_rows:
+            raise ValueError(f"state_fn: got levels of {rows} rows, expected the {table.num_rows} of {table.name}")
+        return replace(self, levels=levels)
 
     def rows(self) -> NDArray[np.float64]:
-        """float64 [R, 5]: by row the columns `fastcfg.state_change.KNOWN_COLUMNS`."""
-        order = np.arange(self.num_rows) if self.order is None else self.order
-        before = self.when == "before"
-        levels = self.levels[order if before else order + 1]
+        """float64 [R, 5]: by row the columns `fastcfg.state_change.KNOWN_COLUMNS`, for given levels."""
+        given: Any = self.levels
+        order = np.arange(len(given) - 1) if self.order is None else self.order
+        before, count = self.when == "before", len(order)
+        levels = given[order if before else order + 1]
+        gates = np.arange(count) / count if self.hard else np.ones(count)
+        gates[0] = -1 if self.hard else float(not self.free_start)
         # Between a row's end and the next one's start, the state is raised to the noise of the latter.
-        ends, starts = self.levels[order[:-1] + 1], self.levels[order[1:]]
-        raised = np.tile([1.0, 0.0], (len(order), 1))
-        place = slice(1, None) if before else slice(None, -1)
+        ends, starts = given[order[:-1] + 1], given[order[1:]]
         kept = starts[:, 0] / ends[:, 0]
         added = np.sqrt(np.maximum(starts[:, 1] ** 2 - (kept * ends[:, 1]) ** 2, 0))
-        same = (starts == ends).all(axis=1)
-        raised[place] = np.where(same[:, None], [1.0, 0.0], np.stack([kept, added], axis=1))
-        gates = np.ones(len(order)) if self.gates is None else self.gates
+        raised = np.tile([1.0, 0.0], (count, 1))
+        jumps = np.diff(order) < 1
+        raised[slice(1, None) if before else slice(None, -1)][jumps] = np.stack([kept, added], axis=1)[jumps]
         return np.concatenate([levels, gates[:, None], raised], axis=1)
 
 
 def inpaint(
-    mask: Tensor, image: Tensor, levels: Any, *, when: str = "after", noise: str | Normals = "fixed"
+    mask: Tensor, image: Tensor, levels: Any = None, *, when: str = "after", noise: str | Normals = "fixed"
 ) -> KnownPixels:
     """Keep the image where the mask is 0: after every row the state is mask*x + (1 - mask)*(the image with that row's
     noise), at the end the image itself. In latent or in pixel space, as the model. With noise "fixed" it is the
@@ -113,7 +132,7 @@ def inpaint(
         mask: 1 where the picture is drawn, 0 where it is kept, between them for soft edges, [1 or B, 1 or C, ...].
             Ones change nothing.
         image: [1 or B, C, ...].
-        levels: the noise levels of the table's rows: as `noise_pairs`.
+        levels: the noise levels of the table's rows, as `noise_pairs`; None takes the table's own.
         when: "after" every row, or "before" it (then the end is not touched).
         noise: as the attribute of `KnownPixels`.
 
@@ -123,13 +142,13 @@ def inpaint(
     Example:
         >>> from fastcfg import Schedule
         >>> mask, image = torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8)
-        >>> inpaint(mask, image, Schedule.named("linear").respace(10)).num_rows
-        10
+        >>> inpaint(mask, image, Schedule.named("linear").respace(10)).when
+        'after'
     """
-    return KnownPixels(image, 1 - _floating("mask", mask), noise_pairs(levels), when=when, noise=noise)
+    return KnownPixels(image, 1 - _floating("mask", mask), _pairs(levels), when=when, noise=noise)
 
 
-def differential(keep: Tensor, image: Tensor, levels: Any, *, noise: str | Normals = "fixed") -> KnownPixels:
+def differential(keep: Tensor, image: Tensor, levels: Any = None, *, noise: str | Normals = "fixed") -> KnownPixels:
     """Differential diffusion (Levin & Fried 2023, https://arxiv.org/abs/2306.00950): each pixel of the image changes
     from its own row on. Before row r of R, pixels with keep > r/R are the image's with that row's noise; before the
     first row all are, whatever the start.
@@ -142,18 +161,15 @@ def differential(keep: Tensor, image: Tensor, levels: Any, *, noise: str | Norma
     Raises:
         TypeError, ValueError: as `inpaint`.
     """
-    pairs = noise_pairs(levels)
-    gates = np.arange(len(pairs) - 1) / (len(pairs) - 1)
-    gates[0] = -1
     hold = _floating("keep", keep)
-    return KnownPixels(image, hold, pairs, when="before", gates=gates, hard=True, noise=noise)
+    return KnownPixels(image, hold, _pairs(levels), when="before", hard=True, noise=noise)
 
 
 def repaint(
     mask: Tensor,
     image: Tensor,
-    levels: Any,
     order: Any,
+    levels: Any = None,
     *,
     noise: str | Normals = "fresh",
     renoise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
@@ -163,18 +179,15 @@ def repaint(
 
     Args:
         mask, image, noise: as `inpaint`.
+        order: of the rows, as of `fastcfg.repaint_order`. The table must be `fastcfg.reordered` by it.
         levels: of the rows before they are put in order, as `inpaint`.
-        order: of the rows, `fastcfg.solvers.repaint_order`. The table must be `fastcfg.solvers.reordered` by it.
         renoise: as the attribute of `KnownPixels`.
 
     Raises:
         TypeError, ValueError: as `inpaint`; an order with rows that the levels do not have.
     """
-    pairs, order = noise_pairs(levels), np.asarray(order, dtype=np.int64)
-    gates = np.ones(len(order))
-    gates[:1] = 0
-    hold = 1 - _floating("mask", mask)
-    return KnownPixels(image, hold, pairs, order, "before", gates, noise=noise, renoise=renoise)
+    hold, rows = 1 - _floating("mask", mask), np.asarray(order, dtype=np.int64)
+    return KnownPixels(image, hold, _pairs(levels), rows, "before", free_start=True, noise=noise, renoise=renoise)
 
 
 def noise_pairs(levels: Any) -> NDArray[np.float64]:
@@ -198,6 +211,10 @@ def noise_pairs(levels: Any) -> NDArray[np.float64]:
     if not np.isfinite(found).all() or (found < 0).any() or (found[1:, 0] == 0).any():
         raise ValueError("levels: got values that are not finite, below 0, or a signal of 0, expected noise levels")
     return found
+
+
+def _pairs(levels: Any) -> NDArray[np.float64] | None:
+    return None if levels is None else noise_pairs(levels)
 
 
 def _floating(name: str, value: Any) -> Tensor:

@@ -58,6 +58,7 @@ INSIDE = {
         "call",
         "user_functions",
         "branch_weights",
+        "finite",
         "buffers",
         "programs",
         "program_cache",

@@ -15,6 +15,7 @@ from ..step import StepBuffers
 from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
 from .conditioning import Conditioning
+from .finite import FiniteRecord
 from .run_state import RunState
 from .state_function import KnownMemory
 
@@ -77,6 +78,7 @@ class Buffers:
         self.classifier_keywords = {**self._classifier, **call.classifier_conditioning.shared}
         known = call.state is not None and call.state.known is not None
         self.known = KnownMemory(call.state, self.step) if known else None  # type: ignore[arg-type]
+        self.finite = FiniteRecord(options) if config.check_finite else None
         self._load_conditioning(call)
 
     def load(self, call: Call) -> None:
@@ -88,6 +90,8 @@ class Buffers:
             self.step.seeds.copy_(call.source.seeds)  # type: ignore[union-attr]
         span = call.span
         self.step.x.copy_(span.starting_state(call.source.start, self.step.x.dtype))
+        if self.finite is not None:
+            self.finite.reset(self.step.x)
         if self.known is not None:
             self.known.load(call.state)  # type: ignore[arg-type]
         self.begin(span.rows.start)
@@ -160,6 +164,7 @@ class Buffers:
         buffers = replace(self.step, noise=self.noises)
         tensors = [value for value in vars(buffers).values() if value is not None]
         tensors += self._classifier.values()
+        tensors += [] if self.finite is None else [self.finite.tensor]
         tensors += [] if self.known is None else self.known.tensors()
         for branch_set in self.branch_sets.values():
             weights = [] if branch_set.weights is branch_set.schedule else [branch_set.weights]

@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "batching": ("auto", "batched", "serial"),
     "compile": (None, *COMPILE_MODES),
     "state_dtype": (torch.float32, torch.float64),
+    "check_finite": (None, "raise", "warn"),
     "memory_format": (torch.contiguous_format, torch.channels_last),
 }
 
@@ -53,6 +54,10 @@ class SamplerConfig:
         memory_format: torch.contiguous_format or torch.channels_last, for the model input.
         output: takes what the model returns to its output, a tensor; None reads tensors, tuples, and the dictionaries
             and objects that `fastcfg.engine.model_output.output_tensor` knows.
+        check_finite: "raise" stops a run with NaN or infinity by a FloatingPointError that names the row, the sample,
+            and the state or the branch in whose output they are; "warn" warns once (RuntimeWarning) and goes on. It is
+            checked on the device, in one more pass, and read a row late; the host waits at the end alone.
+        check_every: check every n-th row only, at the cost of naming the n rows.
 
     Raises:
         TypeError: output is not callable.
@@ -74,13 +79,16 @@ class SamplerConfig:
     device: torch.device | str | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     output: Callable[[Any], Tensor] | None = None
+    check_finite: str | None = None
+    check_every: int = 1
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
-        check_count("rows_per_graph", self.rows_per_graph)
+        for name in ("rows_per_graph", "check_every"):
+            object.__setattr__(self, name, check_count(name, getattr(self, name)))
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype: got {self.dtype!r}, expected a floating dtype")
         if self.output is not None and not callable(self.output):

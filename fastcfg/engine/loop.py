@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..utils.progress import progress_bar
 from .call import Call
+from .finite import FiniteWatch
 from .program_cache import CachedPrograms
 from .programs import Program
 from .readback import Pace, Readback
@@ -58,7 +59,9 @@ class Run:
         self.buffers, self.table, self.span = entry.buffers, call.options.table, call.span
         self.branches: list[int] = []  # how many each row so far has evaluated
         self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
-        self._state = call.state
+        self._state, self._watch = call.state, None
+        if self.buffers.finite is not None:
+            self._watch = FiniteWatch(self.buffers.finite, call.options, len(self.buffers.step.x))
 
     def rows(self, export: bool = False) -> Iterator[int]:
         """Execute, yielding the index of the last row of each program when it is enqueued; keep `state` at the end if
@@ -77,7 +80,12 @@ class Run:
                     with torch.no_grad():
                         self.buffers.known.fill(self._state, first)  # type: ignore[union-attr]
                 program()
-                yield first + count - 1
+                if self._watch is not None:
+                    self._watch.after_rows(first, count)
+                last = first + count - 1
+                yield last
+            if self._watch is not None:
+                self._watch.finish(last, self.buffers.step.x)
             # Before the memory is given back: another thread may take it at once.
             self.result = self.buffers.step.x.clone()
             if export:

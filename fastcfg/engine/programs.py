@@ -42,8 +42,8 @@ class Decision:
     reason: str = ""  # why there is no graph, or none of several rows
     milliseconds: dict[str, float] = field(default_factory=dict)  # of a row, by "eager" or "graph" and batching
     constants: int = 0  # tensors that the model copies from the host in every call, and the graph does not
-    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs, and one for a
-    # state_fn; those of dynamic thresholding and of the caller's functions are not counted.
+    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs, one for a
+    # state_fn, and one for check_finite; those of dynamic thresholding and of the caller's functions are not counted.
     passes: int = 1
 
 
@@ -122,8 +122,12 @@ class Programs:
             reason=reason,
             milliseconds=ways if capture == "timed" and len(choices) > 1 else {},
             constants=best.constants,
-            passes=1 + (self._buffers.branch_sets[active].computed is not None) + (options.state is not None),
+            passes=1 + (self._buffers.branch_sets[active].computed is not None) + self._more_passes(),
         )
+
+    def _more_passes(self) -> int:
+        """Over the state, for a change of it and for the check for NaN and infinity."""
+        return (self._options.state is not None) + (self._options.config.check_finite is not None)
 
     def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
         """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
@@ -192,6 +196,9 @@ class Programs:
             known = None if self._buffers.known is None else self._buffers.known.of_slot(buffers.noise)
             change = StateProgram(options.state, self._buffers.step, known, backend)
             buffers = replace(buffers, model_input=None, time=None)  # the change writes them
+        finite = None
+        if self._buffers.finite is not None:
+            finite = self._buffers.finite.check(active, buffers, backend)
         before, after = (change, None) if change is not None and change.before else (None, change)
         step = GuidedStep(spec, buffers, backend)
         call, gradient = self._model_call(active, batching), self._gradient
@@ -202,7 +209,7 @@ class Programs:
         def program() -> None:
             if before is not None:
                 before()
-            output = call()
+            given = output = call()
             if weights is not None:
                 weights(output)
             if denoised is not None:
@@ -214,6 +221,8 @@ class Programs:
             step(output)
             if after is not None:
                 after()
+            if finite is not None:
+                finite(given)
 
         return program
 

@@ -71,10 +71,7 @@ def checked_state_function(state_fn: Any, table: StepTable, shape: tuple[int, ..
     """A `state_fn` as given, a function of the caller's in its place; TypeError or ValueError unless it fits."""
     if not isinstance(state_fn, KnownPixels):
         return state_fn if isinstance(state_fn, StateFunction) else StateFunction(state_fn)
-    if state_fn.num_rows != table.num_rows:
-        raise ValueError(
-            f"state_fn: got levels of {state_fn.num_rows} rows, expected the {table.num_rows} of {table.name}"
-        )
+    state_fn = state_fn.of_table(table)
     noise = {"noise": state_fn.noise} if isinstance(state_fn.noise, Tensor) else {}
     for name, value in {"image": state_fn.image, "hold": state_fn.hold, **noise}.items():
         fits = value.ndim == len(shape) and all(n in (1, m) for n, m in zip(value.shape, shape, strict=True))

@@ -9,6 +9,7 @@ from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem
 from .blender import Blender
 from .checks import is_channels_last
 from .combine import Combine
+from .finite import FiniteCheck
 from .gram import gram
 from .noise import initial_noise
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
@@ -17,7 +18,7 @@ from .step import GuidedStep, guided_step
 from .stepper import Stepper
 from .threshold import QuantileBound, dynamic_threshold, quantile_bound
 
-__all__ = ["BACKENDS", "Blender", "Combine", "GuidedStep", "QuantileBound", "StateChange", "Stepper"]
+__all__ = ["BACKENDS", "Blender", "Combine", "FiniteCheck", "GuidedStep", "QuantileBound", "StateChange", "Stepper"]
 __all__ += ["dynamic_threshold", "gram", "guidance_blend", "guided_step", "inductor_problem", "initial_noise"]
 __all__ += ["is_channels_last", "posterior_mean_variance", "predict_x0", "quantile_bound", "resolve_backend"]
 __all__ += ["split_model_output", "triton_problem"]

@@ -213,7 +213,7 @@ def test_repaint_is_the_authors(learned: bool) -> None:
 
     variance = "learned_range" if learned else "fixed_small"
     table = reordered(solvers.ddpm(schedule, variance=variance), order)
-    state_fn = repaint(MASK, IMAGE, schedule, order, renoise=jumps_only)
+    state_fn = repaint(MASK, IMAGE, order, schedule, renoise=jumps_only)
     options: dict[str, Any] = {"clip": 1.0, "state_dtype": torch.float64, "dtype": torch.float64}
     got = Sampler(model, table, state_fn=state_fn, **options).sample(SHAPE, seed=3, cond={})
     want = repaint_loop(schedule, [*times, -1], draw, learned)
@@ -283,7 +283,6 @@ def test_kernel_reference_and_replay_agree(noise: str, when: str) -> None:
     order = [0, 1, 2, 1, 2, 3, 4]
     source: Any = {"given": made(1, *SHAPE[1:]), "drawn": lambda row, shape: made(*shape, seed=row)}.get(noise, noise)
     hard = when == "before"
-    gates = np.linspace(0.1, 0.9, len(order))
     hold = torch.rand(BATCH, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     pixels = KnownPixels(
         IMAGE[:1],
@@ -291,10 +290,9 @@ def test_kernel_reference_and_replay_agree(noise: str, when: str) -> None:
         noise_pairs(schedule),
         np.array(order),
         when,
-        gates,
         hard,
-        source,
-        source if noise == "drawn" else None,
+        noise=source,
+        renoise=source if noise == "drawn" else None,
     )
     table = reordered(solvers.ddim(schedule, eta=0.7), order)
     runs = []
@@ -390,9 +388,13 @@ ONES = torch.ones(1, 1, 4, 4)
         (lambda: inpaint(ONES, IMAGE, SCHEDULE, noise=3), TypeError, "noise: got int, expected a name, a tensor or"),
         (lambda: inpaint(ONES, IMAGE, [[1.0]]), ValueError, r"levels: got shape \(1, 1\), expected a Schedule"),
         (lambda: inpaint(ONES, IMAGE, [1.0, float("nan")]), ValueError, "levels: got values that are not finite"),
-        (lambda: repaint(ONES, IMAGE, SCHEDULE, [0, 9]), ValueError, r"order: got \[0, 9\], expected rows below 5"),
-        (lambda: repaint(ONES, IMAGE, SCHEDULE, [0, 2]), ValueError, "expected no row to be left out"),
-        (lambda: repaint(ONES, IMAGE, SCHEDULE, [0], renoise=3), TypeError, "renoise: got int, expected a function"),
+        (
+            lambda: repaint(ONES, IMAGE, [0, 1, 2, 3, 4, 5], SCHEDULE),
+            ValueError,
+            r"order: got \[0, 1, 2, 3, 4, 5\], expected rows below 5",
+        ),
+        (lambda: repaint(ONES, IMAGE, [0, 2], SCHEDULE), ValueError, "expected no row to be left out"),
+        (lambda: repaint(ONES, IMAGE, [0], renoise=3), TypeError, "renoise: got int, expected a function"),
         (lambda: reordered(solvers.plms(SCHEDULE), [0, 1]), ValueError, "table: got plms with 3 saved tensors"),
         (
             lambda: reordered(solvers.ddim(SCHEDULE), [5]),

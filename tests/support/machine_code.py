@@ -38,7 +38,7 @@ STEPS = {
     "all-terms": (1 + 4, 1 + 2),
     "one-sample": (1 + 4, 1 + 2),
 }
-PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece", "combine-all-bf16")
+PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece", "combine-all-bf16", "finite")
 # Sums of the same tensors: float32 tensors read and written.
 COMBINED = {"combine": (2, 2), "combine-all": (8 + 1, 4), "combine-one-sample": (2, 2)}
 # Changes of the state between rows: float32 tensors read and written.
@@ -60,7 +60,7 @@ ALL = (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS, *SCALAR, "gram-sum"
 CHOSEN = (
     *("main", "fp32", "all-terms", "one-sample", "rescale", "momentum", "channels-last", "odd-size"),
     *("blend-piece", "combine-all", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
-    *("known-pixels-all", "known-pixels-channels-last"),
+    *("finite", "known-pixels-all", "known-pixels-channels-last"),
 )
 
 # For a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6,
