@@ -223,6 +223,16 @@ def finite(dtype: str = "bfloat16") -> Launch:
     return _launch("finite", 4 + 4 * output.itemsize, output, _tensor(*SHAPE), counter, sources, record, 1)
 
 
+def noise_sums(dtype: str = "bfloat16", drawn: bool = True, learned: bool = True) -> Launch:
+    """The sums that log-probabilities are made of, for two branches with variance channels."""
+    batch, channels, *rest = SHAPE
+    output = _tensor(2 * batch, 2 * channels, *rest, dtype=dtype)
+    noise, seeds = (None, _tensor(batch, dtype="int64")) if drawn else (_tensor(*SHAPE), None)
+    memory = _tensor(50, 2, batch, -(-_tensor(*SHAPE)[0].numel() // 2048))
+    arguments = (output, noise, seeds, _tensor(2, dtype="int32"), memory, channels, 0, learned)
+    return _launch("noise_sums", 4 * (not drawn) + output.itemsize * learned, *arguments)
+
+
 # Two branches, learned variance, clip and in-kernel noise unless the name says otherwise.
 _CFG: dict[str, Any] = {"branches": 2, "base": 1}
 _MAIN: dict[str, Any] = {**_CFG, "learned_variance": True, "clip": True, "noise_source": "philox"}
@@ -272,6 +282,8 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     ),
     "known-pixels-channels-last": partial(state_change, (1, 3, 64, 64), known=True, channels_last=True, noise=0),
     "finite": finite,
+    "noise-sums": noise_sums,
+    "noise-sums-tensor": partial(noise_sums, drawn=False, learned=False),
     "combine": combine,
     "combine-all": partial(combine, inputs=8, outputs=4, learned=True),
     "combine-all-bf16": partial(combine, dtype="bfloat16", inputs=8, outputs=4, learned=True),

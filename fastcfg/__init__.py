@@ -18,6 +18,7 @@ from .clip import DynamicThreshold
 from .engine.config import SamplerConfig
 from .engine.sampler import Preview, RunState, Sampler, Step
 from .engine.state_function import StateFunction
+from .engine.trajectory import Trajectory
 from .frontends import ClassifierFree, accelerate, is_fused
 from .guidance import (
     APG,
@@ -37,6 +38,7 @@ from .guidance import (
     TangentialCFG,
 )
 from .known_pixels import differential, inpaint, repaint
+from .reference.log_prob import log_prob
 from .schedule import Schedule
 from .solvers.repaint import reordered, repaint_order
 from .table import StepTable
@@ -52,9 +54,9 @@ __version__ = "0.1.0"
 __all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "ClassifierFree", "Compose"]
 __all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance"]
 __all__ += ["PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule"]
-__all__ += ["StateFunction", "Step", "StepTable", "TangentialCFG", "TextToImage", "Upsampler", "accelerate"]
-__all__ += ["compiler", "differential", "guidance", "inpaint", "is_fused", "reordered", "repaint", "repaint_order"]
-__all__ += ["sigmas", "solvers", "to_pil"]
+__all__ += ["StateFunction", "Step", "StepTable", "TangentialCFG", "TextToImage", "Trajectory", "Upsampler"]
+__all__ += ["accelerate", "compiler", "differential", "guidance", "inpaint", "is_fused", "log_prob", "reordered"]
+__all__ += ["repaint", "repaint_order", "sigmas", "solvers", "to_pil"]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
 _LAZY = {"TextToImage": "pipelines.text_to_image", "Upsampler": "pipelines.upsampler", "to_pil": "pipelines.pictures"}

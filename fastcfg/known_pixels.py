@@ -15,7 +15,7 @@ from .schedule import Schedule
 from .table import StepTable
 from .utils.checks import check_one_of
 
-__all__ = ["KnownPixels", "differential", "inpaint", "noise_pairs", "repaint"]
+__all__ = ["KeptImage", "differential", "inpaint", "noise_pairs", "repaint"]
 
 NOISES = ("fixed", "fresh", "row")
 POSITIONS = ("before", "after")
@@ -24,7 +24,7 @@ Normals = Tensor | Callable[[int, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class KnownPixels:
+class KeptImage:
     """A `state_fn` of `Sampler` that puts an image's known pixels, with the noise of the row, into the state. Made by
     `inpaint`, `differential` and `repaint`.
 
@@ -84,7 +84,7 @@ class KnownPixels:
         """Whether the state is noised again between some rows."""
         return self.order is not None and bool((np.diff(self.order) < 1).any())
 
-    def of_table(self, table: StepTable) -> KnownPixels:
+    def of_table(self, table: StepTable) -> KeptImage:
         """The same for a table, with its levels where none were given.
 
         Raises:
@@ -123,7 +123,7 @@ class KnownPixels:
 
 def inpaint(
     mask: Tensor, image: Tensor, levels: Any = None, *, when: str = "after", noise: str | Normals = "fixed"
-) -> KnownPixels:
+) -> KeptImage:
     """Keep the image where the mask is 0: after every row the state is mask*x + (1 - mask)*(the image with that row's
     noise), at the end the image itself. In latent or in pixel space, as the model. With noise "fixed" it is the
     blending of diffusers' `StableDiffusionInpaintPipeline` for models without input channels for the mask.
@@ -134,7 +134,7 @@ def inpaint(
         image: [1 or B, C, ...].
         levels: the noise levels of the table's rows, as `noise_pairs`; None takes the table's own.
         when: "after" every row, or "before" it (then the end is not touched).
-        noise: as the attribute of `KnownPixels`.
+        noise: as the attribute of `KeptImage`.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, mask values outside of 0 to 1.
@@ -145,10 +145,10 @@ def inpaint(
         >>> inpaint(mask, image, Schedule.named("linear").respace(10)).when
         'after'
     """
-    return KnownPixels(image, 1 - _floating("mask", mask), _pairs(levels), when=when, noise=noise)
+    return KeptImage(image, 1 - _floating("mask", mask), _pairs(levels), when=when, noise=noise)
 
 
-def differential(keep: Tensor, image: Tensor, levels: Any = None, *, noise: str | Normals = "fixed") -> KnownPixels:
+def differential(keep: Tensor, image: Tensor, levels: Any = None, *, noise: str | Normals = "fixed") -> KeptImage:
     """Differential diffusion (Levin & Fried 2023, https://arxiv.org/abs/2306.00950): each pixel of the image changes
     from its own row on. Before row r of R, pixels with keep > r/R are the image's with that row's noise; before the
     first row all are, whatever the start.
@@ -162,7 +162,7 @@ def differential(keep: Tensor, image: Tensor, levels: Any = None, *, noise: str 
         TypeError, ValueError: as `inpaint`.
     """
     hold = _floating("keep", keep)
-    return KnownPixels(image, hold, _pairs(levels), when="before", hard=True, noise=noise)
+    return KeptImage(image, hold, _pairs(levels), when="before", hard=True, noise=noise)
 
 
 def repaint(
@@ -173,7 +173,7 @@ def repaint(
     *,
     noise: str | Normals = "fresh",
     renoise: Callable[[int, tuple[int, ...]], Tensor] | None = None,
-) -> KnownPixels:
+) -> KeptImage:
     """RePaint (Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865): known pixels before every row but the first,
     and jumps back, in which the state is noised again between two rows.
 
@@ -181,13 +181,13 @@ def repaint(
         mask, image, noise: as `inpaint`.
         order: of the rows, as of `fastcfg.repaint_order`. The table must be `fastcfg.reordered` by it.
         levels: of the rows before they are put in order, as `inpaint`.
-        renoise: as the attribute of `KnownPixels`.
+        renoise: as the attribute of `KeptImage`.
 
     Raises:
         TypeError, ValueError: as `inpaint`; an order with rows that the levels do not have.
     """
     hold, rows = 1 - _floating("mask", mask), np.asarray(order, dtype=np.int64)
-    return KnownPixels(image, hold, _pairs(levels), rows, "before", free_start=True, noise=noise, renoise=renoise)
+    return KeptImage(image, hold, _pairs(levels), rows, "before", free_start=True, noise=noise, renoise=renoise)
 
 
 def noise_pairs(levels: Any) -> NDArray[np.float64]:

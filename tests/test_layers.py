@@ -63,6 +63,7 @@ INSIDE = {
         "programs",
         "program_cache",
         "loop",
+        "trajectory",
         "sampler",
     )
 }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..guidance import GuidancePlan
+from ..ops import sums_memory
 from ..step import StepBuffers
 from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
@@ -78,6 +79,7 @@ class Buffers:
         self.classifier_keywords = {**self._classifier, **call.classifier_conditioning.shared}
         known = call.state is not None and call.state.known is not None
         self.known = KnownMemory(call.state, self.step) if known else None  # type: ignore[arg-type]
+        self.sums = sums_memory(table.num_rows, self.step.x, config.backend) if options.log_prob else None
         self.finite = FiniteRecord(options) if config.check_finite else None
         self._load_conditioning(call)
 
@@ -164,6 +166,7 @@ class Buffers:
         buffers = replace(self.step, noise=self.noises)
         tensors = [value for value in vars(buffers).values() if value is not None]
         tensors += self._classifier.values()
+        tensors += [] if self.sums is None else [self.sums]
         tensors += [] if self.finite is None else [self.finite.tensor]
         tensors += [] if self.known is None else self.known.tensors()
         for branch_set in self.branch_sets.values():

@@ -29,7 +29,7 @@ class ProgramOptions:
 
     Functions are compared by what they do. Branches and roles are as in `Guidance`; mix, rescale and momentum as in
     `GuidancePlan`; `clip` says whether x0 is clipped to bounds given with every call, `keep_x0` whether it is kept for
-    callbacks.
+    callbacks, `log_prob` whether the rows' log-probabilities are.
     """
 
     config: SamplerConfig
@@ -51,6 +51,7 @@ class ProgramOptions:
     keep_x0: bool
     rows_per_graph: int
     state: StateOptions | None = None
+    log_prob: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -54,6 +54,7 @@ class Run:
 
     result: Tensor  # after the last row, the samples, which are the caller's own
     state: RunState  # after the last row, if that was asked for
+    sums: Tensor | None = None  # after the last row, what its rows' log-probabilities are made of, if they are wanted
 
     def __init__(self, entry: CachedPrograms, call: Call) -> None:
         self.buffers, self.table, self.span = entry.buffers, call.options.table, call.span
@@ -90,6 +91,7 @@ class Run:
             self.result = self.buffers.step.x.clone()
             if export:
                 self.state = self._exported()
+            self.sums = None if self.buffers.sums is None else self.buffers.sums.clone()
 
     def step(self, row: int) -> Step:
         """The state now, after a row."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import GuidedStep, QuantileBound
+from ..ops import GuidedStep, NoiseSums, QuantileBound
 from ..step import StepSpec
 from ..table import COLUMNS, StepTable
 from .buffers import Buffers
@@ -42,8 +42,9 @@ class Decision:
     reason: str = ""  # why there is no graph, or none of several rows
     milliseconds: dict[str, float] = field(default_factory=dict)  # of a row, by "eager" or "graph" and batching
     constants: int = 0  # tensors that the model copies from the host in every call, and the graph does not
-    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs, one for a
-    # state_fn, and one for check_finite; those of dynamic thresholding and of the caller's functions are not counted.
+    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs, and one each
+    # for a state_fn, check_finite and log_prob; those of dynamic thresholding and of the caller's functions are not
+    # counted.
     passes: int = 1
 
 
@@ -126,8 +127,9 @@ class Programs:
         )
 
     def _more_passes(self) -> int:
-        """Over the state, for a change of it and for the check for NaN and infinity."""
-        return (self._options.state is not None) + (self._options.config.check_finite is not None)
+        """Over the state, for a change of it, the check for NaN and infinity, and log-probabilities."""
+        options = self._options
+        return (options.state is not None) + (options.config.check_finite is not None) + options.log_prob
 
     def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
         """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
@@ -196,6 +198,9 @@ class Programs:
             known = None if self._buffers.known is None else self._buffers.known.of_slot(buffers.noise)
             change = StateProgram(options.state, self._buffers.step, known, backend)
             buffers = replace(buffers, model_input=None, time=None)  # the change writes them
+        sums = None
+        if self._buffers.sums is not None:
+            sums = NoiseSums(step_spec(options, active), buffers, self._buffers.sums, backend)
         finite = None
         if self._buffers.finite is not None:
             finite = self._buffers.finite.check(active, buffers, backend)
@@ -218,6 +223,8 @@ class Programs:
                 bound(output)
             if gradient is not None:
                 gradient()
+            if sums is not None:
+                sums(given)
             step(output)
             if after is not None:
                 after()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..guidance import Guidance, NoGuidance
-from ..known_pixels import KnownPixels
+from ..known_pixels import KeptImage
 from ..table import StepTable
 from ..utils.checks import check_count
 from ..utils.identity import Alike
@@ -25,6 +25,7 @@ from .programs import Decision
 from .run_state import RunState
 from .span import plan_span
 from .state_function import StateFunction, checked_state_function, draws_by_seed, plan_state
+from .trajectory import States, Trajectory, check_log_prob, trajectory_of
 
 __all__ = ["Preview", "RunState", "Sampler", "Step"]
 
@@ -113,7 +114,7 @@ class Sampler:
         clip: float | Sequence[float] | Tensor | DynamicThreshold | None = None,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
-        state_fn: Callable[..., Tensor] | StateFunction | KnownPixels | None = None,
+        state_fn: Callable[..., Tensor] | StateFunction | KeptImage | None = None,
         config: SamplerConfig | None = None,
         **options: Any,
     ) -> None:
@@ -180,7 +181,18 @@ class Sampler:
     def clip(self, clip: float | Sequence[float] | Tensor | DynamicThreshold | None) -> None:
         self._clip = clip_bounds(clip)
 
+    @overload
+    def sample(self, shape: Sequence[int], *, log_prob: Literal[True], **arguments: Any) -> Trajectory: ...
+
+    @overload
+    def sample(self, shape: Sequence[int], *, trajectory: Literal[True], **arguments: Any) -> Trajectory: ...
+
+    @overload
     def sample(
+        self, shape: Sequence[int], *, log_prob: Literal[False] = False, trajectory: Literal[False] = False, **a: Any
+    ) -> Tensor: ...
+
+    def sample(  # type: ignore[misc]  # mypy wants **arguments: the overloads spare a list of arguments each
         self,
         shape: Sequence[int],
         *,
@@ -191,7 +203,7 @@ class Sampler:
         clip: float | Sequence[float] | Tensor | DynamicThreshold | None = OWN,
         denoised_fn: Callable[[Tensor], Tensor] | None = OWN,
         cond_fn: Callable[..., Tensor] | None = OWN,
-        state_fn: Callable[..., Tensor] | StateFunction | KnownPixels | None = OWN,
+        state_fn: Callable[..., Tensor] | StateFunction | KeptImage | None = OWN,
         seed: int | Sequence[int] | None = None,
         generator: Generators | None = None,
         noise: Recording | NoiseSource | None = None,
@@ -205,7 +217,9 @@ class Sampler:
         callback: Callable[[Step], object] | None = None,
         preview: Callable[[Preview], object] | None = None,
         preview_every: int = 1,
-    ) -> Tensor:
+        log_prob: bool = False,
+        trajectory: bool = False,
+    ) -> Tensor | Trajectory:
         """Run all rows, or those from `start` to `stop`.
 
         Args:
@@ -233,9 +247,11 @@ class Sampler:
             preview: called with a `Preview` one row after it was computed: the device has work while the host waits for
                 the copy. The last row's comes at the end.
             preview_every: preview every n-th row only (and the last).
+            log_prob: return a `Trajectory`, with every draw's log-probability: one more pass, which reads no state.
+            trajectory: return a `Trajectory`, with the states: one copy of the state per row on the device.
 
         Returns:
-            The samples, [B, C, ...] in the state's dtype: the caller's own tensor.
+            The samples, [B, C, ...] in the state's dtype: the caller's own tensor; or a `Trajectory`.
 
         Raises:
             TypeError, ValueError: arguments that do not fit, before any work.
@@ -248,11 +264,15 @@ class Sampler:
         keep_x0 = callback is not None or preview is not None
         run = self._prepare(
             shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, state_fn, seed, generator,
-            noise, x_T, init, strength, start, stop, state,
+            noise, x_T, init, strength, start, stop, state, log_prob=bool(log_prob), by_row=bool(trajectory),
         )  # fmt: skip
+        rows = run.span.rows
+        states = States(run, rows) if trajectory else None
         previews = None if preview is None else Previews(run, preview, preview_every)
         with ProgressBar(progress, run.span.rows, self.device) as bar:
             for row in run.rows():
+                if states is not None:
+                    states.after_row(row)
                 if callback is not None:
                     callback(run.step(row))
                 if previews is not None:
@@ -261,7 +281,7 @@ class Sampler:
                     bar.after_row(row)
         if previews is not None:
             previews.deliver()
-        return run.result
+        return trajectory_of(run, rows, states) if log_prob or trajectory else run.result
 
     def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
         """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples. It takes the
@@ -332,7 +352,7 @@ class Sampler:
     def _prepare(  # type: ignore[no-untyped-def]
         self, shape, keep_x0=False, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
         cond_fn=OWN, state_fn=OWN, seed=None, generator=None, noise=None, x_T=None, init=None, strength=None,
-        start=None, stop=None, state=None, export=False,
+        start=None, stop=None, state=None, export=False, log_prob=False, by_row=False,
     ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
         config = self.config
@@ -351,13 +371,19 @@ class Sampler:
         if export and plan.agreement is not None:
             raise ValueError("export: got adaptive guidance, expected another: which samples agree is not exported")
         state_fn = self.state_fn if state_fn is OWN else state_fn
+        if log_prob:
+            check_log_prob(table, state_fn)
         change = None if state_fn is None else checked_state_function(state_fn, table, shape)
         source = make_source(config, span, shape, noise, seed, generator, draws_by_seed(change))
         noise_source = "none" if not table.uses_noise else "tensor" if source.fill else "philox"
         changes = None if change is None else plan_state(change, noise_source, source.seeds)
         # Where every row is looked at, every row is a program of its own.
         by_row = (
-            keep_x0 or plan.agreement is not None or config.capture in NO_CAPTURE or bool(changes and changes.draws)
+            by_row
+            or keep_x0
+            or plan.agreement is not None
+            or config.capture in NO_CAPTURE
+            or (changes is not None and bool(changes.draws))
         )
         keep_x0 = keep_x0 or (changes is not None and changes.known is None)
         options = ProgramOptions(
@@ -380,6 +406,7 @@ class Sampler:
             keep_x0=keep_x0,
             rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
             state=None if changes is None else changes.options,
+            log_prob=log_prob,
         )
         bounds = clip if isinstance(clip, Tensor) else None
         call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, span, changes)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..known_pixels import POSITIONS, KnownPixels
+from ..known_pixels import POSITIONS, KeptImage
 from ..ops import StateChange
 from ..reference.philox import INITIAL_STREAM, STEP_STREAM
 from ..state_change import FRESH_STREAM, KNOWN_COLUMNS, NO_NORMALS, RENOISE_STREAM, TENSOR, KnownBuffers, StateSpec
@@ -63,13 +63,13 @@ class StatePlan:
     row: functions (row, shape) -> tensor."""
 
     options: StateOptions
-    known: KnownPixels | None = None
+    known: KeptImage | None = None
     draws: dict[str, Callable[[int, tuple[int, ...]], Tensor]] = field(default_factory=dict)
 
 
-def checked_state_function(state_fn: Any, table: StepTable, shape: tuple[int, ...]) -> KnownPixels | StateFunction:
+def checked_state_function(state_fn: Any, table: StepTable, shape: tuple[int, ...]) -> KeptImage | StateFunction:
     """A `state_fn` as given, a function of the caller's in its place; TypeError or ValueError unless it fits."""
-    if not isinstance(state_fn, KnownPixels):
+    if not isinstance(state_fn, KeptImage):
         return state_fn if isinstance(state_fn, StateFunction) else StateFunction(state_fn)
     state_fn = state_fn.of_table(table)
     noise = {"noise": state_fn.noise} if isinstance(state_fn.noise, Tensor) else {}
@@ -80,14 +80,14 @@ def checked_state_function(state_fn: Any, table: StepTable, shape: tuple[int, ..
     return state_fn
 
 
-def draws_by_seed(state_fn: KnownPixels | StateFunction | None) -> bool:
+def draws_by_seed(state_fn: KeptImage | StateFunction | None) -> bool:
     """Whether a `state_fn` needs the samples' seeds."""
-    if not isinstance(state_fn, KnownPixels):
+    if not isinstance(state_fn, KeptImage):
         return False
     return state_fn.noise in ("fixed", "fresh") or (state_fn.jumps and state_fn.renoise is None)
 
 
-def plan_state(state_fn: KnownPixels | StateFunction, noise_source: str, seeds: Tensor | None) -> StatePlan:
+def plan_state(state_fn: KeptImage | StateFunction, noise_source: str, seeds: Tensor | None) -> StatePlan:
     """The plan of a checked `state_fn`, for a run whose steps draw from `noise_source` and, by Philox, from `seeds`."""
     before = state_fn.when == "before"
     if isinstance(state_fn, StateFunction):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastcfg
 from fastcfg import Sampler, Schedule, StepTable, differential, inpaint, reordered, repaint, repaint_order, solvers
-from fastcfg.known_pixels import KnownPixels, noise_pairs
+from fastcfg.known_pixels import KeptImage, noise_pairs
 from fastcfg.ops import triton_problem
 from fastcfg.reference.philox import INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
 from fastcfg.solvers.ddim import noise_split
@@ -259,7 +259,7 @@ def test_repaint_is_that_of_diffusers() -> None:
     ᾱ, ᾱ_prev = schedule.alphas_cumprod[::-1], schedule.alphas_cumprod_prev[::-1]
     columns = {"p_x": 1 / np.sqrt(ᾱ), "p_m": -np.sqrt(1 / ᾱ - 1), "a_0": np.sqrt(ᾱ_prev), "a_m": direction, "s": σ}
     table = reordered(StepTable.from_columns(t=np.arange(8)[::-1], **columns), order)
-    pixels = KnownPixels(IMAGE, keep, noise_pairs(schedule), np.array(order), "after", noise="row", renoise=renoise)
+    pixels = KeptImage(IMAGE, keep, noise_pairs(schedule), np.array(order), "after", noise="row", renoise=renoise)
     options: dict[str, Any] = {"cond": {}, "x_T": normals(INITIAL_STREAM), "noise": torch.stack(steps)}
     for graph in (False, True):
         got = Sampler(eps, table, clip=1.0, graph=graph).sample(SHAPE, **options, state_fn=pixels)
@@ -284,7 +284,7 @@ def test_kernel_reference_and_replay_agree(noise: str, when: str) -> None:
     source: Any = {"given": made(1, *SHAPE[1:]), "drawn": lambda row, shape: made(*shape, seed=row)}.get(noise, noise)
     hard = when == "before"
     hold = torch.rand(BATCH, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    pixels = KnownPixels(
+    pixels = KeptImage(
         IMAGE[:1],
         hold,
         noise_pairs(schedule),
@@ -420,6 +420,6 @@ def test_what_does_not_fit_is_refused(make: Any, error: type[Exception], message
         (inpaint(ONES, IMAGE, SCHEDULE, noise="fresh"), "state_fn noise: got 'fresh' in a run without seeds"),
     ],
 )
-def test_what_does_not_fit_a_run_is_refused(pixels: KnownPixels, message: str) -> None:
+def test_what_does_not_fit_a_run_is_refused(pixels: KeptImage, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(build()[0], state_fn=pixels)

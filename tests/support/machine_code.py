@@ -38,7 +38,16 @@ STEPS = {
     "all-terms": (1 + 4, 1 + 2),
     "one-sample": (1 + 4, 1 + 2),
 }
-PIECES = ("split-piece", "blend-piece", "x0-piece", "posterior-piece", "threshold-piece", "combine-all-bf16", "finite")
+PIECES = (
+    "split-piece",
+    "blend-piece",
+    "x0-piece",
+    "posterior-piece",
+    "threshold-piece",
+    "combine-all-bf16",
+    "finite",
+    "noise-sums-tensor",
+)
 # Sums of the same tensors: float32 tensors read and written.
 COMBINED = {"combine": (2, 2), "combine-all": (8 + 1, 4), "combine-one-sample": (2, 2)}
 # Changes of the state between rows: float32 tensors read and written.
@@ -53,14 +62,14 @@ SCALAR = (
     "known-pixels-channels-last",
 )
 
-ALL = (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise")
+ALL = (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise", "noise-sums")
 
 # For the other targets. Between them they have every feature: of variants with a feature in common, the one with most
 # terms, which takes the most registers.
 CHOSEN = (
     *("main", "fp32", "all-terms", "one-sample", "rescale", "momentum", "channels-last", "odd-size"),
     *("blend-piece", "combine-all", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
-    *("finite", "known-pixels-all", "known-pixels-channels-last"),
+    *("finite", "noise-sums", "known-pixels-all", "known-pixels-channels-last"),
 )
 
 # For a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6,
