@@ -72,8 +72,8 @@ class KeptImage:
         order = self.order
         if order is None:
             return
-        if order.ndim != 1 or not len(order) or order.min() < 0:
-            raise ValueError(f"order: got {order.tolist()}, expected rows of a table")
+        if order.ndim != 1 or not len(order) or order.min() < 0 or order[0] or order[-1] != order.max():
+            raise ValueError(f"order: got {order.tolist()}, expected rows of a table, from 0 to the last")
         if (np.diff(order) > 1).any():
             raise ValueError(f"order: got {order.tolist()}, expected no row to be left out: noise can only be added")
         if self.levels is not None and order.max() >= len(self.levels) - 1:
@@ -92,10 +92,11 @@ class KeptImage:
         """
         levels: Any = self.levels
         if levels is None:
-            levels = getattr(table, "levels", None)
+            levels = table.levels
             if levels is None:
                 raise ValueError(f"state_fn: got no levels with the table {table.name}, which has none, expected some")
             if self.order is not None and len(levels) == len(self.order) + 1:
+                # Those of a reordered table, put back: a jump goes to a row that came before, so all rows are there.
                 levels, starts = np.empty((self.order.max() + 2, 2)), levels
                 levels[self.order], levels[-1] = starts[:-1], starts[-1]
         rows = len(levels) - 1 if self.order is None else len(self.order)

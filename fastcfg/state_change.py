@@ -38,6 +38,11 @@ class StateSpec:
     noise: int = NO_NORMALS
     renoise: int = NO_NORMALS
 
+    @property
+    def draws_by_seed(self) -> bool:
+        """Whether normals are drawn from the samples' seeds."""
+        return max(self.noise, self.renoise) >= 0
+
 
 @dataclass(eq=False)
 class KnownBuffers:

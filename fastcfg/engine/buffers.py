@@ -77,8 +77,8 @@ class Buffers:
         self.shared = call.conditioning.shared
         self._classifier = call.classifier_conditioning.allocate(1) if options.cond_fn.value is not None else {}
         self.classifier_keywords = {**self._classifier, **call.classifier_conditioning.shared}
-        known = call.state is not None and call.state.known is not None
-        self.known = KnownMemory(call.state, self.step) if known else None  # type: ignore[arg-type]
+        known = call.change is not None and call.change.known is not None
+        self.known = KnownMemory(call.change, self.step) if known else None  # type: ignore[arg-type]
         self.sums = sums_memory(table.num_rows, self.step.x, config.backend) if options.log_prob else None
         self.finite = FiniteRecord(options) if config.check_finite else None
         self._load_conditioning(call)
@@ -95,7 +95,7 @@ class Buffers:
         if self.finite is not None:
             self.finite.reset(self.step.x)
         if self.known is not None:
-            self.known.load(call.state)  # type: ignore[arg-type]
+            self.known.load(call.change)  # type: ignore[arg-type]
         self.begin(span.rows.start)
         if span.state is not None:
             self._carry_on(span.state)
@@ -110,7 +110,7 @@ class Buffers:
             buffers.history.zero_()
         if buffers.momentum is not None:
             buffers.momentum.zero_()
-        if self.options.state is not None and buffers.x0 is not None:
+        if self.options.change is not None and buffers.x0 is not None:
             buffers.x0.zero_()  # a state_fn before the first row is given it
         buffers.time.fill_(self._t[row])  # type: ignore[union-attr]
         self.set_state(row, buffers.x)

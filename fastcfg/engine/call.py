@@ -50,7 +50,7 @@ class ProgramOptions:
     noise_source: str  # "none", "tensor" or "philox"
     keep_x0: bool
     rows_per_graph: int
-    state: StateOptions | None = None
+    change: StateOptions | None = None
     log_prob: bool = False
 
     @property
@@ -65,7 +65,7 @@ class ProgramOptions:
     def functions(self) -> dict[str, Any]:
         """The caller's functions by name: what a captured program may have baked in."""
         found = {name: getattr(self, name).value for name in ("model", "denoised_fn", "cond_fn", "mix")}
-        found["state_fn"] = None if self.state is None else self.state.function.value
+        found["state_fn"] = None if self.change is None else self.change.function.value
         return found | {f"branch_models[{name!r}]": alike.value for name, alike in self.branch_models}
 
 
@@ -82,7 +82,7 @@ class Call:
     bounds: Tensor | None  # of x0, float64 [1] or [B]
     source: NoiseSource
     span: Span  # the rows to run, and from what state
-    state: StatePlan | None = None  # of state_fn
+    change: StatePlan | None = None  # of state_fn
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -84,7 +84,7 @@ class FiniteWatch:
         options, state = self._options, source == self._sources - 1
         where = "the state" if state else f"the model's output in branch {options.branches[source]!r}"
         if self._every == 1:
-            time, step = options.table["t"][row], "the step" if options.state is None else "the step or state_fn"
+            time, step = options.table["t"][row], "the step" if options.change is None else "the step or state_fn"
             maker = f"{step}, of finite outputs" if state else "the model, of a finite state"
             return f"row {row} (t = {time:g}), sample {sample}: NaN or infinity in {where}, made by {maker}"
         rows = f"rows {row - row % self._every} to {row}" if row % self._every else f"row {row}"

@@ -60,7 +60,7 @@ class Run:
         self.buffers, self.table, self.span = entry.buffers, call.options.table, call.span
         self.branches: list[int] = []  # how many each row so far has evaluated
         self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
-        self._state, self._watch = call.state, None
+        self._change, self._watch = call.change, None
         if self.buffers.finite is not None:
             self._watch = FiniteWatch(self.buffers.finite, call.options, len(self.buffers.step.x))
 
@@ -77,9 +77,9 @@ class Run:
                     with torch.no_grad():
                         for row, slot in enumerate(slots[:count], first):
                             fill(row, slot)
-                if self._state is not None and self._state.draws:
+                if self._change is not None and self._change.draws:
                     with torch.no_grad():
-                        self.buffers.known.fill(self._state, first)  # type: ignore[union-attr]
+                        self.buffers.known.fill(self._change, first)  # type: ignore[union-attr]
                 program()
                 if self._watch is not None:
                     self._watch.after_rows(first, count)
@@ -107,6 +107,11 @@ class Run:
         """A row's index, the number of rows, its step and its time."""
         return row, self.table.num_rows, int(self.table.steps[row]), float(self.table["t"][row])
 
+    @property
+    def _draws_by_seed(self) -> bool:
+        """Whether a state_fn draws from the seeds."""
+        return self._change is not None and self._change.options.spec.draws_by_seed
+
     def _exported(self) -> RunState:
         span, step, source = self.span, self.buffers.step, self._source
         return RunState(
@@ -114,7 +119,7 @@ class Run:
             began=span.began,
             table=table_key(span.given),
             x=self.result,
-            noise=source.kind if self.table.uses_noise else "none",
+            noise=source.kind if self.table.uses_noise or self._draws_by_seed else "none",
             history=None if step.history is None else step.history[:-1].clone(),
             momentum=None if step.momentum is None else step.momentum.clone(),
             seeds=source.seeds,

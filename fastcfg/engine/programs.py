@@ -129,7 +129,7 @@ class Programs:
     def _more_passes(self) -> int:
         """Over the state, for a change of it, the check for NaN and infinity, and log-probabilities."""
         options = self._options
-        return (options.state is not None) + (options.config.check_finite is not None) + options.log_prob
+        return (options.change is not None) + (options.config.check_finite is not None) + options.log_prob
 
     def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
         """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
@@ -194,9 +194,9 @@ class Programs:
             buffers = replace(buffers, weights=None, table=table)
         bound = QuantileBound(options.threshold, spec, buffers, backend) if options.threshold else None
         change = None
-        if options.state is not None:
+        if options.change is not None:
             known = None if self._buffers.known is None else self._buffers.known.of_slot(buffers.noise)
-            change = StateProgram(options.state, self._buffers.step, known, backend)
+            change = StateProgram(options.change, self._buffers.step, known, backend)
             buffers = replace(buffers, model_input=None, time=None)  # the change writes them
         sums = None
         if self._buffers.sums is not None:

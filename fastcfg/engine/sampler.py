@@ -373,7 +373,7 @@ class Sampler:
         state_fn = self.state_fn if state_fn is OWN else state_fn
         if log_prob:
             check_log_prob(table, state_fn)
-        change = None if state_fn is None else checked_state_function(state_fn, table, shape)
+        change = None if state_fn is None else checked_state_function(state_fn, table, shape, state is not None)
         source = make_source(config, span, shape, noise, seed, generator, draws_by_seed(change))
         noise_source = "none" if not table.uses_noise else "tensor" if source.fill else "philox"
         changes = None if change is None else plan_state(change, noise_source, source.seeds)
@@ -405,7 +405,7 @@ class Sampler:
             noise_source=noise_source,
             keep_x0=keep_x0,
             rows_per_graph=1 if by_row else min(config.rows_per_graph, table.num_rows),
-            state=None if changes is None else changes.options,
+            change=None if changes is None else changes.options,
             log_prob=log_prob,
         )
         bounds = clip if isinstance(clip, Tensor) else None

@@ -67,10 +67,17 @@ class StatePlan:
     draws: dict[str, Callable[[int, tuple[int, ...]], Tensor]] = field(default_factory=dict)
 
 
-def checked_state_function(state_fn: Any, table: StepTable, shape: tuple[int, ...]) -> KeptImage | StateFunction:
-    """A `state_fn` as given, a function of the caller's in its place; TypeError or ValueError unless it fits."""
+def checked_state_function(
+    state_fn: Any, table: StepTable, shape: tuple[int, ...], resumed: bool = False
+) -> KeptImage | StateFunction:
+    """A `state_fn` as given, a function of the caller's in its place; TypeError or ValueError unless it fits a run, or
+    one that goes on from a `RunState`."""
     if not isinstance(state_fn, KeptImage):
-        return state_fn if isinstance(state_fn, StateFunction) else StateFunction(state_fn)
+        function = state_fn if isinstance(state_fn, StateFunction) else StateFunction(state_fn)
+        if resumed and function.when == "before":
+            expected = "one after rows: the x0 that it is given is not exported"
+            raise ValueError(f"state_fn: got a function before rows in a resumed run, expected {expected}")
+        return function
     state_fn = state_fn.of_table(table)
     noise = {"noise": state_fn.noise} if isinstance(state_fn.noise, Tensor) else {}
     for name, value in {"image": state_fn.image, "hold": state_fn.hold, **noise}.items():
@@ -84,7 +91,7 @@ def draws_by_seed(state_fn: KeptImage | StateFunction | None) -> bool:
     """Whether a `state_fn` needs the samples' seeds."""
     if not isinstance(state_fn, KeptImage):
         return False
-    return state_fn.noise in ("fixed", "fresh") or (state_fn.jumps and state_fn.renoise is None)
+    return isinstance(state_fn.noise, str) or (state_fn.jumps and state_fn.renoise is None)
 
 
 def plan_state(state_fn: KeptImage | StateFunction, noise_source: str, seeds: Tensor | None) -> StatePlan:

@@ -40,7 +40,7 @@ class StateChange:
                 if is_needed:
                     expect(name, getattr(known, name), tuple(x.shape), x.dtype, x.device)
             expect("rows", known.rows, (len(buffers.table) - 1, len(KNOWN_COLUMNS)), x.dtype, x.device)
-            if max(spec.noise, spec.renoise) >= 0:
+            if spec.draws_by_seed:
                 expect("seeds", buffers.seeds, (len(x),), torch.int64, x.device)
         self._spec, self._buffers, self._known = spec, buffers, known if spec.known else None
         self.backend = resolve_backend(backend, x.device, x.dtype)

@@ -51,4 +51,6 @@ def reordered(table: StepTable, order: Any) -> StepTable:
         raise ValueError(f"order: got {rows.tolist()}, expected rows of the table, 0 to {len(table) - 1}")
     if table.num_history:
         raise ValueError(f"table: got {table.name} with {table.num_history} saved tensors, expected one without")
-    return replace(table, rows=table.rows[rows], steps=np.arange(len(rows)), name=f"{table.name}, reordered")
+    levels = None if table.levels is None else np.concatenate([table.levels[rows], table.levels[rows[-1:] + 1]])
+    steps, name = np.arange(len(rows)), f"{table.name}, reordered"
+    return replace(table, rows=table.rows[rows], steps=steps, levels=levels, rebuild=None, name=name)

@@ -423,3 +423,55 @@ def test_what_does_not_fit_is_refused(make: Any, error: type[Exception], message
 def test_what_does_not_fit_a_run_is_refused(pixels: KeptImage, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(build()[0], state_fn=pixels)
+
+
+@pytest.mark.parametrize("table", ["ddpm fixed_small", "ddim", "plms"])
+def test_levels_are_the_tables_unless_they_are_given(table: str) -> None:
+    sampler = build(table=table, noise_source="philox")[0]
+    given = draw(sampler, state_fn=inpaint(MASK, IMAGE, SCHEDULE))
+    assert torch.equal(draw(sampler, state_fn=inpaint(MASK, IMAGE)), given)
+    keep = torch.linspace(0, 1, 16).view(1, 1, 4, 4)
+    given = draw(sampler, state_fn=differential(keep, IMAGE, SCHEDULE))
+    assert torch.equal(draw(sampler, state_fn=differential(keep, IMAGE)), given)
+    with pytest.raises(ValueError, match="state_fn: got no levels with the table table, which has none"):
+        draw(build(table="history")[0], state_fn=inpaint(MASK, IMAGE))
+
+
+def test_a_reordered_table_has_the_levels_of_its_rows() -> None:
+    order, table = repaint_order(5, 2, 2), solvers.ddpm(SCHEDULE, variance="fixed_small")
+    sampler = Sampler(eps, reordered(table, order), clip=1.0)
+    given = sampler.sample(SHAPE, seed=3, cond={}, state_fn=repaint(MASK, IMAGE, order, SCHEDULE))
+    assert torch.equal(sampler.sample(SHAPE, seed=3, cond={}, state_fn=repaint(MASK, IMAGE, order)), given)
+    assert sampler.table.levels is not None
+    np.testing.assert_array_equal(sampler.table.levels[:-1], noise_pairs(SCHEDULE)[order])
+    assert sampler.table.levels[-1].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("table", ["ddim", "ddpm learned_range"])
+@pytest.mark.parametrize("noise", ["fixed", "fresh", "row"])
+def test_two_parts_are_one_piece_and_an_image_may_be_the_start(table: str, noise: str) -> None:
+    sampler = build(table=table, noise_source="philox")[0]
+    pixels = inpaint(MASK, IMAGE, noise=noise)
+    whole, branches = draw(sampler, state_fn=pixels), conditioning(sampler.guidance)
+    state = sampler.export(SHAPE, branches=branches, seed=1, stop=3, state_fn=pixels)
+    again = sampler.resume(state, branches=branches, state_fn=pixels)
+    assert torch.equal(again, whole)
+    ones = inpaint(torch.ones(1, 1, 4, 4), IMAGE, noise=noise)
+    started = {"init": IMAGE, "strength": 0.6}
+    assert torch.equal(draw(sampler, state_fn=ones, **started), draw(sampler, **started))
+    with pytest.raises(ValueError, match="state_fn: got a function before rows in a resumed run"):
+        sampler.resume(state, branches=branches, state_fn=fastcfg.StateFunction(lambda x, x0, row: x, "before"))
+
+
+def test_vectors_too() -> None:
+    image = made(2, 7)
+    mask = (torch.arange(7) > 2).float().view(1, 7)
+    table = solvers.ddpm(SCHEDULE, variance="fixed_small")
+    for options in ({"backend": backend} for backend in BACKENDS):
+        sampler = Sampler(lambda x, t: torch.tanh(x), table, check_finite="raise", **options)
+        found: Any = sampler.sample((2, 7), cond={}, seed=3, state_fn=inpaint(mask, image))
+        assert torch.equal(found[:, :3], image[:, :3])
+        drawn: Any = sampler.sample((2, 7), cond={}, seed=3, log_prob=True)
+        z = philox_normal(sample_seeds(3, 2), (7,), row=0).double()
+        want = torch.distributions.Normal(0.0, table["s"][0]).log_prob(z * table["s"][0]).sum(1)
+        torch.testing.assert_close(drawn.log_prob[0], want, rtol=1e-6, atol=1e-6)
