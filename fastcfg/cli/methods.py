@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 List the guidance methods with their branches and the cost of a guided row: forward passes of a model for one sample,
 and passes over the state beside the model (one, the fused step's; a second where the weights depend on the outputs).
-Both are read off a short run of a small model. The last line has the names that `fastcfg sample --guidance` takes."""
+Both are read off short runs of a small model, and so are the passes that options of a sampler add. The last line has
+the names that `fastcfg sample --guidance` takes."""
 
 
 def add_parser(commands: Any) -> None:
@@ -33,6 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\nMore passes with")
+    for name, passes in option_costs().items():
+        print(f"  {name.ljust(14)}{passes}")
     print(f"\n--guidance takes {', '.join(METHODS)}")
     return 0
 
@@ -59,3 +63,22 @@ def cost(guidance: Guidance) -> tuple[int, int]:
     sampler.sample((1, 1, 8), branches={name: {} for name in guidance.branches}, seed=0)
     report = sampler.report()
     return max(report["branches"]), max(program["passes"] for program in report["programs"])
+
+
+def option_costs() -> dict[str, int]:
+    """The passes over the state that options of a sampler and of `sample` add to a row."""
+    import torch
+
+    from fastcfg import Sampler, Schedule, inpaint, solvers
+
+    table, pixels = solvers.ddim(Schedule.named("linear").respace(20), eta=1.0), torch.zeros(1, 1, 8)
+    options: dict[str, dict[str, Any]] = {"": {}, "state_fn": {"state_fn": lambda x, x0, row: x}}
+    options |= {"inpaint": {"state_fn": inpaint(pixels, pixels)}, "log_prob": {"log_prob": True}, "check_finite": {}}
+    found = {}
+    for name, given in options.items():
+        checked = "raise" if name == "check_finite" else None
+        sampler = Sampler(lambda x, t: torch.tanh(x), table, backend="reference", graph=False, check_finite=checked)
+        sampler.sample((1, 1, 8), cond={}, seed=0, **given)
+        found[name] = max(program["passes"] for program in sampler.report()["programs"])
+    plain = found.pop("")
+    return {name: passes - plain for name, passes in found.items()}

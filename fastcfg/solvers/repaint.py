@@ -24,7 +24,7 @@ def repaint_order(num_rows: int, jump_length: int = 10, jump_samples: int = 10) 
 
     Example:
         >>> repaint_order(6, jump_length=2, jump_samples=2)
-        [0, 1, 2, 3, 2, 3, 4, 5, 4, 5]
+        [0, 1, 2, 1, 2, 3, 4, 3, 4, 5]
     """
     rows, length = check_count("num_rows", num_rows), check_count("jump_length", jump_length)
     left = dict.fromkeys(range(0, rows - length, length), check_count("jump_samples", jump_samples) - 1)

@@ -547,7 +547,9 @@ def test_the_command_lists_what_every_method_costs(capsys: pytest.CaptureFixture
     specs = {name for name in fastcfg.guidance.__all__ if isinstance(getattr(fastcfg.guidance, name), type)}
     assert specs - {"Guidance", "GuidancePlan", "GramGuidance"} == set(methods()) - {"rescale=0.7"}
     assert main(["methods"]) == 0
-    costs, names = capsys.readouterr().out.split("\n\n")
+    costs, more, names = capsys.readouterr().out.split("\n\n")
+    options = dict.fromkeys(("state_fn", "inpaint", "log_prob", "check_finite"), "1")
+    assert {line.split()[0]: line.split()[1] for line in more.splitlines()[1:]} == options
     assert names == f"--guidance takes {', '.join(by_name.METHODS)}\n"
     rows = {line.split()[0]: line.split()[-2:] for line in costs.splitlines()[1:]}
     linear = {"NoGuidance": 1, "CFG": 2, "Compose": 3, "InstructPix2Pix": 3, "AutoGuidance": 2, "PerturbedCFG": 3}
