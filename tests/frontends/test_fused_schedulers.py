@@ -374,6 +374,28 @@ def test_a_run_begins_where_the_original_s_does(name: str, config: dict[str, Any
     assert getattr(ours, "is_scale_input_called", None) == getattr(original, "is_scale_input_called", None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"prediction_type": "v_prediction"}], ids=str)
+def test_an_infinite_output_is_limited_only_where_the_original_limits_it(
+    options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    original, ours = make("DDIMScheduler", options), fuse(make("DDIMScheduler", options))
+    x, output = (
+        torch.linspace(-2, 2, 96, dtype=dtype).view(2, 3, 4, 4),
+        torch.full((2, 3, 4, 4), torch.inf, dtype=dtype),
+    )
+    output[..., :2], output[..., 0, :] = -torch.inf, 1.0
+    for scheduler in (original, ours):
+        scheduler.set_timesteps(STEPS)
+    # In the last step the limited x0 is finite, and the noise is multiplied by 0.
+    for t in original.timesteps:
+        want, got = original.step(output, t, x), ours.step(output, t, x)
+        assert is_fused(ours)
+        torch.testing.assert_close(got.prev_sample, want.prev_sample, rtol=2e-3, atol=2e-3, equal_nan=True)
+        torch.testing.assert_close(got.pred_original_sample, want.pred_original_sample, rtol=2e-3, atol=2e-3)
+    assert want.prev_sample.isnan().any()
+
+
 # What stays the original's
 
 

@@ -15,7 +15,7 @@ from ..probe import Array
 from .parts import UntraceableError
 from .reader import Reader
 from .run import Outcome, Runs
-from .sums import TOLERANCE, coefficients_of, prove
+from .sums import TOLERANCE, ZERO, coefficients_of, prove
 from .tensors import BasisVectors, Inputs
 
 
@@ -90,6 +90,9 @@ def _over_x0(
         rest[0, combination.noise] = 0.0
     # Without what rounding left of a difference.
     rest[np.abs(rest) < 1e-9 * np.abs(rows).max(axis=1, keepdims=True)] = 0.0
+    # x0 of an infinite input is finite: what is not comes of other terms, if only of a product with 0.
+    infinite: Any = [~value[vectors.infinite].isfinite().flatten(1).all(dim=1).numpy() for value in sums]
+    rest[np.array(infinite) & (rest == 0)] = ZERO
     bound = np.sign(p @ vectors.base) * (clip if isinstance(clip, float) else 1.0)
     of_x0 = (found[:, 0] - rest @ vectors.base) / bound if bound else np.zeros(len(rows))
     return replace(combination, coefficients=rest, x0=p, of_x0=of_x0, clip=clip)

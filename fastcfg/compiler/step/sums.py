@@ -19,7 +19,7 @@ from .tensors import MAX_DRAWS, SHORT, BasisVectors, Inputs
 TOLERANCE = 5e-6  # of coefficients, relative to their row's: some schedulers compute in float32
 _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancellation
 # A coefficient of inputs that are multiplied by 0: it makes no term but of NaN and infinities.
-_ZERO = 1e-300
+ZERO = 1e-300
 
 
 def combination_of(inputs: Inputs, vectors: BasisVectors, sums: list[Tensor]) -> Combination:
@@ -43,7 +43,7 @@ def coefficients_of(values: list[Tensor], vectors: BasisVectors, inputs: Inputs)
     touched = touched[:, :count]
     # A limit of x0 may depend on all elements of a sample.
     spread = vectors.size == 1 and np.isnan(found[:, vectors.nan, :, 1:]).any()
-    if spread or not (np.isfinite(linear).all() and np.isfinite(found[:, vectors.nan.stop :]).all()):
+    if spread or not (np.isfinite(linear).all() and np.isfinite(found[:, vectors.infinite.stop :]).all()):
         raise UntraceableError("its results are not finite, or sums over elements")
     long, short = linear[..., 1 : 1 + count] / size, linear[..., 1 + count : 1 + 2 * count] / (size * SHORT)
     rows = long[:, 0].copy()
@@ -55,7 +55,7 @@ def coefficients_of(values: list[Tensor], vectors: BasisVectors, inputs: Inputs)
     if (np.abs(short - rows[:, None]).max(axis=1) > bound).any():
         raise UntraceableError("its steps are not linear")
     rows[np.abs(rows) < (_ROUNDING / TOLERANCE) * bound] = 0.0
-    rows[touched & (rows == 0)] = _ZERO
+    rows[touched & (rows == 0)] = ZERO
     return rows
 
 

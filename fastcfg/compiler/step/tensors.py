@@ -142,13 +142,13 @@ class BasisVectors(Tensors):
 
     Sample 0 has, along its last dimension, 0, then 1 for each input in turn, then a shorter one for each; with a wide
     output, each draw again where the variance channels are -1 and 1, not 0. In the following samples one input each is
-    NaN. With `signs`, of an x0's coefficients, there are then samples in which x0 is far beyond every limit: a common
-    one, and one for each input with a larger value of it; in sample 0 no limit shows, as all is tiny. The last samples
-    are random.
+    NaN. With `signs`, of an x0's coefficients, there are then samples in which one input each is infinite, and samples
+    in which x0 is far beyond every limit: a common one, and one for each input with a larger value of it; in sample 0
+    no limit shows, as all is tiny. The last samples are random.
 
     Attributes:
         size: of the vectors.
-        nan, saturated, random: the samples.
+        nan, infinite, saturated, random: the samples.
         base, added: [inputs], the values of the saturated samples: in all, and added in turn.
     """
 
@@ -158,7 +158,8 @@ class BasisVectors(Tensors):
         self._inputs, count = inputs, len(inputs.names)
         self.size = 1.0 if signs is None else _TINY
         self.nan = slice(1, 1 + count + inputs.wide)
-        self.saturated = slice(self.nan.stop, self.nan.stop + (0 if signs is None else 1 + count))
+        self.infinite = slice(self.nan.stop, self.nan.stop + (0 if signs is None else count))
+        self.saturated = slice(self.infinite.stop, self.infinite.stop + (0 if signs is None else 1 + count))
         self.random = slice(self.saturated.stop, self.saturated.stop + len(_SIZES))
         self.shape = inputs.example_shape(self.random.stop, 1, 1 + 2 * count + 2 * MAX_DRAWS * inputs.wide)
         self.base = _SATURATED * (np.zeros(count) if signs is None else signs)
@@ -191,7 +192,8 @@ def _vectors(key: _Key, index: int, draw: int | None) -> Tensor:
         value[0, ..., 1 + 2 * count + 2 * draw : 3 + 2 * count + 2 * draw] = 1.0
     value[1 + index, ..., 0] = torch.nan
     if signs is not None:
-        first, base = 1 + count + wide, _SATURATED * signs[index]
+        value[1 + count + wide + index, ..., 0] = torch.inf
+        first, base = 1 + 2 * count + wide, _SATURATED * signs[index]
         value[first : first + 1 + count] = base
         value[first + 1 + index] = base + (-_SATURATED if base < 0 else _SATURATED)
     for sample, of_sample in zip(value[-len(_SIZES) :], _SIZES, strict=True):
