@@ -17,10 +17,12 @@ from support.captured_loop import (
     assert_captured,
     assert_captured_equals_eager,
     assert_same,
+    assert_what_is_done_between_rows_agrees,
     build,
     conv,
     draw,
     prepare,
+    toward_x0,
 )
 from support.launches import beside_the_graphs
 
@@ -64,6 +66,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "interval": {"guidance": GUIDANCES["interval"]},
     "adaptive": {"guidance": GUIDANCES["adaptive"]},
     "apg": {"guidance": GUIDANCES["apg"]},
+    "state": {"state_fn": toward_x0},
+    "checked": {"check_finite": "raise"},
     "adaptive, eager": {"guidance": GUIDANCES["adaptive"], "graph": False},
 }
 
@@ -95,6 +99,11 @@ def test_no_row_waits_for_the_device(solver: str) -> None:
         assert_same(run.result, want, f"{name}, previews {with_previews}")
         rows = [row for row in range(len(table)) if row % 2 == 0 or row == len(table) - 1]
         assert seen == (rows if with_previews else [])
+
+
+def test_what_is_done_between_rows_agrees() -> None:
+    for backend in ("triton", "reference"):
+        assert_what_is_done_between_rows_agrees(CUDA, backend)
 
 
 # Launches

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcfg import APG, CFG, AdaptiveCFG, CFGZeroStar, Compose, Guidance, Sampler, StepTable, solvers
+from fastcfg import (
+    APG,
+    CFG,
+    AdaptiveCFG,
+    CFGZeroStar,
+    Compose,
+    Guidance,
+    Sampler,
+    StateFunction,
+    StepTable,
+    inpaint,
+    solvers,
+)
 from fastcfg.engine.loop import Run
 from support.captured_cases import SCHEDULE
 
@@ -144,3 +157,33 @@ def assert_captured_equals_eager(device: torch.device, table: StepTable, **optio
     assert_captured(captured)
     counts = [sampler.report()["branches"] for sampler in (captured, eager)]
     assert counts[0] == counts[1], f"{options}: branches {counts[0]} captured, {counts[1]} eager"
+
+
+def toward_x0(x: Tensor, x0: Tensor, row: Tensor) -> Tensor:
+    """A `state_fn` that uses all that it is given."""
+    return torch.lerp(x, x0, 0.1 / (1 + row))
+
+
+def assert_what_is_done_between_rows_agrees(device: torch.device, backend: str) -> None:
+    """Assert that captured runs with changes of the state, checks and log-probabilities equal eager ones."""
+    table, shape = TABLES["ddpm"], shape_on(device)
+    model = conv(device, table)
+    samplers = [build(device, model, table, backend=backend, graph=graph) for graph in (False, True)]
+    image = torch.linspace(-1, 1, 3 * shape[-1], device=device).view(1, 3, 1, -1).expand(1, *shape[1:])
+    mask = torch.linspace(0, 1, shape[-1], device=device).view(1, 1, 1, -1)
+    changes: dict[str, Any] = {"after": toward_x0, "before": StateFunction(toward_x0, "before")}
+    changes |= {noise: inpaint(mask, image, noise=noise) for noise in ("fixed", "fresh", "row")}
+    for name, change in changes.items():
+        eager, captured = (draw(sampler, state_fn=change) for sampler in samplers)
+        assert_same(captured, eager, name)
+        assert_captured(samplers[1])
+    runs: list[Any] = [draw(sampler, log_prob=True, trajectory=True) for sampler in samplers]
+    for part in ("samples", "log_prob", "states"):
+        assert_same(getattr(runs[1], part), getattr(runs[0], part), part)
+    by_reference: Any = draw(build(device, model, table, backend="reference", graph=False), log_prob=True)
+    torch.testing.assert_close(runs[1].log_prob, by_reference.log_prob, rtol=1e-6, atol=1e-6 * image.numel())
+    for sampler in samplers:
+        checked = build(device, model, table, backend=backend, graph=sampler.config.graph, check_finite="raise")
+        assert_same(draw(checked), draw(sampler), "check_finite")
+        with pytest.raises(FloatingPointError, match="row 0 "):
+            draw(checked, guidance=CFG(3.0), clip=None, x_T=torch.full(shape, 3e38, device=device))

@@ -27,6 +27,7 @@ from support.captured_loop import (
     assert_captured,
     assert_captured_equals_eager,
     assert_same,
+    assert_what_is_done_between_rows_agrees,
     build,
     conditions,
     conv,
@@ -69,6 +70,10 @@ def test_captured_equals_eager(device: torch.device, solver: str) -> None:
     for guidance, clip, noise, rows in combinations(device, solver):
         options = {"guidance": GUIDANCES[guidance], "clip": CLIPS[clip], "noise_source": noise, "rows_per_graph": rows}
         assert_captured_equals_eager(device, TABLES[solver], **options)
+
+
+def test_what_is_done_between_rows_agrees(device: torch.device) -> None:
+    assert_what_is_done_between_rows_agrees(device, "reference")
 
 
 def test_every_solver_is_covered() -> None:
