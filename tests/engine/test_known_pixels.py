@@ -223,6 +223,18 @@ def test_repaint_is_the_authors(learned: bool) -> None:
     torch.testing.assert_close(narrow.double(), want, rtol=0, atol=1e-5)
 
 
+def test_repaint_leaves_the_first_row_alone() -> None:
+    """Which hardly shows in the samples: what is known replaces it."""
+    order, table = repaint_order(5, 2, 2), solvers.ddpm(SCHEDULE, variance="fixed_small")
+    sampler = Sampler(eps, reordered(table, order))
+    first, second = (
+        [step.x for step in sampler.iterate(SHAPE, seed=3, cond={}, state_fn=change)]
+        for change in (None, repaint(MASK, IMAGE, order))
+    )
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
 def test_repaint_is_that_of_diffusers() -> None:
     """Known pixels after the step, with its noise, then single steps of noise back."""
     diffusers = pytest.importorskip("diffusers")

@@ -93,8 +93,10 @@ def test_rows_are_the_tables_and_x0_is_the_rows() -> None:
     sampler = build(graph=False, state_fn=look)[0]
     steps = list(sampler.iterate(SHAPE, branches=conditioning(sampler.guidance), seed=1))
     assert seen == [(step.row, float(step.x.sum()), float(step.x0.sum())) for step in steps]
+    before = StateFunction(look, "before")
+    draw(sampler, state_fn=before)
     seen.clear()
-    draw(sampler, state_fn=StateFunction(look, "before"))
+    draw(sampler, state_fn=before)  # on the same buffers
     assert [row for row, *_ in seen] == list(range(len(sampler.table)))
     assert seen[0][2] == 0
     assert [x0 for *_, x0 in seen[1:]] == [float(step.x0.sum()) for step in steps[:-1]]
