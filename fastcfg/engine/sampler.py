@@ -318,7 +318,9 @@ class Sampler:
     def report(self) -> dict[str, Any]:
         """How the last run was executed: backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is
         none, or none in part); rows; branches, the number that each row evaluated; programs, a `Decision` as a
-        dictionary for every set of branches; captures, how often this sampler has prepared programs; and recaptured,
+        dictionary for every set of branches; copies, those of the
+        size of the state before every row (what functions of a state_fn draw); captures, how often this sampler has
+        prepared programs; and recaptured,
         why it last did so again, where something captured was no longer valid."""
         if self._last is None:
             return {}
@@ -331,6 +333,7 @@ class Sampler:
             "rows": len(branches),
             "branches": list(branches),
             "programs": [asdict(decision) for decision in decisions],
+            "copies": 0 if options.change is None else options.change.copies,
             "captures": self._cache.captures,
             "recaptured": self._cache.recaptured,
         }

@@ -55,6 +55,7 @@ class StateOptions:
 
     spec: StateSpec
     function: Alike  # of a function of the caller's; of None for known pixels
+    copies: int = 0  # of normals to static buffers before every row, which functions of the caller's draw
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +119,7 @@ def plan_state(state_fn: KeptImage | StateFunction, noise_source: str, seeds: Te
                 " recorded), expected a tensor or a function (row, shape) -> tensor"
             )
     spec = StateSpec(before, True, state_fn.hard, noise, renoise)
-    return StatePlan(StateOptions(spec, Alike(None)), state_fn, draws)
+    return StatePlan(StateOptions(spec, Alike(None), len(draws)), state_fn, draws)
 
 
 class KnownMemory:

@@ -311,6 +311,7 @@ def test_kernel_reference_and_replay_agree(noise: str, when: str) -> None:
     for backend, graph, rows in (("reference", False, 1), ("reference", True, 3), (BACKENDS[-1], True, 1)):
         sampler = Sampler(eps, table, backend=backend, graph=graph, rows_per_graph=rows, clip=1.0)
         runs.append(sampler.sample(SHAPE, seed=3, cond={}, state_fn=pixels))
+        assert sampler.report()["copies"] == 2 * (noise == "drawn")
     assert all(torch.equal(run, runs[0]) for run in runs)
     by_torch = Sampler(eps, table, noise_source="torch", clip=1.0)
     if noise in ("drawn",):
