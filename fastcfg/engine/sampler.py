@@ -318,10 +318,9 @@ class Sampler:
     def report(self) -> dict[str, Any]:
         """How the last run was executed: backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is
         none, or none in part); rows; branches, the number that each row evaluated; programs, a `Decision` as a
-        dictionary for every set of branches; copies, those of the
-        size of the state before every row (what functions of a state_fn draw); captures, how often this sampler has
-        prepared programs; and recaptured,
-        why it last did so again, where something captured was no longer valid."""
+        dictionary for every set of branches; copies, those of the size of the state before every row (what functions of
+        a state_fn draw); captures, how often this sampler has prepared programs; and recaptured, why it last did so
+        again, where something captured was no longer valid."""
         if self._last is None:
             return {}
         options, by_branches, branches = self._last
