@@ -53,6 +53,7 @@ INSIDE = {
         "span",
         "model_output",
         "conditioning",
+        "packing",
         "noise",
         "state_function",
         "call",

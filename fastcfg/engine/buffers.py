@@ -19,13 +19,14 @@ from .conditioning import Conditioning
 from .finite import FiniteRecord
 from .run_state import RunState
 from .state_function import KnownMemory
+from .packing import Packed
 
 
 @dataclass(eq=False)
 class BranchSet:
     """The branches that some rows evaluate, with their packed conditioning and blend weights."""
 
-    packed: dict[str, Tensor]  # the conditioning, by keyword [n*B, ...]
+    packed: Packed  # the conditioning
     padded: Tensor  # [R + 2, B, P], the planned weights; the last two rows are written but never read: see `Agreement`
     schedule: Tensor  # those of the run's rows
     weights: Tensor  # [R, B, V], what the step reads: the schedule itself, or weights computed from it and the outputs
@@ -36,8 +37,8 @@ class Buffers:
     """Static buffers: the state, what the model is given, and everything the step reads and writes.
 
     Made for a first call; `load` prepares them for it and for every later call with an equal key. The step's `noise` is
-    that of a graph's first row, `noises` those of all its rows; the model and cond_fn are given the keyword arguments
-    `shared` and `classifier_keywords` as they are.
+    that of a graph's first row, `noises` those of all its rows; `classifier_keywords` are cond_fn's, and `values` those
+    that the model and cond_fn are given as they are.
     """
 
     @torch.inference_mode(False)
@@ -74,9 +75,13 @@ class Buffers:
         )
         sets = [*plan.active, *([plan.fallback_branches] if plan.agreement is not None else [])]
         self.branch_sets = {a: self._branch_set(a, plan, call.conditioning) for a in dict.fromkeys(sets)}
-        self.shared = call.conditioning.shared
-        self._classifier = call.classifier_conditioning.allocate(1) if options.cond_fn.value is not None else {}
-        self.classifier_keywords = {**self._classifier, **call.classifier_conditioning.shared}
+        self.values = call.conditioning.values()
+        self._classifier: Packed | None = None
+        self.classifier_keywords: dict[str, Any] = {}
+        if options.cond_fn.value is not None:
+            self._classifier = Packed(call.classifier_conditioning, (options.conditional,))
+            self.classifier_keywords = self._classifier.keywords(0, 1)
+            self.values |= call.classifier_conditioning.values()
         known = call.change is not None and call.change.known is not None
         self.known = KnownMemory(call.change, self.step) if known else None  # type: ignore[arg-type]
         self.sums = sums_memory(table.num_rows, self.step.x, config.backend) if options.log_prob else None
@@ -155,23 +160,23 @@ class Buffers:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def _load_conditioning(self, call: Call) -> None:
-        if self._classifier:
-            call.classifier_conditioning.copy_to(self._classifier, (self.options.conditional,))
+        if self._classifier is not None:
+            self._classifier.load(call.classifier_conditioning)
         for active, branch_set in self.branch_sets.items():
             branch_set.schedule.copy_(torch.from_numpy(self._planned(call.plan, active)))
-            call.conditioning.copy_to(branch_set.packed, active)
+            branch_set.packed.load(call.conditioning)
 
     def tensors(self) -> list[Tensor]:
         """All static tensors."""
         buffers = replace(self.step, noise=self.noises)
         tensors = [value for value in vars(buffers).values() if value is not None]
-        tensors += self._classifier.values()
+        tensors += [] if self._classifier is None else self._classifier.tensors()
         tensors += [] if self.sums is None else [self.sums]
         tensors += [] if self.finite is None else [self.finite.tensor]
         tensors += [] if self.known is None else self.known.tensors()
         for branch_set in self.branch_sets.values():
             weights = [] if branch_set.weights is branch_set.schedule else [branch_set.weights]
-            tensors += [branch_set.padded, *weights, *branch_set.packed.values()]
+            tensors += [branch_set.padded, *weights, *branch_set.packed.tensors()]
         return tensors
 
     def _planned(self, plan: GuidancePlan, active: tuple[int, ...]) -> NDArray[np.float64]:
@@ -189,7 +194,7 @@ class Buffers:
         vectors = len(active) + (options.momentum is not None)
         schedule = padded[:-DELAY]
         weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if computes else schedule
-        branch_set = BranchSet(conditioning.allocate(len(active)), padded, schedule, weights)
+        branch_set = BranchSet(Packed(conditioning, active), padded, schedule, weights)
         agreement = None
         if len(active) > 1 and plan.agreement is not None:
             pair = (active.index(options.conditional), active.index(options.unconditional))

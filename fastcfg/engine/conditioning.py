@@ -1,9 +1,9 @@
-"""Conditioning of the branches: checked once, and packed along the batch before the loop."""
+"""Conditioning of the branches: keyword arguments of the model, nested as it takes them, read and compared once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,40 +12,123 @@ from torch import Tensor
 from ..utils.checks import listed
 from ..utils.identity import Alike, Same, identity_key
 
-__all__ = ["Alike", "Conditioning", "Same", "Shared", "check_conditioning"]
+__all__ = ["Alike", "Conditioning", "Padded", "Same", "Shared", "check_conditioning"]
 
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """Marks a value, tensor or not, that is passed to the model unchanged for every branch and batch."""
+    """Marks a value, tensor or not, that is passed to the model unchanged, whatever the batch. Branches whose values
+    differ (tensors: that are not the same object) are run one after the other.
+
+    Attributes:
+        value: anything.
+    """
 
     value: Any
 
 
 @dataclass(frozen=True, eq=False)
+class Padded:
+    """Marks a sequence whose length may differ from branch to branch, for a model that takes a mask: the branches run
+    in one forward, the shorter ones padded with zeros at the end.
+
+    Attributes:
+        tensor: [B, L, ...] or [1, L, ...].
+        mask: the keyword under which the model gets a bool [K*B, L], False at padding, beside the sequence; None where
+            the conditioning has a mask of its own, itself marked as padded.
+
+    Example:
+        >>> text = {"text": Padded(torch.ones(2, 7, 16), mask="text_mask")}
+    """
+
+    tensor: Tensor
+    mask: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tensor of a branch's arguments: [B, ...], or without batch where `number` is not None. Branches share a forward
+    only where tensors without batch are the same objects, which the number says."""
+
+    name: str
+    tensor: Tensor
+    padded: bool = False
+    number: int | None = None
+
+    def layout(self, lengths: bool) -> Any:
+        """Shape and dtype, hashable; without the length of a padded sequence unless that is wanted."""
+        shape = list(self.tensor.shape)
+        if self.padded and not lengths:
+            shape[1] = -1
+        return self.padded, self.number, tuple(shape), self.tensor.dtype
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor goes: that of a leaf, or the mask of a padded one."""
+
+    leaf: int
+    is_mask: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A value without tensors, which is passed as it is; `is_shared` where it was marked."""
+
+    value: Any
+    is_shared: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A dict, list or tuple with tensors below it."""
+
+    kind: type
+    items: dict[Any, Any]
+
+    def key(self) -> Any:
+        """Equal for nodes with the same structure and values."""
+        return self.kind, tuple((name, _key(item)) for name, item in self.items.items())
+
+    def build(self, tensors: Mapping[Place, Tensor]) -> Any:
+        """The container with tensors in their places."""
+        built = {name: _built(item, tensors) for name, item in self.items.items()}
+        return built if self.kind is dict else self.kind(built.values())
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        """The values without tensors, by name."""
+        for name, item in self.items.items():
+            if isinstance(item, Node):
+                yield from ((f"{name}.{below}", value) for below, value in item.values())
+            elif isinstance(item, Value):
+                yield str(name), item
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """The model's keyword arguments for one branch."""
+
+    tree: Node
+    leaves: tuple[Leaf, ...]
+
+    def layout(self, lengths: bool) -> Any:
+        """Equal for branches that can share a forward (without lengths), or a captured program (with them)."""
+        return self.tree.key(), tuple(leaf.layout(lengths) for leaf in self.leaves)
+
+
+@dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The keyword arguments of the model, branch by branch."""
+    """The arguments of every branch, of equal structure; none where the model takes no conditioning."""
 
-    tensors: Mapping[str, tuple[Tensor, ...]]  # one tensor [B, ...] per branch, of equal shape and dtype
-    shared: Mapping[str, Any]  # values that are not tensors, the same for all branches
+    branches: tuple[Arguments, ...] = ()
 
-    def signature(self) -> tuple[Any, ...]:
-        """What a captured program depends on: names, shapes, dtypes and shared values, but not tensor contents."""
-        shapes = tuple((name, values[0].shape, values[0].dtype) for name, values in sorted(self.tensors.items()))
-        return shapes, tuple((name, identity_key(value)) for name, value in sorted(self.shared.items()))
+    def signature(self) -> Any:
+        """What a captured program depends on: structure, shapes, dtypes and values, but not tensor contents."""
+        return tuple(branch.layout(lengths=True) for branch in self.branches)
 
-    def allocate(self, branches: int) -> dict[str, Tensor]:
-        """Uninitialised [n*B, ...] tensors for n branches."""
-        return {
-            name: values[0].new_empty((branches * len(values[0]), *values[0].shape[1:]))
-            for name, values in self.tensors.items()
-        }
-
-    def copy_to(self, packed: Mapping[str, Tensor], active: tuple[int, ...]) -> None:
-        """Fill tensors from `allocate` with the conditionings of the given branches."""
-        for name, values in self.tensors.items():
-            for part, branch in zip(packed[name].chunk(len(active)), active, strict=True):
-                part.copy_(values[branch])
+    def values(self) -> dict[str, Any]:
+        """The values that are passed as they are, by name."""
+        return {name: found.value for branch in self.branches for name, found in branch.tree.values()}
 
 
 def check_conditioning(
@@ -56,52 +139,123 @@ def check_conditioning(
 
     Raises:
         TypeError: a conditioning that is not a mapping.
-        ValueError: a branch missing or unknown, keys that differ, or shapes, dtypes or devices that do not fit.
+        ValueError: a branch missing or unknown, keys or values that differ, or tensors that do not fit.
     """
     present = {name: value for name, value in given.items() if value is not None}
     for name, value in present.items():
         if not isinstance(value, Mapping):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a mapping of keyword arguments of the model")
     if not present and len(names) == 1:
-        return Conditioning({}, {})
+        return Conditioning()
     if set(present) != set(names):
         expected = f"{listed(sorted(names))} (the branches of the guidance)"
         raise ValueError(f"conditioning: got {listed(sorted(present))}, expected {expected}")
+    first, *others = (_Reader(name, batch, device).arguments(present[name]) for name in names)
+    for name, arguments in zip(names[1:], others, strict=True):
+        _check_alike(arguments.tree, first.tree, name, names[0], (arguments.leaves, first.leaves))
+    numbers: dict[int, int] = {}
+    branches = []
+    for arguments in (first, *others):
+        leaves = [
+            leaf if leaf.number is None else replace(leaf, number=numbers.setdefault(leaf.number, len(numbers)))
+            for leaf in arguments.leaves
+        ]
+        branches.append(replace(arguments, leaves=tuple(leaves)))
+    return Conditioning(tuple(branches))
 
-    first, *others = names
-    keys = set(present[first])
-    for name in others:
-        if set(present[name]) != keys:
-            got, expected = listed(sorted(present[name])), listed(sorted(keys))
+
+class _Reader:
+    """Reads one branch's arguments."""
+
+    def __init__(self, branch: str, batch: int, device: torch.device) -> None:
+        self._branch, self._batch, self._device = branch, batch, device
+        self._leaves: list[Leaf] = []
+
+    def arguments(self, given: Mapping[str, Any]) -> Arguments:
+        return Arguments(self._node(dict, given, self._branch), tuple(self._leaves))
+
+    def _node(self, kind: type, given: Any, name: str) -> Node:
+        # Branches may name their keys in any order.
+        items = dict(sorted(given.items(), key=lambda item: str(item[0])) if kind is dict else enumerate(given))
+        read = {key: self._read(item, f"{name}[{key!r}]") for key, item in items.items()}
+        for key, item in items.items():
+            if isinstance(item, Padded) and item.mask is not None:
+                if kind is not dict or item.mask in items:
+                    expected = "the name of another keyword beside it"
+                    raise ValueError(f"{name}[{key!r}]: got mask={item.mask!r}, expected {expected}")
+                read[item.mask] = replace(read[key], is_mask=True)
+        return Node(kind, read)
+
+    def _read(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor | Padded):
+            self._leaves.append(self._leaf(value, name))
+            return Place(len(self._leaves) - 1)
+        if isinstance(value, Shared):
+            return Value(value.value, is_shared=True)
+        if _has_tensors(value):
+            return self._node(type(value), value, name)
+        return Value(value, is_shared=False)
+
+    def _leaf(self, given: Tensor | Padded, name: str) -> Leaf:
+        padded = isinstance(given, Padded)
+        tensor = given.tensor if isinstance(given, Padded) else given
+        if not isinstance(tensor, Tensor) or (padded and tensor.ndim < 2):
+            got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: got {got} as padded, expected a tensor [B, L, ...]")
+        if tensor.device != self._device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected the model's, {self._device}")
+        if tensor.ndim == 0:
+            return Leaf(name, tensor.detach(), number=id(tensor))
+        if len(tensor) not in (1, self._batch):
+            expected = f"a first dimension of {self._batch} (or 1), or Shared(...) for a value without batch"
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+        return Leaf(name, tensor.detach().expand(self._batch, *tensor.shape[1:]), padded)
+
+
+def _check_alike(
+    item: Any, like: Any, name: str, first: str, leaves: tuple[tuple[Leaf, ...], tuple[Leaf, ...]]
+) -> None:
+    """Raise ValueError unless a branch's item, called `name`, has the structure of the first branch's."""
+    if isinstance(item, Node) and isinstance(like, Node):
+        if item.kind is not like.kind:
+            raise ValueError(f"{name}: got a {item.kind.__name__}, expected a {like.kind.__name__} as in {first}")
+        if set(item.items) != set(like.items):
+            got, expected = (listed(sorted(map(str, node.items))) for node in (item, like))
             raise ValueError(f"{name}: got keys {got}, expected those of {first}: {expected}")
-    tensors: dict[str, tuple[Tensor, ...]] = {}
-    shared: dict[str, Any] = {}
-    for key in present[first]:
-        values = [present[name][key] for name in names]
-        if isinstance(values[0], Tensor):
-            tensors[key] = tuple(
-                _checked(key, name, value, values[0], batch, device) for name, value in zip(names, values, strict=True)
-            )
-        elif isinstance(values[0], Shared):
-            shared[key] = values[0].value
-        else:
-            for name, value in zip(names, values, strict=True):
-                if identity_key(value) != identity_key(values[0]):
-                    expected = f"{values[0]!r} as in {first} (values that are not tensors are shared)"
-                    raise ValueError(f"{name}[{key!r}]: got {value!r}, expected {expected}")
-            shared[key] = values[0]
-    return Conditioning(tensors, shared)
+        for key, below in item.items.items():
+            _check_alike(below, like.items[key], f"{name}[{key!r}]", first, leaves)
+    elif isinstance(item, Value) and isinstance(like, Value):
+        if not item.is_shared and not like.is_shared and identity_key(item.value) != identity_key(like.value):
+            expected = f"{like.value!r} as in {first} (or Shared(...), for a value of its own)"
+            raise ValueError(f"{name}: got {item.value!r}, expected {expected}")
+    elif isinstance(item, Place) and isinstance(like, Place):
+        a, b = leaves[0][item.leaf], leaves[1][like.leaf]
+        if a.tensor.ndim != b.tensor.ndim or a.tensor.dtype != b.tensor.dtype or a.padded is not b.padded:
+            odd, even = (b, a) if b.number is not None else (a, b)
+            what = f"{even.tensor.dtype} {tuple(even.tensor.shape)} or other sizes, as in another branch"
+            got = f"{odd.tensor.dtype} {tuple(odd.tensor.shape)}" if odd.tensor.ndim else "shape ()"
+            raise ValueError(f"{odd.name}: got {got}{' as padded' * odd.padded}, expected {what}")
+    else:
+        got = type(item.value if isinstance(item, Value) else item).__name__
+        kind = "a tensor" if isinstance(like, Place) else "no tensor" if isinstance(like, Value) else "a container"
+        raise ValueError(f"{name}: got {got}, expected {kind} as in the other branches")
 
 
-def _checked(key: str, branch: str, value: Any, like: Tensor, batch: int, device: torch.device) -> Tensor:
-    label = f"{branch}[{key!r}]"
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{label}: got {type(value).__name__}, expected a tensor as in the other branches")
-    if value.ndim == 0 or len(value) not in (1, batch):
-        raise ValueError(f"{label}: got shape {tuple(value.shape)}, expected a first dimension of {batch} (or 1)")
-    if value.shape[1:] != like.shape[1:] or value.dtype != like.dtype:
-        expected = f"{like.dtype} {(batch, *like.shape[1:])} as in the other branches"
-        raise ValueError(f"{label}: got {value.dtype} {tuple(value.shape)}, expected {expected}")
-    if value.device != device:
-        raise ValueError(f"{label}: got device {value.device}, expected the model's, {device}")
-    return value.detach().expand(batch, *value.shape[1:])
+def _has_tensors(value: Any) -> bool:
+    """Whether a container has tensors, or what is marked, somewhere below it."""
+    if type(value) not in (dict, list, tuple):
+        return False
+    items = value.values() if type(value) is dict else value
+    return any(isinstance(item, Tensor | Padded | Shared) or _has_tensors(item) for item in items)
+
+
+def _key(item: Any) -> Any:
+    if isinstance(item, Node):
+        return item.key()
+    return ("value", identity_key(item.value)) if isinstance(item, Value) else item
+
+
+def _built(item: Any, tensors: Mapping[Place, Tensor]) -> Any:
+    if isinstance(item, Node):
+        return item.build(tensors)
+    return item.value if isinstance(item, Value) else tensors[item]

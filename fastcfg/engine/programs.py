@@ -46,6 +46,8 @@ class Decision:
     # for a state_fn, check_finite and log_prob; those of dynamic thresholding and of the caller's functions are not
     # counted.
     passes: int = 1
+    # What keeps the branches' conditionings from one plain forward: lengths that differ, and what was done about it.
+    conditioning: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,10 @@ class Programs:
 
     def _decide(self, active: Branches) -> None:
         """Choose how a set of branches is run."""
-        options, several = self._options, len(active) > 1
-        capture, batching = options.config.capture, options.config.batching
+        options, packed = self._options, self._buffers.branch_sets[active].packed
+        capture, several = options.config.capture, len(active) > 1
+        # Conditionings of which no two fit into one forward leave no choice.
+        batching = "serial" if len(packed.ends) == len(active) else options.config.batching
         choices, failure = self._choices(active, "serial" if batching == "serial" and several else "batched")
         undecided = capture == "timed" and batching == "auto" and several
         if undecided and len(choices) == 2 and choices[1].seconds > _LAUNCH_BOUND * choices[0].seconds:
@@ -124,6 +128,7 @@ class Programs:
             milliseconds=ways if capture == "timed" and len(choices) > 1 else {},
             constants=best.constants,
             passes=1 + (self._buffers.branch_sets[active].computed is not None) + self._more_passes(),
+            conditioning=packed.note,
         )
 
     def _more_passes(self) -> int:
@@ -169,8 +174,7 @@ class Programs:
 
     def _trial(self) -> Trial:
         functions = self._options.functions() | {"output": self._options.config.output}
-        for name, value in (*self._buffers.shared.items(), *self._buffers.classifier_keywords.items()):
-            functions[name] = value
+        functions |= self._buffers.values
         return Trial(functions, self._options.device, self._buffers.tensors())
 
     def _record(self, examined: Any, programs: list[Program]) -> Program:
@@ -239,13 +243,14 @@ class Programs:
         batch, packed = len(buffers.step.x), buffers.branch_sets[active].packed
         read = self._options.config.output or output_tensor
         models = [self._branch_models.get(self._options.branches[k], model) for k in active]
-        # Neighbours with one model share a forward, unless serial forwards are wanted.
-        starts = [k for k in range(len(active)) if batching == "serial" or k == 0 or models[k] is not models[k - 1]]
+        # Neighbours with one model and conditionings that fit share a forward, unless serial forwards are wanted.
+        apart = {0, *packed.ends}
+        starts = [k for k in range(len(active)) if batching == "serial" or k in apart or models[k] is not models[k - 1]]
         calls = []
         # Every slot holds the same input, so any subset of the branches takes the first ones.
         for start, end in zip(starts, [*starts[1:], len(active)], strict=True):
             part, model = slice(start * batch, end * batch), models[start]
-            keywords = {name: value[part] for name, value in packed.items()} | dict(buffers.shared)
+            keywords = packed.keywords(start, end)
             calls.append(partial(model, buffers.step.model_input[part], buffers.step.time[part], **keywords))  # type: ignore[index]
 
         def call() -> Tensor:

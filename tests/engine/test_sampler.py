@@ -743,6 +743,7 @@ def test_report_tells_how_the_run_went() -> None:
         "milliseconds": {},
         "constants": 0,
         "passes": 1,
+        "conditioning": "",
     }
     assert sampler.report() == {
         "backend": "reference",
