@@ -53,10 +53,10 @@ def _tensor(*shape: int, dtype: str = "float32", channels_last: bool = False) ->
     return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
 
 
-def _given(shape: tuple[int, ...], weights: int) -> dict[str, Any]:
-    """The buffers that every row has, and x0."""
+def _given(shape: tuple[int, ...], *weights: int) -> dict[str, Any]:
+    """The buffers that every row has, and x0; `weights` is the size of a sample's."""
     x, counter = _tensor(*shape), _tensor(2, dtype="int32")
-    table, schedule = _tensor(51, len(DEVICE_COLUMNS)), _tensor(50, shape[0], weights)
+    table, schedule = _tensor(51, len(DEVICE_COLUMNS)), _tensor(50, shape[0], *weights)
     return {"x": x, "x0": _tensor(*shape), "table": table, "counter": counter, "weights": schedule}
 
 
@@ -72,8 +72,9 @@ def step(shape: tuple[int, ...] = SHAPE, dtype: str = "bfloat16", channels_last:
     spec = StepSpec(**fields)
     batch, channels, *rest = shape
     rows = spec.branches * batch
+    places = {"sample": (), "channel": shape[1:2], "element": shape[1:]}[spec.weights_by]
     buffers = StepBuffers(
-        **_given(shape, spec.branches + spec.momentum),
+        **_given(shape, spec.branches + spec.momentum, *places),
         bound=_tensor(batch),
         noise=_tensor(*shape),
         seeds=_tensor(batch, dtype="int64"),
@@ -93,6 +94,8 @@ def step_bytes(spec: StepSpec, buffers: StepBuffers) -> int:
     state = buffers.x.dtype.itemsize
     variance = spec.learned_variance and spec.noise_source != "none"
     tensors = spec.history + (spec.noise_source == "tensor") + spec.gradient + spec.momentum
+    if spec.weights_by == "element":
+        tensors += spec.branches - (spec.base is not None)
     read = state + (spec.branches + variance) * model + state * tensors
     slots = len(buffers.model_input) // len(buffers.x)  # type: ignore[arg-type]
     return read + state + slots * model + state * (spec.history > 0) + state * spec.keep_x0
@@ -255,6 +258,10 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "rescale": partial(step, **_MAIN, rescale=True),
     "scaled": partial(step, **_MAIN, scaled=True),
     "momentum": partial(step, **_MAIN, scaled=True, momentum=True),
+    "by-channel": partial(step, **_MAIN, weights_by="channel"),
+    "by-element": partial(step, **_MAIN, weights_by="element"),
+    "k3-by-element": partial(step, **_MAIN | {"branches": 3, "base": 2}, weights_by="element"),
+    "channels-last-by-channel": partial(step, channels_last=True, **_MAIN, weights_by="channel"),
     "all-terms": partial(step, **_ALL),
     "one-sample": partial(step, (1, 3, 64, 64), **_ALL),
     "one-element": partial(step, (1, 1, 1), **_ALL),

@@ -13,6 +13,7 @@ from .table import StepTable
 __all__ = ["StepBuffers", "StepSpec"]
 
 NOISE_SOURCES = ("none", "tensor", "philox")
+WEIGHTS_BY = ("sample", "channel", "element")
 
 
 class BranchRoles(Protocol):
@@ -36,6 +37,7 @@ class StepSpec:
         conditional, unconditional: the branches of which variance channels are used, and which a_u multiplies.
         scaled: whether the base is weighted too: w_b m_b + sum of w_k (m_k - m_b).
         momentum: whether a tensor is added to the blend, with a weight after the branches'.
+        weights_by: what has a weight of its own: a "sample", a "channel" of a sample, or every "element" of it.
         learned_variance: whether std comes from the variance channels.
         predict_x0: whether x0 is predicted. A step without clip, gradient and keep_x0 need not predict it if its rows
             use raw_output and not x0 (`StepTable.uses_x0`); its bits are the same.
@@ -53,6 +55,7 @@ class StepSpec:
     unconditional: int | None = None
     scaled: bool = False
     momentum: bool = False
+    weights_by: str = "sample"
     learned_variance: bool = False
     predict_x0: bool = True
     raw_output: bool = False
@@ -105,7 +108,8 @@ class StepBuffers:
         x: [B, C, ...]: the state.
         table: [R + 1, columns], from `StepTable.on`.
         counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
-        weights: [R, B, K], or [R, B, K + 1] with momentum.
+        weights: [R, B, K], or [R, B, K + 1] with momentum; by channel [R, B, K, C], by element [R, B, K, C, ...], of which
+            all rows may be the same memory (expanded).
         bound: [B]: the clip bound of each sample.
         noise, gradient, momentum: [B, C, ...]: standard normals, the classifier's gradient, what is added to the blend.
         seeds: int64 [B].

@@ -5,6 +5,16 @@ import triton.language as tl
 
 
 @triton.jit
+def weight(weights_ptr, k, place, places, mask, zeros, BY_PLACE: tl.constexpr):
+    """The weight of branch k: one for the sample, or one of `places` for each place."""
+    if BY_PLACE:
+        w = tl.load(weights_ptr + k * places + place, mask=mask, other=0.0)
+    else:
+        w = tl.load(weights_ptr + k) + zeros
+    return w
+
+
+@triton.jit
 def blend(
     output_ptr,
     offs,
@@ -19,12 +29,16 @@ def blend(
     UNCONDITIONAL: tl.constexpr,
     SCALED: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    place,
+    places,
+    BY_PLACE: tl.constexpr,
 ):
     """One sample's branches blended in float32 by its K weights, and the branch UNCONDITIONAL itself.
 
     BASE is the branch that differences are measured from, or -1 for the weighted sum; without an UNCONDITIONAL branch
     (-1) the second result is the first. SCALED weights the base too, MOMENTUM adds the tensor at `momentum_ptrs` with
-    the weight after the branches'.
+    the weight after the branches'. BY_PLACE has `places` weights a branch, and `place` says which is an element's; where
+    one is 1 and the others are 0, the delta form is that branch to the last bit.
     """
     if BASE < 0:
         for k in tl.static_range(BRANCHES):
@@ -35,9 +49,12 @@ def blend(
             if BRANCHES == 1:
                 m = m_k
             elif k == 0:
-                m = tl.load(weights_ptr) * m_k
+                if BY_PLACE:
+                    m = weight(weights_ptr, 0, place, places, mask, m_k, BY_PLACE) * m_k
+                else:
+                    m = tl.load(weights_ptr) * m_k
             else:
-                m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k, m)
+                m = tl.fma(weight(weights_ptr, k, place, places, mask, tl.zeros_like(m_k), BY_PLACE), m_k, m)
     else:
         branch_ptr = output_ptr + (BASE * batch + sample).to(tl.int64) * stride
         base = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -52,7 +69,16 @@ def blend(
                 m_k = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
                 if k == UNCONDITIONAL:
                     unconditional = m_k
-                m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k - base, m)
+                w = weight(weights_ptr, k, place, places, mask, tl.zeros_like(m_k), BY_PLACE)
+                m = tl.fma(w, m_k - base, m)
+                if BY_PLACE:
+                    if k == (0 if BASE > 0 else 1):
+                        exact = w == 1.0
+                        alone = w == 0.0
+                    else:
+                        exact = (w == 1.0) & alone
+                        alone = (w == 0.0) & alone
+                    m = tl.where(exact, m_k, m)
     if MOMENTUM:
         h = tl.load(momentum_ptrs, mask=mask, other=0.0)
         m = tl.fma(tl.load(weights_ptr + BRANCHES) + tl.zeros_like(h), h, m)

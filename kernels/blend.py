@@ -43,6 +43,9 @@ def _blend_kernel(
         -1,
         SCALED,
         MOMENTUM,
+        0,
+        0,
+        False,
     )
     tl.store(out_ptr + sample * size + offs, blended, mask=mask)
 

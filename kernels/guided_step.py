@@ -87,6 +87,7 @@ def _guided_step_kernel(
     size,
     spatial,
     output_stride,
+    weights_stride,
     blocks,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
@@ -94,6 +95,7 @@ def _guided_step_kernel(
     UNCONDITIONAL: tl.constexpr,
     SCALED: tl.constexpr,
     MOMENTUM: tl.constexpr,
+    WEIGHTS_BY: tl.constexpr,
     LEARNED: tl.constexpr,
     PREDICT: tl.constexpr,
     RAW: tl.constexpr,
@@ -138,7 +140,7 @@ def _guided_step_kernel(
         c_in = tl.load(row_ptr + WIDTH + C_IN)
 
     channels = size // spatial
-    if CHANNELS_LAST or INPUT_CHANNELS_LAST:
+    if CHANNELS_LAST or INPUT_CHANNELS_LAST or WEIGHTS_BY == 1:
         channel = offs // spatial
         # With % 120 instructions per element instead of 112 (sm_90, Triton 3.9).
         position = offs - channel * spatial
@@ -150,11 +152,23 @@ def _guided_step_kernel(
         variance_shift = size
     sample_offset = sample.to(tl.int64) * size
 
+    if WEIGHTS_BY == 0:
+        row_weights_ptr = weights_ptr + (row * batch + sample) * (BRANCHES + MOMENTUM)
+        place = 0
+        places = 0
+    else:
+        if WEIGHTS_BY == 1:
+            place = channel
+            places = channels
+        else:
+            place = offs
+            places = size
+        row_weights_ptr = weights_ptr + row.to(tl.int64) * weights_stride + sample.to(tl.int64) * BRANCHES * places
     m, unconditional = blend(
         output_ptr,
         output_offs,
         mask,
-        weights_ptr + (row * batch + sample) * (BRANCHES + MOMENTUM),
+        row_weights_ptr,
         sample,
         batch,
         output_stride,
@@ -164,6 +178,9 @@ def _guided_step_kernel(
         UNCONDITIONAL,
         SCALED,
         MOMENTUM,
+        place,
+        places,
+        WEIGHTS_BY != 0,
     )
 
     # x0.
@@ -282,6 +299,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         size,
         spatial,
         output[0].numel(),
+        0 if spec.weights_by == "sample" else buffers.weights.stride(0),
         blocks,
         BRANCHES=spec.branches,
         BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
@@ -289,6 +307,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         UNCONDITIONAL=-1 if spec.unconditional is None else spec.unconditional,
         SCALED=spec.scaled,
         MOMENTUM=spec.momentum,
+        WEIGHTS_BY=("sample", "channel", "element").index(spec.weights_by),
         LEARNED=spec.learned_variance,
         PREDICT=spec.predict_x0,
         RAW=spec.raw_output,

@@ -61,6 +61,9 @@ def _step_bound_kernel(
         -1,
         SCALED,
         MOMENTUM,
+        0,
+        0,
+        False,
     )
     x = tl.load(x_ptr + sample * size + offs, mask=mask, other=0.0)
     p_x = tl.load(row_ptr + P_X)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..step import NOISE_SOURCES, StepBuffers, StepSpec
+from ..step import NOISE_SOURCES, WEIGHTS_BY, StepBuffers, StepSpec
 from ..table import DEVICE_COLUMNS, MAX_HISTORY
 from ..utils.checks import check_count, check_one_of
 
@@ -55,6 +55,10 @@ def check_spec(spec: StepSpec) -> None:
     if spec.takes_x0 and not spec.predict_x0:
         raise ValueError("spec.predict_x0: got False, expected True: clip, gradient, keep_x0, or no raw_output take x0")
     check_one_of("spec.noise_source", spec.noise_source, NOISE_SOURCES)
+    check_one_of("spec.weights_by", spec.weights_by, WEIGHTS_BY)
+    if spec.weights_by != "sample" and (k < 2 or spec.scaled or spec.momentum):
+        expected = "'sample' for one branch, a weighted base or momentum"
+        raise ValueError(f"spec.weights_by: got {spec.weights_by!r}, expected {expected}")
     if spec.learned_variance and spec.noise_source == "none":
         raise ValueError("spec.noise_source: got 'none' with learned_variance, expected 'tensor' or 'philox'")
 
@@ -75,8 +79,16 @@ def check_buffers(spec: StepSpec, buffers: StepBuffers) -> None:
         expect("source", buffers.source, shape, x.dtype, x.device)
     expect("table", buffers.table, (rows + 1, len(DEVICE_COLUMNS)), state, x.device)
     expect("counter", buffers.counter, (2,), torch.int32, x.device)
+    weights: tuple[int, ...] = (rows, batch, spec.branches + spec.momentum)
+    if spec.weights_by != "sample":
+        weights += {"channel": shape[1:2], "element": shape[1:]}[spec.weights_by]
+        given = buffers.weights
+        if given is not None and len(given) == rows and given.stride(0) == 0:
+            # One row's, which all rows read.
+            given, weights = given[:1], (1, *weights[1:])
+        expect("weights", given, weights, state, x.device)
     needed = {
-        "weights": (spec.branches > 1, (rows, batch, spec.branches + spec.momentum), state),
+        "weights": (spec.branches > 1 and spec.weights_by == "sample", weights, state),
         "bound": (spec.clip, (batch,), state),
         "noise": (spec.noise_source == "tensor", shape, x.dtype),
         "seeds": (spec.noise_source == "philox", (batch,), torch.int64),

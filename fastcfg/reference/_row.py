@@ -20,10 +20,14 @@ class RowReader:
         self.index = torch.empty_like(self._offsets)  # the row and the next one
         self._first = self.index[:1]
         self._rows = torch.empty_like(buffers.table[:2])
-        self._weights = torch.empty_like(buffers.weights[:1]) if weighted else None  # type: ignore[index]
+        weights = buffers.weights if weighted else None
+        # Rows that are all the same memory need no look-up.
+        is_same = weights is not None and weights.ndim > 3 and weights.stride(0) == 0
+        self._weights = None if weights is None or is_same else torch.empty_like(weights[:1])
         self.row = dict(zip(DEVICE_COLUMNS, self._rows[0].unbind(), strict=True))
         self.next = dict(zip(DEVICE_COLUMNS, self._rows[1].unbind(), strict=True))
-        self.weights = None if self._weights is None else self._weights[0]  # [B, K]
+        found = weights if is_same else self._weights
+        self.weights = None if found is None else found[0]  # [B, K, ...]
 
     def read(self) -> None:
         """Look the rows up."""

@@ -48,7 +48,7 @@ def table_step(
         x: [B, C, ...], float32 or float64.
         outputs: the K branches' outputs, each like x.
         spec: which terms exist, and so which of the following are needed.
-        weights: [B, K], the row's blend weights ([B, K + 1] with momentum).
+        weights: [B, K], the row's blend weights ([B, K + 1] with momentum; [B, K, C] or [B, K, C, ...] by place).
         variance: the conditional branch's variance channels.
         bound: [B], the clip bound of x0.
         noise, gradient, momentum, history: as in `StepBuffers`, each like x.
@@ -127,10 +127,15 @@ def blend(
 ) -> Tensor:
     """The guided output of K branches, each [B, C, ...], with weights [B, K]: the delta form from branch `base` (which
     is weighted too if `scaled`), or the weighted sum. A momentum [B, C, ...] is added with weight K. `out` and
-    `difference` are memory, as `m` and `difference` of `Scratch`."""
+    `difference` are memory, as `m` and `difference` of `Scratch`.
+
+    Weights may also be [B, K, C] or [B, K, C, ...]. Where one branch's is 1 and the others' are 0, the delta form is then
+    that branch to the last bit, as where it is the only one evaluated.
+    """
     if len(outputs) == 1:
         return outputs[0]
-    w = weights.view(*weights.shape, *[1] * (outputs[0].ndim - 1)).unbind(1)  # type: ignore[union-attr]
+    by_place = weights.ndim > 2  # type: ignore[union-attr]
+    w = weights.view(*weights.shape, *[1] * (outputs[0].ndim + 1 - weights.ndim)).unbind(1)  # type: ignore[union-attr]
     if base is None:
         m = torch.mul(outputs[0], w[0], out=out)
         for k in range(1, len(outputs)):
@@ -140,9 +145,14 @@ def blend(
             # There is one difference, and `out` holds no running blend yet.
             difference = out
         m = torch.mul(outputs[base], w[base], out=out) if scaled else outputs[base]
+        alone: Tensor | None = None  # where no branch before has a weight
         for k, m_k in enumerate(outputs):
             if k != base:
                 m = fma(w[k], torch.sub(m_k, outputs[base], out=difference), m, out=out)
+                if by_place:
+                    exact = w[k] == 1 if alone is None else (w[k] == 1) & alone
+                    m = torch.where(exact, m_k, m, out=out)
+                    alone = w[k] == 0 if alone is None else (w[k] == 0) & alone
     return m if momentum is None else fma(w[-1], momentum, m, out=out)
 
 

@@ -40,6 +40,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "conditional": ("first", "last"),
     "unconditional": ("unused", "first", "last"),
     "weights": ("one", "per sample", "per row", "per sample and row"),
+    # Whether weights differ within a sample; "of one row": and all rows read the same memory.
+    "weights by": ("sample", "channel", "element", "channel of one row", "element of one row"),
     # How many saved tensors, and the slots of the two rows.
     "history": ((0, -1, -1), (1, 0, -1), (1, -1, 0), (2, 1, 0), (2, 0, -1), (3, 0, 2), (3, 2, 1), (3, -1, -1)),
     "saves states": (False, True),
@@ -74,6 +76,9 @@ def forbidden(case: dict[str, Any]) -> bool:
     branches, base = case.get("branches", (2, 0))
     if (case.get("scaled") and base is None) or (case.get("momentum") and branches == 1):
         return True
+    by_place = case.get("weights by", "sample") != "sample"
+    if by_place and (branches == 1 or case.get("scaled") or case.get("momentum")):
+        return True
     learned = case.get("variance") in ("learned", "learned_range")
     return learned and (case.get("noise") == "none" or case.get("output channels") == "C")
 
@@ -85,8 +90,8 @@ def test_the_cases_hold_every_pair_of_options() -> None:
     covered = set().union(*map(pairs_of, CASES))
     assert all_pairs(FACTORS, forbidden) <= covered
     assert not any(map(forbidden, CASES))
-    # As few as can be are 64: 8 branch forms x 8 histories.
-    assert len(CASES) == 65
+    # As few as can be are 64, 8 branch forms x 8 histories; weights by place go with few of the others.
+    assert len(CASES) == 70
 
 
 class Guarded:
@@ -99,6 +104,8 @@ class Guarded:
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy in the same dimension order in memory, with margins: NaN, or -77 in integers."""
+        if len(tensor) > 1 and tensor.stride(0) == 0:
+            return self.copy(tensor[:1]).expand_as(tensor)
         sentinel = math.nan if tensor.is_floating_point() else -77
         memory = torch.full((tensor.numel() + 2 * self.MARGIN,), sentinel, dtype=tensor.dtype)
         self._margins += [memory[: self.MARGIN], memory[-self.MARGIN :]]
@@ -130,6 +137,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         unconditional=ends[case["unconditional"]],
         scaled=case["scaled"],
         momentum=case["momentum"],
+        weights_by=case["weights by"].split()[0],
         learned_variance=case["variance"] != "fixed",
         predict_x0=case["predicted"],
         raw_output=case["raw output"],
@@ -151,6 +159,9 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         weights = weights[:, :1].expand_as(weights)
     if "row" not in case["weights"]:
         weights = weights[:1].expand_as(weights)
+    if spec.weights_by != "sample":
+        weights = place_weights(weights, shape[1:2] if spec.weights_by == "channel" else shape[1:], generator)
+        weights = weights[:1].expand_as(weights) if "one row" in case["weights by"] else weights
     bound = normal(batch).abs() + 0.3
     bound = bound[:1].expand_as(bound) if case["clip"] == "one bound" else bound
 
@@ -162,7 +173,7 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
         x=normal(*shape),
         table=table,
         counter=torch.tensor([0 if case["rows"] == "first" else rows - 2, 0], dtype=torch.int32),
-        weights=weights.contiguous() if branches > 1 else None,
+        weights=None if branches == 1 else weights if "one row" in case["weights by"] else weights.contiguous(),
         bound=bound.contiguous() if spec.clip else None,
         noise=normal(*shape) if spec.noise_source == "tensor" else None,
         seeds=sample_seeds(2**63 - 2 + seed, batch) if spec.noise_source == "philox" else None,
@@ -176,6 +187,13 @@ def build(case: dict[str, Any], seed: int) -> tuple[StepSpec, StepBuffers, list[
     width = channels * (1 + (case["output channels"] == "2C"))
     outputs = [model_tensor(branches * batch, width, case["output layout"]) for _ in range(2)]
     return spec, buffers, outputs
+
+
+def place_weights(weights: Tensor, places: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """[R, B, K] varied over places, with zeros and ones among them."""
+    weights = weights.view(*weights.shape, *[1] * len(places))
+    numbers = torch.rand((*weights.shape[:3], *places), generator=generator)
+    return torch.where(numbers < 0.3, 0.0, torch.where(numbers < 0.6, 1.0, weights * numbers))
 
 
 def build_table(case: dict[str, Any], seed: int, slots: list[int]) -> Tensor:

@@ -35,6 +35,9 @@ STEPS = {
     "rescale": (1, 1),
     "scaled": (1, 1),
     "momentum": (1 + 1, 1),
+    "by-channel": (1, 1),
+    "by-element": (1 + 1, 1),
+    "k3-by-element": (1 + 2, 1),
     "all-terms": (1 + 4, 1 + 2),
     "one-sample": (1 + 4, 1 + 2),
 }
@@ -58,7 +61,7 @@ PASSES = ("step-bound", "quantile-first", "quantile-pass", "quantile-last")
 SUMS = ("gram", "gram-k3-momentum")
 # One element at a time.
 SCALAR = (
-    *("channels-last", "gram-channels-last", "odd-size", "one-element", "step-bound-one"),
+    *("channels-last", "channels-last-by-channel", "gram-channels-last", "odd-size", "one-element", "step-bound-one"),
     "known-pixels-channels-last",
 )
 
@@ -68,6 +71,7 @@ ALL = (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS, *SCALAR, "gram-sum"
 # terms, which takes the most registers.
 CHOSEN = (
     *("main", "fp32", "all-terms", "one-sample", "rescale", "momentum", "channels-last", "odd-size"),
+    *("k3-by-element", "channels-last-by-channel"),
     *("blend-piece", "combine-all", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
     *("finite", "noise-sums", "known-pixels-all", "known-pixels-channels-last"),
 )
@@ -78,6 +82,7 @@ MOST_REGISTERS = 128
 # Addresses and masks of single elements take registers, and so do three saved tensors and two draws.
 # Measured: 168, 145, 188, 148.
 MOST_REGISTERS_OF = {"all-terms": 176, "channels-last": 176, "odd-size": 208, "known-pixels-all": 160}
+MOST_REGISTERS_OF |= {"channels-last-by-channel": 176}
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -156,7 +161,8 @@ class MachineCode:
             moved, scalars = sum(width * count for width, count in widths if width > 4), 0
             if variant in STEPS:
                 # Each of 8 bytes: the seed, and the time for each branch.
-                scalars = 8 * (variant not in ("ddim", "history-3", "noise-tensor")) + 8 * (3 if variant == "k3" else 2)
+                branches = 3 if variant.startswith("k3") else 2
+                scalars = 8 * (variant not in ("ddim", "history-3", "noise-tensor")) + 8 * branches
             if variant in CHANGES:
                 # The times of two branches, and the seed.
                 scalars = 8 * (2 if variant == "state-change" else 3)
