@@ -108,7 +108,7 @@ class StepBuffers:
         x: [B, C, ...]: the state.
         table: [R + 1, columns], from `StepTable.on`.
         counter: int32 [2]: the row to execute next, and the ticket by which the last program of a launch is known.
-        weights: [R, B, K], or [R, B, K + 1] with momentum; by channel [R, B, K, C], by element [R, B, K, C, ...], of which
+        weights: [R, B, K], or [R, B, K + 1] with momentum; by channel [R, B, K, C], by element [R, B, K, C, ...], where
             all rows may be the same memory (expanded).
         bound: [B]: the clip bound of each sample.
         noise, gradient, momentum: [B, C, ...]: standard normals, the classifier's gradient, what is added to the blend.

@@ -37,8 +37,8 @@ def blend(
 
     BASE is the branch that differences are measured from, or -1 for the weighted sum; without an UNCONDITIONAL branch
     (-1) the second result is the first. SCALED weights the base too, MOMENTUM adds the tensor at `momentum_ptrs` with
-    the weight after the branches'. BY_PLACE has `places` weights a branch, and `place` says which is an element's; where
-    one is 1 and the others are 0, the delta form is that branch to the last bit.
+    the weight after the branches'. BY_PLACE has `places` weights a branch, and `place` says which is an element's;
+    where one is 1 and the others are 0, the delta form is that branch to the last bit.
     """
     if BASE < 0:
         for k in tl.static_range(BRANCHES):

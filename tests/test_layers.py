@@ -54,6 +54,7 @@ INSIDE = {
         "model_output",
         "conditioning",
         "packing",
+        "place_weights",
         "noise",
         "state_function",
         "call",

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 List the guidance methods with their branches and the cost of a guided row: forward passes of a model for one sample,
-and passes over the state beside the model (one, the fused step's; a second where the weights depend on the outputs).
+and passes over the state beside the model (one, the fused step's; a second where the weights depend on the outputs, or
+are read from a map).
 Both are read off short runs of a small model, and so are the passes that options of a sampler add. The last line has
 the names that `fastcfg sample --guidance` takes."""
 
@@ -49,7 +50,9 @@ def methods() -> dict[str, Guidance]:
     specs += [g.InstructPix2Pix(), g.AutoGuidance(), g.PerturbedCFG(), g.CFGZeroStar(), g.APG(), g.APGMix()]
     specs += [g.TangentialCFG(), g.MagnitudeAwareCFG(), g.PerpNeg()]
     # Several methods have a rescale; it costs each of them the same.
-    return {type(spec).__name__: spec for spec in specs} | {"rescale=0.7": g.CFG(rescale=0.7)}
+    options = {"rescale=0.7": g.CFG(rescale=0.7), "channels=3": g.CFG(channels=3)}
+    by_place: list[list[list[float]]] = [[[1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0, 0.0]]]
+    return {type(spec).__name__: spec for spec in specs} | options | {"map": g.CFG(by_place)}  # type: ignore[arg-type]
 
 
 def cost(guidance: Guidance) -> tuple[int, int]:
@@ -60,7 +63,7 @@ def cost(guidance: Guidance) -> tuple[int, int]:
 
     table = solvers.ddim(Schedule.named("linear").respace(20))
     sampler = Sampler(lambda x, t: torch.tanh(x), table, guidance=guidance, backend="reference", graph=False)
-    sampler.sample((1, 1, 8), branches={name: {} for name in guidance.branches}, seed=0)
+    sampler.sample((1, 4, 8), branches={name: {} for name in guidance.branches}, seed=0)
     report = sampler.report()
     return max(report["branches"]), max(program["passes"] for program in report["programs"])
 

@@ -15,11 +15,11 @@ from ..ops import sums_memory
 from ..step import StepBuffers
 from .branch_weights import DELAY, Agreement, BranchWeights, base_index
 from .call import Call
-from .conditioning import Conditioning
 from .finite import FiniteRecord
+from .packing import Packed
+from .place_weights import empty_place_weights, write_place_weights
 from .run_state import RunState
 from .state_function import KnownMemory
-from .packing import Packed
 
 
 @dataclass(eq=False)
@@ -74,7 +74,7 @@ class Buffers:
             time=torch.zeros(slots * batch, dtype=time_dtype, device=options.device),
         )
         sets = [*plan.active, *([plan.fallback_branches] if plan.agreement is not None else [])]
-        self.branch_sets = {a: self._branch_set(a, plan, call.conditioning) for a in dict.fromkeys(sets)}
+        self.branch_sets = {a: self._branch_set(a, call) for a in dict.fromkeys(sets)}
         self.values = call.conditioning.values()
         self._classifier: Packed | None = None
         self.classifier_keywords: dict[str, Any] = {}
@@ -163,7 +163,10 @@ class Buffers:
         if self._classifier is not None:
             self._classifier.load(call.classifier_conditioning)
         for active, branch_set in self.branch_sets.items():
-            branch_set.schedule.copy_(torch.from_numpy(self._planned(call.plan, active)))
+            if call.plan.places is not None and self.by_place(active):
+                write_place_weights(branch_set.schedule, call.plan.places, call.place_weights(active))
+            else:
+                branch_set.schedule.copy_(torch.from_numpy(self._planned(call.plan, active)))
             branch_set.packed.load(call.conditioning)
 
     def tensors(self) -> list[Tensor]:
@@ -175,7 +178,7 @@ class Buffers:
         tensors += [] if self.finite is None else [self.finite.tensor]
         tensors += [] if self.known is None else self.known.tensors()
         for branch_set in self.branch_sets.values():
-            weights = [] if branch_set.weights is branch_set.schedule else [branch_set.weights]
+            weights = [] if branch_set.computed is None else [branch_set.weights]
             tensors += [branch_set.padded, *weights, *branch_set.packed.tensors()]
         return tensors
 
@@ -186,8 +189,19 @@ class Buffers:
         planned: NDArray[np.float64] = plan.planned  # type: ignore[assignment]
         return planned[:, :, [*active, *range(len(self.options.branches), planned.shape[2])]]
 
-    def _branch_set(self, active: tuple[int, ...], plan: GuidancePlan, conditioning: Conditioning) -> BranchSet:
+    def by_place(self, active: tuple[int, ...]) -> bool:
+        """Whether the branches are blended by weights that differ within a sample."""
+        return self.options.weights_by != "sample" and len(active) > 1
+
+    def _branch_set(self, active: tuple[int, ...], call: Call) -> BranchSet:
+        plan, conditioning = call.plan, call.conditioning
         options, computes = self.options, self.options.uses_outputs(active)
+        if self.by_place(active):
+            schedule = empty_place_weights(self.step.x, options.weights_by, call.place_weights(active))
+            rows = plan.weights.shape[0]
+            return BranchSet(
+                Packed(conditioning, active), schedule, schedule, schedule.expand(rows, *schedule.shape[1:])
+            )
         rows, batch, columns = self._planned(plan, active).shape
         dtype, device = options.config.state_dtype, options.device
         padded = torch.zeros((rows + DELAY, batch, columns), dtype=torch.float64 if computes else dtype, device=device)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..clip import DynamicThreshold
@@ -47,6 +49,7 @@ class ProgramOptions:
     momentum: float | None
     clip: bool
     threshold: DynamicThreshold | None
+    weights_by: str  # as in `StepSpec`
     noise_source: str  # "none", "tensor" or "philox"
     keep_x0: bool
     rows_per_graph: int
@@ -89,8 +92,17 @@ class Call:
         """Equal for calls that can share buffers and programs."""
         plan = self.plan
         layout = (self.shape, self.conditioning.signature(), self.classifier_conditioning.signature())
-        branches = (frozenset(plan.active), plan.agreement, plan.fallback_branches)
+        branches: tuple[Any, ...] = (frozenset(plan.active), plan.agreement, plan.fallback_branches)
+        if plan.places is not None:
+            branches += (frozenset((active, len(self.place_weights(active))) for active in plan.active),)
         return self.options, layout, branches, torch_settings(self.options.device)
+
+    def place_weights(self, active: tuple[int, ...]) -> NDArray[np.float64]:
+        """float64 [1 or R, N, K]: the planned weights by place of some branches; one row where those of all rows that
+        evaluate them are the same."""
+        rows = [row for row, found in enumerate(self.plan.active) if found == active]
+        of_rows = self.plan.places.of_rows(rows, active)  # type: ignore[union-attr]
+        return of_rows if len(of_rows) == 1 else self.plan.places.values[:, :, list(active)]  # type: ignore[union-attr]
 
 
 def check_shape(
@@ -105,6 +117,12 @@ def check_shape(
     if memory_format == torch.channels_last and len(sizes) != 4:
         raise ValueError(f"memory_format: got torch.channels_last with shape {sizes}, expected (B, C, H, W)")
     return sizes
+
+
+def check_places(plan: GuidancePlan, clip: Tensor | DynamicThreshold | None) -> None:
+    """ValueError unless weights by place, if a plan has them, go with the clip."""
+    if plan.places is not None and isinstance(clip, DynamicThreshold):
+        raise ValueError("clip: got a DynamicThreshold with scales by place, expected a bound or None")
 
 
 def check_functions(

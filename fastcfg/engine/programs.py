@@ -42,9 +42,9 @@ class Decision:
     reason: str = ""  # why there is no graph, or none of several rows
     milliseconds: dict[str, float] = field(default_factory=dict)  # of a row, by "eager" or "graph" and batching
     constants: int = 0  # tensors that the model copies from the host in every call, and the graph does not
-    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs, and one each
-    # for a state_fn, check_finite and log_prob; those of dynamic thresholding and of the caller's functions are not
-    # counted.
+    # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs or reads a map
+    # of scales, and one each for a state_fn, check_finite and log_prob; those of dynamic thresholding and of the caller's
+    # functions are not counted.
     passes: int = 1
     # What keeps the branches' conditionings from one plain forward: lengths that differ, and what was done about it.
     conditioning: str = ""
@@ -119,6 +119,7 @@ class Programs:
             reason = failure or "eager is as fast"
             if failure and capture not in NO_CAPTURE:
                 self.problem = self.problem or failure
+        by_element = options.weights_by == "element" and several
         ways = {f"{'graph' if way.record else 'eager'} {way.batching}": way.seconds * 1e3 for way in choices}
         self.decisions[active] = Decision(
             branches=tuple(options.branches[k] for k in active),
@@ -127,7 +128,7 @@ class Programs:
             reason=reason,
             milliseconds=ways if capture == "timed" and len(choices) > 1 else {},
             constants=best.constants,
-            passes=1 + (self._buffers.branch_sets[active].computed is not None) + self._more_passes(),
+            passes=1 + (self._buffers.branch_sets[active].computed is not None) + by_element + self._more_passes(),
             conditioning=packed.note,
         )
 
@@ -193,7 +194,9 @@ class Programs:
         denoised, weights = None, branch_set.computed
         if options.denoised_fn.value is not None:
             denoised = DenoisedOutput(options.denoised_fn.value, spec, buffers, backend)
-            spec = replace(spec, branches=1, base=None, conditional=0, scaled=False, momentum=False)
+            spec = replace(
+                spec, branches=1, base=None, conditional=0, scaled=False, momentum=False, weights_by="sample"
+            )
             table = takes_x0(options.table).on(options.device, options.config.state_dtype)
             buffers = replace(buffers, weights=None, table=table)
         bound = QuantileBound(options.threshold, spec, buffers, backend) if options.threshold else None
@@ -268,6 +271,7 @@ def step_spec(options: ProgramOptions, active: Branches) -> StepSpec:
         active,
         scaled=options.uses_outputs(active),
         momentum=options.uses_outputs(active) and options.momentum is not None,
+        weights_by=options.weights_by if len(active) > 1 else "sample",
         gradient=options.cond_fn.value is not None,
         clip=options.clip or options.threshold is not None,
         rescale=options.threshold is not None,

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..guidance import Guidance, NoGuidance
+from ..guidance.places import plan_for
 from ..known_pixels import KeptImage
 from ..table import StepTable
 from ..utils.checks import check_count
 from ..utils.identity import Alike
-from .call import Call, ProgramOptions, check_functions, check_shape, clip_bounds
+from .call import Call, ProgramOptions, check_functions, check_places, check_shape, clip_bounds
 from .conditioning import Conditioning, check_conditioning
 from .config import COMPILE_MODES, NO_CAPTURE, SamplerConfig
 from .loop import Preview, Previews, ProgressBar, Run, Step
@@ -369,7 +370,8 @@ class Sampler:
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
         given = {"cond": cond, "uncond": uncond, **(branches or {})}
         classifier, conditioning = self._conditionings(given, guidance.branches, shape[0])
-        plan = guidance.plan(table, shape[0])
+        plan = plan_for(guidance, table, shape)
+        check_places(plan, clip)
         if export and plan.agreement is not None:
             raise ValueError("export: got adaptive guidance, expected another: which samples agree is not exported")
         state_fn = self.state_fn if state_fn is OWN else state_fn
@@ -402,6 +404,7 @@ class Sampler:
             mix=Alike(plan.mix),
             rescale=plan.rescale,
             momentum=plan.momentum,
+            weights_by="sample" if plan.places is None else plan.places.by,
             clip=isinstance(clip, Tensor),
             threshold=clip if isinstance(clip, DynamicThreshold) else None,
             noise_source=noise_source,

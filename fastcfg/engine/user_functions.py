@@ -38,7 +38,9 @@ class DenoisedOutput:
         if spec.branches > 1:
             weights = buffers.weights.index_select(0, row)[0]  # type: ignore[union-attr]
             momentum = buffers.momentum if spec.momentum else None
-            m = self._pieces.guidance_blend(m, weights, base=spec.base, scaled=spec.scaled, momentum=momentum)
+            # The kernel of this piece has one weight for a sample.
+            by_sample = self._pieces if spec.weights_by == "sample" else pieces
+            m = by_sample.guidance_blend(m, weights, base=spec.base, scaled=spec.scaled, momentum=momentum)
         coefficients = buffers.table.index_select(0, row).expand(len(x), -1).t().contiguous()
         p_x, p_m, p_x_rest, p_m_rest = (coefficients[column] for column in _P)
         x0 = self._function(self._pieces.predict_x0(x, m, p_x, p_m, rest=(p_x_rest, p_m_rest)))

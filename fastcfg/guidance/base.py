@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..table import StepTable
 from .scales import check_fields, inside_interval
+
+if TYPE_CHECKING:
+    from .places import PlaceWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +31,7 @@ class GuidancePlan:
         agreement: the cosine of cond and uncond at which adaptive guidance ends for a sample; None for other guidance.
         fallback_branches: the branches evaluated once guidance has ended for every sample.
         fallback_weights: float64 [K] or [P], the (planned) weights of a sample for which it has ended, but not for all.
+        places: the weights, in place of `weights`, where they differ within a sample (`guidance.places`).
     """
 
     weights: NDArray[np.float64]
@@ -39,6 +43,7 @@ class GuidancePlan:
     agreement: float | None = None
     fallback_branches: tuple[int, ...] = ()
     fallback_weights: NDArray[np.float64] | None = None
+    places: PlaceWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class Guidance:
             ValueError: scales that are not finite, or of another length than the batch or the table; a table that adds
                 the unconditional output (a_u) for guidance without that branch.
         """
+        if getattr(self, "channels", None) is not None:
+            raise ValueError(f"channels: got {self.channels}, expected None: they are a `Sampler`'s")  # type: ignore[attr-defined]
         if table.uses_unconditional and self.unconditional is None:
             expected = f"'uncond' among them: the table {table.name} adds its output"
             raise ValueError(f"guidance: got branches {', '.join(self.branches)}, expected {expected}")
@@ -123,7 +130,7 @@ class Guidance:
             # As math.isclose, with which diffusers' guiders decide that a scale guides nothing.
             unguided = np.asarray(np.isclose(weights, self.fallback_weights, rtol=1e-9, atol=0).all(axis=-1))
             weights[unguided] = self.fallback_weights
-        active = [self._active(weights[i], table, i) for i in range(table.num_rows)]
+        active = [self.evaluated(weights[i], table, i) for i in range(table.num_rows)]
         if not self.uses_outputs:
             return GuidancePlan(weights, tuple(active))
         planned, mix = self.planned(table, weights), self.mixer()
@@ -140,7 +147,7 @@ class Guidance:
         planned[self.base], planned[self.conditional] = 1, 1
         return planned
 
-    def _active(self, weights: NDArray[np.float64], table: StepTable, row: int) -> tuple[int, ...]:
+    def evaluated(self, weights: NDArray[np.float64], table: StepTable, row: int) -> tuple[int, ...]:
         """The branches to evaluate at a row with weights [B, K]."""
         # The weight of each branch once the delta form is multiplied out.
         total = weights.copy()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..table import StepTable
-from ..utils.checks import check_one_of
+from ..utils.checks import check_count, check_one_of
 from .base import Guidance, GuidancePlan
-from .scales import Cosine, Interval, Scale, Share, scale_by_row
+from .scales import Cosine, Count, Interval, Scale, Share, scale_by_row
 
 FORMULATIONS = ("standard", "original", "sum")
 
@@ -26,7 +26,8 @@ class CFG(Guidance):
         scale: s of m = uncond + s (cond - uncond); with formulation "original", w of m = cond + w (cond - uncond). A
             number; B numbers, one per sample; an array [R, 1] or [R, B] with one row per model evaluation; or a
             function of the progress through the run, 0 at the first step and below 1 at the last, that returns a number
-            or B numbers.
+            or B numbers. In a `Sampler` also an array that broadcasts to the samples [B, C, ...], with all of their
+            dimensions: by channel, frame or place; one more in front is by row, [R, B, C, ...].
         interval: (start, stop) in fractions of the run's steps; outside it only the conditional branch is evaluated
             (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724). Step i of N is inside if int(start*N) <= i <
             int(stop*N), as in diffusers' guiders.
@@ -37,10 +38,12 @@ class CFG(Guidance):
             https://arxiv.org/abs/2305.08891; diffusers' `guidance_rescale`). Above 0 it takes a second pass over the
             outputs per row. A prediction that hardly varies (a standard deviation below a thousandth of its root mean
             square, or zeros) is left as it is.
+        channels: how many of the state's channels are guided, the first ones, in a `Sampler`; the others are the
+            conditional branch's, as in the first half of DiT's `forward_with_cfg`, which guides 3 of 4. None for all.
 
     Raises:
         ValueError: non-finite scale, an interval not within 0 <= start < stop <= 1, unknown formulation, an order that
-            is not a permutation of ("cond", "uncond"), or a rescale outside 0 to 1.
+            is not a permutation of ("cond", "uncond"), a rescale outside 0 to 1, or channels below 1.
 
     Example:
         >>> CFG(3.0).branches
@@ -52,11 +55,14 @@ class CFG(Guidance):
     formulation: str = "standard"
     order: tuple[str, ...] = ("cond", "uncond")
     rescale: Share = 0.0
+    channels: Count | None = field(default=None, kw_only=True)
 
     names: ClassVar[tuple[str, ...]] = ("cond", "uncond")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.channels is not None:
+            check_count("channels", self.channels)
         check_one_of("formulation", self.formulation, FORMULATIONS)
         if sorted(self.order) != sorted(self.names):
             raise ValueError(f"order: got {self.order!r}, expected a permutation of {self.names}")

@@ -67,7 +67,7 @@ def check_fields(spec: Any) -> None:
             scales = {name: value} if kind == "Scale" else {f"{name}[{key!r}]": value[key] for key in value}
             for label, scale in scales.items():
                 if not callable(scale):
-                    _finite(label, scale)
+                    finite_scale(label, scale)
         elif kind == "Interval":
             edges = [as_number(edge) for edge in value] if isinstance(value, Sequence | np.ndarray) else []
             start, stop = edges if len(edges) == 2 else (None, None)
@@ -82,13 +82,28 @@ def check_fields(spec: Any) -> None:
             object.__setattr__(spec, name, number)
 
 
-def _finite(name: str, scale: Any) -> NDArray[np.float64]:
+def dimensions(scale: Any) -> int:
+    """How many dimensions a scale has that is no function."""
+    return int(scale.ndim) if hasattr(scale, "ndim") else np.ndim(scale)
+
+
+def finite_scale(name: str, scale: Any) -> NDArray[np.float64]:
+    """A scale that is no function, as an array; ValueError unless it is of finite numbers."""
     try:
         given = np.asarray(scale.detach().cpu() if hasattr(scale, "detach") else scale)
         # A bool is a switch that took the place of a scale.
         values = given.astype(np.float64) if given.dtype != np.bool_ else np.array(np.nan)
     except (TypeError, ValueError):
         values = np.array(np.nan)
-    if values.ndim > 2 or not np.isfinite(values).all():
-        raise ValueError(f"{name}: got {scale!r}, expected finite numbers in at most two dimensions")
+    if not np.isfinite(values).all():
+        got = f"shape {values.shape} with others" if values.ndim > 2 else repr(scale)
+        raise ValueError(f"{name}: got {got}, expected finite numbers")
+    return values
+
+
+def _finite(name: str, scale: Any) -> NDArray[np.float64]:
+    values = finite_scale(name, scale)
+    if values.ndim > 2:
+        expected = "at most two dimensions: scales by place, as arrays, are a `Sampler`'s"
+        raise ValueError(f"{name}: got shape {values.shape}, expected {expected}")
     return values

@@ -25,7 +25,7 @@ def split_model_output(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 def guidance_blend(
     output: Tensor, weights: Tensor, *, base: int | None = None, scaled: bool = False, momentum: Tensor | None = None
 ) -> Tensor:
-    """[K*B, C, ...] and weights [B, K] (or [B, K + 1] with momentum) to [B, C, ...], by `blend`."""
+    """[K*B, C, ...] and weights [B, K] (or [B, K + 1] with momentum, or by place) to [B, C, ...], by `blend`."""
     branches = weights.shape[1] - (momentum is not None)
     return blend(_computed(output).chunk(branches), base, weights, scaled=scaled, momentum=momentum)
 

@@ -129,7 +129,7 @@ def blend(
     is weighted too if `scaled`), or the weighted sum. A momentum [B, C, ...] is added with weight K. `out` and
     `difference` are memory, as `m` and `difference` of `Scratch`.
 
-    Weights may also be [B, K, C] or [B, K, C, ...]. Where one branch's is 1 and the others' are 0, the delta form is then
+    Weights may also be [B, K, C] or [B, K, C, ...]. Where one branch's is 1 and the others' are 0, the delta form is
     that branch to the last bit, as where it is the only one evaluated.
     """
     if len(outputs) == 1:

@@ -545,7 +545,7 @@ def test_a_branch_model_that_cannot_be_called_is_refused() -> None:
 
 def test_the_command_lists_what_every_method_costs(capsys: pytest.CaptureFixture[str]) -> None:
     specs = {name for name in fastcfg.guidance.__all__ if isinstance(getattr(fastcfg.guidance, name), type)}
-    assert specs - {"Guidance", "GuidancePlan", "GramGuidance"} == set(methods()) - {"rescale=0.7"}
+    assert specs - {"Guidance", "GuidancePlan", "GramGuidance"} == set(methods()) - {"rescale=0.7", "channels=3", "map"}
     assert main(["methods"]) == 0
     costs, more, names = capsys.readouterr().out.split("\n\n")
     options = dict.fromkeys(("state_fn", "inpaint", "log_prob", "check_finite"), "1")
@@ -553,6 +553,7 @@ def test_the_command_lists_what_every_method_costs(capsys: pytest.CaptureFixture
     assert names == f"--guidance takes {', '.join(by_name.METHODS)}\n"
     rows = {line.split()[0]: line.split()[-2:] for line in costs.splitlines()[1:]}
     linear = {"NoGuidance": 1, "CFG": 2, "Compose": 3, "InstructPix2Pix": 3, "AutoGuidance": 2, "PerturbedCFG": 3}
+    linear |= {"channels=3": 2}
     assert {name: int(forwards) for name, (forwards, passes) in rows.items() if passes == "1"} == linear
     assert {passes for _, passes in rows.values()} == {"1", "2"}
 

@@ -86,6 +86,12 @@ CASES: dict[str, tuple[StepSpec, torch.dtype, dict[str, Any], Callable[[Tensor],
         {"model_input": channels_last(torch.zeros(4, *SHAPE[1:], dtype=torch.float16)), "time": torch.zeros(4)},
         lambda output: channels_last(output.half()),
     ),
+    "a weight of every element's own": (
+        StepSpec(branches=2, base=1, weights_by="element", clip=True),
+        torch.float32,
+        {"weights": torch.rand(ROWS, SHAPE[0], 2, *SHAPE[1:], generator=torch.Generator().manual_seed(1)) * 3},
+        lambda output: output,
+    ),
     "one branch in float64, nothing to write but x": (
         StepSpec(noise_source="tensor"),
         torch.float64,

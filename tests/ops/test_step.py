@@ -258,6 +258,42 @@ def test_bad_buffers_are_refused(name: str, value: Tensor | None, message: str) 
         GuidedStep(FULL, make_buffers(FULL, **{name: value}))
 
 
+@pytest.mark.parametrize(
+    ("by", "weights", "message"),
+    [
+        (
+            "channel",
+            zeros(ROWS, 2, 2),
+            r"weights: got torch.float32 \(4, 2, 2\) .* expected torch.float32 \(4, 2, 2, 3\)",
+        ),
+        ("channel", zeros(1, 2, 2, 3), r"weights: got torch.float32 \(1, 2, 2, 3\)"),
+        ("element", zeros(ROWS, 2, 2, 3), r"weights: got .* expected torch.float32 \(4, 2, 2, 3, 5, 7\)"),
+        ("element", zeros(1, 1, 2, *SHAPE[1:]).expand(ROWS, 2, -1, -1, -1, -1), r"weights: got non-contiguous"),
+        ("element", None, "weights: got None"),
+    ],
+)
+def test_weights_by_place_are_of_that_shape(by: str, weights: Tensor | None, message: str) -> None:
+    spec = StepSpec(2, 1, weights_by=by, clip=True)
+    with pytest.raises(ValueError, match=message):
+        GuidedStep(spec, make_buffers(spec, weights=weights))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        StepSpec(weights_by="channel"),
+        StepSpec(2, 1, weights_by="element", scaled=True),
+        StepSpec(2, 1, weights_by="element", momentum=True),
+        StepSpec(2, 1, weights_by="pixel"),
+    ],
+)
+def test_weights_by_place_are_of_plain_blends(spec: StepSpec) -> None:
+    with pytest.raises(
+        ValueError, match=r"spec.weights_by: got '\w+', expected|weights_by: got 'pixel', expected one of"
+    ):
+        GuidedStep(spec, make_buffers(spec))
+
+
 def test_seeds_are_checked_where_the_step_draws() -> None:
     spec = replace(FULL, noise_source="philox")
     GuidedStep(spec, make_buffers(spec, noise=None))
