@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import _moved, guidance, sigmas, solvers
 from .clip import DynamicThreshold
+from .engine.by_row import ByRow
+from .engine.conditioning import Padded, Shared
 from .engine.config import SamplerConfig
 from .engine.sampler import Preview, RunState, Sampler, Step
 from .engine.state_function import StateFunction
@@ -51,10 +53,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "CFGZeroStar", "ClassifierFree", "Compose"]
+__all__ = ["APG", "CFG", "APGMix", "AdaptiveCFG", "AutoGuidance", "ByRow", "CFGZeroStar", "ClassifierFree", "Compose"]
 __all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "MagnitudeAwareCFG", "NoGuidance"]
-__all__ += ["PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule"]
-__all__ += ["StateFunction", "Step", "StepTable", "TangentialCFG", "TextToImage", "Trajectory", "Upsampler"]
+__all__ += ["Padded", "PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule"]
+__all__ += ["Shared", "StateFunction", "Step", "StepTable", "TangentialCFG", "TextToImage", "Trajectory", "Upsampler"]
 __all__ += ["accelerate", "compiler", "differential", "guidance", "inpaint", "is_fused", "log_prob", "reordered"]
 __all__ += ["repaint", "repaint_order", "sigmas", "solvers", "to_pil"]
 

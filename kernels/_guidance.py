@@ -5,16 +5,6 @@ import triton.language as tl
 
 
 @triton.jit
-def weight(weights_ptr, k, place, places, mask, zeros, BY_PLACE: tl.constexpr):
-    """The weight of branch k: one for the sample, or one of `places` for each place."""
-    if BY_PLACE:
-        w = tl.load(weights_ptr + k * places + place, mask=mask, other=0.0)
-    else:
-        w = tl.load(weights_ptr + k) + zeros
-    return w
-
-
-@triton.jit
 def blend(
     output_ptr,
     offs,
@@ -48,13 +38,13 @@ def blend(
                 unconditional = m_k
             if BRANCHES == 1:
                 m = m_k
+            elif BY_PLACE:
+                w = tl.load(weights_ptr + k * places + place, mask=mask, other=0.0)
+                m = w * m_k if k == 0 else tl.fma(w, m_k, m)
             elif k == 0:
-                if BY_PLACE:
-                    m = weight(weights_ptr, 0, place, places, mask, m_k, BY_PLACE) * m_k
-                else:
-                    m = tl.load(weights_ptr) * m_k
+                m = tl.load(weights_ptr) * m_k
             else:
-                m = tl.fma(weight(weights_ptr, k, place, places, mask, tl.zeros_like(m_k), BY_PLACE), m_k, m)
+                m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k, m)
     else:
         branch_ptr = output_ptr + (BASE * batch + sample).to(tl.int64) * stride
         base = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -69,9 +59,11 @@ def blend(
                 m_k = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
                 if k == UNCONDITIONAL:
                     unconditional = m_k
-                w = weight(weights_ptr, k, place, places, mask, tl.zeros_like(m_k), BY_PLACE)
-                m = tl.fma(w, m_k - base, m)
-                if BY_PLACE:
+                if not BY_PLACE:
+                    m = tl.fma(tl.load(weights_ptr + k) + tl.zeros_like(m_k), m_k - base, m)
+                else:
+                    w = tl.load(weights_ptr + k * places + place, mask=mask, other=0.0)
+                    m = tl.fma(w, m_k - base, m)
                     if k == (0 if BASE > 0 else 1):
                         exact = w == 1.0
                         alone = w == 0.0

@@ -87,7 +87,6 @@ def _guided_step_kernel(
     size,
     spatial,
     output_stride,
-    weights_stride,
     blocks,
     BRANCHES: tl.constexpr,
     BASE: tl.constexpr,
@@ -96,6 +95,7 @@ def _guided_step_kernel(
     SCALED: tl.constexpr,
     MOMENTUM: tl.constexpr,
     WEIGHTS_BY: tl.constexpr,
+    ONE_ROW: tl.constexpr,
     LEARNED: tl.constexpr,
     PREDICT: tl.constexpr,
     RAW: tl.constexpr,
@@ -163,7 +163,8 @@ def _guided_step_kernel(
         else:
             place = offs
             places = size
-        row_weights_ptr = weights_ptr + row.to(tl.int64) * weights_stride + sample.to(tl.int64) * BRANCHES * places
+        weights_row = sample.to(tl.int64) if ONE_ROW else row.to(tl.int64) * batch + sample
+        row_weights_ptr = weights_ptr + weights_row * (BRANCHES * places)
     m, unconditional = blend(
         output_ptr,
         output_offs,
@@ -299,7 +300,6 @@ def launch_guided_step(output, spec, buffers, config=None):
         size,
         spatial,
         output[0].numel(),
-        0 if spec.weights_by == "sample" else buffers.weights.stride(0),
         blocks,
         BRANCHES=spec.branches,
         BASE=-1 if spec.base is None or spec.branches == 1 else spec.base,
@@ -308,6 +308,7 @@ def launch_guided_step(output, spec, buffers, config=None):
         SCALED=spec.scaled,
         MOMENTUM=spec.momentum,
         WEIGHTS_BY=("sample", "channel", "element").index(spec.weights_by),
+        ONE_ROW=spec.weights_by != "sample" and buffers.weights.stride(0) == 0,
         LEARNED=spec.learned_variance,
         PREDICT=spec.predict_x0,
         RAW=spec.raw_output,

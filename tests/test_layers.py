@@ -53,6 +53,8 @@ INSIDE = {
         "span",
         "model_output",
         "conditioning",
+        "by_row",
+        "row_plan",
         "packing",
         "place_weights",
         "noise",

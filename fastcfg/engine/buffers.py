@@ -24,9 +24,8 @@ from .state_function import KnownMemory
 
 @dataclass(eq=False)
 class BranchSet:
-    """The branches that some rows evaluate, with their packed conditioning and blend weights."""
+    """The branches that some rows evaluate, with their blend weights."""
 
-    packed: Packed  # the conditioning
     padded: Tensor  # [R + 2, B, P], the planned weights; the last two rows are written but never read: see `Agreement`
     schedule: Tensor  # those of the run's rows
     weights: Tensor  # [R, B, V], what the step reads: the schedule itself, or weights computed from it and the outputs
@@ -73,15 +72,15 @@ class Buffers:
             ),
             time=torch.zeros(slots * batch, dtype=time_dtype, device=options.device),
         )
-        sets = [*plan.active, *([plan.fallback_branches] if plan.agreement is not None else [])]
-        self.branch_sets = {a: self._branch_set(a, call) for a in dict.fromkeys(sets)}
-        self.values = call.conditioning.values()
-        self._classifier: Packed | None = None
+        self.kinds = tuple(dict.fromkeys(call.kinds))
+        self.branch_sets = {a: self._branch_set(a, call) for a in dict.fromkeys(kind.active for kind in self.kinds)}
+        self.packed = {(k.active, k.layout): Packed(call.rows.of_layout(k.layout), k.active) for k in self.kinds}
+        self.values = call.rows.values()
+        self.classifier: Packed | None = None
         self.classifier_keywords: dict[str, Any] = {}
         if options.cond_fn.value is not None:
-            self._classifier = Packed(call.classifier_conditioning, (options.conditional,))
-            self.classifier_keywords = self._classifier.keywords(0, 1)
-            self.values |= call.classifier_conditioning.values()
+            self.classifier = Packed(call.rows.conditionings[0][0], (options.conditional,))
+            self.classifier_keywords = self.classifier.keywords(0, 1)
         known = call.change is not None and call.change.known is not None
         self.known = KnownMemory(call.change, self.step) if known else None  # type: ignore[arg-type]
         self.sums = sums_memory(table.num_rows, self.step.x, config.backend) if options.log_prob else None
@@ -160,26 +159,28 @@ class Buffers:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def _load_conditioning(self, call: Call) -> None:
-        if self._classifier is not None:
-            self._classifier.load(call.classifier_conditioning)
+        if self.classifier is not None:
+            self.classifier.load(call.rows.conditionings[0][0])
+        for (_, layout), packed in self.packed.items():
+            packed.load(call.rows.of_layout(layout))
         for active, branch_set in self.branch_sets.items():
             if call.plan.places is not None and self.by_place(active):
                 write_place_weights(branch_set.schedule, call.plan.places, call.place_weights(active))
             else:
                 branch_set.schedule.copy_(torch.from_numpy(self._planned(call.plan, active)))
-            branch_set.packed.load(call.conditioning)
 
     def tensors(self) -> list[Tensor]:
         """All static tensors."""
         buffers = replace(self.step, noise=self.noises)
         tensors = [value for value in vars(buffers).values() if value is not None]
-        tensors += [] if self._classifier is None else self._classifier.tensors()
+        for packed in (*self.packed.values(), *([] if self.classifier is None else [self.classifier])):
+            tensors += packed.tensors()
         tensors += [] if self.sums is None else [self.sums]
         tensors += [] if self.finite is None else [self.finite.tensor]
         tensors += [] if self.known is None else self.known.tensors()
         for branch_set in self.branch_sets.values():
             weights = [] if branch_set.computed is None else [branch_set.weights]
-            tensors += [branch_set.padded, *weights, *branch_set.packed.tensors()]
+            tensors += [branch_set.padded, *weights]
         return tensors
 
     def _planned(self, plan: GuidancePlan, active: tuple[int, ...]) -> NDArray[np.float64]:
@@ -194,21 +195,19 @@ class Buffers:
         return self.options.weights_by != "sample" and len(active) > 1
 
     def _branch_set(self, active: tuple[int, ...], call: Call) -> BranchSet:
-        plan, conditioning = call.plan, call.conditioning
-        options, computes = self.options, self.options.uses_outputs(active)
+        plan, options = call.plan, self.options
+        computes = options.uses_outputs(active)
         if self.by_place(active):
             schedule = empty_place_weights(self.step.x, options.weights_by, call.place_weights(active))
             rows = plan.weights.shape[0]
-            return BranchSet(
-                Packed(conditioning, active), schedule, schedule, schedule.expand(rows, *schedule.shape[1:])
-            )
+            return BranchSet(schedule, schedule, schedule.expand(rows, *schedule.shape[1:]))
         rows, batch, columns = self._planned(plan, active).shape
         dtype, device = options.config.state_dtype, options.device
         padded = torch.zeros((rows + DELAY, batch, columns), dtype=torch.float64 if computes else dtype, device=device)
         vectors = len(active) + (options.momentum is not None)
         schedule = padded[:-DELAY]
         weights = torch.zeros((rows, batch, vectors), dtype=dtype, device=device) if computes else schedule
-        branch_set = BranchSet(Packed(conditioning, active), padded, schedule, weights)
+        branch_set = BranchSet(padded, schedule, weights)
         agreement = None
         if len(active) > 1 and plan.agreement is not None:
             pair = (active.index(options.conditional), active.index(options.unconditional))

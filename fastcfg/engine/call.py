@@ -17,9 +17,9 @@ from ..guidance import Guidance, GuidancePlan
 from ..table import StepTable
 from ..utils import checks
 from ..utils.identity import Alike
-from .conditioning import Conditioning
 from .config import SamplerConfig
 from .noise import NoiseSource
+from .row_plan import RowKind, RowPlan, Watch
 from .span import Span
 from .staleness import torch_settings
 from .state_function import StateOptions, StatePlan
@@ -36,7 +36,7 @@ class ProgramOptions:
 
     config: SamplerConfig
     table: StepTable
-    model: Alike
+    models: tuple[Alike, ...]  # several where rows take turns
     denoised_fn: Alike
     cond_fn: Alike
     branch_models: tuple[tuple[str, Alike], ...]
@@ -67,7 +67,8 @@ class ProgramOptions:
 
     def functions(self) -> dict[str, Any]:
         """The caller's functions by name: what a captured program may have baked in."""
-        found = {name: getattr(self, name).value for name in ("model", "denoised_fn", "cond_fn", "mix")}
+        found = {f"models[{k}]" if k else "model": alike.value for k, alike in enumerate(self.models)}
+        found |= {name: getattr(self, name).value for name in ("denoised_fn", "cond_fn", "mix")}
         found["state_fn"] = None if self.change is None else self.change.function.value
         return found | {f"branch_models[{name!r}]": alike.value for name, alike in self.branch_models}
 
@@ -77,22 +78,32 @@ class Call:
     """A checked call."""
 
     options: ProgramOptions
-    model: Callable[..., Any]  # compiled if wanted
+    models: tuple[Callable[..., Any], ...]  # compiled if wanted
     shape: tuple[int, ...]  # (B, C, ...)
     plan: GuidancePlan
-    conditioning: Conditioning
-    classifier_conditioning: Conditioning  # cond_fn's
+    rows: RowPlan
     bounds: Tensor | None  # of x0, float64 [1] or [B]
     source: NoiseSource
     span: Span  # the rows to run, and from what state
     change: StatePlan | None = None  # of state_fn
+    # Reads the conditionings again, where a caller may change them in mid-run.
+    again: Callable[[], RowPlan] | None = None
+    watch: Watch | None = None
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        """What programs are needed for: of every row, and then those of rows whose guidance has ended."""
+        kinds = [self.rows.kind(row, active) for row, active in enumerate(self.plan.active)]
+        if self.plan.agreement is not None:
+            kinds += [kind._replace(active=self.plan.fallback_branches) for kind in kinds]
+        return tuple(kinds)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for calls that can share buffers and programs."""
         plan = self.plan
-        layout = (self.shape, self.conditioning.signature(), self.classifier_conditioning.signature())
-        branches: tuple[Any, ...] = (frozenset(plan.active), plan.agreement, plan.fallback_branches)
+        layout = (self.shape, self.rows.signature())
+        branches: tuple[Any, ...] = (frozenset(self.kinds), plan.agreement, plan.fallback_branches)
         if plan.places is not None:
             branches += (frozenset((active, len(self.place_weights(active))) for active in plan.active),)
         return self.options, layout, branches, torch_settings(self.options.device)

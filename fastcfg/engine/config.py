@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -107,6 +107,17 @@ class SamplerConfig:
         return replace(
             self, dtype=dtype, device=device, backend=resolve_backend(self.backend, device, self.state_dtype)
         )
+
+    def resolved_for(self, models: Sequence[Callable[..., Any]]) -> SamplerConfig:
+        """`resolved` for several models that take turns, which must agree in what the config leaves open."""
+        for model in models[1:]:
+            first, other = (None if self.dtype else input_dtype(m) for m in (models[0], model))
+            if first != other:
+                raise ValueError(f"model: got one of {other} beside one of {first}, expected one dtype, or dtype=")
+            first_on, other_on = (None if self.device else input_device(m) for m in (models[0], model))
+            if first_on != other_on:
+                raise ValueError(f"model: got one on {other_on} beside one on {first_on}, expected one device")
+        return self.resolved(models[0])
 
     def __reduce__(self) -> Any:
         # With its default protocol torch.save cannot write a memory format: its name is written instead.

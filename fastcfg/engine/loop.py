@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .finite import FiniteWatch
 from .program_cache import CachedPrograms
 from .programs import Program
 from .readback import Pace, Readback
+from .row_plan import Turns
 from .run_state import RunState, table_key
 
 
@@ -49,6 +50,15 @@ class Preview(_Position):
     x0: Tensor
 
 
+@dataclass(eq=False)
+class RunCounts:
+    """What a run did so far, for `Sampler.report`: how many branches each row evaluated, and the rows before which
+    conditionings were copied."""
+
+    branches: list[int] = field(default_factory=list)
+    copies: list[int] = field(default_factory=list)
+
+
 class Run:
     """A prepared run of a call, on buffers and programs that are given back to their cache at the end."""
 
@@ -58,11 +68,17 @@ class Run:
 
     def __init__(self, entry: CachedPrograms, call: Call) -> None:
         self.buffers, self.table, self.span = entry.buffers, call.options.table, call.span
-        self.branches: list[int] = []  # how many each row so far has evaluated
+        self.counts = RunCounts()
         self._entry, self._programs, self._plan, self._source = entry, entry.programs, call.plan, call.source
         self._change, self._watch = call.change, None
         if self.buffers.finite is not None:
             self._watch = FiniteWatch(self.buffers.finite, call.options, len(self.buffers.step.x))
+        self._rows, self._kinds = call.rows, call.kinds
+        self._turns: Turns | None = None
+        if call.watch is not None or len(call.rows.conditionings) > 1:
+            packed, classifier = entry.buffers.packed, entry.buffers.classifier
+            self._turns = Turns(call.rows, packed, classifier, call.again, call.watch)
+            self.counts.copies = self._turns.copies
 
     def rows(self, export: bool = False) -> Iterator[int]:
         """Execute, yielding the index of the last row of each program when it is enqueued; keep `state` at the end if
@@ -73,6 +89,8 @@ class Run:
         slots = [None] * self.buffers.options.rows_per_graph if noises is None else noises.unbind()
         with self._entry:
             for first, count, program in self._schedule():
+                if self._turns is not None:
+                    self._turns.enter(first)
                 if fill is not None:
                     with torch.no_grad():
                         for row, slot in enumerate(slots[:count], first):
@@ -131,8 +149,8 @@ class Run:
         if self._plan.agreement is not None:
             return self._adaptive_schedule()
         rows = self.span.rows
-        self.branches += [len(active) for active in self._plan.active[rows.start : rows.stop]]
-        return iter(self._programs.schedule(self._plan.active, rows))
+        self.counts.branches += [len(active) for active in self._plan.active[rows.start : rows.stop]]
+        return iter(self._programs.schedule(self._kinds, self._rows.of_row, rows))
 
     def _adaptive_schedule(self) -> Iterator[tuple[int, int, Program]]:
         """Row by row, with the branches that are still needed."""
@@ -141,8 +159,8 @@ class Run:
         sent = all_agree = False
         for row in self.span.rows:
             active = self._plan.fallback_branches if all_agree else self._plan.active[row]
-            self.branches.append(len(active))
-            yield row, 1, self._programs.single(active)
+            self.counts.branches.append(len(active))
+            yield row, 1, self._programs.single(self._rows.kind(row, active))
             # This row is enqueued: the decision on the one before may be waited for, and acts on the next.
             all_agree = all_agree or (sent and bool(done.take()))
             if sent := len(active) > 1 and not all_agree:

@@ -31,13 +31,17 @@ class Packed:
         self._loaded: Conditioning | None = None
         self.load(conditioning)
 
-    def load(self, conditioning: Conditioning) -> bool:
-        """Copy a conditioning with the same signature, unless it is there already; whether it was copied."""
-        if conditioning is self._loaded:
-            return False
+    def load(self, conditioning: Conditioning) -> None:
+        """Copy a conditioning with the same signature."""
         for group in self._groups:
             group.load([conditioning.branches[k] for k in group.branches])
         self._loaded = conditioning
+
+    def enter(self, conditioning: Conditioning) -> bool:
+        """Copy a conditioning unless it is what was copied last; whether it was copied."""
+        if conditioning is self._loaded:
+            return False
+        self.load(conditioning)
         return True
 
     def keywords(self, start: int, end: int) -> dict[str, Any]:

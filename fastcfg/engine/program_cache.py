@@ -67,9 +67,9 @@ class ProgramCache:
         buffers = buffers or Buffers(call)
         buffers.enter_stream()
         pool, generation = self._pool, self._generation
-        programs = Programs(buffers, call.model, pool)
+        programs = Programs(buffers, call.models, pool)
         self.captures += 1
-        if programs.problem and (model := call.options.model) not in self._warned:
+        if programs.problem and (model := call.options.models[0]) not in self._warned:
             self._warned.add(model)
             warn_caller(f"running eagerly: the model {programs.problem}")
         captured = any(decision.graph != "none" for decision in programs.decisions.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from .call import ProgramOptions
 from .config import NO_CAPTURE
 from .graphs import CaptureError, CudaGraph, Opaque, Pool, StandIn, compare, examine, is_compiled
 from .model_output import output_tensor
+from .row_plan import RowKind
 from .state_function import StateProgram
 from .trial import Trial
 from .user_functions import ClassifierGradient, DenoisedOutput
@@ -43,11 +44,12 @@ class Decision:
     milliseconds: dict[str, float] = field(default_factory=dict)  # of a row, by "eager" or "graph" and batching
     constants: int = 0  # tensors that the model copies from the host in every call, and the graph does not
     # Over the state in a row beside the model: one for the step, one where the guidance uses the outputs or reads a map
-    # of scales, and one each for a state_fn, check_finite and log_prob; those of dynamic thresholding and of the caller's
-    # functions are not counted.
+    # of scales, and one each for a state_fn, check_finite and log_prob; those of dynamic thresholding and of the
+    # caller's functions are not counted.
     passes: int = 1
     # What keeps the branches' conditionings from one plain forward: lengths that differ, and what was done about it.
     conditioning: str = ""
+    model: int = 0  # which of the models, where they take turns
 
 
 @dataclass(frozen=True)
@@ -62,66 +64,72 @@ class _Choice:
 
 
 class Programs:
-    """The programs on some buffers, for each set of branches that some row evaluates: by branches, the `decisions` on
-    how their rows are run, and as `problem`, why the model could not be captured; empty if nothing failed."""
+    """The programs on some buffers, for each kind of row (branches, model, layout of the conditioning): by kind, the
+    `decisions` on how these rows are run, and as `problem`, why the model could not be captured; empty if nothing
+    failed."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, buffers: Buffers, model: Callable[..., Any], pool: Pool) -> None:
+    def __init__(self, buffers: Buffers, models: Sequence[Callable[..., Any]], pool: Pool) -> None:
         self._buffers, self._options, self._pool = buffers, buffers.options, pool
-        self._model = Opaque(model) if is_compiled(model) else model
+        self._models = [Opaque(model) if is_compiled(model) else model for model in models]
         others = {name: alike.value for name, alike in self._options.branch_models}
         self._branch_models = {name: Opaque(other) if is_compiled(other) else other for name, other in others.items()}
         self._gradient: ClassifierGradient | None = None
         if (cond_fn := self._options.cond_fn.value) is not None:
             self._gradient = ClassifierGradient(cond_fn, buffers.step, buffers.classifier_keywords)
-        self._single: dict[Branches, Program] = {}
-        self._repeated: dict[Branches, Program] = {}
-        self.decisions: dict[Branches, Decision] = {}
+        self._single: dict[RowKind, Program] = {}
+        self._repeated: dict[RowKind, Program] = {}
+        self.decisions: dict[RowKind, Decision] = {}
         self.problem = ""
         # Largest first: the smaller graphs then fit into its memory.
-        for active in sorted(buffers.branch_sets, key=len, reverse=True):
-            self._decide(active)
+        for kind in sorted(buffers.kinds, key=lambda kind: len(kind.active), reverse=True):
+            self._decide(kind)
 
-    def single(self, active: Branches) -> Program:
-        """One row of a set of branches."""
-        return self._single[active]
+    def single(self, kind: RowKind) -> Program:
+        """One row of a kind."""
+        return self._single[kind]
 
-    def schedule(self, active: tuple[Branches, ...], rows: range) -> list[tuple[int, int, Program]]:
-        """Some rows as (first row, number of rows, program), from the branches of every row of the table."""
+    def schedule(
+        self, kinds: Sequence[RowKind], conditionings: Sequence[int], rows: range
+    ) -> list[tuple[int, int, Program]]:
+        """Some rows as (first row, number of rows, program), from the kind and the conditioning of every row of the
+        table."""
         runs: list[tuple[int, int, Program]] = []
-        row, count, active = rows.start, self._options.rows_per_graph, active[: rows.stop]
+        alike = list(zip(kinds, conditionings, strict=False))[: rows.stop]
+        row, count = rows.start, self._options.rows_per_graph
         while row < rows.stop:
-            branches = active[row]
-            repeats = branches in self._repeated and active[row : row + count] == (branches,) * count
-            runs.append((row, count, self._repeated[branches]) if repeats else (row, 1, self._single[branches]))
+            kind = kinds[row]
+            repeats = kind in self._repeated and alike[row : row + count] == [alike[row]] * count
+            runs.append((row, count, self._repeated[kind]) if repeats else (row, 1, self._single[kind]))
             row += runs[-1][1]
         return runs
 
-    def _decide(self, active: Branches) -> None:
-        """Choose how a set of branches is run."""
-        options, packed = self._options, self._buffers.branch_sets[active].packed
+    def _decide(self, kind: RowKind) -> None:
+        """Choose how rows of a kind are run."""
+        options, active = self._options, kind.active
+        packed = self._buffers.packed[active, kind.layout]
         capture, several = options.config.capture, len(active) > 1
         # Conditionings of which no two fit into one forward leave no choice.
         batching = "serial" if len(packed.ends) == len(active) else options.config.batching
-        choices, failure = self._choices(active, "serial" if batching == "serial" and several else "batched")
+        choices, failure = self._choices(kind, "serial" if batching == "serial" and several else "batched")
         undecided = capture == "timed" and batching == "auto" and several
         if undecided and len(choices) == 2 and choices[1].seconds > _LAUNCH_BOUND * choices[0].seconds:
-            choices += self._choices(active, "serial")[0]
+            choices += self._choices(kind, "serial")[0]
         best = choices[0]
         for choice in choices[1:]:
             if capture == "always" or choice.seconds < _WORTH * best.seconds:
                 best = choice
-        self._single[active] = best.program
+        self._single[kind] = best.program
         if best.record is not None:
-            reason = self._repeat(active, best.record, best.batching)
+            reason = self._repeat(kind, best.record, best.batching)
         else:
             reason = failure or "eager is as fast"
             if failure and capture not in NO_CAPTURE:
                 self.problem = self.problem or failure
         by_element = options.weights_by == "element" and several
         ways = {f"{'graph' if way.record else 'eager'} {way.batching}": way.seconds * 1e3 for way in choices}
-        self.decisions[active] = Decision(
+        self.decisions[kind] = Decision(
             branches=tuple(options.branches[k] for k in active),
             graph="none" if best.record is None else "cuda" if options.device.type == "cuda" else "stand-in",
             batching=best.batching,
@@ -130,6 +138,7 @@ class Programs:
             constants=best.constants,
             passes=1 + (self._buffers.branch_sets[active].computed is not None) + by_element + self._more_passes(),
             conditioning=packed.note,
+            model=kind.model,
         )
 
     def _more_passes(self) -> int:
@@ -137,22 +146,22 @@ class Programs:
         options = self._options
         return (options.change is not None) + (options.config.check_finite is not None) + options.log_prob
 
-    def _repeat(self, active: Branches, record: Callable[[list[Program]], Program], batching: str) -> str:
-        """Record several rows of a set of branches if that is wanted; why it failed, or ""."""
+    def _repeat(self, kind: RowKind, record: Callable[[list[Program]], Program], batching: str) -> str:
+        """Record several rows of a kind if that is wanted; why it failed, or ""."""
         if (count := self._options.rows_per_graph) > 1:
-            programs = [self._eager(active, batching, slot) for slot in range(count)]
+            programs = [self._eager(kind, batching, slot) for slot in range(count)]
             try:
                 with self._trial() as trial:
                     self._buffers.rehearse(0)
                     trial.run(programs[0])
-                    self._repeated[active] = record(programs)
+                    self._repeated[kind] = record(programs)
             except CaptureError as error:  # they may take more memory than there is
                 return f"one row in a graph: {error}"
         return ""
 
-    def _choices(self, active: Branches, batching: str) -> tuple[list[_Choice], str]:
+    def _choices(self, kind: RowKind, batching: str) -> tuple[list[_Choice], str]:
         """An eager row, and a graph if that is wanted and works; and why there is no graph."""
-        eager, capture = self._eager(active, batching), self._options.config.capture
+        eager, capture = self._eager(kind, batching), self._options.config.capture
         if capture in NO_CAPTURE:
             return [_Choice(batching, eager)], NO_CAPTURE[capture]
         buffers, rows = self._buffers, self._options.table.num_rows
@@ -183,9 +192,9 @@ class Programs:
         on_gpu = self._options.device.type == "cuda"
         return CudaGraph(programs, examined, self._pool) if on_gpu else StandIn(programs)
 
-    def _eager(self, active: Branches, batching: str, slot: int = 0) -> Program:
+    def _eager(self, kind: RowKind, batching: str, slot: int = 0) -> Program:
         """A row as a program, which reads the noise buffer `slot`."""
-        options, backend = self._options, self._options.config.backend
+        options, backend, active = self._options, self._options.config.backend, kind.active
         branch_set = self._buffers.branch_sets[active]
         spec = step_spec(options, active)
         buffers = replace(self._buffers.step, weights=branch_set.weights)
@@ -213,7 +222,7 @@ class Programs:
             finite = self._buffers.finite.check(active, buffers, backend)
         before, after = (change, None) if change is not None and change.before else (None, change)
         step = GuidedStep(spec, buffers, backend)
-        call, gradient = self._model_call(active, batching), self._gradient
+        call, gradient = self._model_call(kind, batching), self._gradient
 
         # Memory that the model or the step allocates in inference mode could not be written to outside it later.
         @torch.inference_mode(False)
@@ -240,10 +249,10 @@ class Programs:
 
         return program
 
-    def _model_call(self, active: Branches, batching: str) -> Callable[[], Tensor]:
+    def _model_call(self, kind: RowKind, batching: str) -> Callable[[], Tensor]:
         """The model on its buffers: () -> [n*B, C or 2C, ...]."""
-        buffers, model = self._buffers, self._model
-        batch, packed = len(buffers.step.x), buffers.branch_sets[active].packed
+        buffers, model, active = self._buffers, self._models[kind.model], kind.active
+        batch, packed = len(buffers.step.x), buffers.packed[active, kind.layout]
         read = self._options.config.output or output_tensor
         models = [self._branch_models.get(self._options.branches[k], model) for k in active]
         # Neighbours with one model and conditionings that fit share a forward, unless serial forwards are wanted.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -16,13 +17,15 @@ from ..known_pixels import KeptImage
 from ..table import StepTable
 from ..utils.checks import check_count
 from ..utils.identity import Alike
+from .by_row import ByRow, models_of
 from .call import Call, ProgramOptions, check_functions, check_places, check_shape, clip_bounds
 from .conditioning import Conditioning, check_conditioning
 from .config import COMPILE_MODES, NO_CAPTURE, SamplerConfig
-from .loop import Preview, Previews, ProgressBar, Run, Step
+from .loop import Preview, Previews, ProgressBar, Run, RunCounts, Step
 from .noise import Generators, NoiseSource, Recording, make_source
 from .program_cache import ProgramCache
 from .programs import Decision
+from .row_plan import RowPlan, Watch, plan_rows
 from .run_state import RunState
 from .span import plan_span
 from .state_function import StateFunction, checked_state_function, draws_by_seed, plan_state
@@ -71,7 +74,10 @@ class Sampler:
     pickled one starts without buffers and graphs.
 
     Args:
-        model: any callable; device and dtype are taken from the parameters of a `torch.nn.Module`.
+        model: any callable; device and dtype are taken from the parameters of a `torch.nn.Module`. A `ByRow` of models
+            takes another one in some rows (experts by noise level, a refiner, a network without its ControlNet): each
+            is captured, and what solver and guidance keep goes from one to the next; with `table.restarted(row)` the
+            solver begins again at a row.
         table: from `fastcfg.solvers` (or any `StepTable`).
         guidance: a spec of `fastcfg.guidance`; None runs one conditional branch.
         branch_models: by name, the models of branches that the model does not run (a weaker one, or the same one
@@ -105,9 +111,11 @@ class Sampler:
         torch.Size([2, 3, 8, 8])
     """
 
+    model: Any
+
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Callable[..., Any] | ByRow,
         table: StepTable,
         *,
         guidance: Guidance | None = None,
@@ -133,9 +141,9 @@ class Sampler:
         self._start_empty()
 
     def _start_empty(self) -> None:
-        self._compiled: tuple[Any, Callable[..., Any]] | None = None
+        self._compiled: tuple[Any, tuple[Callable[..., Any], ...]] | None = None
         self._cache = ProgramCache(self.device)
-        self._last: tuple[ProgramOptions, dict[Any, Decision], list[int]] | None = None
+        self._last: tuple[ProgramOptions, dict[Any, Decision], RunCounts] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_compiled", "_cache", "_last")}
@@ -153,8 +161,10 @@ class Sampler:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OPTIONS:
             raise AttributeError(f"{name}: got {value!r}, expected a new sampler.config: it is an option of the config")
-        if name == "model" and not callable(value):
-            raise TypeError(f"model: got {type(value).__name__}, expected a callable")
+        if name == "model":
+            for model in models_of(value):
+                if not callable(model):
+                    raise TypeError(f"model: got {type(model).__name__}, expected a callable")
         if name == "table" and not isinstance(value, StepTable):
             raise TypeError(f"table: got {type(value).__name__}, expected a StepTable (see fastcfg.solvers)")
         super().__setattr__(name, _checked_guidance(value) if name == "guidance" else value)
@@ -171,7 +181,7 @@ class Sampler:
 
     @config.setter
     def config(self, config: SamplerConfig) -> None:
-        self._config = config.resolved(self.model)
+        self._config = config.resolved_for(models_of(self.model))
 
     @property
     def clip(self) -> Tensor | DynamicThreshold | None:
@@ -197,9 +207,9 @@ class Sampler:
         self,
         shape: Sequence[int],
         *,
-        cond: Mapping[str, Any] | None = None,
-        uncond: Mapping[str, Any] | None = None,
-        branches: Mapping[str, Mapping[str, Any]] | None = None,
+        cond: Mapping[str, Any] | ByRow | None = None,
+        uncond: Mapping[str, Any] | ByRow | None = None,
+        branches: Mapping[str, Mapping[str, Any] | ByRow] | None = None,
         guidance: Guidance | None = OWN,
         clip: float | Sequence[float] | Tensor | DynamicThreshold | None = OWN,
         denoised_fn: Callable[[Tensor], Tensor] | None = OWN,
@@ -226,7 +236,9 @@ class Sampler:
         Args:
             shape: (B, C, ...) of the samples.
             cond, uncond: keyword arguments of the model for these branches, with the same keys: tensors [B, ...] (or
-                [1, ...], repeated), or values that all branches share. A negative prompt goes to uncond.
+                [1, ...], repeated), dicts, lists and tuples of them, 0-d tensors, or values that all branches share.
+                Branches with tensors of other sizes run one after the other (or see `Padded`). A `ByRow` of
+                conditionings, or in the place of an argument, changes with the row. A negative prompt goes to uncond.
             branches: conditionings of further branches by name, for guidance that has them.
             guidance, clip, denoised_fn, cond_fn, state_fn: for this call, in place of the sampler's own.
             seed: of 64 bits. Sample i gets `seed + i`; a sequence gives each its own. With noise_source="torch" one
@@ -244,7 +256,8 @@ class Sampler:
             state: a `RunState` to go on from, which has start, state and noise of its run (see `export`).
             progress: True shows a progress bar; a tqdm bar is updated. On a GPU the host then stays one row ahead.
             callback: called with a `Step` after every row, when it is enqueued. It costs two copies of the state per
-                row on the device, and no sync.
+                row on the device, and no sync. What it writes to the given conditionings (tensors in place, items of
+                the dicts) counts from the next row on, and costs a copy.
             preview: called with a `Preview` one row after it was computed: the device has work while the host waits for
                 the copy. The last row's comes at the end.
             preview_every: preview every n-th row only (and the last).
@@ -286,7 +299,8 @@ class Sampler:
 
     def iterate(self, shape: Sequence[int], **arguments: Any) -> Iterator[Step]:
         """`sample` as a generator: yields a `Step` after every row; the last one's x are the samples. It takes the
-        keyword arguments of `sample` up to `state`, and checks them at once."""
+        keyword arguments of `sample` up to `state`, and checks them at once. Conditionings may change, as in a
+        callback."""
         _check_names("iterate", arguments)
         run = self.start(shape, **arguments)
         return (run.step(row) for row in run.rows())
@@ -318,20 +332,22 @@ class Sampler:
 
     def report(self) -> dict[str, Any]:
         """How the last run was executed: backend; graph ("cuda", "stand-in" or "none") and graph_reason (why there is
-        none, or none in part); rows; branches, the number that each row evaluated; programs, a `Decision` as a
-        dictionary for every set of branches; copies, those of the size of the state before every row (what functions of
-        a state_fn draw); captures, how often this sampler has prepared programs; and recaptured, why it last did so
+        none, or none in part); rows; branches, the number that each row evaluated; conditioning_copies, the rows before
+        which other conditionings were copied; programs, a `Decision` as a dictionary for every set of branches, model
+        and layout of the conditionings; copies, those of the size of the state before every row (what functions of a
+        state_fn draw); captures, how often this sampler has prepared programs; and recaptured, why it last did so
         again, where something captured was no longer valid."""
         if self._last is None:
             return {}
-        options, by_branches, branches = self._last
+        options, by_branches, run = self._last
         decisions = list(by_branches.values())
         return {
             "backend": options.config.backend,
             "graph": min({decision.graph for decision in decisions} - {"none"}, default="none"),
             "graph_reason": next((decision.reason for decision in decisions if decision.reason), ""),
-            "rows": len(branches),
-            "branches": list(branches),
+            "rows": len(run.branches),
+            "branches": list(run.branches),
+            "conditioning_copies": list(run.copies),
             "programs": [asdict(decision) for decision in decisions],
             "copies": 0 if options.change is None else options.change.copies,
             "captures": self._cache.captures,
@@ -369,7 +385,8 @@ class Sampler:
         cond_fn = self.cond_fn if cond_fn is OWN else cond_fn
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
         given = {"cond": cond, "uncond": uncond, **(branches or {})}
-        classifier, conditioning = self._conditionings(given, guidance.branches, shape[0])
+        again = partial(self._row_plan, given, guidance, shape[0], table, cond_fn is not None)
+        row_plan = again()
         plan = plan_for(guidance, table, shape)
         check_places(plan, clip)
         if export and plan.agreement is not None:
@@ -381,6 +398,7 @@ class Sampler:
         source = make_source(config, span, shape, noise, seed, generator, draws_by_seed(change))
         noise_source = "none" if not table.uses_noise else "tensor" if source.fill else "philox"
         changes = None if change is None else plan_state(change, noise_source, source.seeds)
+        watch = Watch(given) if keep_x0 else None  # what a caller changes where it sees rows
         # Where every row is looked at, every row is a program of its own.
         by_row = (
             by_row
@@ -393,7 +411,7 @@ class Sampler:
         options = ProgramOptions(
             config=config,
             table=table,
-            model=Alike(self.model),
+            models=tuple(map(Alike, models_of(self.model))),
             denoised_fn=Alike(denoised_fn),
             cond_fn=Alike(cond_fn),
             branch_models=tuple((name, Alike(model)) for name, model in sorted(self.branch_models.items())),
@@ -414,34 +432,43 @@ class Sampler:
             log_prob=log_prob,
         )
         bounds = clip if isinstance(clip, Tensor) else None
-        call = Call(options, self._callable(), shape, plan, conditioning, classifier, bounds, source, span, changes)
+        models = self._callables()
+        call = Call(options, models, shape, plan, row_plan, bounds, source, span, changes, again, watch)
         entry = self._cache.take(call)
         run = Run(entry, call)
-        self._last = options, entry.programs.decisions, run.branches
+        self._last = options, entry.programs.decisions, run.counts
         return run
 
-    def _conditionings(
-        self, given: dict[str, Any], branches: tuple[str, ...], batch: int
-    ) -> tuple[Conditioning, Conditioning]:
-        """What the caller gave, for cond_fn, and what the model takes: encoded text, and its keys and values, are
-        computed once."""
-        given |= {name: given["cond"] for name in self.branch_models if given.get(name) is None}
-        model, device = self.model, self.config.device
-        checked = check_conditioning(branches, given, batch, device)  # type: ignore[arg-type]
-        if not hasattr(model, "precompute"):
-            return checked, checked
-        for name, value in given.items():
-            if value is not None:
-                given[name] = getattr(self.branch_models.get(name), "precompute", model.precompute)(**value)
-        return checked, check_conditioning(branches, given, batch, device)  # type: ignore[arg-type]
+    def _row_plan(
+        self, given: dict[str, Any], guidance: Guidance, batch: int, table: StepTable, classified: bool
+    ) -> RowPlan:
+        """The models and conditionings of the rows. With what the caller gave, for cond_fn, goes what the model takes:
+        encoded text, and its keys and values, are computed once."""
+        given = given | {name: given["cond"] for name in self.branch_models if given.get(name) is None}
+        models, device, branches = models_of(self.model), self.config.device, guidance.branches
 
-    def _callable(self) -> Callable[..., Any]:
-        """The model, compiled if that is wanted."""
+        def read(number: int, row: dict[str, Any]) -> tuple[Conditioning, Conditioning]:
+            checked = check_conditioning(branches, row, batch, device)  # type: ignore[arg-type]
+            model = models[number]
+            if not hasattr(model, "precompute"):
+                return checked, checked
+            for name, value in row.items():
+                if value is not None:
+                    row[name] = getattr(self.branch_models.get(name), "precompute", model.precompute)(**value)
+            return checked, check_conditioning(branches, row, batch, device)  # type: ignore[arg-type]
+
+        by_model = any(hasattr(model, "precompute") for model in models)
+        return plan_rows(self.model, given, table, read, by_model, guidance.conditional if classified else None)
+
+    def _callables(self) -> tuple[Callable[..., Any], ...]:
+        """The models, compiled if that is wanted."""
+        models = models_of(self.model)
         if (mode := self.config.compile) is None:
-            return self.model
-        wanted = (Alike(self.model), mode)
+            return models
+        wanted = (tuple(map(Alike, models)), mode)
         if self._compiled is None or self._compiled[0] != wanted:
-            self._compiled = (wanted, torch.compile(self.model, mode=COMPILE_MODES[mode], dynamic=False))
+            compiled = (torch.compile(model, mode=COMPILE_MODES[mode], dynamic=False) for model in models)
+            self._compiled = (wanted, tuple(compiled))
         return self._compiled[1]
 
 

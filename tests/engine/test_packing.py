@@ -251,4 +251,4 @@ def test_padding_holds_zeros_and_nothing_of_an_earlier_call() -> None:
     assert found["mask"].tolist() == [[True] * 5] * B + [[True] * 2 + [False] * 3] * B
     # What is loaded already is not copied again.
     same = read(long, short)
-    assert [packed.load(same), packed.load(same)] == [True, False]
+    assert [packed.enter(same), packed.enter(same)] == [True, False]

@@ -31,9 +31,9 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[tuple[str, int], t
     seconds: dict[tuple[str, int], tuple[float, float]] = {}
     compare, trying = programs.compare, []
 
-    def choose(self: Any, active: Any, batching: str) -> Any:
-        trying.append((batching, len(active)))
-        return choices(self, active, batching)
+    def choose(self: Any, kind: Any, batching: str) -> Any:
+        trying.append((batching, len(kind.active)))
+        return choices(self, kind, batching)
 
     choices = programs.Programs._choices
     monkeypatch.setattr(programs.Programs, "_choices", choose)
@@ -264,7 +264,7 @@ def test_compiled_models_compose(how: str, graph: bool) -> None:
     assert not torch.equal(results[0], results[1])
     assert compiled.report()["graph"] == ("stand-in" if graph else "none")
     if graph:
-        eager = plain(compiled._callable(), graph=False)
+        eager = plain(compiled._callables()[0], graph=False)
         assert torch.equal(draw(eager), results[0])
 
 

@@ -744,6 +744,7 @@ def test_report_tells_how_the_run_went() -> None:
         "constants": 0,
         "passes": 1,
         "conditioning": "",
+        "model": 0,
     }
     assert sampler.report() == {
         "backend": "reference",
@@ -751,6 +752,7 @@ def test_report_tells_how_the_run_went() -> None:
         "graph_reason": "the device is a CPU",
         "rows": 6,
         "branches": [2, 2, 2, 1, 1, 1],
+        "conditioning_copies": [],
         "programs": [
             {**decision, "branches": ("cond", "uncond")},
             {**decision, "branches": ("cond",)},

@@ -170,7 +170,7 @@ def test_compiled_models_are_captured(by: str, record_property: Record) -> None:
         eager = build(CUDA, captured.model, dtype=torch.float32, graph=False)
     else:
         captured = build(CUDA, compile="default")
-        eager = build(CUDA, captured._callable(), dtype=torch.float32, graph=False)
+        eager = build(CUDA, captured._callables()[0], dtype=torch.float32, graph=False)
     for seed in (0, 1):
         assert_same(draw(captured, seed), draw(eager, seed), f"seed {seed}")
     assert_captured(captured)
