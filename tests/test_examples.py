@@ -50,6 +50,7 @@ BEFORE = {
     "CONTRIBUTING.md": "",
     "README.md": f"{MODEL}\n{LABELS}",
     "docs/compiler.md": f"{MODEL}\n{PIPELINE}\nfrom fastcfg.compiler import compile_sampler",
+    "docs/conditioning.md": "",
     "docs/drop_ins.md": f"import k_diffusion.sampling\n{MODEL}\n{GLIDE}",
     "docs/graphs.md": "",
     "docs/guidance.md": "from dataclasses import dataclass\nfrom fastcfg import GramGuidance",
