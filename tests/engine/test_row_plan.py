@@ -443,3 +443,36 @@ def test_padded_prompts_take_turns() -> None:
     plain.model.load_state_dict(run.model.state_dict())
     want = by_hand(plain, [CAT] * 2 + [LONG.mean(1, keepdim=True).expand(B, 4, 3)] * 3)
     assert torch.allclose(got, want, rtol=0, atol=1e-5)
+
+
+# With runs in parts
+
+
+@pytest.mark.parametrize("way", ["eager", "captured", "rows of graphs"])
+@pytest.mark.parametrize("table", ["dpmpp_2m", "ddim"])
+@pytest.mark.parametrize("stop", [2, 3])
+def test_two_parts_are_one_piece(table: str, way: str, stop: int) -> None:
+    """A part that begins before, at or after a turn has the prompt and the model of its rows."""
+    models = Model(gain=0.7), Model(gain=0.3)
+    cond = ByRow({"text": CAT}, {"text": DOG}, row=3)
+    whole, parts = (make(table, CFG(3.0), ByRow(*models, row=2), **WAYS[way]) for _ in range(2))
+    want = draw(whole, cond)
+    state = parts.export(SHAPE, stop=stop, branches=given(parts, cond), seed=3)
+    for _ in range(2):
+        assert torch.equal(parts.resume(state, branches=given(parts, cond)), want)
+    assert parts.report()["conditioning_copies"] == ([3] if stop == 2 else [])
+    assert parts.report()["rows"] == 5 - stop
+    # The sampler's memory now holds the second prompt: a new run begins with the first.
+    assert torch.equal(draw(parts, cond), want)
+
+
+def test_a_change_in_a_part_counts_there() -> None:
+    run, cond = make("ddim", CFG(3.0), graph=True), {"text": CAT.clone()}
+    state = run.export(SHAPE, stop=2, branches=given(run, cond), seed=3)
+    got = run.resume(
+        state,
+        branches=given(run, cond),
+        callback=lambda step: cond["text"].copy_(DOG) if step.row == 3 else None,
+    )
+    assert torch.equal(got, by_hand(run, [CAT] * 4 + [DOG]))
+    assert run.report()["conditioning_copies"] == [4]

@@ -285,6 +285,16 @@ def test_maps_of_samples_of_any_rank(shape: tuple[int, ...]) -> None:
         assert torch.equal(got[:, :, i], frame[:, :, i])
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_maps_of_vectors_have_a_dimension_for_rows(backend: str) -> None:
+    """A scale [R, B] is one number for each row and sample."""
+    scales = (1.0, 2.0, 3.0)
+    alone = [draw(sampler(CFG(scale), backend=backend), (2, 3)) for scale in scales]
+    got = draw(sampler(CFG(np.reshape(scales, (1, 1, 3))), backend=backend), (2, 3))
+    for i, want in enumerate(alone):
+        assert torch.equal(got[:, i], want[:, i])
+
+
 @pytest.mark.parametrize(
     ("guidance", "options", "message"),
     [
