@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastcfg import CFG, DynamicThreshold, Sampler, Schedule, StepTable, solvers
+from fastcfg import CFG, ByRow, DynamicThreshold, Sampler, Schedule, StepTable, solvers
 from fastcfg.engine.noise import torch_source
 from fastcfg.ops import GuidedStep, QuantileBound, gram, initial_noise, quantile_bound
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
@@ -32,6 +32,8 @@ SPECS = {
     "learned": StepSpec(branches=2, base=1, clip=True, noise_source="philox", learned_variance=True),
     "momentum": StepSpec(branches=2, base=1, scaled=True, momentum=True, noise_source="philox"),
     "rescale": StepSpec(branches=2, base=1, clip=True, rescale=True, noise_source="philox"),
+    "by channel": StepSpec(branches=2, base=1, weights_by="channel", clip=True, noise_source="philox"),
+    "by element": StepSpec(branches=3, base=2, weights_by="element", clip=True, noise_source="philox"),
     "history": StepSpec(branches=3, noise_source="tensor", history=3, raw_output=True, unconditional=2, keep_x0=True),
     "states": StepSpec(history=3, saves_states=True, raw_output=True, predict_x0=False, noise_source="tensor"),
 }
@@ -67,11 +69,12 @@ def random_buffers(spec: StepSpec, shape: tuple[int, ...], dtype: torch.dtype) -
     batch, rows = shape[0], 4
     table = normal(rows + 1, len(DEVICE_COLUMNS))
     table[:, COLUMNS.index("slot")] = torch.tensor([0.0, 1, 2, -1, -1])
+    places = {"sample": (), "channel": shape[1:2], "element": shape[1:]}[spec.weights_by]
     buffers = StepBuffers(
         x=normal(*shape),
         table=table,
         counter=torch.zeros(2, dtype=torch.int32, device=DEVICE),
-        weights=normal(rows, batch, spec.branches + spec.momentum),
+        weights=normal(rows, batch, spec.branches + spec.momentum, *places),
         bound=normal(batch).abs(),
         noise=normal(*shape),
         seeds=sample_seeds(2**40, batch).to(DEVICE),
@@ -185,6 +188,43 @@ def test_loop_never_syncs(name: str, clip: float | DynamicThreshold, model: Mode
             pass
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("by", ["channel", "element", "element of one row"])
+def test_scales_by_place_are_captured(by: str, model: Model) -> None:
+    scale = torch.rand(1, 3, 1, 1) if by == "channel" else torch.rand(SHAPE)
+    scale = scale if "one row" in by else scale * torch.linspace(1, 3, 20).view(20, 1, 1, 1, 1)
+    results = []
+    for backend, graph in (("reference", False), ("triton", False), ("triton", True)):
+        sampler = Sampler(model, TABLES["ddim-eta"], guidance=CFG(scale), clip=1.0, backend=backend, graph=graph)
+        results.append(sampler.sample(SHAPE, seed=0, **conditioning()))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert sampler.report()["graph"] == "cuda"
+
+
+@pytest.mark.parametrize("rows_per_graph", [1, 4])
+def test_prompts_and_models_by_row_are_captured_and_never_sync(rows_per_graph: int, model: Model) -> None:
+    torch.manual_seed(1)
+    models = ByRow(model, Model().to(DEVICE).eval(), progress=0.3)
+    given, other = conditioning(), {"y": torch.linspace(1, 0, SHAPE[0], device=DEVICE)}
+    given["cond"] = ByRow(given["cond"], other, progress=0.55)  # type: ignore[assignment]
+    eager, captured = (
+        Sampler(models, TABLES["ddim-eta"], guidance=CFG(3.0), graph=graph, rows_per_graph=rows_per_graph)
+        for graph in (False, True)
+    )
+    want = eager.sample(SHAPE, seed=0, **given)
+    for _ in range(2):
+        assert torch.equal(captured.sample(SHAPE, seed=0, **given), want)
+    assert {program["graph"] for program in captured.report()["programs"]} == {"cuda"}
+    run = captured._prepare(SHAPE, **given, seed=0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in run.rows():
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(run.result, want)
 
 
 def test_one_launch_beside_the_model(model: Model) -> None:

@@ -51,6 +51,7 @@ GUIDANCES: dict[str, Guidance | None] = {
     "cfg": CFG(3.0),
     "interval": CFG(3.0, interval=(0.2, 0.7)),
     "compose": Compose({"cond": 2.0, "image": 1.5}),
+    "channels": CFG(3.0, channels=2),
     "adaptive": AdaptiveCFG(3.0, threshold=0.9),
     "apg": APG(3.0, momentum=-0.5, rescale=0.5),
     "zero star": CFGZeroStar(3.0, (0.0, 0.7)),
