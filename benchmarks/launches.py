@@ -106,6 +106,12 @@ def starting_noise() -> Launch:
     return _launch("normal", 4, _tensor(*SHAPE), _tensor(SHAPE[0], dtype="int64"), 0, 0)
 
 
+def brownian() -> Launch:
+    """A row's Brownian noise, of a number of normals that is known at run time."""
+    seeds, nodes, factors = _tensor(SHAPE[0], dtype="int64"), _tensor(40, dtype="int64"), _tensor(40)
+    return _launch("brownian", 4, _tensor(*SHAPE), seeds, nodes, factors, 34, 2)
+
+
 def split_piece(dtype: str = "bfloat16") -> Launch:
     """`split_model_output`."""
     batch, channels, *rest = SHAPE
@@ -268,6 +274,7 @@ VARIANTS: dict[str, Callable[[], Launch]] = {
     "channels-last": partial(step, channels_last=True, **_MAIN),
     "odd-size": partial(step, (64, 3, 63, 65), **_MAIN),
     "starting-noise": starting_noise,
+    "brownian": brownian,
     "split-piece": split_piece,
     "blend-piece": blend_piece,
     "x0-piece": x0_piece,

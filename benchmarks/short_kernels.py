@@ -28,6 +28,8 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
     x, m, p, seeds = normal(shape), normal(shape).to(dtype), normal(n), torch.arange(n, device=device)
     wide = normal(3 * n, 2 * channels, *shape[2:]).to(dtype, memory_format=layout)
     yield "initial_noise", partial(ops.initial_noise, x.clone(), seeds)
+    nodes, factors = torch.arange(5, device=device), normal(5)
+    yield "brownian_noise", partial(ops.brownian_noise, x.clone(), seeds, nodes, factors, 5)
     yield "split_model_output", partial(ops.split_model_output, wide, channels)
     yield "guidance_blend", partial(ops.guidance_blend, wide, normal(n, 3), base=1)
     yield "gram", partial(ops.gram, wide, 3, 2, channels=channels, momentum=normal(shape), decay=0.5, conditional=0)

@@ -22,7 +22,7 @@ COMPILE_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagrap
 NO_CAPTURE = {"off": "graph=False", "never": "the device is a CPU"}
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "noise_source": ("philox", "torch"),
+    "noise_source": ("philox", "torch", "brownian"),
     "graph": ("auto", True, False),
     "batching": ("auto", "batched", "serial"),
     "compile": (None, *COMPILE_MODES),
@@ -38,7 +38,9 @@ class SamplerConfig:
 
     Attributes:
         noise_source: where a step's noise comes from unless `sample` is given some: "philox" (drawn in the step; image
-            i depends on its seed alone) or "torch" (`torch.randn`, from the global generator without a seed).
+            i depends on its seed alone), "torch" (`torch.randn`, from the global generator without a seed) or
+            "brownian" (drawn before the step, in one launch: increments of a path over the noise levels that depends on
+            the seed alone, so that solvers of an SDE give the same picture in more steps).
         backend: "auto", "triton", "inductor" (compiles for seconds, see `GuidedStep`) or "reference".
         graph: "auto" captures model and step as one CUDA graph where that is measured to be faster, and runs eagerly
             elsewhere; True captures without measuring (on a CPU, with the stand-in for graphs); False runs eagerly. A

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
 from typing import Any
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..ops import initial_noise
+from ..ops import brownian_noise, initial_noise
+from ..reference.brownian import brownian_terms
 from ..reference.philox import sample_seeds
+from ..table import StepTable
 from ..utils.checks import check_seed
 from .config import SamplerConfig
 from .run_state import RunState
@@ -73,22 +75,27 @@ def make_source(
         # Nothing is random: torch's generator must not move for a seed that is not used.
         source = NoiseSource(lambda: span.x)  # type: ignore[arg-type,return-value]
     elif state is not None:
-        source = _resumed_source(config, state, shape)
+        source = _resumed_source(config, state, table, shape)
     elif config.noise_source == "torch":
         source = torch_source(seed, shape, device, generator=generator)
+    elif config.noise_source == "brownian":
+        source = brownian_source(seed, table, shape, device, config.backend, generator)
     else:
         source = philox_source(seed, shape, device, config.backend, generator)
     return source if noise is None else recorded_source(noise, table.num_rows, shape, source.start)
 
 
-def _resumed_source(config: SamplerConfig, state: RunState, shape: tuple[int, ...]) -> NoiseSource:
+def _resumed_source(config: SamplerConfig, state: RunState, table: StepTable, shape: tuple[int, ...]) -> NoiseSource:
     """The noise of a run's later rows."""
     device: Any = config.device
     if state.noise != config.noise_source:
         expected = "noise=, as recorded for the whole run" if state.noise == "recorded" else f"{state.noise!r}"
         raise ValueError(f"state: got noise_source {config.noise_source!r}, expected {expected}: the run's noise")
-    if state.noise == "philox":
-        return philox_source(state.seeds.tolist(), shape, device, config.backend)  # type: ignore[union-attr]
+    if state.seeds is not None:
+        seeds = state.seeds.tolist()
+        if state.noise == "brownian":
+            return brownian_source(seeds, table, shape, device, config.backend)
+        return philox_source(seeds, shape, device, config.backend)
     generators = []
     for saved in state.generators.cpu():  # type: ignore[union-attr]
         generators.append(torch.Generator(device))
@@ -116,6 +123,35 @@ def philox_source(
         return initial_noise(torch.empty(shape, device=device), seeds, backend)
 
     return NoiseSource(start, seeds=seeds, kind="philox")
+
+
+def brownian_source(
+    seed: int | Sequence[int] | None,
+    table: StepTable,
+    shape: tuple[int, ...],
+    device: torch.device,
+    backend: str,
+    generator: Generators | None = None,
+) -> NoiseSource:
+    """Start and seeds of `philox_source`; the noise of rows is that of `fastcfg.reference.brownian`, between the levels
+    of the table. ValueError for a table that it does not fit."""
+    source = philox_source(seed, shape, device, backend, generator)
+    if not table.uses_noise:
+        return source
+    nodes, factors, counts = brownian_terms(table)
+    # On the device beforehand: a row takes no copy.
+    by_row = (torch.from_numpy(values).to(device).unbind() for values in (nodes, factors))
+    rows = list(zip(*by_row, counts, strict=True))
+
+    def fill(row: int, buffer: Tensor) -> None:
+        if rows[row][2]:
+            narrow = buffer if buffer.dtype == torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
+            nodes, factors, terms = rows[row]
+            brownian_noise(narrow, source.seeds, nodes, factors, terms, backend)  # type: ignore[arg-type]
+            if narrow is not buffer:
+                buffer.copy_(narrow)
+
+    return replace(source, fill=fill, kind="brownian")
 
 
 def _drawn_seed(generator: torch.Generator | None) -> int:

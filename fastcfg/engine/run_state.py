@@ -24,11 +24,11 @@ class RunState:
         began: the row that the run began with, above 0 for image to image.
         table: which table it runs (`table_key`).
         x: the state [B, C, ...], in the state's dtype.
-        noise: where its noise comes from: "none" (no row adds any), "recorded" (the caller gives it again), "philox" or
-            "torch".
+        noise: where its noise comes from: "none" (no row adds any), "recorded" (the caller gives it again), "philox",
+            "torch" or "brownian".
         history: the solver's saved tensors [H, B, C, ...], or None.
         momentum: the guidance's running mean [B, C, ...], or None.
-        seeds: int64 [B], of the samples, with "philox".
+        seeds: int64 [B], of the samples, with "philox" and "brownian".
         generators: states of torch's generators, uint8 [G, bytes], with "torch": one, or one for each sample.
 
     Example:

@@ -1,11 +1,12 @@
-"""A run's starting noise."""
+"""Noise drawn on its own: a run's start, and Brownian noise."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..reference.philox import INITIAL_STREAM, philox_normal
+from ..reference.brownian import brownian_normal
+from ..reference.philox import BROWNIAN_STREAM, INITIAL_STREAM, philox_normal
 from .backend import resolve_backend
 from .checks import expect
 
@@ -16,11 +17,7 @@ def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
     The backend is "auto", "triton", "inductor" (which draws by the reference) or "reference". ValueError for shapes,
     dtypes or devices that do not fit, or a backend that cannot run.
     """
-    if not out.ndim or not out.numel():
-        raise ValueError(f"out: got shape {tuple(out.shape)}, expected [B, ...] with at least one element")
-    if out.dtype != torch.float32 or not out.is_contiguous():
-        raise ValueError(f"out: got {out.dtype} with strides {out.stride()}, expected contiguous torch.float32")
-    expect("seeds", seeds, (len(out),), torch.int64, out.device)
+    _check(out, seeds)
     if resolve_backend(backend, out.device) == "triton":
         from ..kernels.normal import launch_normal
 
@@ -28,3 +25,28 @@ def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
             launch_normal(out, seeds, 0, INITIAL_STREAM)
         return out
     return philox_normal(seeds, out.shape[1:], row=0, stream=INITIAL_STREAM, out=out)
+
+
+def brownian_noise(
+    out: Tensor, seeds: Tensor, nodes: Tensor, factors: Tensor, terms: int, backend: str = "auto"
+) -> Tensor:
+    """Fill `out` as `initial_noise`, with a row's Brownian noise: the sum of the first `terms` of `nodes`, int64 [K],
+    with `factors`, float32 [K] (`fastcfg.reference.brownian.brownian_terms`). Backends and errors are the same."""
+    _check(out, seeds)
+    expect("nodes", nodes, (len(factors),), torch.int64, out.device)
+    expect("factors", factors, (len(nodes),), torch.float32, out.device)
+    if resolve_backend(backend, out.device) == "triton":
+        from ..kernels.brownian import launch_brownian
+
+        with torch.cuda.device_of(out):
+            launch_brownian(out, seeds, nodes, factors, terms, BROWNIAN_STREAM)
+        return out
+    return brownian_normal(seeds, nodes, factors, terms, out)
+
+
+def _check(out: Tensor, seeds: Tensor) -> None:
+    if not out.ndim or not out.numel():
+        raise ValueError(f"out: got shape {tuple(out.shape)}, expected [B, ...] with at least one element")
+    if out.dtype != torch.float32 or not out.is_contiguous():
+        raise ValueError(f"out: got {out.dtype} with strides {out.stride()}, expected contiguous torch.float32")
+    expect("seeds", seeds, (len(out),), torch.int64, out.device)

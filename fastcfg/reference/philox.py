@@ -15,9 +15,9 @@ import torch
 
 from ..utils.checks import as_integer, check_seed
 
-__all__ = ["INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "sample_seeds"]
+__all__ = ["BROWNIAN_STREAM", "INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "sample_seeds"]
 
-INITIAL_STREAM, STEP_STREAM = 0, 1
+INITIAL_STREAM, STEP_STREAM, BROWNIAN_STREAM = 0, 1, 2
 
 # Minimax fits, largest relative error of each: -2 log1p(t)/t on [√½ - 1, √2 - 1] 1.7e-7; sin(a)/a and cos(a) in a² on
 # |a| <= π/4 3e-9 and 3e-8.
@@ -76,7 +76,7 @@ def philox_normal(
     Args:
         seeds: int64 [B], one per sample, on the device to draw on.
         row: the row of the run (an int64 scalar tensor works without a sync).
-        stream: `INITIAL_STREAM` for the starting noise, `STEP_STREAM` for the steps'.
+        stream: `INITIAL_STREAM` for the starting noise, `STEP_STREAM` for the steps', `BROWNIAN_STREAM` for the path's.
 
     Example:
         >>> philox_normal(sample_seeds(0, 2), (3, 8, 8)).shape

@@ -66,6 +66,7 @@ SCALAR = (
 )
 
 ALL = (*STEPS, *PIECES, *COMBINED, *CHANGES, *PASSES, *SUMS, *SCALAR, "gram-sum", "starting-noise", "noise-sums")
+ALL += ("brownian",)
 
 # For the other targets. Between them they have every feature: of variants with a feature in common, the one with most
 # terms, which takes the most registers.
@@ -73,7 +74,7 @@ CHOSEN = (
     *("main", "fp32", "all-terms", "one-sample", "rescale", "momentum", "channels-last", "odd-size"),
     *("k3-by-element", "channels-last-by-channel"),
     *("blend-piece", "combine-all", "step-bound", "quantile-first", "gram-k3-momentum", "gram-sum"),
-    *("finite", "noise-sums", "known-pixels-all", "known-pixels-channels-last"),
+    *("finite", "noise-sums", "known-pixels-all", "known-pixels-channels-last", "brownian"),
 )
 
 # For a thread with 16 elements (8 on gfx942). 128 leave room for 16 warps on an SM. Measured with Triton 3.9 and 3.6,
@@ -119,10 +120,11 @@ class MachineCode:
 
     def test_no_instruction_runs_twice(self, rows: Rows) -> None:
         """So that the number of instructions bounds what is executed."""
-        # On AMD an atomic maximum is a loop over its active lanes: here a single one. The sum over blocks is a loop.
+        # On AMD an atomic maximum is a loop over its active lanes: here a single one. The sums over blocks,
+        # and over the normals of Brownian noise, are loops.
         atomic = ("step-bound", "step-bound-one", "quantile-first", "quantile-last")
         looping = {("gfx942", variant) for variant in atomic}
-        looping |= {(target, "gram-sum") for target in self.targets}
+        looping |= {(target, name) for target in self.targets for name in ("gram-sum", "brownian")}
         loops = {key: row["backward_branches"] for key, row in rows.items()}
         assert {key: n for key, n in loops.items() if n > (key in looping)} == {}
 
