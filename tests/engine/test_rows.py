@@ -16,6 +16,7 @@ import torch
 from support.captured_cases import GUIDANCES, SCHEDULE, SHAPE, Model, conditioning, gradient, halve
 from support.captured_cases import TABLES as CAPTURED_TABLES
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcfg import CFG, DynamicThreshold, RunState, Sampler, Schedule, StepTable, sigmas, solvers
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
@@ -169,6 +170,43 @@ def test_rows_without_history_go_on_from_the_state_alone(name: str, graph: bool)
     arguments = given(one)
     half = one.sample(SHAPE, stop=2, **arguments)
     assert torch.equal(one.sample(SHAPE, start=2, x_T=half, **arguments), one.sample(SHAPE, **arguments))
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations of each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = [[]]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.rows[-1].append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp_2m_sde", "ddpm learned"])
+@pytest.mark.parametrize("source", ["philox", "torch"])
+def test_a_row_costs_what_it_costs_in_a_whole_run(name: str, source: str) -> None:
+    one = sampler(TABLES[name], noise_source=source)
+
+    def operations(**options: Any) -> list[list[str]]:
+        run = one.start(SHAPE, **given(one, **options))
+        with Operations() as seen:
+            for _ in run.rows():
+                seen.rows.append([])
+        if source == "torch" and seen.rows[0][0] == "aten.unbind.int":  # of the noise's buffers, once
+            del seen.rows[0][0]
+        return seen.rows[:-1]
+
+    whole = operations()
+    assert operations(init=IMAGE, start=2, stop=4) == whole[2:4]
+    assert len(whole[2]) > 10
+    state = one.export(SHAPE, stop=2, **given(one))
+    rest = {"seed": None, "state": state}
+    assert operations(**rest) == whole[2:]
+    passes = [decision["passes"] for decision in one.report()["programs"]]
+    one.sample(SHAPE, **given(one))
+    assert passes == [decision["passes"] for decision in one.report()["programs"]]
 
 
 def test_a_start_shares_the_programs_of_a_whole_run() -> None:
