@@ -49,6 +49,7 @@ MAX_HISTORY = 3
 NO_NOISE = -1000.0
 
 _FORMAT = "fastcfg.StepTable/1"
+_FURTHER = ("levels", "rebuild")
 _ATTRIBUTES = ("learned_variance", "initial_scale", "integer_time", "name")
 
 _INDEX = {name: i for i, name in enumerate(COLUMNS)}
@@ -106,14 +107,14 @@ class StepTable:
         Args:
             steps: as the attribute.
             **columns: one value or R values for columns named in `COLUMNS`, at least one of length R; and the
-                attributes learned_variance, initial_scale, integer_time, name, levels.
+                attributes learned_variance, initial_scale, integer_time, name, levels, rebuild.
 
         Example:
             >>> table = StepTable.from_columns(t=[999, 499], p_m=1.0, a_0=1.0)     # the model predicts x0, and x' = x0
             >>> table.num_rows
             2
         """
-        options: dict[str, Any] = {name: columns.pop(name) for name in (*_ATTRIBUTES, "levels") if name in columns}
+        options: dict[str, Any] = {name: columns.pop(name) for name in (*_ATTRIBUTES, *_FURTHER) if name in columns}
         if unknown := sorted(set(columns) - set(COLUMNS)):
             raise ValueError(f"columns: unknown {', '.join(unknown)}; expected some of {', '.join(COLUMNS)}")
         values: dict[str, NDArray[np.float64]] = {}

@@ -58,6 +58,7 @@ INSIDE = {
         "packing",
         "place_weights",
         "noise",
+        "call_noise",
         "state_function",
         "call",
         "user_functions",

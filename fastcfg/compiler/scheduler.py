@@ -21,6 +21,7 @@ from ..utils.identity import NoValueError, value_key, view_index
 from ..utils.lru import LRU
 from ..utils.progress import progress_bar
 from .assembly import TOLERANCE, Clip, Compiled, UnprovedError, columns, distance, refused, rounding_of, verify
+from .levels import Rebuild, noise_levels
 from .probe import CHANNELS, MAX_DRAWS, Array, Original, Recording, Response
 from .protocol import NextTimestep, check_protocol, host_copy, option, set_timesteps, unchanged
 from .reduction import reduce
@@ -163,7 +164,7 @@ def _compile(original: Original, clipped: bool, trial: Recording) -> Compiled:
     with _explained(original, trial):
         response = replace(response, rounding=rounding_of(response, small, what))
     clip = scheduler_clip(original.scheduler)
-    clipped = clipped or clip is not None
+    given_clipped, clipped = clipped, clipped or clip is not None
     rows = reduce(response, clipped, start, what)
     p_x, p_m = _prediction(linear, response)
     found: dict[str, Any] = columns(rows, p_x, p_m, clipped)
@@ -175,6 +176,7 @@ def _compile(original: Original, clipped: bool, trial: Recording) -> Compiled:
     found |= {"c_in": _scales(response), "t": response.times, "integer_time": response.integer_time}
     steps = np.arange(response.calls) // getattr(original.scheduler, "order", 1)
     found |= {"initial_scale": start, "learned_variance": original.learned, "steps": steps}
+    found |= {"levels": noise_levels(original), "rebuild": Rebuild(compile_timesteps, original, given_clipped)}
     table = StepTable.from_columns(name=type(original.scheduler).__name__, **found)
     with _explained(original, trial):
         verify(table, rows.draws, trial, clip, response.rounding, what)

@@ -19,10 +19,11 @@ from ..utils.checks import check_count
 from ..utils.identity import Alike
 from .by_row import ByRow, models_of
 from .call import Call, ProgramOptions, check_functions, check_places, check_shape, clip_bounds
+from .call_noise import make_source
 from .conditioning import Conditioning, check_conditioning
 from .config import COMPILE_MODES, NO_CAPTURE, SamplerConfig
 from .loop import Preview, Previews, ProgressBar, Run, RunCounts, Step
-from .noise import Generators, NoiseSource, Recording, make_source
+from .noise import Generators, NoiseSource, Recording
 from .program_cache import ProgramCache
 from .programs import Decision
 from .row_plan import RowPlan, Watch, plan_rows

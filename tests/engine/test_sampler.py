@@ -861,7 +861,7 @@ YS = {"y": torch.zeros(B)}
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"shape": (B, 2)}, ValueError, r"shape: got \(3, 2\), expected \(B, C, ...\)"),
+        ({"shape": (B,)}, ValueError, r"shape: got \(3,\), expected \(B, C, ...\)"),
         ({"shape": (0, 2, 8)}, ValueError, r"shape: got \(0, 2, 8\)"),
         ({"shape": (B, 2, 8.0)}, ValueError, r"shape: got \(3, 2, 8.0\)"),
         ({"shape": 3}, ValueError, "shape: got 3"),
@@ -915,8 +915,8 @@ def test_sample_refuses_before_any_work(
         ({"guidance": CFG(lambda progress: float("nan"))}, "scale: got nan, expected finite"),
         ({"guidance": CFG(3.0), "clip": [1.0, 2.0]}, r"clip: got 2 bounds, expected 1 or one per sample \(3\)"),
         (
-            {"guidance": CFG(3.0), "noise_source": "torch", "seed": [1, 2, 3]},
-            r"seed: got \[1, 2, 3\], expected one integer",
+            {"guidance": CFG(3.0), "noise_source": "torch", "seed": [1, 2]},
+            r"seed: got 2 seeds, expected one per sample",
         ),
     ],
 )

@@ -126,7 +126,7 @@ def test_a_generator_stands_in_for_torchs_global_one(source: str) -> None:
 
 
 def test_bad_generators_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"generator: got int, expected a torch\.Generator or None"):
+    with pytest.raises(TypeError, match=r"generator: got int, expected a torch\.Generator, a list of them or None"):
         draw(made(), seed=None, generator=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="generator: got one beside seed=3, expected one of the two"):
         draw(made(), seed=3, generator=torch.Generator())
