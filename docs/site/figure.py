@@ -24,7 +24,12 @@ GROUPS: list[tuple[str, list[list[tuple[str, str]]]]] = [
                 ("clip", "bounds of x0"),
                 ("combination", "sums in one pass"),
             ],
-            [("solvers", "-> StepTable"), ("guidance", "branches, weights")],
+            [
+                ("state_change", "between two rows"),
+                ("known_pixels", "inpainting"),
+                ("solvers", "-> StepTable"),
+                ("guidance", "branches, weights"),
+            ],
         ],
     ),
     (
