@@ -10,7 +10,7 @@ import torch
 from support.pairwise import pairwise
 from torch import Tensor, nn
 
-from fastcfg import APG, CFG, AdaptiveCFG, ByRow, Guidance, Padded, Sampler, Schedule, Step, StepTable, solvers
+from fastcfg import APG, CFG, AdaptiveCFG, ByRow, Guidance, Padded, Sampler, Schedule, Step, StepTable, inpaint, solvers
 from fastcfg.engine.conditioning import Shared
 
 pytestmark = pytest.mark.quick
@@ -476,3 +476,38 @@ def test_a_change_in_a_part_counts_there() -> None:
     )
     assert torch.equal(got, by_hand(run, [CAT] * 4 + [DOG]))
     assert run.report()["conditioning_copies"] == [4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"log_prob": True},
+        {"state_fn": lambda x, x0, row: x + 0.1 * x0},
+        {"state_fn": inpaint(torch.eye(4).view(1, 1, 4, 4), torch.zeros(SHAPE))},
+        {"check_finite": "raise"},
+    ],
+    ids=["log_prob", "state_fn", "inpaint", "check_finite"],
+)
+def test_with_what_else_a_row_may_do(options: dict[str, Any]) -> None:
+    """Prompts, models and a map beside it: captured as eager, and a prompt by row that stays is plain."""
+    fixed = {name: options[name] for name in options if name == "check_finite"}
+    given_to_sample = {name: value for name, value in options.items() if name not in fixed}
+    models, results = ByRow(Model(gain=0.7), Model(gain=0.3), row=2), []
+    for way in ("eager", "captured", "rows of graphs"):
+        run = make("ddim", GUIDANCES["map"], models, **WAYS[way], **fixed)
+        for cond in (
+            ByRow({"text": CAT}, {"text": DOG}, row=3),
+            ByRow({"text": CAT}, {"text": CAT}, row=3),
+            {"text": CAT},
+        ):
+            results.append(draw(run, cond, **given_to_sample))
+        plain = make("ddim", CFG(3.0), models)
+        draw(plain, {"text": CAT})
+        passes = [max(program["passes"] for program in of.report()["programs"]) for of in (run, plain)]
+        assert passes[0] == passes[1] + 2, "one for the map, one for the option"
+    states = [getattr(result, "samples", result) for result in results]
+    for k in (0, 1):
+        assert torch.equal(states[k], states[3 + k])
+        assert torch.equal(states[k], states[6 + k])
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[1])
