@@ -757,6 +757,7 @@ def test_report_tells_how_the_run_went() -> None:
             {**decision, "branches": ("cond", "uncond")},
             {**decision, "branches": ("cond",)},
         ],
+        "copies": 0,
         "captures": 1,
         "recaptured": "",
     }
