@@ -11,6 +11,7 @@ import torch
 
 from fastcfg import DynamicThreshold, ops
 from fastcfg.combination import Combination
+from fastcfg.state_change import KNOWN_COLUMNS, RENOISE_STREAM, TENSOR, KnownBuffers, StateSpec
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
 
@@ -51,9 +52,18 @@ def calls(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> I
         given = (weights, p.abs(), normal(shape), seeds, history, *images)
         following = output[:, :channels].clone(memory_format=layout), normal(len(output))
         buffers = StepBuffers(x.clone(), table, counter, *given, *following)
+        if spec.noise_source != "none":
+            sums = ops.sums_memory(len(table) - 1, x, "triton" if device.type == "cuda" else "reference")
+            yield "NoiseSums", partial(ops.NoiseSums(spec, buffers, sums), output)
         if spec.rescale:
             yield "QuantileBound", partial(ops.QuantileBound(DynamicThreshold(0.9), spec, buffers), output)
         yield f"GuidedStep {spec}", partial(ops.GuidedStep(spec, buffers), output)
+        if spec.history:
+            sources, record = torch.arange(spec.branches + 1, device=device).int(), torch.zeros(1, device=device).long()
+            yield "FiniteCheck", partial(ops.FiniteCheck(buffers.x, counter, sources, record, 1), output)
+            known = KnownBuffers(normal(shape), normal(shape), normal(2, len(KNOWN_COLUMNS)), normal(shape))
+            change = StateSpec(known=True, noise=TENSOR, renoise=RENOISE_STREAM)
+            yield "StateChange", partial(ops.StateChange(change, buffers, known), buffers.x)
 
 
 def main() -> None:
