@@ -10,7 +10,7 @@ from support.captured_cases import SHAPE, TABLES, Model, build, conditioning, dr
 from support.pairwise import pairwise
 from torch import Tensor
 
-from fastcfg import CFG, AdaptiveCFG, Sampler, StateFunction, solvers
+from fastcfg import CFG, AdaptiveCFG, ByRow, Sampler, StateFunction, inpaint, solvers
 from fastcfg.ops import triton_problem
 
 INTERPRETED = not triton_problem(torch.device("cpu"))
@@ -121,6 +121,22 @@ def test_with_adaptive_guidance_functions_and_float64() -> None:
     captured = draw(build(state_fn=limit, **options)[0])
     assert torch.equal(captured, draw(build(state_fn=limit, graph=False, **options)[0]))
     assert captured.dtype == torch.float64
+
+
+def test_with_models_by_row_and_scales_by_place_beside_other_additions() -> None:
+    first, second = Model(True), Model(True)
+    with torch.no_grad():
+        second.conv.weight.mul_(0.5)
+    scales = torch.linspace(1, 4, 16).view(1, 1, 4, 4)
+    pixels = inpaint(torch.linspace(0, 1, 4).view(1, 1, 1, 4), torch.zeros(1, 3, 4, 4), noise="fresh")
+    runs: list[list[Any]] = []
+    for graph in (False, True):
+        options: dict[str, Any] = {"clip": 1.0, "graph": graph, "check_finite": "raise", "check_every": 2}
+        sampler = Sampler(ByRow(first, second, row=2), TABLES["ddpm learned_range"], guidance=CFG(scales), **options)
+        drawn: Any = draw(sampler, log_prob=True, trajectory=True)
+        runs.append([draw(sampler, state_fn=pixels), draw(sampler, state_fn=limit), drawn.log_prob, drawn.states])
+        assert {program["passes"] for program in sampler.report()["programs"]} == {4}
+    assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
 def test_it_costs_one_pass_and_no_capture_more() -> None:
