@@ -56,6 +56,7 @@ BEFORE = {
     "docs/guidance.md": "from dataclasses import dataclass\nfrom fastcfg import GramGuidance",
     "docs/index.md": f"{MODEL}\n{LABELS}",
     "docs/prompts.md": "",
+    "docs/recipes.md": "",
     "docs/runs.md": "import fastcfg",
     "docs/state.md": "import torch\nmodel = lambda x, t: torch.tanh(x)",
     "docs/solvers.md": "from fastcfg import sigmas, solvers\nfrom fastcfg.solvers import Denoiser\n"

@@ -91,11 +91,13 @@ class Attributes(Holder):
         }
 
     def write(self, before: Items, now: Items) -> None:
+        # Past the __setattr__ of frozen dataclasses.
+        kind: Any = type if isinstance(self.value, type) else object
         for key in now.keys() - before.keys():
-            delattr(self.value, key)
+            kind.__delattr__(self.value, key)
         for key, item in before.items():
             if not same(now.get(key, ABSENT), item):
-                setattr(self.value, key, item)
+                kind.__setattr__(self.value, key, item)
 
 
 class Variables(Holder):

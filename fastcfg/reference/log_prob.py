@@ -90,7 +90,8 @@ def log_prob(
         table: the run's.
         row: the row's index in it, or one for each sample.
         x, x_next: the states before and after it, [B, C, ...].
-        output: the guided model output, [B, C, ...], or [B, 2C, ...] with variance channels.
+        output: the guided model output, [B, C, ...], or [B, 2C, ...] with variance channels, which only tables with
+            learned variances read.
         clip: bound of x0, as of `Sampler`.
         history: the tensors that the table saves, as they were before the row: for rows that use them.
 
@@ -109,10 +110,11 @@ def log_prob(
         torch.Size([2])
     """
     rows = _checked_rows(table, row, len(x))
-    channels = x.shape[1] * (2 if table.learned_variance else 1)
-    if x_next.shape != x.shape or output.shape != (x.shape[0], channels, *x.shape[2:]):
+    channels, shapes = x.shape[1], [(len(x), factor * x.shape[1], *x.shape[2:]) for factor in (1, 2)]
+    if x_next.shape != x.shape or output.shape not in (shapes[1:] if table.learned_variance else shapes):
         got = f"x {tuple(x.shape)}, output {tuple(output.shape)}, x_next {tuple(x_next.shape)}"
-        raise ValueError(f"log_prob: got {got}, expected the output with {channels} channels, the others alike")
+        wanted = 2 * channels if table.learned_variance else f"{channels} or {2 * channels}"
+        raise ValueError(f"log_prob: got {got}, expected the output with {wanted} channels, the others alike")
     uses_history = any(table[f"a_h{j}"][rows].any() for j in range(table.num_history))
     if len(history) != table.num_history and (history or uses_history):
         raise ValueError(f"history: got {len(history)} tensors, expected the {table.num_history} of {table.name}")
@@ -124,8 +126,8 @@ def log_prob(
         bound = torch.as_tensor(clip, dtype=torch.float64, device=x.device).expand(len(x))
     x, output, x_next = x.double(), output.double(), x_next.double()
     saved = [tensor.double() for tensor in history]
-    mean = plain_row(c, x, output[:, : x.shape[1]], spec, bound=bound, history=saved)["x"]
-    log_std = _log_std(table, c, output[:, x.shape[1] :])
+    mean = plain_row(c, x, output[:, :channels], spec, bound=bound, history=saved)["x"]
+    log_std = _log_std(table, c, output[:, channels:])
     z = (x_next - mean) * torch.exp(-log_std)
     return (-0.5 * z.square() - log_std - _HALF_LOG_2_PI).flatten(1).sum(1)
 

@@ -7,6 +7,7 @@ import random
 import warnings
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -113,6 +114,21 @@ class Slotted:
 
     def state(self) -> Any:
         return self.scale, self.total, len(self.calls)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Changes itself as frozen objects do, past its own __setattr__."""
+
+    __slots__ = ("scale",)
+    scale: float
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        object.__setattr__(self, "scale", 0.9 * self.scale)
+        return self.scale * net(x)
+
+    def state(self) -> Any:
+        return self.scale
 
 
 class Array:
@@ -273,6 +289,7 @@ EAGER: dict[str, tuple[Callable[[], Any], str]] = {
     "object": (InAnObject, "model.cache.past.0, model.cache.past.1, model.cache.step"),
     "queue, set and counter": (Queue, "model.calls, model.past.0, model.past.1 and 1 more"),
     "slots and class": (Slotted, "model.calls.1, model.scale, model.total"),
+    "frozen slots": (lambda: Frozen(1.0), "model.scale"),
     "array": (Array, "model.count"),
     "closure": (Closed, "model.count, model.defaults.0.1"),
     "global": (InAGlobal, "model.calls"),
