@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .options import add_command
 
 if TYPE_CHECKING:
+    from fastcfg.engine.sampler import Sampler
     from fastcfg.guidance import Guidance
 
 _DESCRIPTION = """\
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print("\nMore passes with")
     for name, passes in option_costs().items():
-        print(f"  {name.ljust(14)}{passes}")
+        print(f"  {name.ljust(19)}{passes}")
     print(f"\n--guidance takes {', '.join(METHODS)}")
     return 0
 
@@ -70,18 +71,43 @@ def cost(guidance: Guidance) -> tuple[int, int]:
 
 def option_costs() -> dict[str, int]:
     """The passes over the state that options of a sampler and of `sample` add to a row."""
+    found = {}
+    for name, (sampler, arguments) in option_runs().items():
+        sampler.sample((1, 1, 8), **arguments)
+        found[name] = max(program["passes"] for program in sampler.report()["programs"])
+    plain = found.pop("plain")
+    return {name: passes - plain for name, passes in found.items()}
+
+
+def option_runs(backend: str = "reference") -> dict[str, tuple[Sampler, dict[str, Any]]]:
+    """Samplers and arguments of `sample`, for samples [1, 1, 8], by the option that they show."""
     import torch
 
-    from fastcfg import Sampler, Schedule, inpaint, solvers
+    from fastcfg import CFG, ByRow, Sampler, Schedule, inpaint, solvers
+
+    def model(x: torch.Tensor, t: torch.Tensor, text: Any) -> torch.Tensor:
+        return torch.tanh(x + text["long"].mean(1)[:, :1, None])
+
+    def prompt(length: int) -> dict[str, Any]:
+        return {"text": {"long": torch.ones(1, length, 1)}}
 
     table, pixels = solvers.ddim(Schedule.named("linear").respace(20), eta=1.0), torch.zeros(1, 1, 8)
-    options: dict[str, dict[str, Any]] = {"": {}, "state_fn": {"state_fn": lambda x, x0, row: x}}
-    options |= {"inpaint": {"state_fn": inpaint(pixels, pixels)}, "log_prob": {"log_prob": True}, "check_finite": {}}
-    found = {}
-    for name, given in options.items():
+    given: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "init, start, stop": {"init": pixels, "start": 5, "stop": 15},
+        "lists of seeds": {"seed": [3]},
+        "prompts by row": {"cond": ByRow(prompt(3), prompt(3), progress=0.5)},
+        "lengths by branch": {"cond": prompt(5)},
+        "models by row": {},
+        "state_fn": {"state_fn": lambda x, x0, row: x},
+        "inpaint": {"state_fn": inpaint(pixels, pixels)},
+        "log_prob": {"log_prob": True},
+        "check_finite": {},
+    }
+    runs = {}
+    for name, options in given.items():
+        models: Any = ByRow(model, model, progress=0.5) if name == "models by row" else model
         checked = "raise" if name == "check_finite" else None
-        sampler = Sampler(lambda x, t: torch.tanh(x), table, backend="reference", graph=False, check_finite=checked)
-        sampler.sample((1, 1, 8), cond={}, seed=0, **given)
-        found[name] = max(program["passes"] for program in sampler.report()["programs"])
-    plain = found.pop("")
-    return {name: passes - plain for name, passes in found.items()}
+        sampler = Sampler(models, table, guidance=CFG(3.0), backend=backend, graph=False, check_finite=checked)
+        runs[name] = sampler, {"cond": prompt(3), "uncond": prompt(3), "seed": 0} | options
+    return runs

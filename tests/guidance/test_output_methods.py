@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcfg.guidance
 from fastcfg import (
@@ -33,7 +34,7 @@ from fastcfg import (
     TangentialCFG,
 )
 from fastcfg.cli import main
-from fastcfg.cli.methods import methods
+from fastcfg.cli.methods import methods, option_runs
 from fastcfg.guidance import by_name
 from fastcfg.ops import triton_problem
 from fastcfg.ops.blender import Blender
@@ -549,7 +550,9 @@ def test_the_command_lists_what_every_method_costs(capsys: pytest.CaptureFixture
     assert main(["methods"]) == 0
     costs, more, names = capsys.readouterr().out.split("\n\n")
     options = dict.fromkeys(("state_fn", "inpaint", "log_prob", "check_finite"), "1")
-    assert {line.split()[0]: line.split()[1] for line in more.splitlines()[1:]} == options
+    free = ("init, start, stop", "lists of seeds", "prompts by row", "lengths by branch", "models by row")
+    told = {line[:-1].strip(): line[-1] for line in more.splitlines()[1:]}
+    assert told == options | dict.fromkeys(free, "0")
     assert names == f"--guidance takes {', '.join(by_name.METHODS)}\n"
     rows = {line.split()[0]: line.split()[-2:] for line in costs.splitlines()[1:]}
     linear = {"NoGuidance": 1, "CFG": 2, "Compose": 3, "InstructPix2Pix": 3, "AutoGuidance": 2, "PerturbedCFG": 3}
@@ -558,22 +561,36 @@ def test_the_command_lists_what_every_method_costs(capsys: pytest.CaptureFixture
     assert {passes for _, passes in rows.values()} == {"1", "2"}
 
 
+class Launches(TorchDispatchMode):
+    """The operations of ours that are called, but for the start's noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(function).startswith("fastcfg.") and "initial_noise" not in str(function):
+            self.names.append(str(function).split(".")[1])
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs the Triton interpreter")
 @pytest.mark.parametrize("guidance", [CFG(3.0), APG(3.0, momentum=-0.5, rescale=0.5), PerpNeg()], ids=repr)
 def test_the_passes_told_are_those_launched(guidance: Guidance) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    launched: list[str] = []
-
-    class Launches(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if str(function).startswith("fastcfg.") and "noise" not in str(function):
-                launched.append(str(function).split(".")[1])
-            return function(*args, **(kwargs or {}))
-
     outputs, named = recorded()[:2], [{"branch": torch.full((B,), i), "sample": torch.arange(B)} for i in range(3)]
     sampler = Sampler(Player(outputs), table_of(2), guidance=guidance, backend="triton", graph=False)
-    with Launches():
+    with Launches() as launches:
         sampler.sample(SHAPE, branches=dict(zip(guidance.branches, named, strict=False)), seed=0)
     (program,) = sampler.report()["programs"]
-    assert launched == (["gram", "guided_step"] if program["passes"] == 2 else ["guided_step"]) * 2
+    assert launches.names == (["gram", "guided_step"] if program["passes"] == 2 else ["guided_step"]) * 2
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the Triton interpreter")
+@pytest.mark.parametrize("name", option_runs())
+def test_the_passes_of_options_are_those_launched(name: str) -> None:
+    sampler, arguments = option_runs("triton")[name]
+    with Launches() as launches:
+        sampler.sample((1, 1, 8), **arguments)
+    rows = launches.names.count("guided_step")
+    assert rows == len(sampler.report()["branches"])
+    assert len(launches.names) == rows * max(program["passes"] for program in sampler.report()["programs"])
