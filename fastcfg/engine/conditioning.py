@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -81,19 +82,21 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A dict, list or tuple with tensors below it."""
+    """A dict, list or tuple with tensors below it: its items in an order that all branches share, and the names in the
+    order in which they were given."""
 
     kind: type
     items: dict[Any, Any]
+    given: tuple[Any, ...]
 
     def key(self) -> Any:
         """Equal for nodes with the same structure and values."""
-        return self.kind, tuple((name, _key(item)) for name, item in self.items.items())
+        return self.kind, self.given, tuple((name, _key(item)) for name, item in self.items.items())
 
     def build(self, tensors: Mapping[Place, Tensor]) -> Any:
         """The container with tensors in their places."""
         built = {name: _built(item, tensors) for name, item in self.items.items()}
-        return built if self.kind is dict else self.kind(built.values())
+        return contained(self.kind, {name: built[name] for name in self.given})
 
     def values(self) -> Iterator[tuple[str, Value]]:
         """The values without tensors, by name."""
@@ -172,11 +175,15 @@ class _Reader:
         self._leaves: list[Leaf] = []
 
     def arguments(self, given: Mapping[str, Any]) -> Arguments:
-        return Arguments(self._node(dict, given, self._branch), tuple(self._leaves))
+        tree = self._node(dict, given, self._branch)
+        # Keyword arguments have no order.
+        return Arguments(replace(tree, given=tuple(tree.items)), tuple(self._leaves))
 
     def _node(self, kind: type, given: Any, name: str) -> Node:
         # Branches may name their keys in any order.
-        items = dict(sorted(given.items(), key=lambda item: str(item[0])) if kind is dict else enumerate(given))
+        named = isinstance(given, Mapping)
+        items = dict(sorted(given.items(), key=lambda item: str(item[0])) if named else enumerate(given))
+        order = list(given) if named else list(items)
         read = {key: self._read(item, f"{name}[{key!r}]") for key, item in items.items()}
         for key, item in items.items():
             if isinstance(item, Padded) and item.mask is not None:
@@ -184,7 +191,8 @@ class _Reader:
                     expected = "the name of another keyword beside it"
                     raise ValueError(f"{name}[{key!r}]: got mask={item.mask!r}, expected {expected}")
                 read[item.mask] = replace(read[key], is_mask=True)
-        return Node(kind, read)
+                order.append(item.mask)
+        return Node(kind, read, tuple(order))
 
     def _read(self, value: Any, name: str) -> Any:
         if isinstance(value, Tensor | Padded):
@@ -243,10 +251,26 @@ def _check_alike(
 
 def _has_tensors(value: Any) -> bool:
     """Whether a container has tensors, or what is marked, somewhere below it."""
-    if type(value) not in (dict, list, tuple):
-        return False
-    items = value.values() if type(value) is dict else value
-    return any(isinstance(item, Tensor | Padded | Shared) or _has_tensors(item) for item in items)
+    return any(isinstance(item, Tensor | Padded | Shared) or _has_tensors(item) for item in _items(value))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What is in a container that can be built again (`contained`)."""
+    kind = type(value)
+    if kind in (dict, OrderedDict) or (isinstance(value, OrderedDict) and is_dataclass(value)):
+        found: Iterable[Any] = value.values()
+        return found
+    return value if kind in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")) else ()
+
+
+def contained(kind: Any, items: dict[Any, Any]) -> Any:
+    """A container of a kind with other items, by name or index: dicts and ordered ones, the outputs of networks that
+    transformers and diffusers define, lists, tuples and named tuples."""
+    if kind is dict:
+        return items
+    if issubclass(kind, OrderedDict):
+        return kind(items) if kind is OrderedDict else kind(**items)
+    return kind(*items.values()) if hasattr(kind, "_fields") else kind(items.values())
 
 
 def _key(item: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..table import StepTable
 from ..utils.identity import identity_key
 from .by_row import ByRow
-from .conditioning import Conditioning, Padded, Shared
+from .conditioning import Conditioning, Padded, Shared, contained
 
 # (index of a model, the given conditionings of a row) -> the classifier's and the model's conditioning.
 Reader = Callable[[int, dict[str, Any]], tuple[Conditioning, Conditioning]]
@@ -120,9 +121,10 @@ def _chosen(given: Any, chosen: Mapping[int, int]) -> Any:
         return _chosen(given.values[chosen[id(given)]], chosen)
     if not any(True for _ in _parts(given)):
         return given
-    if isinstance(given, Mapping):
-        return {name: _chosen(value, chosen) for name, value in given.items()}
-    return type(given)(_chosen(value, chosen) for value in given)
+    named = isinstance(given, Mapping)
+    items = {name: _chosen(value, chosen) for name, value in (given.items() if named else enumerate(given))}
+    kind = dict if named and not isinstance(given, OrderedDict) else type(given)
+    return contained(kind, items)
 
 
 class Watch:

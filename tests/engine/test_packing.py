@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastcfg import CFG, Compose, Guidance, Sampler, Schedule, solvers
+from fastcfg import CFG, ByRow, Compose, Guidance, Sampler, Schedule, solvers
 from fastcfg.engine.conditioning import Padded, Shared, check_conditioning
 from fastcfg.engine.packing import Packed
 
@@ -252,3 +256,65 @@ def test_padding_holds_zeros_and_nothing_of_an_earlier_call() -> None:
     # What is loaded already is not copied again.
     same = read(long, short)
     assert [packed.enter(same), packed.enter(same)] == [True, False]
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+@dataclass
+class Output(OrderedDict):  # as the outputs of diffusers' networks
+    a: Tensor
+    b: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            self[name] = value
+
+
+def ordered(a: Any, b: Any) -> Any:
+    return OrderedDict(b=b, a=a)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [(Pair, attrgetter("a", "b")), (Output, attrgetter("a", "b")), (ordered, lambda pair: tuple(pair.values())[::-1])],
+    ids=["named tuple", "network's output", "ordered"],
+)
+def test_containers_of_other_kinds_are_read_and_built_again(kind: Any, read: Any, graph: bool) -> None:
+    a, b, other = (torch.linspace(start, 1, B) for start in (0, -1, 0.5))
+
+    def model(x: Tensor, t: Tensor, pair: Any) -> Tensor:
+        first, second = read(pair)
+        return torch.tanh(x) * first.view(-1, 1, 1, 1) + second.view(-1, 1, 1, 1)
+
+    def plain(x: Tensor, t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.tanh(x) * a.view(-1, 1, 1, 1) + b.view(-1, 1, 1, 1)
+
+    run = Sampler(model, TABLES["ddim"], guidance=CFG(2.0), graph=graph)
+    turns = {"pair": kind(a, ByRow(b, other, row=2))}
+    got = run.sample(SHAPE, cond=turns, uncond={"pair": kind(b, a)}, seed=0)
+    expected = Sampler(plain, TABLES["ddim"], guidance=CFG(2.0), graph=False)
+    turned = {"a": a, "b": ByRow(b, other, row=2)}
+    assert torch.equal(got, expected.sample(SHAPE, cond=turned, uncond={"a": b, "b": a}, seed=0))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_items_come_in_the_order_in_which_they_were_given(graph: bool) -> None:
+    """Networks loop over residuals by level: 2 comes before 10."""
+
+    def model(x: Tensor, t: Tensor, residuals: dict[str, Tensor]) -> Tensor:
+        for residual in residuals.values():
+            x = torch.tanh(2 * x + residual)
+        return x
+
+    level = {f"level {k}": torch.full(SHAPE, float(k % 3)) for k in (2, 10)}
+    run = Sampler(model, TABLES["ddim"], guidance=CFG(2.0), graph=graph)
+    orders = [dict(level), dict(reversed(level.items()))]
+    got = [run.sample(SHAPE, cond={"residuals": one}, uncond={"residuals": one}, seed=0) for one in orders]
+    for one, images in zip(orders, got, strict=True):
+        bound = Sampler(partial(model, residuals=one), TABLES["ddim"], graph=False)
+        assert torch.allclose(images, bound.sample(SHAPE, seed=0), atol=1e-6)
+    assert not torch.allclose(*got, atol=1e-3)
