@@ -129,9 +129,10 @@ def _chosen(given: Any, chosen: Mapping[int, int]) -> Any:
 
 class Watch:
     """Notices that conditionings which a caller gave have changed: tensors in place, or items that were replaced. What
-    is written to a tensor's memory past torch is not noticed."""
+    is written to a tensor's memory past torch is not noticed. Tensors of inference mode do not count what is written to
+    them, and always count as changed."""
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
+    def __init__(self, given: Any) -> None:
         self._given = given
         self._kept, self._marks = self._look()
 
@@ -151,7 +152,7 @@ class Watch:
             value = waiting.pop()
             if isinstance(value, Tensor):
                 kept.append(value)
-                marks.append((id(value), 0 if value.is_inference() else value._version))
+                marks.append(object() if value.is_inference() else (id(value), value._version))
             elif isinstance(value, Mapping):
                 marks.append(tuple(value))
                 waiting += value.values()

@@ -385,7 +385,7 @@ class Sampler:
         denoised_fn = self.denoised_fn if denoised_fn is OWN else denoised_fn
         cond_fn = self.cond_fn if cond_fn is OWN else cond_fn
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
-        given = {"cond": cond, "uncond": uncond, **(branches or {})}
+        given = ({"cond": cond, "uncond": uncond}, branches or {})
         again = partial(self._row_plan, given, guidance, shape[0], table, cond_fn is not None)
         row_plan = again()
         plan = plan_for(guidance, table, shape)
@@ -441,11 +441,17 @@ class Sampler:
         return run
 
     def _row_plan(
-        self, given: dict[str, Any], guidance: Guidance, batch: int, table: StepTable, classified: bool
+        self,
+        named: tuple[Mapping[str, Any], Mapping[str, Any]],
+        guidance: Guidance,
+        batch: int,
+        table: StepTable,
+        classified: bool,
     ) -> RowPlan:
         """The models and conditionings of the rows. With what the caller gave, for cond_fn, goes what the model takes:
         encoded text, and its keys and values, are computed once."""
-        given = given | {name: given["cond"] for name in self.branch_models if given.get(name) is None}
+        given = {**named[0], **named[1]}
+        given |= {name: given["cond"] for name in self.branch_models if given.get(name) is None}
         models, device, branches = models_of(self.model), self.config.device, guidance.branches
 
         def read(number: int, row: dict[str, Any]) -> tuple[Conditioning, Conditioning]:

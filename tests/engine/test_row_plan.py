@@ -339,6 +339,28 @@ def test_a_change_between_rows_counts_from_the_next_row_on(
     assert run.report()["captures"] == 1
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_change_counts_in_inference_mode_too(graph: bool) -> None:
+    run = make(guidance=CFG(3.0), graph=graph)
+    with torch.inference_mode():
+        cond = {"text": CAT.clone()}
+        got = draw(run, cond, callback=lambda step: cond["text"].copy_(DOG) if step.row == 1 else None)
+    assert torch.equal(got, by_hand(run, [CAT, CAT, DOG, DOG, DOG]))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_branchs_whole_conditioning_may_be_replaced(graph: bool) -> None:
+    run = make(guidance=CFG(3.0), graph=graph)
+    branches = {"cond": {"text": CAT}, "uncond": {"text": EMPTY}}
+
+    def callback(step: Step) -> None:
+        if step.row == 1:
+            branches["cond"] = {"text": DOG}
+
+    got = run.sample(SHAPE, branches=branches, seed=3, callback=callback)
+    assert torch.equal(got, by_hand(run, [CAT, CAT, DOG, DOG, DOG]))
+
+
 def test_a_change_of_a_later_prompt_counts_when_its_turn_comes() -> None:
     later = DOG.clone()
     run = make(guidance=CFG(3.0), graph=True)
