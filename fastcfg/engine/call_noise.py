@@ -57,6 +57,11 @@ def make_source(
 def _resumed_source(config: SamplerConfig, state: RunState, table: StepTable, shape: tuple[int, ...]) -> NoiseSource:
     """The noise of a run's later rows."""
     device: Any = config.device
+    if state.noise == "none":  # no row added any; a state_fn of this part alone draws
+        if state.seeds is None:
+            expected = "one with seeds, or normals given to the state_fn: it draws from seeds"
+            raise ValueError(f"state: got one of a run without seeds, expected {expected}")
+        return philox_source(state.seeds.tolist(), shape, device, config.backend)
     if state.noise != config.noise_source:
         expected = "noise=, as recorded for the whole run" if state.noise == "recorded" else f"{state.noise!r}"
         raise ValueError(f"state: got noise_source {config.noise_source!r}, expected {expected}: the run's noise")

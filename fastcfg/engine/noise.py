@@ -81,7 +81,7 @@ def brownian_source(
     of the table. ValueError for a table that it does not fit."""
     source = philox_source(seed, shape, device, backend, generator)
     if not table.uses_noise:
-        return source
+        return replace(source, kind="brownian")  # the seeds may serve a state_fn
     nodes, factors, counts = brownian_terms(table)
     # On the device beforehand: a row takes no copy.
     by_row = (torch.from_numpy(values).to(device).unbind() for values in (nodes, factors))

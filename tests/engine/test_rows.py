@@ -18,7 +18,7 @@ from support.captured_cases import TABLES as CAPTURED_TABLES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastcfg import CFG, DynamicThreshold, RunState, Sampler, Schedule, StepTable, sigmas, solvers
+from fastcfg import CFG, DynamicThreshold, RunState, Sampler, Schedule, StepTable, inpaint, sigmas, solvers
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.solvers import Denoiser
 
@@ -151,6 +151,20 @@ def test_noise_without_a_seed_goes_on_where_torchs_generator_was() -> None:
     torch.randn(7)
     del arguments["seed"]
     assert torch.equal(one.resume(state, **arguments), whole)
+
+
+@pytest.mark.parametrize("source", ["philox", "brownian"])
+@pytest.mark.parametrize("stop", [1, 4])
+def test_known_pixels_go_on_with_the_seeds_where_no_row_adds_noise(source: str, stop: int) -> None:
+    run = sampler(TABLES["ddim"], state_fn=inpaint(torch.zeros(1, 1, 4, 4), IMAGE), noise_source=source)
+    whole = run.sample(SHAPE, **given(run))
+    assert torch.equal(in_two_parts(run, stop), whole)
+    # The last state is that of its row, whatever came before.
+    plain = sampler(TABLES["ddim"], noise_source=source)
+    assert torch.equal(in_two_parts(plain, stop, run), whole)
+    state = plain.export(SHAPE, stop=stop, x_T=IMAGE, branches=given(run)["branches"])
+    with pytest.raises(ValueError, match="state: got one of a run without seeds"):
+        run.resume(state, branches=given(run)["branches"])
 
 
 def test_recorded_noise_is_given_again() -> None:
