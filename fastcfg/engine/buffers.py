@@ -86,6 +86,7 @@ class Buffers:
         self.sums = sums_memory(table.num_rows, self.step.x, config.backend) if options.log_prob else None
         self.finite = FiniteRecord(options) if config.check_finite else None
         self._load_conditioning(call)
+        self._structures = self._read_structures()
 
     def load(self, call: Call) -> None:
         """Set everything to the start of a call's run: conditioning, weights, clip bounds, seeds, state."""
@@ -182,6 +183,13 @@ class Buffers:
             weights = [] if branch_set.computed is None else [branch_set.weights]
             tensors += [branch_set.padded, *weights]
         return tensors
+
+    def changed_values(self) -> bool:
+        """Whether a value that the model is given as it is, such as a list, has changed since the buffers were made."""
+        return self._structures != self._read_structures()
+
+    def _read_structures(self) -> list[Any]:
+        return [packed.structure() for packed in (*self.packed.values(), *filter(None, [self.classifier]))]
 
     def _planned(self, plan: GuidancePlan, active: tuple[int, ...]) -> NDArray[np.float64]:
         """[R, B, P]: the planned weights of some branches."""

@@ -44,6 +44,10 @@ class Packed:
         self.load(conditioning)
         return True
 
+    def structure(self) -> Any:
+        """Equal as long as the values that are passed as they are stay what they are: a caller may change a list."""
+        return tuple(group.tree.key() for group in self._groups)
+
     def keywords(self, start: int, end: int) -> dict[str, Any]:
         """The model's keyword arguments for the branches from `start` on and before `end`, of one forward."""
         group = next(
@@ -61,7 +65,7 @@ class _Group:
 
     def __init__(self, start: int, branches: list[int], arguments: list[Arguments]) -> None:
         self.start, self.branches = start, branches
-        self._tree, self._leaves = arguments[0].tree, arguments[0].leaves
+        self.tree, self._leaves = arguments[0].tree, arguments[0].leaves
         self._packed: dict[Place, Tensor] = {}
         for index, leaf in enumerate(self._leaves):
             self._packed[Place(index)] = _empty([branch.leaves[index] for branch in arguments])
@@ -93,7 +97,7 @@ class _Group:
                 batch = len(leaf.tensor)
                 tensor = tensor[(start - self.start) * batch : (end - self.start) * batch]
             built[place] = tensor
-        result: dict[str, Any] = self._tree.build(built)
+        result: dict[str, Any] = self.tree.build(built)
         return result
 
     def tensors(self) -> list[Tensor]:

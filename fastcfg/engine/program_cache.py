@@ -56,6 +56,8 @@ class ProgramCache:
         """Buffers loaded for a call, and programs, which no other call has until they are given back."""
         key = call.key
         kept = self._kept.pop(key)
+        if kept is not None and kept.buffers.changed_values():
+            self.recaptured, kept = "a value given to the model has changed in place", None
         buffers = None
         if kept is not None:
             if not (stale := self._stale(kept)):

@@ -13,7 +13,7 @@ import torch
 from support.captured_cases import SHAPE, TABLES, Model, conditioning, gradient, halve
 from torch import Tensor
 
-from fastcfg import APG, CFG, DynamicThreshold, Guidance, Sampler, SamplerConfig
+from fastcfg import APG, CFG, DynamicThreshold, Guidance, Sampler, SamplerConfig, Shared
 
 CALLS: dict[str, dict[str, Any]] = {
     "guidance": {"guidance": CFG(5.0)},
@@ -187,3 +187,18 @@ def test_scales_and_intervals_share_programs() -> None:
         got = draw(sampler, guidance=guidance)
         assert torch.equal(got, draw(made(graph=True, guidance=guidance)))
     assert sampler.report()["captures"] == 1
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("mark", [Shared, lambda value: value], ids=["shared", "plain"])
+def test_a_list_that_a_caller_changes_does_not_change_another_call(mark: Any, graph: bool) -> None:
+    def model(x: Tensor, t: Tensor, gains: list[float]) -> Tensor:
+        return gains[0] * torch.tanh(x)
+
+    sampler, gains = Sampler(model, TABLES["ddim"], graph=graph), [0.7]
+    first = sampler.sample(SHAPE, cond={"gains": mark(gains)}, seed=0)
+    gains[0] = 0.3
+    second = sampler.sample(SHAPE, cond={"gains": mark(gains)}, seed=0)
+    assert torch.equal(sampler.sample(SHAPE, cond={"gains": mark([0.7])}, seed=0), first)
+    assert torch.equal(sampler.sample(SHAPE, cond={"gains": mark([0.3])}, seed=0), second)
+    assert not torch.equal(first, second)
