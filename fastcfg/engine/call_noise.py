@@ -32,7 +32,7 @@ def make_source(
     draws: bool = False,
 ) -> NoiseSource:
     """The source of a call's noise; arguments as `Sampler.sample`, checked, and whether a state_fn draws from it."""
-    table, state, generator = span.table, span.state, _checked_generators(generator, shape[0])
+    table, state, generator = span.table, span.state, checked_generators(generator, shape[0])
     if generator is not None and seed is not None:
         raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")
     if state is not None and (generator is not None or seed is not None):
@@ -80,7 +80,7 @@ def _resumed_source(config: SamplerConfig, state: RunState, table: StepTable, sh
     return torch_source(None, shape, device, generator=generators if len(generators) > 1 else generators[0])
 
 
-def _checked_generators(generator: Any, batch: int) -> torch.Generator | list[torch.Generator] | None:
+def checked_generators(generator: Any, batch: int) -> torch.Generator | list[torch.Generator] | None:
     """One generator, or a list with one for each sample."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator

@@ -60,7 +60,7 @@ def philox_source(
     """Noise that depends on each sample's seed alone (`fastcfg.reference.philox`). Without a seed, one is drawn from
     the generator, or from torch's global one; of a list of generators, each sample's from its own."""
     if seed is None:
-        seed = [_drawn_seed(one) for one in generator] if isinstance(generator, Sequence) else _drawn_seed(generator)
+        seed = [drawn_seed(one) for one in generator] if isinstance(generator, Sequence) else drawn_seed(generator)
     seeds = sample_seeds(_integers(seed), shape[0]).to(device)
 
     def start() -> Tensor:
@@ -98,7 +98,8 @@ def brownian_source(
     return replace(source, fill=fill, kind="brownian")
 
 
-def _drawn_seed(generator: torch.Generator | None) -> int:
+def drawn_seed(generator: torch.Generator | None) -> int:
+    """A seed from a generator, or from torch's global one."""
     where = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=where).item())
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..engine.call import check_functions
+from ..engine.noise import Generators
 from ..engine.sampler import Sampler, Step
 from ..guidance import Guidance, NoGuidance
 from ..models.checkpoint import CheckpointMeta
@@ -42,6 +43,7 @@ class Drawing:
         others: token ids of the text of each further branch, by name, the same for all pictures.
         inputs: what else the network is given, [N or 1, ...], in all branches.
         batch_size: pictures computed at once.
+        generator: of torch's noise, one or one for each picture, in place of the seeds.
         cond_fn, progress, callback: as `TextToImage.sample`.
     """
 
@@ -54,6 +56,7 @@ class Drawing:
     cond_fn: Callable[..., Tensor] | None = None
     progress: bool | str = False
     callback: Callable[[Step], None] | None = None
+    generator: Generators | None = None
 
 
 class Pipeline:
@@ -154,7 +157,8 @@ class Pipeline:
         return isinstance(self.model, InpaintText2ImUNet | SuperResInpaintText2ImUnet)
 
     def report(self) -> dict[str, Any]:
-        """How the last call was executed: as `Sampler.report`, with `seeds`, the seed of every picture."""
+        """How the last call was executed: as `Sampler.report`, with `seeds`, the seed of every picture; none where
+        torch's generators drew the noise."""
         return {} if self._sampler is None else {**self._sampler.report(), "seeds": list(self._seeds)}
 
     def _table(
@@ -223,7 +227,8 @@ class Pipeline:
 
     def _draw(self, sampler: Sampler, drawing: Drawing) -> Tensor:
         """Run a sampler over N pictures; float32 [N, C, H, W] in [-1, 1]."""
-        batch = min(drawing.batch_size, len(drawing.seeds))
+        count = len(drawing.texts)
+        batch = min(drawing.batch_size, count)
         self._check_table(sampler.table, drawing.guidance, drawing.inputs, batch)
         check_functions(sampler.table, drawing.guidance, {}, denoised_fn=None, cond_fn=drawing.cond_fn)
         distinct = list(dict.fromkeys(drawing.texts))
@@ -234,7 +239,7 @@ class Pipeline:
         seeds, batch_size, size = list(drawing.seeds), drawing.batch_size, self.meta.image_size
         self._seeds = seeds
         known = self._known_pixels(batch, drawing.inputs)
-        starts = range(0, len(seeds), batch_size)
+        starts = range(0, count, batch_size)
         images = []
         with progress_bar(drawing.progress, total=len(starts) * sampler.table.num_rows) as bar:
             for start in starts:
@@ -245,7 +250,11 @@ class Pipeline:
                     known.load(inputs["inpaint_image"], inputs["inpaint_mask"], len(rows))
                 given: dict[str, Any] = {"guidance": drawing.guidance, "denoised_fn": known, "cond_fn": drawing.cond_fn}
                 given |= {"progress": bar if drawing.progress else False, "callback": drawing.callback}
-                given["seed"] = seeds[part]
+                generator = drawing.generator
+                if generator is None:
+                    given["seed"] = seeds[part]
+                else:
+                    given["generator"] = generator[part] if isinstance(generator, Sequence) else generator
                 given["cond"] = {**{name: values[rows] for name, values in cond.items()}, **inputs}
                 given["branches"] = {branch: {**text, **inputs} for branch, text in others.items()}
                 images.append(sampler.sample((len(rows), self._channels, size, size), **given))

@@ -10,12 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..engine.call_noise import checked_generators
+from ..engine.noise import Generators, drawn_seed
 from ..utils.checks import as_integer, check_seed
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["picture_seeds", "random_seed", "to_bytes", "to_pil"]
+__all__ = ["picture_noise", "picture_seeds", "random_seed", "to_bytes", "to_pil"]
 
 
 def to_bytes(images: Tensor) -> NDArray[np.uint8]:
@@ -74,3 +76,28 @@ def picture_seeds(seed: int | Sequence[int] | None, num_prompts: int, num_sample
     if len(checked) != num_prompts * num_samples:
         raise ValueError(f"seed: got {len(checked)} seeds, expected one per picture ({num_prompts * num_samples})")
     return [check_seed(value) for value in checked]
+
+
+def picture_noise(
+    seed: int | Sequence[int] | None,
+    generator: Generators | None,
+    noise_source: str,
+    num_prompts: int,
+    num_samples: int,
+) -> tuple[list[int], Generators | None]:
+    """The seed of every picture, as `picture_seeds`, or drawn from torch's generators; with noise_source="torch" the
+    generators themselves instead of seeds.
+
+    Raises:
+        TypeError, ValueError: as `picture_seeds`; generators beside a seed, or of another number than pictures.
+    """
+    if generator is None:
+        return picture_seeds(seed, num_prompts, num_samples), None
+    if seed is not None:
+        raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")
+    generators = checked_generators(generator, num_prompts * num_samples)
+    if noise_source == "torch":
+        return [], generators
+    if isinstance(generators, list):
+        return [drawn_seed(one) for one in generators], None
+    return picture_seeds(drawn_seed(generators), num_prompts, num_samples), None

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..engine.noise import Generators
 from ..engine.sampler import Step
 from ..guidance import Guidance
 from ..guidance.by_name import guidance_by_name
 from ..utils.checks import check_count, check_finite
 from .base import SOLVERS, Drawing, Pipeline
-from .pictures import picture_seeds
+from .pictures import picture_noise
 
 __all__ = ["SOLVERS", "TextToImage"]
 
@@ -48,6 +49,7 @@ class TextToImage(Pipeline):
         eta: float | None = None,
         num_samples: int = 1,
         seed: int | Sequence[int] | None = None,
+        generator: Generators | None = None,
         inpaint: tuple[Tensor, Tensor] | None = None,
         cond_fn: Callable[..., Tensor] | None = None,
         backend: str = "auto",
@@ -73,6 +75,7 @@ class TextToImage(Pipeline):
             num_samples: pictures per prompt.
             seed: sample i of every prompt has the seed `seed + i`; or one seed per picture. None or -1 draws a random
                 one, which `report()["seeds"]` returns.
+            generator: torch's, in place of a seed: one, or a list with one for each picture, as `Sampler.sample`.
             inpaint: for inpainting networks: (image, mask), [3, H, W] in [-1, 1] and [1, H, W] with 1 where the image
                 is known and 0 elsewhere, or one of either per picture, [N, ...]. Known pixels are returned unchanged.
             cond_fn: as `Sampler`: a gradient that guides too (a classifier's, CLIP's), called with the state of one
@@ -100,12 +103,13 @@ class TextToImage(Pipeline):
         texts, others, spec = self._texts(prompts, negative, guidance, guidance_scale, solver)
         num_samples = check_count("num_samples", num_samples)
         batch_size = check_count("batch_size", batch_size)
-        seeds = picture_seeds(seed, len(texts), num_samples)
-        inputs = self._inpainting(inpaint, len(seeds))
+        seeds, generator = picture_noise(seed, generator, noise_source, len(texts), num_samples)
+        inputs = self._inpainting(inpaint, len(texts) * num_samples)
         execution = {"backend": backend, "graph": graph, "noise_source": noise_source}
         sampler = self._sampler_for((solver, steps, schedule, eta, 1.0), **execution)
         texts = [text for text in texts for _ in range(num_samples)]
-        return self._draw(sampler, Drawing(texts, seeds, spec, others, inputs, batch_size, cond_fn, progress, callback))
+        drawn = Drawing(texts, seeds, spec, others, inputs, batch_size, cond_fn, progress, callback, generator)
+        return self._draw(sampler, drawn)
 
     def check(
         self,

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.noise import Generators
 from ..engine.sampler import Step
 from ..guidance import NoGuidance
 from ..utils.checks import check_count, check_finite
 from .base import Drawing, Pipeline
-from .pictures import picture_seeds
+from .pictures import picture_noise
 
 __all__ = ["Upsampler"]
 
@@ -43,6 +44,7 @@ class Upsampler(Pipeline):
         eta: float | None = None,
         temperature: float = 0.997,
         seed: int | Sequence[int] | None = None,
+        generator: Generators | None = None,
         inpaint: tuple[Tensor, Tensor] | None = None,
         backend: str = "auto",
         graph: str | bool = "auto",
@@ -60,6 +62,7 @@ class Upsampler(Pipeline):
             steps, solver: as `TextToImage.sample`; GLIDE's notebooks take "fast27", and "ddpm" for inpainting.
             temperature: factor of the starting noise; a little less than 1 makes sharper pictures.
             seed: as `TextToImage.sample`; not the small pictures' seeds, or both start from the same normals.
+            generator: as `TextToImage.sample`.
             inpaint: as `TextToImage.sample`, of the enlarged size; so are the other arguments.
 
         Returns:
@@ -82,14 +85,14 @@ class Upsampler(Pipeline):
         if len(texts) != len(images):
             raise ValueError(f"prompts: got {len(texts)}, expected one or one per picture ({len(images)})")
         check_count("batch_size", batch_size)
-        seeds = picture_seeds(seed, 1, len(images))
+        seeds, generator = picture_noise(seed, generator, noise_source, 1, len(images))
         inputs = self._inpainting(inpaint, len(images))
         execution = {"backend": backend, "graph": graph, "noise_source": noise_source}
         sampler = self._sampler_for((solver, steps, schedule, eta, temperature), **execution)
         low_res = ((images.detach().to(self.device, torch.float32) + 1) * 127.5).round() / 127.5 - 1
         # Once, instead of at every step in the network: the same bits.
         inputs["low_res"] = F.interpolate(low_res, (size, size), mode="bilinear", align_corners=False)
-        drawing = Drawing(texts, seeds, NoGuidance(), {}, inputs, batch_size, None, progress, callback)
+        drawing = Drawing(texts, seeds, NoGuidance(), {}, inputs, batch_size, None, progress, callback, generator)
         return self._draw(sampler, drawing)
 
     def check(

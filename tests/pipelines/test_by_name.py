@@ -185,6 +185,49 @@ def glide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("source", ["philox", "torch", "brownian"])
+def test_generators_are_the_samplers(pipeline: TextToImage, source: str) -> None:
+    options: dict[str, Any] = {"steps": 3, "noise_source": source, "solver": "dpmpp_2m_sde"}
+    several = {**options, "num_samples": 3, "batch_size": 2}
+    images = pipeline.sample(PROMPT, generator=generators(5, 6, 7), **several)
+    alone = pipeline.sample(PROMPT, generator=generators(6), **options)
+    assert torch.allclose(images[1:2], alone, atol=1e-4)
+    assert not torch.allclose(images[:1], alone, atol=1e-2)
+    seeds = pipeline.report()["seeds"]
+    assert len(seeds) == (source != "torch")
+
+    encoded = {"cond": pipeline._encode(pipeline._tokens("prompt", PROMPT)), "uncond": pipeline._encode([])}
+    table = solver_table("dpmpp_2m_sde", pipeline.schedule, 3)
+    layout = torch.channels_last
+    sampler = Sampler(pipeline.model, table, guidance=CFG(3.0), clip=1.0, memory_format=layout, noise_source=source)
+    (one,) = generators(5)
+    expected = sampler.sample((2, 3, SIZE, SIZE), **encoded, generator=one).clamp_(-1, 1)
+    (again,) = generators(5)
+    assert torch.equal(pipeline.sample(PROMPT, num_samples=2, generator=again, **options), expected)
+    assert torch.equal(one.get_state(), again.get_state())
+
+
+def test_generators_that_do_not_fit_are_refused(pipeline: TextToImage) -> None:
+    with pytest.raises(ValueError, match="generator: got one beside seed=1"):
+        pipeline.sample(PROMPT, seed=1, generator=generators(1))
+    with pytest.raises(ValueError, match="generator: got 2 generators, expected one, or one per sample"):
+        pipeline.sample(PROMPT, num_samples=3, generator=generators(1, 2))
+    with pytest.raises(TypeError, match="generator: got int"):
+        pipeline.sample(PROMPT, generator=1)  # type: ignore[arg-type]
+
+
+def test_the_upsampler_takes_generators(glide: dict[str, Any]) -> None:
+    small, run = torch.zeros(3, 3, 8, 8), glide["upsample"]
+    images = run.sample(small, PROMPT, steps=2, noise_source="torch", generator=generators(1, 2, 3), batch_size=2)
+    alone = run.sample(small[:1], PROMPT, steps=2, noise_source="torch", generator=generators(3))
+    assert torch.allclose(images[2:], alone, atol=1e-4)
+    assert not torch.allclose(images[:1], alone, atol=1e-2)
+
+
 def test_the_upsampler_takes_named_solvers_too(glide: dict[str, Any]) -> None:
     small = torch.zeros(1, 3, 8, 8)
     drawn = {
