@@ -14,6 +14,7 @@ import fastcfg
 from fastcfg import (
     APG,
     CFG,
+    ByRow,
     DynamicThreshold,
     Sampler,
     SamplerConfig,
@@ -25,6 +26,7 @@ from fastcfg import (
     solvers,
 )
 from fastcfg.guidance import Guidance
+from fastcfg.guidance.places import plan_for
 from fastcfg.solvers import Denoiser, by_name
 from fastcfg.solvers.ddim import ddim
 from fastcfg.utils.identity import Alike
@@ -205,3 +207,25 @@ def test_arguments_of_a_run(kind: str) -> None:
     want = diffusion.ddim_sample_loop(model, (2, 3, 4, 4), eta=0.5, skip_timesteps=2, **arguments)
     got = diffusion.ddim_sample_loop(model, (2, 3, 4, 4), eta=n(0.5), skip_timesteps=n(2), device="cpu", seed=n(1))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16, lambda value: torch.tensor(value, dtype=torch.float32)])
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6, 0.7, 0.9])
+def test_shares_of_the_steps_are_the_same_in_any_precision(share: float, kind: Any) -> None:
+    table, image = solvers.ddim(Schedule.named("linear", 100).respace(10)), torch.zeros(1, 1, 4, 4)
+    given = kind(share)
+    assert ByRow(0, 1, progress=given).indices(table) == ByRow(0, 1, progress=share).indices(table)
+    assert CFG(2.0, interval=(0.0, given)) == CFG(2.0, interval=(0.0, share))
+    sampler = Sampler(lambda x, t: x, table, graph=False)
+    began = [sampler.export(image.shape, stop=10, seed=0, init=image, strength=one).began for one in (share, given)]
+    assert began[0] == began[1]
+
+
+def test_scales_are_taken_in_bfloat16() -> None:
+    table = solvers.ddim(Schedule.named("linear", 100).respace(3))
+    scales = torch.tensor([2.0, 3.5])
+    for given in (scales, scales[0], scales.view(2, 1, 1)):
+        narrow, wide = (
+            plan_for(CFG(one), table, (2, 2, 4)).weights for one in (given.bfloat16().requires_grad_(), given)
+        )
+        assert np.array_equal(narrow, wide)

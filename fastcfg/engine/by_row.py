@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..table import StepTable
-from ..utils.checks import as_integer, as_number, check_finite
+from ..utils.checks import as_decimal, as_integer, as_number, check_finite
 
 __all__ = ["ByRow"]
 
@@ -62,6 +62,8 @@ class ByRow:
     def _checked(self, given: Any) -> tuple[float, ...]:
         bounds = [given] if as_number(given) is not None else list(given)
         checked = tuple(check_finite(self._by, bound) for bound in bounds)
+        if self._by == "progress":
+            checked = tuple(number for number in map(as_decimal, bounds) if number is not None)
         order = sorted(checked, reverse=self._by == "time")
         if len(checked) != len(self.values) - 1 or list(checked) != order:
             direction = "descending" if self._by == "time" else "ascending"

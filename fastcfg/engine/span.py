@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..table import StepTable
-from ..utils.checks import as_integer, check_finite
+from ..utils.checks import as_decimal, as_integer, check_finite
 from .run_state import RunState, table_key
 
 
@@ -70,6 +70,9 @@ def plan_span(
         if beside := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"state: got one beside {', '.join(beside)}, expected it alone: it has all of them")
         began = _checked_state(state, table, shape)
+        if state.row == table.num_rows:
+            expected = "one with rows to go on with: its x is the samples"
+            raise ValueError(f"state: got one after the last row, {state.row - 1}, expected {expected}")
         return Span(table, table.restarted(began), _rows(table, state.row, stop), began, state.x, None, state)
     if init is not None and x_T is not None:
         raise ValueError("init: got an image beside x_T, expected one of the two")
@@ -99,7 +102,9 @@ def _rows(table: StepTable, start: Any, stop: Any) -> range:
 
 def _row_of_strength(table: StepTable, strength: Any) -> int:
     """The first row of the last share `strength` of the steps, rounded down, as in diffusers' pipelines."""
-    share, steps = check_finite("strength", strength, least=0), table.num_steps
+    check_finite("strength", strength, least=0)
+    share: Any = as_decimal(strength)
+    steps = table.num_steps
     if share > 1 or math.floor(steps * share) < 1:
         raise ValueError(f"strength: got {strength!r}, expected 1 / {steps} to 1, a share of the {steps} steps")
     return int(np.searchsorted(table.steps, steps - math.floor(steps * share)))

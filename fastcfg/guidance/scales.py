@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ..table import StepTable
-from ..utils.checks import as_integer, as_number
+from ..utils.checks import as_decimal, as_integer, as_number
 
 Scale = float | Sequence[float] | NDArray[np.float64] | Callable[[float], ArrayLike]
 Scales = Mapping[str, Scale]
@@ -45,7 +45,7 @@ def scale_by_row(name: str, scale: Scale, table: StepTable, batch: int) -> NDArr
         by_row = f"; one per row has the shape ({table.num_rows}, 1)"
         raise ValueError(f"{name}: got {len(values)} values, expected 1 or one per sample ({batch}){by_row}")
     if values.ndim == 2 and (len(values) != table.num_rows or values.shape[1] not in (1, batch)):
-        expected = f"({table.num_rows}, 1) or ({table.num_rows}, {batch})"
+        expected = f"({table.num_rows}, 1) or ({table.num_rows}, {batch}); by place, vectors take (1, B, D)"
         raise ValueError(f"{name}: got shape {values.shape}, expected {expected}")
     return np.broadcast_to(values, (table.num_rows, batch)).copy()
 
@@ -69,7 +69,7 @@ def check_fields(spec: Any) -> None:
                 if not callable(scale):
                     finite_scale(label, scale)
         elif kind == "Interval":
-            edges = [as_number(edge) for edge in value] if isinstance(value, Sequence | np.ndarray) else []
+            edges = [as_decimal(edge) for edge in value] if isinstance(value, Sequence | np.ndarray) else []
             start, stop = edges if len(edges) == 2 else (None, None)
             if start is None or stop is None or not 0 <= start < stop <= 1:
                 raise ValueError(f"{name}: got {value!r}, expected 0 <= start < stop <= 1")
@@ -90,6 +90,8 @@ def dimensions(scale: Any) -> int:
 def finite_scale(name: str, scale: Any) -> NDArray[np.float64]:
     """A scale that is no function, as an array; ValueError unless it is of finite numbers."""
     try:
+        if hasattr(scale, "is_floating_point") and scale.is_floating_point():
+            scale = scale.detach().cpu().double()  # numpy lacks bfloat16
         given = np.asarray(scale.detach().cpu() if hasattr(scale, "detach") else scale)
         # A bool is a switch that took the place of a scale.
         values = given.astype(np.float64) if given.dtype != np.bool_ else np.array(np.nan)

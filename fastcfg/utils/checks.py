@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from numbers import Complex, Real
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,15 @@ def as_number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+def as_decimal(value: Any) -> float | None:
+    """`as_number`, of half and single precision the shortest decimal that is rounded to it: a share of 0.7 of 10 steps
+    has 7 in any precision, not the 6 of 0.699999988."""
+    number, kind = as_number(value), str(getattr(value, "dtype", "")).removeprefix("torch.")
+    if number is None or kind not in ("float16", "float32"):
+        return number
+    return float(str(getattr(np, kind)(number)))
 
 
 def plain(value: Any) -> Any:

@@ -363,6 +363,7 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
 
     ddim, heun = solvers.ddim(SCHEDULE), TABLES["heun"]
     state = Sampler(lambda x, t: x, ddim, graph=False).export(SHAPE, stop=2, seed=0)
+    ended = Sampler(lambda x, t: x, ddim, graph=False).export(SHAPE, stop=5, seed=0)
     noisy = Sampler(lambda x, t: x, TABLES["lcm"], graph=False).export(SHAPE, stop=2, seed=0)
     unknown = StepTable.from_columns(t=[1, 0], a_0=1.0)
     history = TABLES["history"]
@@ -387,6 +388,7 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         (ddim, {"state": 3}, "state: got int, expected a RunState"),
         (heun, {"state": state}, "state: got one of another table, expected one of heun with 11 rows"),
         (ddim, {"state": state, "start": 2, "init": IMAGE}, "state: got one beside start, init"),
+        (ddim, {"state": ended}, "state: got one after the last row, 4"),
         (ddim, {"state": state, "stop": 2}, "stop: got 2, expected a row from 3 to 5"),
         (TABLES["lcm"], {"state": noisy, "seed": 1}, "state: got one beside a seed"),
     ]
