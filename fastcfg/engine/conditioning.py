@@ -244,7 +244,8 @@ def _check_alike(
             got = f"{odd.tensor.dtype} {tuple(odd.tensor.shape)}" if odd.tensor.ndim else "shape ()"
             raise ValueError(f"{odd.name}: got {got}{' as padded' * odd.padded}, expected {what}")
     else:
-        got = type(item.value if isinstance(item, Value) else item).__name__
+        got = "a tensor" if isinstance(item, Place) else item.kind.__name__ if isinstance(item, Node) else ""
+        got = got or type(item.value).__name__
         kind = "a tensor" if isinstance(like, Place) else "no tensor" if isinstance(like, Value) else "a container"
         raise ValueError(f"{name}: got {got}, expected {kind} as in the other branches")
 

@@ -385,6 +385,8 @@ class Sampler:
         denoised_fn = self.denoised_fn if denoised_fn is OWN else denoised_fn
         cond_fn = self.cond_fn if cond_fn is OWN else cond_fn
         check_functions(table, guidance, self.branch_models, denoised_fn=denoised_fn, cond_fn=cond_fn)
+        if branches is not None and not isinstance(branches, Mapping):
+            raise TypeError(f"branches: got {type(branches).__name__}, expected a mapping of names to conditionings")
         given = ({"cond": cond, "uncond": uncond}, branches or {})
         again = partial(self._row_plan, given, guidance, shape[0], table, cond_fn is not None)
         row_plan = again()

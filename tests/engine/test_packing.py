@@ -221,6 +221,8 @@ def test_a_classifier_gets_the_conditional_branchs_own() -> None:
         ({"a": [torch.ones(2)]}, {"a": [torch.ones(2)] * 2}, r"uncond\['a'\]: got keys 0, 1, expected those of cond"),
         ({"a": [torch.ones(2)]}, {"a": (torch.ones(2),)}, r"uncond\['a'\]: got a tuple, expected a list"),
         ({"a": [torch.ones(2)]}, {"a": [3]}, r"uncond\['a'\]: got list, expected a container"),
+        ({"a": 3}, {"a": torch.ones(2)}, r"uncond\['a'\]: got a tensor, expected no tensor"),
+        ({"a": 3}, {"a": [torch.ones(2)]}, r"uncond\['a'\]: got list, expected no tensor"),
         (
             {"a": {"b": torch.ones(3)}},
             {"a": {"b": torch.ones(3)}},
@@ -238,6 +240,8 @@ def test_a_classifier_gets_the_conditional_branchs_own() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(cond: Any, uncond: Any, message: str) -> None:
+    with pytest.raises(TypeError, match="branches: got list, expected a mapping"):
+        sampler().sample(SHAPE, branches=[cond, uncond], seed=0)
     with pytest.raises(ValueError, match=message):
         sampler().sample(SHAPE, cond=cond, uncond=uncond, seed=0)
 
