@@ -18,14 +18,21 @@ def noise_levels(original: Original) -> Array | None:
     noise; None for a scheduler that has neither, or where they fail."""
     scheduler, timesteps = copy.deepcopy(original.scheduler), original.timesteps
     # A run that has begun would look its own place up.
-    vars(scheduler).update({name: None for name in ("_begin_index", "_step_index") if name in vars(scheduler)})
+    nowhere = {name: None for name in ("_begin_index", "_step_index") if name in vars(scheduler)}
+    vars(scheduler).update(nowhere)
     ones = torch.ones(len(timesteps), 1, 1, 1, dtype=torch.float64)
     zeros = torch.zeros_like(ones)
     try:
         if hasattr(scheduler, "add_noise"):
             parts = scheduler.add_noise(ones, zeros, timesteps), scheduler.add_noise(zeros, ones, timesteps)
         else:
-            parts = scheduler.scale_noise(ones, timesteps, zeros), scheduler.scale_noise(zeros, timesteps, ones)
+            # One by one, each as if the run began there: some take one timestep alone, and keep its place.
+            scaled = []
+            for timestep in timesteps.split(1):
+                for sample, noise in ((ones, zeros), (zeros, ones)):
+                    vars(scheduler).update(nowhere)
+                    scaled.append(scheduler.scale_noise(sample[:1], timestep, noise[:1]))
+            parts = torch.cat(scaled[::2]), torch.cat(scaled[1::2])
         found: Array = torch.stack([part.double().flatten() for part in parts], dim=1).numpy()
         found = np.append(found, [[1.0, 0.0]], axis=0)
     except Exception:  # whatever a scheduler raises: its table has no levels then

@@ -31,6 +31,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": {"solver_order": 3},
     "DEISMultistepScheduler": {},
     "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+    "FlowMatchHeunDiscreteScheduler": {"shift": 3.0},
 }
 
 
