@@ -16,9 +16,11 @@ def _brownian_kernel(
     offs = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     seed = tl.load(seeds_ptr + sample)
     y = tl.zeros((BLOCK // 4, 4), tl.float32)
-    for k in range(terms):
+    k = 0
+    while k < terms:  # Triton 3.6's interpreter cannot make a range of an argument
         z = normal4(group.to(tl.uint32), tl.load(nodes_ptr + k), STREAM, seed)
         y = tl.fma(tl.load(factors_ptr + k) + tl.zeros_like(y), z, y)
+        k += 1
     tl.store(out_ptr + sample.to(tl.int64) * size + offs, y, mask=offs < size)
 
 
