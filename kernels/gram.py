@@ -72,10 +72,12 @@ def _gram_sum_kernel(partial_ptr, out_ptr, blocks, NUMBERS: tl.constexpr, COLUMN
     column = tl.arange(0, COLUMNS)
     rows = tl.arange(0, BLOCK)[:, None]
     total = tl.zeros((BLOCK, COLUMNS), tl.float64)
-    for start in range(0, blocks, BLOCK):
+    start = 0
+    while start < blocks:  # Triton 3.6's interpreter cannot make a range of an argument
         there = (start + rows < blocks) & (column < NUMBERS)[None, :]
         ptrs = partial_ptr + (sample * blocks + start + rows) * NUMBERS + column[None, :]
         total += tl.load(ptrs, mask=there, other=0.0).to(tl.float64)
+        start += BLOCK
     tl.store(out_ptr + sample * NUMBERS + column, tl.sum(total, 0), mask=column < NUMBERS)
 
 
