@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle above a blue square
 BUDGET ?= 240s
 BENCH ?= bench
-# 5 to 7 minutes on two cores. A file's tests share costly fixtures.
+# 8 to 9 minutes on two cores. A file's tests share costly fixtures.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: demo test test-oldest quick lint bench clean

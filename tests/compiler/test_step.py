@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastcfg.compiler.step import Given, Sum, TracedStep, UntraceableError, Write, trace_step
 from fastcfg.frontends._fused import steps
+from fastcfg.frontends._fused.subclass import STATE
 from fastcfg.frontends.diffusers import fuse
 
 pytestmark = pytest.mark.quick
@@ -406,3 +407,17 @@ def test_noise_like_a_tensor_of_another_layout_is_the_original_s() -> None:
         want = original.step(m, 0, x)[0]
         torch.manual_seed(0)
         torch.testing.assert_close(ours.step(m, 0, x)[0], want)
+
+
+def test_results_that_differ_in_nothing_but_the_place_of_a_constant_are_told_apart() -> None:
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Any:
+        total = 0.5 * x + output
+        return (total, 0) if self.first else (0, total)
+
+    own = fuse(scheduler(step, first=True))
+    for own.first in (True, False, True):
+        (result,) = own.step(M, 1, X)
+        place = 0 if own.first else 1
+        assert torch.equal(result[place], 0.5 * X + M)
+        assert result[1 - place] == 0
+        assert getattr(own, STATE).last is not None

@@ -105,7 +105,8 @@ class StepForms:
         result = _bare(traced.result, constants)
         writes = tuple(write._replace(part=_bare(write.part, constants)) for write in traced.writes)
         of_class = tuple((name, Same(value)) for name, value in traced.of_class.items())
-        key = (kind, result, writes, traced.sources, traced.dtypes, traced.orders, traced.draws, of_class)
+        kinds = _kinds(result), tuple(_kinds(write.part) for write in writes)
+        key = (kinds, result, writes, traced.sources, traced.dtypes, traced.orders, traced.draws, of_class)
         form = self._known.get_or_make(key, lambda: StepForm(traced, result, writes, kind))
         combine = None
         if traced.combination is not None:
@@ -127,7 +128,13 @@ def _bare(part: Part, constants: list[Any]) -> Part:
     return part
 
 
+def _kinds(part: Part) -> Any:
+    """The classes of a part and of those in it: parts of two classes are equal if their numbers are."""
+    return (Container, *map(_kinds, part.parts)) if isinstance(part, Container) else type(part)
+
+
 def drawn(draw: Draw, call: Call) -> Tensor:
+    """The noise of a draw for a step's sample, by the function that the original calls."""
     sample = call.sample
     try:
         if draw.like:
