@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,9 @@ class KeptImage:
         rows = len(levels) - 1 if self.order is None else len(self.order)
         if rows != table.num_rows:
             raise ValueError(f"state_fn: got levels of {rows} rows, expected the {table.num_rows} of {table.name}")
-        return replace(self, levels=levels)
+        found = copy.copy(self)  # checked when it was made: reading `hold` again would wait for the device
+        object.__setattr__(found, "levels", levels)
+        return found
 
     def rows(self) -> NDArray[np.float64]:
         """float64 [R, 5]: by row the columns `fastcfg.state_change.KNOWN_COLUMNS`, for given levels."""

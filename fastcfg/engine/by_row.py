@@ -64,6 +64,8 @@ class ByRow:
         checked = tuple(check_finite(self._by, bound) for bound in bounds)
         if self._by == "progress":
             checked = tuple(number for number in map(as_decimal, bounds) if number is not None)
+        if self._by == "progress" and not all(0 <= bound <= 1 for bound in checked):
+            raise ValueError(f"progress: got {given!r}, expected fractions of the run, 0 to 1")
         order = sorted(checked, reverse=self._by == "time")
         if len(checked) != len(self.values) - 1 or list(checked) != order:
             direction = "descending" if self._by == "time" else "ascending"

@@ -105,7 +105,7 @@ class Call:
         layout = (self.shape, self.rows.signature())
         branches: tuple[Any, ...] = (frozenset(self.kinds), plan.agreement, plan.fallback_branches)
         if plan.places is not None:
-            branches += (frozenset((active, len(self.place_weights(active))) for active in plan.active),)
+            branches += (frozenset((active, len(self.place_weights(active))) for active in set(plan.active)),)
         return self.options, layout, branches, torch_settings(self.options.device)
 
     def place_weights(self, active: tuple[int, ...]) -> NDArray[np.float64]:

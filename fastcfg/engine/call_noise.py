@@ -37,6 +37,10 @@ def make_source(
         raise ValueError(f"generator: got one beside seed={seed!r}, expected one of the two")
     if state is not None and (generator is not None or seed is not None):
         raise ValueError("state: got one beside a seed or generator, expected it alone: it has those of its run")
+    if state is not None and noise is not None and state.noise not in ("recorded", "none"):
+        raise ValueError(f"noise: got some beside a state with {state.noise} noise, expected None: it has its run's")
+    if state is not None and state.x.dtype != config.state_dtype:
+        raise ValueError(f"state: got {state.x.dtype}, expected {config.state_dtype}, the sampler's state_dtype")
     if isinstance(noise, NoiseSource):
         return noise
     device: Any = config.device

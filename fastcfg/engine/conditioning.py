@@ -188,7 +188,7 @@ class _Reader:
         for key, item in items.items():
             if isinstance(item, Padded) and item.mask is not None:
                 if kind is not dict or item.mask in items:
-                    expected = "the name of another keyword beside it"
+                    expected = "a name that nothing beside it has, in a dict"
                     raise ValueError(f"{name}[{key!r}]: got mask={item.mask!r}, expected {expected}")
                 read[item.mask] = replace(read[key], is_mask=True)
                 order.append(item.mask)

@@ -50,6 +50,10 @@ class RowPlan:
         first = {layout: model.signature() for layout, (_, model) in zip(self.layouts, self.conditionings, strict=True)}
         return tuple(first.values()), self.classifier_layouts()
 
+    def layout_of_rows(self) -> list[int]:
+        """The layout of each row's conditioning."""
+        return [self.layouts[place] for place in self.of_row]
+
     def classifier_layouts(self) -> Any:
         """The layouts of what cond_fn takes."""
         if self.classified is None:
@@ -160,6 +164,8 @@ class Watch:
                 marks.append(len(value))
                 waiting += value
             elif isinstance(value, ByRow):
+                kept.append(value)
+                marks.append(id(value))
                 waiting += value.values
             elif isinstance(value, Padded | Shared):
                 waiting.append(value.tensor if isinstance(value, Padded) else value.value)
@@ -200,7 +206,7 @@ class Turns:
         """Make a row, and those that its program runs with it, ready."""
         if self._began and self._watch is not None and self._again is not None and self._watch.changed():
             plan = self._again()
-            if plan.signature() != self._plan.signature() or plan.layouts != self._plan.layouts:
+            if plan.signature() != self._plan.signature() or plan.layout_of_rows() != self._plan.layout_of_rows():
                 expected = "other contents of tensors alone"
                 raise ValueError(f"cond: got other shapes, dtypes or values before row {row}, expected {expected}")
             self._plan = plan

@@ -29,7 +29,7 @@ from .programs import Decision
 from .row_plan import RowPlan, Watch, plan_rows
 from .run_state import RunState
 from .span import plan_span
-from .state_function import StateFunction, checked_state_function, draws_by_seed, plan_state
+from .state_function import StateFunction, check_row_noise, checked_state_function, draws_by_seed, plan_state
 from .trajectory import States, Trajectory, check_log_prob, trajectory_of
 
 __all__ = ["Preview", "RunState", "Sampler", "Step"]
@@ -280,6 +280,7 @@ class Sampler:
         run = self._prepare(
             shape, keep_x0, cond, uncond, branches, guidance, clip, denoised_fn, cond_fn, state_fn, seed, generator,
             noise, x_T, init, strength, start, stop, state, log_prob=bool(log_prob), by_row=bool(trajectory),
+            watched=callback is not None,
         )  # fmt: skip
         rows = run.span.rows
         states = States(run, rows) if trajectory else None
@@ -372,7 +373,7 @@ class Sampler:
     def _prepare(  # type: ignore[no-untyped-def]
         self, shape, keep_x0=False, cond=None, uncond=None, branches=None, guidance=OWN, clip=OWN, denoised_fn=OWN,
         cond_fn=OWN, state_fn=OWN, seed=None, generator=None, noise=None, x_T=None, init=None, strength=None,
-        start=None, stop=None, state=None, export=False, log_prob=False, by_row=False,
+        start=None, stop=None, state=None, export=False, log_prob=False, by_row=False, watched=True,
     ) -> Run:  # fmt: skip
         """Check everything, then set the buffers to the start of a run."""
         config = self.config
@@ -399,9 +400,10 @@ class Sampler:
             check_log_prob(table, state_fn)
         change = None if state_fn is None else checked_state_function(state_fn, table, shape, state is not None)
         source = make_source(config, span, shape, noise, seed, generator, draws_by_seed(change))
+        check_row_noise(change, table, source.kind)
         noise_source = "none" if not table.uses_noise else "tensor" if source.fill else "philox"
         changes = None if change is None else plan_state(change, noise_source, source.seeds)
-        watch = Watch(given) if keep_x0 else None  # what a caller changes where it sees rows
+        watch = Watch(given) if keep_x0 and watched else None  # what a caller changes where it sees rows
         # Where every row is looked at, every row is a program of its own.
         by_row = (
             by_row

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..known_pixels import POSITIONS, KeptImage
 from ..ops import StateChange
+from ..reference.log_prob import stochastic_rows
 from ..reference.philox import INITIAL_STREAM, STEP_STREAM
 from ..state_change import FRESH_STREAM, KNOWN_COLUMNS, NO_NORMALS, RENOISE_STREAM, TENSOR, KnownBuffers, StateSpec
 from ..step import StepBuffers
@@ -93,6 +94,16 @@ def draws_by_seed(state_fn: KeptImage | StateFunction | None) -> bool:
     if not isinstance(state_fn, KeptImage):
         return False
     return isinstance(state_fn.noise, str) or (state_fn.jumps and state_fn.renoise is None)
+
+
+def check_row_noise(state_fn: KeptImage | StateFunction | None, table: StepTable, kind: str) -> None:
+    """Raise ValueError where known pixels need the noise of a row whose step draws none."""
+    if isinstance(state_fn, KeptImage) and isinstance(state_fn.noise, str) and state_fn.noise == "row":
+        rows = state_fn.rows()
+        needed = rows[:, KNOWN_COLUMNS.index("noise")] * rows[:, KNOWN_COLUMNS.index("gate")]
+        if kind == "brownian" and np.delete(needed, stochastic_rows(table)).any():
+            got = f"'row' with Brownian noise and rows of {table.name} that add none"
+            raise ValueError(f"state_fn noise: got {got}, expected 'fixed' or 'fresh'")
 
 
 def plan_state(state_fn: KeptImage | StateFunction, noise_source: str, seeds: Tensor | None) -> StatePlan:

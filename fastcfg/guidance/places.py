@@ -53,7 +53,8 @@ def plan_for(guidance: Guidance, table: StepTable, shape: Sequence[int]) -> Guid
     if channels in (None, shape[1]) and not any(_is_map(scale) for scale in scales.values()):
         return guidance.plan(table, shape[0])
     if guidance.uses_outputs:
-        got = f"scales by place with {type(guidance).__name__}{' and rescale' * (guidance.rescale > 0)}"
+        got = "scales by place" if channels is None else f"channels={channels}"
+        got += f" with {type(guidance).__name__}{' and rescale' * (guidance.rescale > 0)}"
         raise ValueError(f"guidance: got {got}, expected one scale per sample: its weights depend on the outputs")
     names, arrays = list(scales), [_expanded(name, scale, table, shape) for name, scale in scales.items()]
     combined, index = _combinations(arrays)

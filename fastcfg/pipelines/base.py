@@ -18,6 +18,7 @@ from ..engine.call import check_functions
 from ..engine.noise import Generators
 from ..engine.sampler import Sampler, Step
 from ..guidance import Guidance, NoGuidance
+from ..guidance.places import plan_for
 from ..models.checkpoint import CheckpointMeta
 from ..models.image_conditioned import InpaintText2ImUNet, SuperResInpaintText2ImUnet
 from ..models.loading import load_network
@@ -209,10 +210,10 @@ class Pipeline:
         image, mask = checked_inpainting(inpaint, self._channels, self.meta.image_size, batch, self.device)
         return {"inpaint_image": image * mask, "inpaint_mask": mask}
 
-    @staticmethod
-    def _check_table(table: StepTable, guidance: Guidance, inputs: Mapping[str, Tensor], batch: int = 1) -> None:
+    def _check_table(self, table: StepTable, guidance: Guidance, inputs: Mapping[str, Tensor], batch: int = 1) -> None:
         """Raise ValueError for guidance, or known pixels, that do not go with a solver."""
-        guidance.plan(table, batch)
+        size = self.meta.image_size
+        plan_for(guidance, table, (batch, self._channels, size, size))
         if "inpaint_mask" in inputs and (table.uses_raw_output or table.uses_unconditional or table["k_m"].any()):
             got = f"pictures with solver {table.name!r}"
             raise ValueError(f"inpaint: got {got}, expected one whose steps use x0 alone, as 'ddim'")

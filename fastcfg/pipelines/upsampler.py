@@ -84,7 +84,7 @@ class Upsampler(Pipeline):
             texts *= len(images)
         if len(texts) != len(images):
             raise ValueError(f"prompts: got {len(texts)}, expected one or one per picture ({len(images)})")
-        check_count("batch_size", batch_size)
+        batch_size = check_count("batch_size", batch_size)
         seeds, generator = picture_noise(seed, generator, noise_source, 1, len(images))
         inputs = self._inpainting(inpaint, len(images))
         execution = {"backend": backend, "graph": graph, "noise_source": noise_source}

@@ -422,6 +422,15 @@ def test_what_does_not_fit_is_refused(make: Any, error: type[Exception], message
         make()
 
 
+def test_brownian_noise_of_a_row_is_refused_where_rows_add_none() -> None:
+    table = solvers.dpmpp_2s_ancestral([14.0, 4.0, 1.0, 0.3, 0.0])
+    sampler = Sampler(lambda x, t: torch.tanh(x), table, noise_source="brownian", graph=False)
+    with pytest.raises(
+        ValueError, match="state_fn noise: got 'row' with Brownian noise and rows of dpmpp_2s_ancestral"
+    ):
+        sampler.sample(IMAGE.shape, seed=0, state_fn=inpaint(ONES, IMAGE, noise="row"))
+
+
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [

@@ -339,6 +339,36 @@ def test_a_change_between_rows_counts_from_the_next_row_on(
     assert run.report()["captures"] == 1
 
 
+def turns_of(*index: int) -> ByRow:
+    return ByRow(CAT.clone(), DOG.clone(), index=index)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("replacement", [turns_of(0, 0, 0, 1, 0), DOG], ids=["other turns", "one prompt"])
+def test_turns_may_be_replaced(replacement: Any, graph: bool) -> None:
+    run, cond = make(guidance=CFG(3.0), graph=graph), {"text": turns_of(0, 1, 1, 1, 1)}
+
+    def callback(step: Step) -> None:
+        if step.row == 1:
+            cond["text"] = replacement
+
+    got = draw(run, cond, callback=callback)
+    later = [CAT, DOG, CAT] if isinstance(replacement, ByRow) else [DOG] * 3
+    assert torch.equal(got, by_hand(run, [CAT, DOG, *later]))
+
+
+def test_turns_of_other_lengths_must_keep_their_rows() -> None:
+    other, cond = torch.cat([DOG, DOG], dim=1), {}
+    cond["text"] = ByRow(CAT, other, index=[0, 0, 0, 1, 1])
+
+    def callback(step: Step) -> None:
+        if step.row == 1:
+            cond["text"] = ByRow(CAT, other, index=[0, 0, 1, 1, 0])
+
+    with pytest.raises(ValueError, match="cond: got other shapes, dtypes or values before row 2"):
+        draw(make(guidance=CFG(3.0)), cond, callback=callback)
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_a_change_counts_in_inference_mode_too(graph: bool) -> None:
     run = make(guidance=CFG(3.0), graph=graph)
@@ -412,6 +442,7 @@ def test_a_change_that_needs_a_capture_is_refused(value: Any) -> None:
         ((1, 2), {"progress": (0.2, 0.4)}, r"progress: got \(0.2, 0.4\), expected 1, ascending"),
         ((1, 2, 3), {"time": (100, 900)}, r"time: got \(100, 900\), expected 2, descending"),
         ((1, 2), {"progress": float("nan")}, "progress: got nan, expected a finite number"),
+        ((1, 2), {"progress": 40}, "progress: got 40, expected fractions of the run, 0 to 1"),
     ],
 )
 def test_turns_that_do_not_fit_are_refused(arguments: tuple[Any, ...], options: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,12 @@ def test_what_does_not_fit_is_refused_before_any_work() -> None:
         (ddim, {"state": ended}, "state: got one after the last row, 4"),
         (ddim, {"state": state, "stop": 2}, "stop: got 2, expected a row from 3 to 5"),
         (TABLES["lcm"], {"state": noisy, "seed": 1}, "state: got one beside a seed"),
+        (
+            TABLES["lcm"],
+            {"state": noisy, "noise": lambda row, shape: IMAGE},
+            "noise: got some beside a state",
+        ),
+        (ddim, {"state": replace(state, x=state.x.double())}, "state: got torch.float64, expected torch.float32"),
     ]
     for table, arguments, message in cases:
         with pytest.raises((ValueError, TypeError), match=message):
