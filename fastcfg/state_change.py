@@ -11,7 +11,7 @@ __all__ = ["FRESH_STREAM", "KNOWN_COLUMNS", "NO_NORMALS", "RENOISE_STREAM", "TEN
 
 # Where the normals of a change come from, if not from one of Philox's streams.
 NO_NORMALS, TENSOR = -2, -1
-# Streams of Philox beside those of the start (0) and of the steps (1).
+# Streams of Philox beside those of the start (0), of the steps (1) and of Brownian noise (4).
 FRESH_STREAM, RENOISE_STREAM = 2, 3
 # A row of `KnownBuffers.rows`: known pixels are signal*image + noise*z; gate as in `StateSpec.hard`; re-noising is
 # x <- kept*x + added*z'.

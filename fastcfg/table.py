@@ -269,8 +269,8 @@ class StepTable:
             figure.savefig(temporary, dpi=80, format="png")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as JSON, whole or not at all: the attributes, the columns' names and the rows. OSError if the
-        file cannot be written."""
+        """Write the table as JSON, whole or not at all: the attributes but for `rebuild`, the columns' names and the
+        rows. OSError if the file cannot be written."""
         attributes = {name: getattr(self, name) for name in _ATTRIBUTES}
         rows: dict[str, Any] = {"steps": self.steps.tolist(), "columns": list(COLUMNS), "rows": self.rows.tolist()}
         rows["levels"] = None if self.levels is None else self.levels.tolist()

@@ -35,6 +35,8 @@ def brownian_noise(
     _check(out, seeds)
     expect("nodes", nodes, (len(factors),), torch.int64, out.device)
     expect("factors", factors, (len(nodes),), torch.float32, out.device)
+    if not 0 <= terms <= len(factors):
+        raise ValueError(f"terms: got {terms}, expected 0 to {len(factors)}")
     if resolve_backend(backend, out.device) == "triton":
         from ..kernels.brownian import launch_brownian
 

@@ -25,7 +25,8 @@ class StateChange:
         backend: as for `GuidedStep`; "inductor" runs the reference here.
 
     Raises:
-        ValueError: buffers that do not fit in shape, dtype, device or layout, or a backend that cannot run.
+        ValueError: known pixels or their seeds that do not fit in shape, dtype, device or layout, or a backend that
+            cannot run. The run's own buffers, and the state of a call, are not checked.
     """
 
     def __init__(

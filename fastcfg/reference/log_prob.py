@@ -118,12 +118,17 @@ def log_prob(
     uses_history = any(table[f"a_h{j}"][rows].any() for j in range(table.num_history))
     if len(history) != table.num_history and (history or uses_history):
         raise ValueError(f"history: got {len(history)} tensors, expected the {table.num_history} of {table.name}")
+    if bad := [tuple(tensor.shape) for tensor in history if tensor.shape != x.shape]:
+        raise ValueError(f"history: got shape {bad[0]}, expected {tuple(x.shape)}")
     columns = table.on(x.device, torch.float64)[torch.as_tensor(rows, device=x.device)]
     c: list[Any] = [per_sample(column, x) for column in columns.unbind(1)]
     spec = StepSpec(raw_output=table.uses_raw_output, clip=clip is not None, rescale=isinstance(clip, DynamicThreshold))
     bound: Any = clip
     if clip is not None and not isinstance(clip, DynamicThreshold):
-        bound = torch.as_tensor(clip, dtype=torch.float64, device=x.device).expand(len(x))
+        bound = torch.as_tensor(clip, dtype=torch.float64, device=x.device)
+        if bound.shape not in ((), (1,), (len(x),)) or not ((bound > 0) & bound.isfinite()).all():
+            raise ValueError(f"clip: got {clip!r}, expected positive finite bounds, 1 or one per sample ({len(x)})")
+        bound = bound.expand(len(x))
     x, output, x_next = x.double(), output.double(), x_next.double()
     saved = [tensor.double() for tensor in history]
     mean = plain_row(c, x, output[:, :channels], spec, bound=bound, history=saved)["x"]
@@ -140,7 +145,8 @@ def _log_std(table: StepTable, c: Sequence[Tensor], variance: Tensor) -> Tensor:
 def _checked_rows(table: StepTable, row: Any, batch: int) -> list[int]:
     """A row for every sample."""
     one = as_integer(row)
-    given = [one] * batch if one is not None else [as_integer(value) for value in row]
+    several = [as_integer(value) for value in row] if isinstance(row, Tensor | Sequence) else []
+    given = [one] * batch if one is not None else several
     stochastic = set(stochastic_rows(table).tolist())
     if len(given) != batch or not all(value in stochastic for value in given):
         raise ValueError(

@@ -17,7 +17,8 @@ from ..utils.checks import as_integer, check_seed
 
 __all__ = ["BROWNIAN_STREAM", "INITIAL_STREAM", "STEP_STREAM", "philox4x32", "philox_normal", "sample_seeds"]
 
-INITIAL_STREAM, STEP_STREAM, BROWNIAN_STREAM = 0, 1, 2
+# 2 and 3 are `fastcfg.state_change`'s.
+INITIAL_STREAM, STEP_STREAM, BROWNIAN_STREAM = 0, 1, 4
 
 # Minimax fits, largest relative error of each: -2 log1p(t)/t on [√½ - 1, √2 - 1] 1.7e-7; sin(a)/a and cos(a) in a² on
 # |a| <= π/4 3e-9 and 3e-8.

@@ -45,8 +45,9 @@ class ReferenceStateChange:
         c = dict(zip(KNOWN_COLUMNS, values, strict=True))
         if spec.before:
             x = self._noised(x, c, row)
-        pixels = known.image * c["signal"]  # type: ignore[union-attr]
-        if spec.noise != NO_NORMALS:
+        if spec.noise == NO_NORMALS:
+            pixels = known.image * c["signal"]  # type: ignore[union-attr]
+        else:
             z = self._normals(spec.noise, known.noise, row)  # type: ignore[union-attr]
             pixels = fma(c["signal"], known.image, z * c["noise"])  # type: ignore[union-attr]
         hold = known.hold  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -27,7 +28,9 @@ def rebuilt(build: Builder) -> Builder:
     def built(*args: Any, **options: Any) -> StepTable:
         table = build(*args, **options)
         # By the name of `built`, under which it can be pickled.
-        return replace(table, rebuild=partial(_from_row, built, dict(signature.bind(*args, **options).arguments)))
+        # A copy: the caller may change its arrays later.
+        arguments = copy.deepcopy(dict(signature.bind(*args, **options).arguments))
+        return replace(table, rebuild=partial(_from_row, built, arguments))
 
     return cast(Builder, built)
 

@@ -149,7 +149,9 @@ def test_kernel_and_reference_find_the_same(dtype: torch.dtype) -> None:
             record = torch.full((1,), FINITE)
             counter = torch.tensor([8, 0], dtype=torch.int32)
             FiniteCheck(x, counter, sources, record, 1, backend)(output)
-            FiniteCheck(x, counter, sources, torch.full((1,), FINITE), 3, backend)(output)
+            unchecked = torch.full((1,), FINITE)
+            FiniteCheck(x, counter, sources, unchecked, 3, backend)(output)
+            assert int(unchecked) == FINITE
             found.append(int(record))
         assert len(set(found)) == 1
         assert (found[0] == FINITE) == (case % 4 == 3)

@@ -234,9 +234,9 @@ def test_a_classifier_gets_the_conditional_branchs_own() -> None:
         (
             {"a": Padded(torch.ones(2, 1), "a")},
             {"a": torch.ones(2, 1)},
-            r"cond\['a'\]: got mask='a', expected the name",
+            r"cond\['a'\]: got mask='a', expected a name",
         ),
-        ({"a": [Padded(torch.ones(2, 1), "m")]}, {"a": []}, r"cond\['a'\]\[0\]: got mask='m', expected the name"),
+        ({"a": [Padded(torch.ones(2, 1), "m")]}, {"a": []}, r"cond\['a'\]\[0\]: got mask='m', expected a name"),
     ],
 )
 def test_what_does_not_fit_is_refused(cond: Any, uncond: Any, message: str) -> None:

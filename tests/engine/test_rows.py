@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastcfg import CFG, DynamicThreshold, RunState, Sampler, Schedule, StepTable, inpaint, sigmas, solvers
 from fastcfg.reference.philox import INITIAL_STREAM, philox_normal, sample_seeds
 from fastcfg.solvers import Denoiser
+from fastcfg.table import COLUMNS
 
 LEVELS = sigmas.karras(6, 0.1, 8.0)
 DENOISER = Denoiser("epsilon", schedule=Schedule.named("scaled_linear", 100))
@@ -233,24 +234,28 @@ def test_a_start_shares_the_programs_of_a_whole_run() -> None:
     assert one.report()["rows"] == 2
 
 
+# Their rows do not keep the process's variance.
+OTHERS = ("ddpm fixed_large v", "langevin", "sgld", "lcm")
+KEEPING = [name for name, table in TABLES.items() if table.levels is not None and not table.learned_variance]
+
+
 @pytest.mark.quick
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.levels is not None])
+@pytest.mark.parametrize("name", [name for name in KEEPING if name not in OTHERS])
 def test_levels_are_those_of_a_perfect_models_states(name: str) -> None:
-    """A model that knows image and noise leads from each row's state to the next one's, but for what is drawn."""
-    table = TABLES[name]
-    levels = table.levels
-    assert levels.shape == (table.num_rows + 1, 2)
-    if name in ("ddim", "euler", "heun", "dpmpp_2m", "unipc", "deis", "lms", "dpm2"):
-        ends = np.append(np.flatnonzero(np.diff(table.steps, prepend=-1)), table.num_rows)
-        history, moved = np.zeros((4, 2)), levels[0]
-        for row in range(table.num_rows):
-            c = {column: table[column][row] for column in ("a_x", "a_0", "a_h0", "a_h1", "a_h2", "k_x", "k_0", "slot")}
-            x = levels[row] if row in ends else moved
-            moved = c["a_x"] * x + c["a_0"] * np.array([1, 0]) + c["a_h0"] * history[0] + c["a_h1"] * history[1]
-            moved = moved + c["a_h2"] * history[2]
-            history[int(c["slot"])] = c["k_x"] * x + c["k_0"] * np.array([1, 0])
-            if row + 1 in ends:
-                assert np.allclose(moved, levels[row + 1], atol=1e-12), row
+    """A model that knows image and noise leads from each step's state to one with the next level's signal and noise."""
+    table, levels = TABLES[name], TABLES[name].levels
+    basis = np.eye(2 + table.num_rows)  # x0, the start's noise, and each row's
+    ends = {*np.flatnonzero(np.diff(table.steps, prepend=-1)), table.num_rows}
+    x, history = levels[0] @ basis[:2], np.zeros((4, len(basis)))
+    for row in range(table.num_rows):
+        c = {column: table[column][row] for column in COLUMNS}
+        m = (basis[0] - c["p_x"] * x) / c["p_m"]
+        saved = sum(c[f"a_h{j}"] * history[j] for j in range(3)) + c["s"] * basis[2 + row]
+        moved = c["a_x"] * x + c["a_0"] * basis[0] + (c["a_m"] + c["a_u"]) * m + saved
+        history[int(c["slot"])] = c["k_x"] * x + c["k_0"] * basis[0] + c["k_m"] * m
+        x = moved
+        if row + 1 in ends:
+            assert np.allclose([x[0], np.linalg.norm(x[1:])], levels[row + 1], rtol=0, atol=1e-12), row
 
 
 def noised(table: StepTable, row: int) -> Tensor:

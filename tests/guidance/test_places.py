@@ -312,7 +312,7 @@ def test_maps_of_vectors_have_a_dimension_for_rows(backend: str) -> None:
             {},
             "guidance: got scales by place with CFG and rescale, expected one scale per sample",
         ),
-        (APG(3.0, channels=3), {}, "guidance: got scales by place with APG, expected one scale per sample"),
+        (APG(3.0, channels=3), {}, "guidance: got channels=3 with APG, expected one scale per sample"),
         (AdaptiveCFG(RAMP), {}, "guidance: got scales by place with AdaptiveCFG, .*: it ends sample by sample"),
         (CFG(RAMP), {"clip": DynamicThreshold(0.9)}, "clip: got a DynamicThreshold with scales by place"),
         (CFG(lambda progress: RAMP), {}, r"scale: got shape \(1, 4, 1, 1\), expected at most two dimensions"),

@@ -7,7 +7,6 @@ import os
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -139,8 +138,7 @@ def test_a_run_draws_it_as_given_noise(options: dict[str, Any]) -> None:
     assert torch.equal(one.sample(SMALL, seed=[4, 9], noise=recorded), got)
     assert torch.equal(one.sample((1, 5), seed=[9])[0], got[1])
     assert not torch.equal(one.sample(SMALL, seed=[4, 10])[1], got[1])
-    for stop in (2,):
-        assert torch.equal(one.resume(one.export(SMALL, stop=stop, seed=[4, 9])), got)
+    assert torch.equal(one.resume(one.export(SMALL, stop=2, seed=[4, 9])), got)
     generators = [torch.Generator().manual_seed(i) for i in (1, 2)]
     drawn = one.sample(SMALL, generator=generators)
     assert torch.equal(drawn, one.sample(SMALL, generator=[torch.Generator().manual_seed(i) for i in (1, 2)]))
@@ -170,8 +168,6 @@ def test_tables_that_it_does_not_fit_are_refused(table: StepTable, message: str)
 
     with pytest.raises(ValueError, match=f"noise_source: got 'brownian' with the table .*{message}"):
         Sampler(never, table, noise_source="brownian", graph=False).sample(SHAPE, seed=0)
-    noise = torch.zeros(len(table), *SHAPE)
-    assert np.isfinite(noise.numpy()).all()
 
 
 @pytest.mark.quick
@@ -183,6 +179,7 @@ def test_bad_arguments_are_named() -> None:
         ((out, seeds, nodes.int(), factors, 4), "nodes: got torch.int32"),
         ((out, seeds, nodes, factors[:3], 4), "nodes: got torch.int64"),
         ((out, seeds, nodes, factors.double(), 4), "factors: got torch.float64"),
+        ((out, seeds, nodes, factors, 5), "terms: got 5, expected 0 to 4"),
     ]:
         with pytest.raises(ValueError, match=message):
             ops.brownian_noise(*given)
