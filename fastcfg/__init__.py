@@ -21,7 +21,7 @@ from .engine.config import SamplerConfig
 from .engine.sampler import Preview, RunState, Sampler, Step
 from .engine.state_function import StateFunction
 from .engine.trajectory import Trajectory
-from .frontends import ClassifierFree, accelerate, is_fused
+from .frontends import ClassifierFree, accelerate, is_fused, report
 from .guidance import (
     APG,
     CFG,
@@ -58,7 +58,7 @@ __all__ += ["DynamicThreshold", "GramGuidance", "Guidance", "InstructPix2Pix", "
 __all__ += ["Padded", "PerpNeg", "PerturbedCFG", "Preview", "RunState", "Sampler", "SamplerConfig", "Schedule"]
 __all__ += ["Shared", "StateFunction", "Step", "StepTable", "TangentialCFG", "TextToImage", "Trajectory", "Upsampler"]
 __all__ += ["accelerate", "compiler", "differential", "guidance", "inpaint", "is_fused", "log_prob", "reordered"]
-__all__ += ["repaint", "repaint_order", "sigmas", "solvers", "to_pil"]
+__all__ += ["repaint", "repaint_order", "report", "sigmas", "solvers", "to_pil"]
 
 # Names loaded on first use, and the modules they are in. Submodules are loaded on first use too.
 _LAZY = {"TextToImage": "pipelines.text_to_image", "Upsampler": "pipelines.upsampler", "to_pil": "pipelines.pictures"}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 # Names under which models return their prediction: diffusers' networks, and what own networks use.
-FIELDS = ("sample", "pred", "prediction", "out", "output", "eps", "epsilon", "logits")
+FIELDS = ("sample", "pred", "prediction", "out", "output", "eps", "epsilon", "logits", "x")
 
 
 def output_tensor(returned: Any) -> Tensor:

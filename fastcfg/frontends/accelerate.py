@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import enum
 import inspect
 from typing import Any, TypeVar
 
-from . import glide, guided_diffusion
-from ._fused.subclass import ORIGINAL
+from ._fused.subclass import ORIGINAL, STATE
+from ._gaussian import own
 from ._gaussian.process import Process
-from ._gaussian.schedules import make_schedule
 
-__all__ = ["accelerate", "is_fused"]
+__all__ = ["accelerate", "is_fused", "report"]
 
 Object = TypeVar("Object")
 
-_GAUSSIAN = ("betas", "num_timesteps", "alphas_cumprod", "posterior_mean_coef1")
-_TYPES: dict[str, type[enum.Enum]] = {
-    "model_mean_type": guided_diffusion.ModelMeanType,
-    "model_var_type": guided_diffusion.ModelVarType,
-    "loss_type": guided_diffusion.LossType,
-}
-_SPACED = ("use_timesteps", "timestep_map", "original_num_steps")
 _SAMPLER_ARGUMENTS = ("model", "x", "sigmas")
 
 
@@ -48,7 +39,7 @@ def accelerate(obj: Object, **options: Any) -> Object:
 
     door: Any
     known: tuple[str, ...] = ()
-    if all(hasattr(obj, name) for name in _GAUSSIAN):
+    if isinstance(obj, Process) or own.is_diffusion(obj):
         door = _gaussian
     elif diffusers.is_component(obj):
         door = diffusers.fuse
@@ -75,6 +66,25 @@ def is_fused(obj: object) -> bool:
     return issubclass(kind, Process) or inspect.getattr_static(obj, ORIGINAL, None) is not None
 
 
+def report(accelerated: object) -> dict[str, Any]:
+    """How the last call of an accelerated diffusion object's loop, or of a sampling function, ran.
+
+    Returns:
+        "run": "engine"; "stepped" (its own loop, with the engine's steps); "stepped, then the original"; or "the
+        original". "reason": why not the one before. Empty before the first call.
+
+    Raises:
+        TypeError: another object.
+    """
+    state = getattr(accelerated, STATE, accelerated)
+    found = getattr(state, "report", None)
+    if not is_fused(accelerated) or isinstance(accelerated, type) or (state is not None and not callable(found)):
+        got = type(accelerated).__name__
+        raise TypeError(f"accelerated: got {got}, expected a diffusion object or sampling function of accelerate")
+    result: dict[str, Any] = {} if state is None else found()  # type: ignore[misc]
+    return result
+
+
 def _unknown(got: str) -> TypeError:
     return TypeError(
         f"obj: got {got}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or GLIDE, "
@@ -83,27 +93,7 @@ def _unknown(got: str) -> TypeError:
 
 
 def _gaussian(obj: Any) -> Any:
-    if isinstance(obj, Process):
-        return obj
-    spaced, typed = (all(hasattr(obj, name) for name in names) for names in (_SPACED, _TYPES))
-    module: Any = guided_diffusion if typed else glide
-    kind = module.SpacedDiffusion if spaced else module.GaussianDiffusion
-    options = {name: getattr(obj, name) for name in _TYPES} if typed else {}
-    for name, value in options.items():
-        # point-e's are strings, and other projects have further ones.
-        known = _TYPES[name].__members__
-        if getattr(value, "name", None) not in known:
-            raise _unknown(f"{type(obj).__name__} with {name} {value!r} (not one of {', '.join(known)})")
-    if typed and not hasattr(obj, "rescale_timesteps"):
-        raise _unknown(f"{type(obj).__name__} without rescale_timesteps")
-    options |= {"rescale_timesteps": obj.rescale_timesteps} if typed else {}
-    result = kind.__new__(kind)
-    module.GaussianDiffusion.__init__(result, betas=obj.betas, **options)
-    if spaced:
-        result._set_schedule(make_schedule(obj.betas, obj.timestep_map, obj.original_num_steps))
-        for name in _SPACED:
-            setattr(result, name, getattr(obj, name))
-    return result
+    return obj if isinstance(obj, Process) or is_fused(obj) else own.accelerated(obj)
 
 
 def _has_arguments(function: Any, names: tuple[str, ...]) -> bool:

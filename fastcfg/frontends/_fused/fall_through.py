@@ -23,8 +23,8 @@ def falling_through(*kinds: type[Exception]) -> Iterator[None]:
         raise FallThroughError(str(error)) from error
 
 
-def log_once(name: str, reason: str) -> None:
-    """Log that `name` is not fused and why, the first time."""
+def log_once(name: str, reason: str, what: str = "is not fused") -> None:
+    """Log what is to be said of `name` and why, the first time."""
     if (name, reason) not in _logged:
         _logged.add((name, reason))
-        _logger.warning("%s is not fused: %s", name, reason)
+        _logger.warning("%s %s: %s", name, what, reason)

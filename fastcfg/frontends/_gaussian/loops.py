@@ -32,7 +32,7 @@ Model = Callable[..., Any]
 Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
 
-_ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold", "skip_timesteps", "init_image")
+ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold", "skip_timesteps", "init_image")
 _NAMES = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop", "ddim_reverse": "ddim_reverse_sample_loop"}
 
 
@@ -107,7 +107,7 @@ class LoopCall:
         skipped = {"solver", "guidance_scale", *(() if self.solver == "ddim" else ("eta",))}
         options = [field for field in fields(self) if field.name not in skipped]
         given = {field.name: getattr(self, field.name) for field in options}
-        defaults = {field.name: field.default for field in options if field.name in _ENGINE}
+        defaults = {field.name: field.default for field in options if field.name in ENGINE}
         return {name: value for name, value in given.items() if name not in defaults or value != defaults[name]}
 
     @property
@@ -121,8 +121,8 @@ class LoopCall:
 
 def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall:
     """A call with the originals' arguments and the engine's."""
-    if unknown := sorted(set(engine) - set(_ENGINE)):
-        expected = f"the originals' arguments, {', '.join(_ENGINE[:-1])} or {_ENGINE[-1]}"
+    if unknown := sorted(set(engine) - set(ENGINE)):
+        expected = f"the originals' arguments, {', '.join(ENGINE[:-1])} or {ENGINE[-1]}"
         raise TypeError(f"sampling loop: got unexpected {', '.join(unknown)}, expected {expected}")
     return LoopCall(**originals, **engine, solver=solver)
 
@@ -142,12 +142,15 @@ def layout_problem(call: LoopCall) -> str:
 @dataclass(frozen=True)
 class LoopKind:
     """What a loop's process is: its solver's table, and what the model predicts; `resume` is the originals' loop of a
-    call from a step on."""
+    call from a step on. `bound` is what clip_denoised limits x0 to, `draws` says whether every step draws noise, used
+    or not, rather than those alone that need it."""
 
     table: StepTable
     prediction: str
     variance: str
     resume: Callable[[LoopCall, int], Iterator[dict[str, Tensor]]]
+    bound: float | None = 1.0
+    draws: bool = True
 
 
 class LoopRunner:
@@ -245,11 +248,11 @@ class LoopRunner:
             return Sampler(model, kind.table, output=outputs, **options), outputs
 
         sampler, outputs = self._samplers.get_or_make(key, made)
-        draws = _Draws(call, _engine_noise(call, sampler, batch))
+        draws = _Draws(call, _engine_noise(call, kind, sampler, batch))
         return sampler, outputs, draws, {
             "shape": (batch, *shape[1:]),
             "guidance": guidance,
-            "clip": call.threshold or (1.0 if call.clip_denoised else None),
+            "clip": call.threshold or (kind.bound if call.clip_denoised else None),
             "denoised_fn": denoised_fn,
             "cond_fn": call.cond_fn,
             "branches": split_by_branch(call.model_kwargs or {}, shape[0], halves=guidance is not None),
@@ -275,7 +278,7 @@ def step_by_step(
     for i, index in enumerate(progress_bar(call.progress, indices), first):
         t = torch.full((shape[0],), index, device=call.device)
         drawn = {"noise": partial(_draw, source, i)} if takes_noise else {}
-        with torch.no_grad(), nullcontext() if takes_noise else _drawing_from(call.generator):
+        with torch.no_grad(), nullcontext() if takes_noise else drawing_from(call.generator):
             out = step(call.model, x, t, **options, **drawn)
         yield out
         x = out["sample"]
@@ -287,7 +290,7 @@ def _takes_noise(step: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def _drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
     """Context in which torch's global generator is in a generator's place."""
     if generator is None:
         yield
@@ -343,14 +346,13 @@ def _layout(sample: Any) -> Any:
     return sample.shape, sample.dtype, sample.device, sample.is_contiguous()
 
 
-def _engine_noise(call: LoopCall, sampler: Sampler, batch: int) -> NoiseSource:
+def _engine_noise(call: LoopCall, kind: LoopKind, sampler: Sampler, batch: int) -> NoiseSource:
     """The originals' draws, in every step and for the whole batch, of which the engine takes the first samples."""
     full, source = tuple(call.shape), call.noise_source
     shape = (batch, *full[1:])
     if source == "philox":
         return philox_source(call.seed, shape, sampler.device, sampler.backend)
-    # The originals draw in every step, but for the reverse ODE.
-    options = {"dtype": sampler.state_dtype, "every_row": call.solver != "ddim_reverse"}
+    options = {"dtype": sampler.state_dtype, "every_row": kind.draws}
     drawn = torch_source(None, shape, sampler.device, generator=call.generator, drawn=full[0], **options)
     if not callable(source):
         return drawn

@@ -351,7 +351,9 @@ class Process:
         return layout_problem(call)
 
     def _kind(self, call: LoopCall) -> LoopKind:
-        return LoopKind(self._table(call), self._prediction, self._variance, self._loop)
+        # The originals draw in every step, but for the reverse ODE.
+        draws = call.solver != "ddim_reverse"
+        return LoopKind(self._table(call), self._prediction, self._variance, self._loop, draws=draws)
 
     def _table(self, call: LoopCall) -> StepTable:
         """The solver's table, built once: samplers know their programs by it."""

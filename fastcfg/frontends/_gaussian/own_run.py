@@ -1,0 +1,220 @@
+"""One run of an object's own loop, whose steps are the engine's where these were shown to be its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .keys import arguments_key, has_others
+from .loops import LoopCall, LoopKind, LoopRunner, layout_problem
+from .proof import FirstStep, StepCall, make_first
+from .recognition import STEPS
+from .recording import RandomState, same
+from .view import copied
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What makes an object's steps on the engine: the kind of loop, and whether x0 is limited."""
+
+    kind: LoopKind
+    clips: bool
+
+
+class Begun(BaseException):
+    """A loop has come to its first step, and the rest is known. (The loop may catch an Exception.)"""
+
+    def __init__(self, name: str, own: Callable[..., Any], call: StepCall) -> None:
+        super().__init__(name)
+        self.name, self.own, self.call = name, own, call
+
+
+class OwnRun:
+    """A run of an object's own loop.
+
+    Args:
+        diffusion: the object.
+        num_steps: T.
+        judge: called with a step's name, function and `FirstStep`, returns how the engine makes such steps, or why it
+            cannot.
+        known: what was found about steps by their names and arguments: (name, key) to the same.
+        runner: of the engine.
+        engine: arguments of the engine's alone, for `LoopCall`.
+        original: why the object makes all steps; empty if the engine may.
+        stops: whether to raise `Begun` at the first step.
+
+    Attributes:
+        reason: why the object makes its own steps, since when it is known; empty while it does not.
+        by_engine: how many steps the engine has made.
+        is_plain: whether the loop has done nothing but its steps, one after the other.
+    """
+
+    def __init__(
+        self,
+        diffusion: Any,
+        num_steps: int,
+        judge: Callable[[str, Callable[..., Any], FirstStep], Fit | str],
+        known: Any,
+        runner: LoopRunner,
+        engine: Mapping[str, Any],
+        original: str = "",
+        stops: bool = False,
+    ) -> None:
+        self.reason, self.by_engine, self.is_plain = original, 0, True
+        self._diffusion, self._num_steps, self._judge, self._known = diffusion, num_steps, judge, known
+        self._runner, self._engine, self._stops = runner, engine, stops
+        self._inside = False
+        self._first: StepCall | None = None
+        self._index = -1
+        self._steps: Iterator[dict[str, Tensor]] | None = None
+        self._out: Any = None
+        self._version = 0
+        self._random: RandomState | None = None
+        self._attributes = copied(vars(diffusion))
+
+    def step(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A step of the loop."""
+        if self._inside or self.reason:
+            return own(*args, **kwargs)
+        try:
+            call = StepCall(own, args, kwargs)
+        except TypeError:
+            return own(*args, **kwargs)  # which says what is wrong
+        if problem := self._unexpected(name, call):
+            self._give_up(problem)
+            return own(*args, **kwargs)
+        if self._stops:
+            raise Begun(name, own, call)
+        self._watch(call)
+        out = self._begin(name, own, call) if self._steps is None else self._next(call, own)
+        self._out, self._version = out, out["sample"]._version if isinstance(out, dict) and "sample" in out else 0
+        self._random = RandomState(call.get("x").device)
+        return out
+
+    def _unexpected(self, name: str, call: StepCall) -> str:
+        """Why a step cannot be the engine's: it is not one like the last, at the next time."""
+        x, t = call.get("x"), call.get("t")
+        if not isinstance(x, Tensor) or not isinstance(t, Tensor) or not callable(call.get("model")):
+            return "its step is called with other things than a model, x and t"
+        if torch.is_grad_enabled() and x.requires_grad:
+            return "gradients are wanted"
+        if x.ndim < 2 or not x.numel() or t.shape != x.shape[:1] or t.is_floating_point():
+            return "its x or t has another shape or dtype"
+        index, *others = t.tolist()
+        if any(other != index for other in others) or not 0 <= index < self._num_steps:
+            return "its samples are at different times"
+        first = self._first
+        if first is None:
+            self._first, self._name, self._index = call, name, index
+            return ""
+        self._index += 1 if STEPS[name] == "ddim_reverse" else -1
+        if name != self._name or index != self._index:
+            return "its steps do not follow one another"
+        if not same(dict(first.others), dict(call.others)):
+            return "its steps are called with different arguments"
+        return ""
+
+    def _watch(self, call: StepCall) -> None:
+        """Note whether the loop did something since the last step."""
+        if self._out is None or not self.is_plain:
+            return
+        x = call.get("x")
+        untouched = x is self._out["sample"] and x._version == self._version
+        self.is_plain = untouched and not self._random.moved()  # type: ignore[union-attr]
+
+    def _begin(self, name: str, own: Callable[..., Any], call: StepCall) -> Any:
+        key = (name, arguments_key(call.arguments))
+        found = self._known.get(key)
+        if found is None:
+            self._inside = True
+            try:
+                first = make_first(own, call, self._diffusion)
+                found = self._judge(name, own, first)
+            finally:
+                self._inside = False
+            self._known.put(key, found)
+            if isinstance(found, str):
+                self._give_up(found)
+            return first.result
+        if isinstance(found, str):
+            self._give_up(found)
+            return call.made_by(own)
+        loop_call = self.loop_call(name, call, found)
+        if problem := layout_problem(loop_call):
+            self._give_up(problem)
+            return call.made_by(own)
+        self._steps = self._runner.steps(loop_call, self.kind(name, own, call, found))
+        return self._from_engine()
+
+    def _next(self, call: StepCall, own: Callable[..., Any]) -> Any:
+        if self._out["sample"] is not call.get("x"):
+            self._out["sample"] = call.get("x")
+        return self._from_engine()
+
+    def _from_engine(self) -> Any:
+        out = next(self._steps)  # type: ignore[arg-type]
+        self.by_engine += 1
+        return out
+
+    def loop_call(self, name: str, call: StepCall, fit: Fit) -> LoopCall:
+        """The engine's call that begins with a step."""
+        x, solver = call.get("x"), STEPS[name]
+        index = int(call.get("t")[0])
+        names = ("model", "denoised_fn", "cond_fn", "model_kwargs")
+        arguments: dict[str, Any] = {argument: call.get(argument) for argument in names}
+        arguments |= {"eta": call.get("eta", 0.0), "clip_denoised": fit.clips, "device": x.device}
+        made = LoopCall(shape=tuple(x.shape), noise=x, solver=solver, **{**arguments, **self._engine})
+        made.first = index if solver == "ddim_reverse" else self._num_steps - 1 - index
+        return made
+
+    def kind(self, name: str, own: Callable[..., Any], call: StepCall, fit: Fit) -> LoopKind:
+        """The kind of loop, whose steps are the object's own where the engine cannot make them."""
+
+        def resume(rest: LoopCall, first: int) -> Iterator[dict[str, Tensor]]:
+            x: Any = rest.noise
+            reverse = STEPS[name] == "ddim_reverse"
+            for row in range(first, self._num_steps):
+                t = torch.full_like(call.get("t"), row if reverse else self._num_steps - 1 - row)
+                self._inside, self.reason_of_engine = True, "the engine handed over"
+                try:
+                    with torch.no_grad():
+                        out = call.made_by(own, x=x, t=t)
+                finally:
+                    self._inside = False
+                self.by_engine -= 1
+                yield out
+                x = out["sample"]
+
+        return replace(fit.kind, resume=resume)
+
+    def _give_up(self, reason: str) -> None:
+        self.reason, self.is_plain = reason, False
+        self.close()
+
+    def close(self) -> None:
+        """Let the engine end."""
+        if self._steps is not None:
+            self._steps.close()  # type: ignore[attr-defined]
+            self._steps = None
+
+    def finish(self, arguments: Mapping[str, Any], result: Any = None, whole: bool = True) -> None:
+        """Note the end of the loop: what it returned, or, of a generator, whether it yielded every step as it was."""
+        self.close()
+        if not self.is_plain or self._out is None:
+            self.is_plain = False
+            return
+        at_end = self._index == (self._num_steps - 1 if STEPS[self._name] == "ddim_reverse" else 0)
+        sample = self._out["sample"]
+        unchanged = sample._version == self._version and not self._random.moved()  # type: ignore[union-attr]
+        returned = whole if result is None else result is sample
+        untouched = same(self._attributes, copied(vars(self._diffusion)))
+        self.is_plain = at_end and unchanged and returned and untouched and not has_others(arguments)
+
+    @property
+    def out(self) -> Any:
+        """What the last step returned."""
+        return self._out

@@ -1,0 +1,103 @@
+"""Read another project's diffusion object: its schedule, what its model predicts, its variance and its times."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .process import Process, SpacedProcess
+from .schedules import make_schedule
+
+# Attributes by which guided-diffusion's descendants say what they are. GLIDE's have none.
+_TYPES = ("model_mean_type", "model_var_type", "loss_type")
+_SPACED = ("timestep_map", "original_num_steps")
+_PREDICTIONS = {
+    **dict.fromkeys(("epsilon", "eps", "noise", "prednoise", "predepsilon"), "epsilon"),
+    **dict.fromkeys(("startx", "xstart", "x0", "predx0", "predxstart"), "x0"),
+    **dict.fromkeys(("previousx", "xprevious", "xprev", "prevx"), "previous_x"),
+}
+_VARIANCES = {name.replace("_", ""): name for name in ("fixed_small", "fixed_large", "learned", "learned_range")}
+# What a step is called with, in any order.
+_STEP_ARGUMENTS = {"model", "x", "t"}
+STEPS = {"p_sample": "ddpm", "ddim_sample": "ddim", "ddim_reverse_sample": "ddim_reverse"}
+# The loops, and the step that each repeats.
+LOOPS = {
+    "p_sample_loop": "p_sample",
+    "p_sample_loop_progressive": "p_sample",
+    "ddim_sample_loop": "ddim_sample",
+    "ddim_sample_loop_progressive": "ddim_sample",
+    "ddim_reverse_sample_loop": "ddim_reverse_sample",
+}
+
+
+class UnreadError(ValueError):
+    """An object is no process that the solvers know; the message says why."""
+
+
+class Twin(Process):
+    """The process that an object's attributes describe."""
+
+    _takes_tuples = True
+
+
+class SpacedTwin(SpacedProcess, Twin):
+    """The same, of the kept steps of another process."""
+
+
+def is_diffusion(candidate: Any) -> bool:
+    """Whether an object has betas and steps (model, x, t, ...) such as guided-diffusion's."""
+    kind = type(candidate)
+    return hasattr(candidate, "betas") and hasattr(candidate, "num_timesteps") and any(own_steps(kind))
+
+
+def own_steps(kind: type) -> list[str]:
+    """The names of a class's steps."""
+    return [name for name in STEPS if set(_parameters(getattr(kind, name, None))) >= _STEP_ARGUMENTS]
+
+
+def twin_of(diffusion: Any) -> Process:
+    """The process with an object's betas, respacing and types, whatever spelling these have. Absent types are GLIDE's
+    where all three are, and absent `rescale_timesteps` is False.
+
+    Raises:
+        UnreadError: types of another kind, or betas that are no process.
+    """
+    spaced = all(hasattr(diffusion, name) for name in _SPACED)
+    twin: Process = object.__new__(SpacedTwin if spaced else Twin)
+    attributes: dict[str, Any] = vars(twin)
+    if any(hasattr(diffusion, name) for name in _TYPES):
+        attributes["_prediction"] = _known(diffusion, "model_mean_type", _PREDICTIONS)
+        attributes["_variance"] = _known(diffusion, "model_var_type", _VARIANCES)
+        attributes["_rescale"] = bool(getattr(diffusion, "rescale_timesteps", False))
+    betas = diffusion.betas
+    betas = betas.detach().cpu().numpy() if isinstance(betas, Tensor) else betas
+    try:
+        betas = np.array(betas, dtype=np.float64)
+        kept = (list(diffusion.timestep_map), int(diffusion.original_num_steps)) if spaced else (None, 0)
+        twin._set_schedule(make_schedule(betas, *kept))
+    except (TypeError, ValueError, IndexError) as error:
+        raise UnreadError(f"its betas are no process ({error})") from None
+    if twin.num_timesteps != diffusion.num_timesteps:
+        raise UnreadError(f"it has {twin.num_timesteps} betas for {diffusion.num_timesteps} timesteps")
+    if spaced:
+        vars(twin).update(timestep_map=kept[0], original_num_steps=kept[1])
+    return twin
+
+
+def _known(diffusion: Any, attribute: str, names: dict[str, str]) -> str:
+    value = getattr(diffusion, attribute, None)
+    said = str(getattr(value, "name", value))
+    plain = "".join(filter(str.isalnum, said)).lower()
+    if plain not in names:
+        raise UnreadError(f"its {attribute} is {said}")
+    return names[plain]
+
+
+def _parameters(function: Any) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []

@@ -1,0 +1,55 @@
+"""An object's own code, with its steps made by a hook."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from .recognition import STEPS
+
+_STEP = "_fastcfg_step"
+# A step's name, the class's function and what it was called with.
+Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def with_steps(diffusion: Any, original: type, hook: Hook) -> Any:
+    """An object of (a subclass of) a class with another object's attributes, in the same dictionary, whose steps are
+    made by `hook(name, function, args, kwargs)`. The hook may call function(view, *args, **kwargs): the own step."""
+    view: Any = object.__new__(_hooked(original))
+    object.__setattr__(view, "__dict__", vars(diffusion))
+    object.__setattr__(view, _STEP, hook)
+    return view
+
+
+def apart(diffusion: Any, original: type) -> Any:
+    """An object of a class with copies of another's attributes: its lists and dictionaries are its own."""
+    twin: Any = object.__new__(original)
+    object.__setattr__(twin, "__dict__", copied(vars(diffusion)))
+    return twin
+
+
+def copied(value: Any) -> Any:
+    """A value with its lists and dictionaries copied, and what they hold shared."""
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        twin.update((name, copied(item)) for name, item in value.items())
+        return twin
+    return [copied(item) for item in value] if type(value) is list else value
+
+
+@functools.cache
+def _hooked(original: Any) -> Any:
+    def hooked(name: str) -> Any:
+        own = getattr(original, name)
+
+        @functools.wraps(own)
+        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return object.__getattribute__(self, _STEP)(name, functools.partial(own, self), args, kwargs)
+
+        return step
+
+    methods = {name: hooked(name) for name in STEPS if callable(getattr(original, name, None))}
+    names = {"__slots__": (_STEP,), "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original)(original.__name__, (original,), {**methods, **names})
