@@ -26,6 +26,7 @@ from .own_table import compiled_steps
 from .process import Process
 from .proof import DifferentError, FirstStep, check_first, check_times
 from .recognition import LOOPS, STEPS, UnreadError, is_diffusion, own_steps, twin_of
+from .side_effects import writes
 from .twin_steps import differing, proved
 from .view import apart
 
@@ -146,6 +147,8 @@ class OwnLoops:
     def judge(self, diffusion: Any, name: str, own: Callable[..., Any], first: FirstStep) -> Fit | str:
         """How the engine makes an object's steps, or why it cannot."""
         found: Fit | str = first.problem
+        if not found and (writing := writes(self.original, name)):
+            found = f"its step may write somewhere ({writing})"
         if not found:
             twin, reason = self._twin(diffusion)
             found = reason if twin is None else proved(twin, name, self._step(diffusion, name), first)

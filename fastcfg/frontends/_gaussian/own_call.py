@@ -18,9 +18,10 @@ from ...utils.lru import LRU
 from .._fused.fall_through import log_once
 from ..classifier_free import ClassifierFree
 from .keys import arguments_key
-from .loops import LoopCall, drawing_from
+from .loops import LoopCall, LoopKind, drawing_from
 from .own_run import Begun, Fit, OwnRun
 from .recording import OwnStepError, RandomState
+from .side_effects import is_simple
 from .view import with_steps
 
 
@@ -60,9 +61,15 @@ class OwnCall:
 
     def run(self) -> Any:
         """The loop's result, or a generator."""
-        if not self._original and self._known.get(self._key):
-            return self._left_at_first_step()
-        return self._own()
+        if self._original or not self._known.get(self._key):
+            return self._own()
+        if inspect.isgeneratorfunction(self._base):
+            return self._steps_of_rest()
+        if (found := self._rest()) is None:
+            return self._own()
+        run, call, kind, _ = found
+        with self._drawing():
+            return run.final(call, kind)
 
     def _own(self) -> Any:
         run, before = self._started(), RandomState(self._device())
@@ -119,30 +126,13 @@ class OwnCall:
             run.close()
             steps.close()  # type: ignore[attr-defined]
 
-    def _left_at_first_step(self) -> Any:
-        before, run = RandomState(self._device()), self._started(stops=True)
-        with self._drawing():
-            try:
-                result = self._called(run)
-                if isinstance(result, GeneratorType):
-                    next(result, None)
-            except Begun as begun:
-                found = self._known.get((begun.name, arguments_key(begun.call.arguments)))
-                if isinstance(found, Fit):
-                    return self._by_engine(run, begun, found)
-        before.put_back()
-        return self._own()
-
-    def _by_engine(self, run: OwnRun, begun: Begun, fit: Fit) -> Any:
-        call, kind = run.loop_call(begun.name, begun.call, fit), run.kind(begun.name, begun.own, begun.call, fit)
-        call.progress = bool(self._arguments.get("progress"))
-        self._loops.last = {"run": "engine", "reason": ""}
-        if self._name.endswith("_progressive"):
-            return self._drawn(self._loops.runner.steps(call, kind))
-        return self._loops.runner.final(call, kind)
-
-    def _drawn(self, steps: Iterator[Any]) -> Iterator[Any]:
-        """Steps, with the caller's seed."""
+    def _steps_of_rest(self) -> Iterator[Any]:
+        """The steps of a loop that is left at its first one, which it comes to when that is asked for."""
+        if (found := self._rest()) is None:
+            yield from self._own()
+            return
+        run, call, kind, fit = found
+        steps = run.steps(call, kind, fit)
         while True:
             with self._drawing():
                 try:
@@ -151,23 +141,40 @@ class OwnCall:
                     return
             yield out
 
+    def _rest(self) -> tuple[OwnRun, LoopCall, LoopKind, Fit] | None:
+        """Run a loop to its first step: what is left. None, and nothing is drawn, if this is not known."""
+        before, run = RandomState(self._device()), self._started(stops=True)
+        with self._drawing():
+            try:
+                result = self._called(run)
+                if isinstance(result, GeneratorType):
+                    next(result, None)
+            except Begun as begun:
+                fit = self._known.get((begun.name, arguments_key(begun.call.arguments)))
+                if isinstance(fit, Fit):
+                    call = run.loop_call(begun.name, begun.call, fit)
+                    call.progress = bool(self._arguments.get("progress"))
+                    self._loops.last = {"run": "engine", "reason": ""}
+                    return run, call, run.kind(begun.name, begun.own, begun.call, fit), fit
+        before.put_back()
+        return None
+
     def _device(self) -> torch.device:
         return torch.device(self._arguments.get("device") or "cpu")
 
     def _note(self, run: OwnRun) -> None:
-        reason = run.reason
-        if run.is_plain and not reason:
-            self._known.put(self._key, True)
-        if not reason:
-            self._loops.last = {
-                "run": "stepped",
-                "reason": "" if run.is_plain else "its loop does more than its steps",
-            }
-        else:
-            how = "stepped, then the original" if run.by_engine > 0 else "the original"
-            self._loops.last = {"run": how, "reason": reason}
-            if reason != self._original:
-                log_once(f"{type(self._diffusion).__name__}.{self._name}", reason)
+        loops, reason = self._loops, run.reason
+        if not reason and not run.handed_over:
+            plain = run.is_plain and is_simple(loops.original, self._name, self._diffusion)
+            if plain:
+                self._known.put(self._key, True)
+            reason = "its first call looks at the loop" if plain else "its loop may do more than its steps"
+            loops.last = {"run": "stepped", "reason": reason}
+            return
+        reason = reason or "the engine handed over"
+        loops.last = {"run": "stepped, then the original" if run.by_engine else "the original", "reason": reason}
+        if run.reason and run.reason != self._original:
+            log_once(f"{type(self._diffusion).__name__}.{self._name}", reason)
 
 
 def _fill(arguments: dict[str, Any], engine: dict[str, Any]) -> None:

@@ -9,20 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .folding import folded, folded_model, folded_result, unfolded_steps
 from .keys import arguments_key, has_others
 from .loops import LoopCall, LoopKind, LoopRunner, layout_problem
 from .proof import FirstStep, StepCall, make_first
 from .recognition import STEPS
 from .recording import RandomState, same
-from .view import copied
+from .view import Contents, copied
 
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """What makes an object's steps on the engine: the kind of loop, and whether x0 is limited."""
+    """What makes an object's steps on the engine: the kind of loop, whether x0 is limited, and how many dimensions of
+    the samples after the first are made part of it (`folding`)."""
 
     kind: LoopKind
     clips: bool
+    folds: int = 0
 
 
 class Begun(BaseException):
@@ -49,7 +52,7 @@ class OwnRun:
 
     Attributes:
         reason: why the object makes its own steps, since when it is known; empty while it does not.
-        by_engine: how many steps the engine has made.
+        by_engine: how many steps the engine has made, or asked the object to make (`handed_over`).
         is_plain: whether the loop has done nothing but its steps, one after the other.
     """
 
@@ -64,7 +67,7 @@ class OwnRun:
         original: str = "",
         stops: bool = False,
     ) -> None:
-        self.reason, self.by_engine, self.is_plain = original, 0, True
+        self.reason, self.by_engine, self.handed_over, self.is_plain = original, 0, False, True
         self._diffusion, self._num_steps, self._judge, self._known = diffusion, num_steps, judge, known
         self._runner, self._engine, self._stops = runner, engine, stops
         self._inside = False
@@ -92,7 +95,8 @@ class OwnRun:
         self._watch(call)
         out = self._begin(name, own, call) if self._steps is None else self._next(call, own)
         self._out, self._version = out, out["sample"]._version if isinstance(out, dict) and "sample" in out else 0
-        self._random = RandomState(call.get("x").device)
+        if self.is_plain:
+            self._random = RandomState(call.get("x").device)
         return out
 
     def _unexpected(self, name: str, call: StepCall) -> str:
@@ -110,11 +114,12 @@ class OwnRun:
         first = self._first
         if first is None:
             self._first, self._name, self._index = call, name, index
+            self._given = Contents(call.others)
             return ""
         self._index += 1 if STEPS[name] == "ddim_reverse" else -1
         if name != self._name or index != self._index:
             return "its steps do not follow one another"
-        if not same(dict(first.others), dict(call.others)):
+        if not same(first.others, call.others) or not self._given.is_current(call.others):
             return "its steps are called with different arguments"
         return ""
 
@@ -147,8 +152,14 @@ class OwnRun:
         if problem := layout_problem(loop_call):
             self._give_up(problem)
             return call.made_by(own)
-        self._steps = self._runner.steps(loop_call, self.kind(name, own, call, found))
-        return self._from_engine()
+        before = RandomState(loop_call.device)
+        self._steps = self.steps(loop_call, self.kind(name, own, call, found), found)
+        try:
+            return self._from_engine()
+        except Exception as error:  # of the engine, or of the model, which then fails again
+            before.put_back()
+            self._give_up(f"the engine cannot make its steps ({type(error).__name__}: {error})")
+            return call.made_by(own)
 
     def _next(self, call: StepCall, own: Callable[..., Any]) -> Any:
         if self._out["sample"] is not call.get("x"):
@@ -167,25 +178,38 @@ class OwnRun:
         names = ("model", "denoised_fn", "cond_fn", "model_kwargs")
         arguments: dict[str, Any] = {argument: call.get(argument) for argument in names}
         arguments |= {"eta": call.get("eta", 0.0), "clip_denoised": fit.clips, "device": x.device}
+        if fit.folds:
+            arguments["model"] = folded_model(call.get("model"), tuple(x.shape[: 1 + fit.folds]))
+            x = folded(x, fit.folds)
         made = LoopCall(shape=tuple(x.shape), noise=x, solver=solver, **{**arguments, **self._engine})
         made.first = index if solver == "ddim_reverse" else self._num_steps - 1 - index
         return made
+
+    def steps(self, call: LoopCall, kind: LoopKind, fit: Fit) -> Iterator[Any]:
+        """The engine's steps of a call."""
+        steps = self._runner.steps(call, kind)
+        return unfolded_steps(steps, self._first.get("x").shape, fit.folds) if fit.folds else steps  # type: ignore[union-attr]
+
+    def final(self, call: LoopCall, kind: LoopKind) -> Tensor:
+        """The engine's last sample of a call."""
+        return self._runner.final(call, kind).view(self._first.get("x").shape)  # type: ignore[union-attr]
 
     def kind(self, name: str, own: Callable[..., Any], call: StepCall, fit: Fit) -> LoopKind:
         """The kind of loop, whose steps are the object's own where the engine cannot make them."""
 
         def resume(rest: LoopCall, first: int) -> Iterator[dict[str, Tensor]]:
             x: Any = rest.noise
+            shape = call.get("x").shape
             reverse = STEPS[name] == "ddim_reverse"
             for row in range(first, self._num_steps):
                 t = torch.full_like(call.get("t"), row if reverse else self._num_steps - 1 - row)
-                self._inside, self.reason_of_engine = True, "the engine handed over"
+                self._inside, self.handed_over = True, True
                 try:
                     with torch.no_grad():
-                        out = call.made_by(own, x=x, t=t)
+                        out = call.made_by(own, x=x.view(shape) if fit.folds else x, t=t)
                 finally:
                     self._inside = False
-                self.by_engine -= 1
+                out = folded_result(out, fit.folds) if fit.folds else out
                 yield out
                 x = out["sample"]
 

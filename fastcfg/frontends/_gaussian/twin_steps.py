@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...engine.model_output import output_tensor
+from .folding import folded, folded_model, leading_dims
 from .loops import LoopCall
 from .own_run import Fit
 from .process import Process
@@ -24,9 +26,13 @@ def proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep) 
     call, solver, reason = first.call, STEPS[name], ""
     if twin._prediction == "previous_x" and solver == "ddpm" and call.get("denoised_fn") is not None:
         return "its denoised_fn changes only what it reports"
+    asked = first.recorders["model"].calls
     clips = [bool(call.get("clip_denoised"))] if "clip_denoised" in call.arguments else [True, False]
+    folds = leading_dims(call.get("x"), output_tensor(first.recorders["model"].calls[0].returned)) if asked else 0
+    if folds and any(call.get(function) is not None for function in ("cond_fn", "denoised_fn")):
+        return "its channels are not the second dimension, and it has a cond_fn or denoised_fn"
     for clip in clips:
-        other = other_step(twin, name, clip)
+        other = other_step(twin, name, clip, folds)
         try:
             check_first(first, other)
             check_times(own, call, first.recorders["model"].calls[0].returned, other, twin.num_timesteps)
@@ -36,7 +42,7 @@ def proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep) 
             reason = reason or f"its step is not guided-diffusion's ({type(error).__name__}: {error})"
         else:
             options = {"eta": call.get("eta", 0.0), "solver": solver}
-            return Fit(twin._kind(LoopCall(model=_no_model, shape=(1, 1), **options)), clip)
+            return Fit(twin._kind(LoopCall(model=_no_model, shape=(1, 1), **options)), clip, folds)
     return reason
 
 
@@ -63,21 +69,26 @@ def _no_model(x: Tensor, t: Tensor, **_: Any) -> Tensor:
     return x
 
 
-def other_step(twin: Process, name: str, clip: bool) -> OtherStep:
+def other_step(twin: Process, name: str, clip: bool, folds: int = 0) -> OtherStep:
     """A process's step, with or without a limit of x0."""
     solver = STEPS[name]
 
     def make(**given: Any) -> Mapping[str, Any]:
         names = ("model", "x", "t", "denoised_fn", "model_kwargs")
-        arguments = {argument: given.get(argument) for argument in names}
+        arguments: dict[str, Any] = {argument: given.get(argument) for argument in names}
         arguments["clip_denoised"] = clip
         if given.get("cond_fn") is not None:
             arguments["cond_fn"] = given["cond_fn"]
         if solver != "ddpm":
             arguments["eta"] = given.get("eta", 0.0)
-        step: Callable[..., Mapping[str, Any]] = getattr(twin, name)
+        step: Callable[..., Mapping[str, Tensor]] = getattr(twin, name)
+        x, t = arguments["x"], arguments["t"]
+        if folds:
+            arguments["model"] = folded_model(arguments["model"], tuple(x.shape[: 1 + folds]))
+            arguments["x"] = folded(x, folds)
+            arguments["t"] = t.repeat_interleave(len(arguments["x"]) // len(t))
         with torch.no_grad():
-            return step(**arguments)
+            return {result: value.view(x.shape) for result, value in step(**arguments).items()}
 
     arrays: Any = twin._schedule
     first: dict[str, Any] = {"epsilon": arrays.sqrt_recip_alphas_cumprod, "previous_x": 1 / arrays.posterior_mean_coef1}

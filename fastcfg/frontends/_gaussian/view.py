@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch import Tensor
 
 from .recognition import STEPS
 
@@ -37,6 +40,35 @@ def copied(value: Any) -> Any:
         twin.update((name, copied(item)) for name, item in value.items())
         return twin
     return [copied(item) for item in value] if type(value) is list else value
+
+
+class Contents:
+    """What a value holds: its containers' items, and the versions of its tensors."""
+
+    def __init__(self, value: Any) -> None:
+        self._items = list(_items(value))
+
+    def is_current(self, value: Any) -> bool:
+        """Whether a value holds the same, unchanged."""
+        return all(
+            was is now and before == version
+            for (was, before), (now, version) in itertools.zip_longest(self._items, _items(value), fillvalue=(self, -1))
+        )
+
+
+def _items(value: Any) -> Iterator[tuple[Any, int]]:
+    if isinstance(value, Tensor):
+        yield value, 0 if value.is_inference() else value._version
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _items(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _items(item)
+    elif isinstance(value, bool | int | float | str):
+        yield type(value), hash(value)
+    else:
+        yield value, 0
 
 
 @functools.cache
