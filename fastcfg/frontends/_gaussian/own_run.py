@@ -15,7 +15,7 @@ from .loops import LoopCall, LoopKind, LoopRunner, layout_problem
 from .proof import FirstStep, StepCall, make_first
 from .recognition import STEPS
 from .recording import RandomState, same
-from .view import Contents, copied
+from .view import Contents, copied, version
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class OwnRun:
             raise Begun(name, own, call)
         self._watch(call)
         out = self._begin(name, own, call) if self._steps is None else self._next(call, own)
-        self._out, self._version = out, out["sample"]._version if isinstance(out, dict) and "sample" in out else 0
+        self._out, self._version = out, version(out["sample"]) if isinstance(out, dict) and "sample" in out else 0
         if self.is_plain:
             self._random = RandomState(call.get("x").device)
         return out
@@ -128,7 +128,7 @@ class OwnRun:
         if self._out is None or not self.is_plain:
             return
         x = call.get("x")
-        untouched = x is self._out["sample"] and x._version == self._version
+        untouched = x is self._out["sample"] and -1 < version(x) == self._version
         self.is_plain = untouched and not self._random.moved()  # type: ignore[union-attr]
 
     def _begin(self, name: str, own: Callable[..., Any], call: StepCall) -> Any:
@@ -233,7 +233,7 @@ class OwnRun:
             return
         at_end = self._index == (self._num_steps - 1 if STEPS[self._name] == "ddim_reverse" else 0)
         sample = self._out["sample"]
-        unchanged = sample._version == self._version and not self._random.moved()  # type: ignore[union-attr]
+        unchanged = -1 < version(sample) == self._version and not self._random.moved()  # type: ignore[union-attr]
         returned = whole if result is None else result is sample
         untouched = same(self._attributes, copied(vars(self._diffusion)))
         self.is_plain = at_end and unchanged and returned and untouched and not has_others(arguments)

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ...engine.model_output import output_tensor
 from .recording import DifferentError, OwnStepError, RandomState, Recorder, kept, same, with_tensors
-from .view import copied
+from .view import copied, version
 
 _RESULT = ("sample", "pred_xstart")
 _FUNCTIONS = ("model", "cond_fn", "denoised_fn")
@@ -33,7 +34,7 @@ class StepCall:
     """A call of an object's step (model, x, t, ...): its arguments by name."""
 
     def __init__(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.bound = inspect.signature(step).bind(*args, **kwargs)
+        self.bound = _signature(step).bind(*args, **kwargs)
         self.bound.apply_defaults()
         self.arguments = self.bound.arguments
 
@@ -51,6 +52,18 @@ class StepCall:
     def others(self) -> dict[str, Any]:
         """The arguments but for x and t."""
         return {name: value for name, value in self.arguments.items() if name not in ("x", "t")}
+
+
+def _signature(step: Callable[..., Any]) -> inspect.Signature:
+    if isinstance(step, partial) and len(step.args) == 1 and not step.keywords:
+        return _of_method(step.func)
+    return inspect.signature(step)
+
+
+@cache
+def _of_method(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +105,7 @@ class FirstStep:
 def make_first(own: Callable[..., Any], call: StepCall, owner: Any) -> FirstStep:
     """Make a step of an object, as its caller would. Raises `OwnStepError` where the step itself fails."""
     x: Tensor = call.get("x")
-    attributes, kwargs, x_before = copied(vars(owner)), copied(call.get("model_kwargs")), x._version
+    attributes, kwargs, x_before = copied(vars(owner)), copied(call.get("model_kwargs")), version(x)
     before = RandomState(x.device)
     recorders = {name: Recorder(call.get(name), x.device) for name in _FUNCTIONS if name in call.arguments}
     with ExitStack() as stack:
@@ -107,7 +120,7 @@ def make_first(own: Callable[..., Any], call: StepCall, owner: Any) -> FirstStep
     problem = _problem(result, x)
     if not problem and not same(attributes, copied(vars(owner))):
         problem = "its step changes the object's attributes"
-    if not problem and (x._version != x_before or not same(kwargs, copied(call.get("model_kwargs")))):
+    if not problem and (version(x) != x_before or not same(kwargs, copied(call.get("model_kwargs")))):
         problem = "its step changes what it is given in place"
     if not problem and not same(before.others, after.others):
         problem = "its step draws by other means than torch"

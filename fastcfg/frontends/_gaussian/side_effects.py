@@ -12,52 +12,36 @@ from typing import Any
 
 from .recognition import STEPS
 
-# Of functions that write somewhere.
-_WRITING = {
-    *("add_image", "add_images", "add_scalar", "dump", "imsave", "imshow", "imwrite", "log_image", "open", "print"),
-    *("save", "save_image", "savefig", "savez", "show", "tofile", "wandb", "write", "writelines"),
-}
-# Of what loops do with samples, times and progress bars.
-_HARMLESS = {
-    *(
-        "th",
-        "torch",
-        "np",
-        "numpy",
-        "tqdm",
-        "auto",
-        "tqdm.auto",
-        "trange",
-        "enumerate",
-        "range",
-        "reversed",
-        "list",
-        "tuple",
-        "len",
-    ),
-    *("dict", "int", "float", "bool", "isinstance", "next", "iter", "parameters", "device", "dtype", "shape", "size"),
-    *("randn", "randn_like", "randint", "zeros", "zeros_like", "ones", "ones_like", "full", "full_like", "tensor"),
-    *("no_grad", "inference_mode", "enable_grad", "to", "cpu", "cuda", "type", "long", "clone", "detach", "append"),
-    *("get", "items", "keys", "copy", "deepcopy", "cat", "chunk", "view", "reshape", "repeat", "expand", "stack"),
-    *("arange", "as_tensor", "from_numpy", "AssertionError", "requires_grad_", "set_grad_enabled", "contiguous"),
-    *("unsqueeze", "squeeze", "empty", "is_available", "max", "min", "sum", "abs", "zip", "hasattr", "getattr"),
-    *("num_classes", "NotImplementedError", "RuntimeError", "ValueError", "detach_", "str", "sqrt", "clamp", "clamp_"),
-    *("linspace", "flip", "int64", "float32", "item", "encode_text", "half", "eval", "permute", "transpose", "flatten"),
-}
+# Names of functions that write somewhere.
+_WRITING = """
+add_image add_images add_scalar dump imsave imshow imwrite log_image open print save save_image savefig savez show
+tofile wandb write writelines
+"""
+# Names in what loops do with samples, times and progress bars.
+_HARMLESS = """
+AssertionError NotImplementedError RuntimeError ValueError abs append arange as_tensor auto bool cat chunk clamp
+clamp_ clone contiguous copy cpu cuda deepcopy detach detach_ device dict dtype empty enable_grad encode_text
+enumerate eval expand flatten flip float float32 from_numpy full full_like get getattr half hasattr inference_mode
+int int64 is_available isinstance item items iter keys len linspace list long max min next no_grad np num_classes
+numpy ones ones_like parameters permute randint randn randn_like range repeat requires_grad_ reshape reversed
+set_grad_enabled shape size sqrt squeeze stack str sum tensor th to torch tqdm tqdm.auto trange transpose tuple type
+unsqueeze view zeros zeros_like zip
+"""
+_WRITES, _KNOWN = frozenset(_WRITING.split()), frozenset(_HARMLESS.split())
 # Steps that loops choose by an argument. A run that was seen made none of them.
 _OTHER_STEPS = ("p_sample_with_grad", "ddim_sample_with_grad", "plms_sample")
 
 
 def writes(original: Any, name: str) -> str:
     """The name of a function that writes, in the code of a method or of those it calls; empty if there is none."""
-    return next((found for found, _ in _names(original, name, set()) if found in _WRITING), "")
+    return next((found for found, _ in _names(original, name, set()) if found in _WRITES), "")
 
 
 def is_simple(original: Any, name: str, diffusion: Any) -> bool:
     """Whether the code of a loop, up to its steps, refers to nothing that could act elsewhere."""
-    data = {attribute for attribute, value in vars(diffusion).items() if not callable(value)}
+    known = _KNOWN | {attribute for attribute, value in vars(diffusion).items() if not callable(value)}
     for found, is_method in _names(original, name, {*STEPS, *_OTHER_STEPS}):
-        if not is_method and found not in _HARMLESS and found not in data:
+        if not is_method and found not in known:
             return False
     return True
 

@@ -56,9 +56,14 @@ class Contents:
         )
 
 
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; -1 for tensors of inference mode, which do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def _items(value: Any) -> Iterator[tuple[Any, int]]:
     if isinstance(value, Tensor):
-        yield value, 0 if value.is_inference() else value._version
+        yield value, version(value)
     elif isinstance(value, dict):
         for item in value.values():
             yield from _items(item)
