@@ -25,7 +25,7 @@ from .own_run import Fit
 from .own_table import compiled_steps
 from .process import Process
 from .proof import DifferentError, FirstStep, check_first, check_times
-from .recognition import LOOPS, STEPS, UnreadError, is_diffusion, own_steps, twin_of
+from .recognition import LOOPS, STEPS, UnreadError, is_diffusion, own_steps, step_signature, twin_of
 from .side_effects import writes
 from .twin_steps import differing, proved
 from .view import apart
@@ -199,7 +199,8 @@ class OwnLoops:
         if others := sorted(set(given) - _parameters(name) - set(ENGINE)):
             return f"its {name} takes {', '.join(others)}"
         step = LOOPS[name] if LOOPS[name] in own_steps(self.original) else "p_sample"
-        return differing(twin, step, self._step(diffusion, step), given).replace("its step", f"its {step}")
+        own, signature = self._step(diffusion, step), step_signature(self.original, step)
+        return differing(twin, step, signature, own, given).replace("its step", f"its {step}")
 
     def _by_twin(self, diffusion: Any, name: str, given: Mapping[str, Any]) -> Any:
         self.last = {"run": "engine", "reason": ""}

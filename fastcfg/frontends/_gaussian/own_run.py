@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._fused.subclass import ORIGINAL
 from .folding import folded, folded_model, folded_result, unfolded_steps
 from .keys import arguments_key, has_others
 from .loops import LoopCall, LoopKind, LoopRunner, layout_problem
 from .proof import FirstStep, StepCall, make_first
-from .recognition import STEPS
+from .recognition import STEPS, step_signature
 from .recording import RandomState, same
+from .side_effects import Surroundings
 from .view import Contents, copied, version
 
 
@@ -70,7 +72,7 @@ class OwnRun:
         self.reason, self.by_engine, self.handed_over, self.is_plain = original, 0, False, True
         self._diffusion, self._num_steps, self._judge, self._known = diffusion, num_steps, judge, known
         self._runner, self._engine, self._stops = runner, engine, stops
-        self._inside = False
+        self._inside, self._original_class = False, vars(type(diffusion))[ORIGINAL]
         self._first: StepCall | None = None
         self._index = -1
         self._steps: Iterator[dict[str, Tensor]] | None = None
@@ -84,9 +86,10 @@ class OwnRun:
         if self._inside or self.reason:
             return own(*args, **kwargs)
         try:
-            call = StepCall(own, args, kwargs)
-        except TypeError:
-            return own(*args, **kwargs)  # which says what is wrong
+            call = StepCall(step_signature(type(self._diffusion), name), args, kwargs)  # type: ignore[arg-type]
+        except (AttributeError, TypeError):  # which the step itself says
+            self._give_up("its step has other arguments than a model, x and t")
+            return own(*args, **kwargs)
         if problem := self._unexpected(name, call):
             self._give_up(problem)
             return own(*args, **kwargs)
@@ -114,13 +117,15 @@ class OwnRun:
         first = self._first
         if first is None:
             self._first, self._name, self._index = call, name, index
-            self._given = Contents(call.others)
+            self._given, self._state = Contents(call.others), Contents(vars(self._diffusion))
             return ""
         self._index += 1 if STEPS[name] == "ddim_reverse" else -1
         if name != self._name or index != self._index:
             return "its steps do not follow one another"
         if not same(first.others, call.others) or not self._given.is_current(call.others):
             return "its steps are called with different arguments"
+        if not self._state.is_current(vars(self._diffusion)):
+            return "its loop changes the object's attributes"
         return ""
 
     def _watch(self, call: StepCall) -> None:
@@ -137,7 +142,8 @@ class OwnRun:
         if found is None:
             self._inside = True
             try:
-                first = make_first(own, call, self._diffusion)
+                around = Surroundings(self._original_class, name)
+                first = make_first(own, call, self._diffusion, around)
                 found = self._judge(name, own, first)
             finally:
                 self._inside = False

@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ...engine.model_output import output_tensor
 from .recording import DifferentError, OwnStepError, RandomState, Recorder, kept, same, with_tensors
+from .side_effects import Conversions, Surroundings
 from .view import copied, version
 
 _RESULT = ("sample", "pred_xstart")
@@ -33,8 +33,8 @@ _ROUNDING = 2e-6
 class StepCall:
     """A call of an object's step (model, x, t, ...): its arguments by name."""
 
-    def __init__(self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.bound = _signature(step).bind(*args, **kwargs)
+    def __init__(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.bound = signature.bind(*args, **kwargs)
         self.bound.apply_defaults()
         self.arguments = self.bound.arguments
 
@@ -52,18 +52,6 @@ class StepCall:
     def others(self) -> dict[str, Any]:
         """The arguments but for x and t."""
         return {name: value for name, value in self.arguments.items() if name not in ("x", "t")}
-
-
-def _signature(step: Callable[..., Any]) -> inspect.Signature:
-    if isinstance(step, partial) and len(step.args) == 1 and not step.keywords:
-        return _of_method(step.func)
-    return inspect.signature(step)
-
-
-@cache
-def _of_method(function: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(function)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +90,9 @@ class FirstStep:
     problem: str
 
 
-def make_first(own: Callable[..., Any], call: StepCall, owner: Any) -> FirstStep:
-    """Make a step of an object, as its caller would. Raises `OwnStepError` where the step itself fails."""
+def make_first(own: Callable[..., Any], call: StepCall, owner: Any, around: Surroundings) -> FirstStep:
+    """Make a step of an object, as its caller would; `around` is what its code refers to. Raises `OwnStepError` where
+    the step itself fails."""
     x: Tensor = call.get("x")
     attributes, kwargs, x_before = copied(vars(owner)), copied(call.get("model_kwargs")), version(x)
     before = RandomState(x.device)
@@ -122,6 +111,8 @@ def make_first(own: Callable[..., Any], call: StepCall, owner: Any) -> FirstStep
         problem = "its step changes the object's attributes"
     if not problem and (version(x) != x_before or not same(kwargs, copied(call.get("model_kwargs")))):
         problem = "its step changes what it is given in place"
+    if not problem and (name := around.changed()):
+        problem = f"its step changes {name}, outside the object"
     if not problem and not same(before.others, after.others):
         problem = "its step draws by other means than torch"
     return FirstStep(call, recorders, before, after, result, kept(result), problem)
@@ -177,8 +168,9 @@ def check_times(own: Callable[..., Any], call: StepCall, given: Any, other: Othe
     """Compare the steps at other times, on random numbers. `own` is the step of a copy of the object, and `given` what
     the model returned.
 
-    The times are the first two, the last two and two between them, with the caller's arguments; and where these have no
-    tensors, up to 128 of them at once, on small samples.
+    The times are the first two, the last two and two between them, with the caller's arguments, and all others where
+    the step makes numbers of tensors, on which it may branch; and where these arguments have no tensors, up to 128 of
+    them at once, on small samples.
 
     Raises:
         DifferentError: where they differ, or the own step fails.
@@ -187,9 +179,18 @@ def check_times(own: Callable[..., Any], call: StepCall, given: Any, other: Othe
     state, generator = RandomState(x.device), torch.Generator().manual_seed(0)
     try:
         times = dict.fromkeys(t for t in (last, last - 1, 2 * last // 3, last // 3, 1, 0) if t >= 0)
-        for index in times:
+        left = [t for t in range(num_timesteps) if t not in times]
+        conversions = Conversions()
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with conversions:
+                return own(*args, **kwargs)
+
+        for index in (*times, *left):
+            if index not in times and not conversions.seen:
+                break
             t = torch.full_like(call.get("t"), index)
-            _check_at(own, call, other, _normals(x, generator), t, given, generator)
+            _check_at(watched if index in times else own, call, other, _normals(x, generator), t, given, generator)
         shape = (min(num_timesteps, _MOST_TIMES), *x.shape[1:2], *(min(size, _SMALL) for size in x.shape[2:]))
         small = _small_outputs(given, x, shape)
         if other.any_shape and small is not None and not _has_tensors(call.others):

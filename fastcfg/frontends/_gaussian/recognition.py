@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -20,6 +21,7 @@ _PREDICTIONS = {
     **dict.fromkeys(("previousx", "xprevious", "xprev", "prevx"), "previous_x"),
 }
 _VARIANCES = {name.replace("_", ""): name for name in ("fixed_small", "fixed_large", "learned", "learned_range")}
+_ANY = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 # What a step is called with, in any order.
 _STEP_ARGUMENTS = {"model", "x", "t"}
 STEPS = {"p_sample": "ddpm", "ddim_sample": "ddim", "ddim_reverse_sample": "ddim_reverse"}
@@ -53,9 +55,31 @@ def is_diffusion(candidate: Any) -> bool:
     return hasattr(candidate, "betas") and hasattr(candidate, "num_timesteps") and any(own_steps(kind))
 
 
-def own_steps(kind: type) -> list[str]:
+def own_steps(kind: Any) -> list[str]:
     """The names of a class's steps."""
-    return [name for name in STEPS if set(_parameters(getattr(kind, name, None))) >= _STEP_ARGUMENTS]
+    return [name for name in STEPS if step_signature(kind, name) is not None]
+
+
+@functools.cache
+def step_signature(kind: Any, name: str) -> inspect.Signature | None:
+    """The arguments of a class's step but for the object; None if it has no such step. One that takes any arguments has
+    also those of the one that it overrides."""
+    found: list[inspect.Parameter] = []
+    by_name = False
+    for base in kind.__mro__:
+        if not (parameters := _parameters(vars(base).get(name))[1:]):
+            continue
+        kinds = {parameter.kind for parameter in parameters}
+        known = {parameter.name for parameter in found}
+        for parameter in parameters:
+            if parameter.name not in known and parameter.kind not in _ANY:
+                found.append(parameter.replace(kind=parameter.KEYWORD_ONLY) if by_name else parameter)
+        by_name = by_name or inspect.Parameter.VAR_POSITIONAL not in kinds
+        if not kinds & _ANY:
+            break
+    if not {parameter.name for parameter in found} >= _STEP_ARGUMENTS:
+        return None
+    return inspect.Signature(sorted(found, key=lambda parameter: parameter.kind))
 
 
 def twin_of(diffusion: Any) -> Process:
@@ -96,8 +120,8 @@ def _known(diffusion: Any, attribute: str, names: dict[str, str]) -> str:
     return names[plain]
 
 
-def _parameters(function: Any) -> list[str]:
+def _parameters(function: Any) -> list[inspect.Parameter]:
     try:
-        return list(inspect.signature(function).parameters)
+        return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
         return []

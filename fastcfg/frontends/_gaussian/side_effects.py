@@ -7,10 +7,14 @@ saves pictures: that is read off the names that its code, and that of the method
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
+from torch.overrides import TorchFunctionMode
+
 from .recognition import STEPS
+from .recording import same
+from .view import copied
 
 # Names of functions that write somewhere.
 _WRITING = """
@@ -27,6 +31,11 @@ numpy ones ones_like parameters permute randint randn randn_like range repeat re
 set_grad_enabled shape size sqrt squeeze stack str sum tensor th to torch tqdm tqdm.auto trange transpose tuple type
 unsqueeze view zeros zeros_like zip
 """
+# Names of functions that make numbers of tensors.
+_CONVERTING = """
+__array__ __bool__ __contains__ __float__ __format__ __index__ __int__ __repr__ allclose equal item numpy tolist
+"""
+_NUMBERS = frozenset(_CONVERTING.split())
 _WRITES, _KNOWN = frozenset(_WRITING.split()), frozenset(_HARMLESS.split())
 # Steps that loops choose by an argument. A run that was seen made none of them.
 _OTHER_STEPS = ("p_sample_with_grad", "ddim_sample_with_grad", "plms_sample")
@@ -35,6 +44,25 @@ _OTHER_STEPS = ("p_sample_with_grad", "ddim_sample_with_grad", "plms_sample")
 def writes(original: Any, name: str) -> str:
     """The name of a function that writes, in the code of a method or of those it calls; empty if there is none."""
     return next((found for found, _ in _names(original, name, set()) if found in _WRITES), "")
+
+
+class Surroundings:
+    """What the code of a method, and of those it calls, refers to in its modules and classes: numbers, and containers,
+    which it may change."""
+
+    def __init__(self, original: Any, name: str) -> None:
+        owners = [(function.__globals__, set(_of(function.__code__))) for function in _functions(original, name, set())]
+        owners += [(vars(base), set(vars(base))) for base in original.__mro__ if base is not object]
+        self._values = [
+            (owner, found, copied(owner[found]))
+            for owner, names in owners
+            for found in names & owner.keys()
+            if isinstance(owner[found], bool | int | float | str | list | dict) and not found.startswith("__")
+        ]
+
+    def changed(self) -> str:
+        """The name of something that is another by now; empty if nothing is."""
+        return next((name for owner, name, was in self._values if not same(copied(owner.get(name)), was)), "")
 
 
 def is_simple(original: Any, name: str, diffusion: Any) -> bool:
@@ -47,8 +75,15 @@ def is_simple(original: Any, name: str, diffusion: Any) -> bool:
 
 
 def _names(original: Any, name: str, apart: set[str]) -> Iterator[tuple[str, bool]]:
-    """The names in the code of a method, and whether they are its class's methods, whose names follow; but for some
+    """The names in the code of a method and of those it calls, and whether they are its class's methods; but for some
     methods. Every class of the object's that has the method counts: they may call each other's."""
+    for function in _functions(original, name, apart):
+        for found in _of(function.__code__):
+            yield found, callable(getattr(original, found, None))
+
+
+def _functions(original: Any, name: str, apart: set[str]) -> Iterator[FunctionType]:
+    """The functions of a method and of those that it calls."""
     seen, left = set(apart), [name]
     while left:
         method = left.pop()
@@ -59,12 +94,10 @@ def _names(original: Any, name: str, apart: set[str]) -> Iterator[tuple[str, boo
             function = vars(base).get(method)
             while hasattr(function, "__wrapped__"):
                 function = function.__wrapped__
-            code = getattr(getattr(function, "__func__", function), "__code__", None)
-            for found in _of(code) if isinstance(code, CodeType) else ():
-                is_method = callable(getattr(original, found, None))
-                yield found, is_method
-                if is_method:
-                    left.append(found)
+            function = getattr(function, "__func__", function)
+            if isinstance(function, FunctionType):
+                yield function
+                left += [found for found in _of(function.__code__) if callable(getattr(original, found, None))]
 
 
 def _of(code: CodeType) -> Iterator[str]:
@@ -72,3 +105,14 @@ def _of(code: CodeType) -> Iterator[str]:
     for part in code.co_consts:
         if isinstance(part, CodeType):
             yield from _of(part)
+
+
+class Conversions(TorchFunctionMode):
+    """Context that notices where tensors become numbers of Python, on which code may branch."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called for every function of torch's."""
+        self.seen = self.seen or getattr(func, "__name__", "") in _NUMBERS
+        return func(*args, **(kwargs or {}))

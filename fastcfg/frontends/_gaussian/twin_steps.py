@@ -46,9 +46,9 @@ def proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep) 
     return reason
 
 
-def differing(twin: Process, name: str, own: Callable[..., Any], loop: Mapping[str, Any]) -> str:
+def differing(twin: Process, name: str, signature: Any, own: Callable[..., Any], loop: Mapping[str, Any]) -> str:
     """How an object's steps differ from its process's, with a loop's arguments and random outputs of the model;
-    empty if they do not."""
+    empty if they do not. `own` is the step of a copy of the object, with these arguments."""
     shape = tuple(loop["x"].shape if "x" in loop else loop["shape"])
     device = loop.get("device") or "cpu"
     if len(shape) < 2:
@@ -58,7 +58,7 @@ def differing(twin: Process, name: str, own: Callable[..., Any], loop: Mapping[s
     given = {option: loop[option] for option in _OPTIONS if loop.get(option) is not None}
     given |= {"model": _no_model, "x": torch.zeros(shape, device=device)}
     try:
-        call = StepCall(own, (), {**given, "t": torch.zeros(shape[0], dtype=torch.int64, device=device)})
+        call = StepCall(signature, (), {**given, "t": torch.zeros(shape[0], dtype=torch.int64, device=device)})
         check_times(own, call, output, other_step(twin, name, loop.get("clip_denoised", True)), twin.num_timesteps)
     except (TypeError, DifferentError) as error:
         return str(error)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .recognition import STEPS
 
 _STEP = "_fastcfg_step"
+_SHORT = 64  # items of a list that are looked at in every step; longer ones are lists of times
 # A step's name, the class's function and what it was called with.
 Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -67,9 +68,11 @@ def _items(value: Any) -> Iterator[tuple[Any, int]]:
     elif isinstance(value, dict):
         for item in value.values():
             yield from _items(item)
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and len(value) <= _SHORT:
         for item in value:
             yield from _items(item)
+    elif isinstance(value, list | tuple):
+        yield value, len(value)
     elif isinstance(value, bool | int | float | str):
         yield type(value), hash(value)
     else:
