@@ -37,10 +37,13 @@ class _Key:
 class _Known:
     """An object and its key, which is valid as long as `unchanged()`."""
 
-    __slots__ = ("elements", "key", "unchanged", "value")
+    __slots__ = ("elements", "key", "now", "then", "unchanged", "value")
 
     def __init__(self, value: Any, key: Hashable, unchanged: Callable[[], bool]) -> None:
         self.value, self.key, self.unchanged = value, _Key(key), unchanged
+        # Of a tensor in the host's memory: a function that returns its bytes, and what these were.
+        self.now: Callable[[], Any] = unchanged
+        self.then: Any = True
         self.elements: dict[int, Any] | None = None  # of a tensor, by address
 
 
@@ -54,7 +57,7 @@ class Contents:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, _Known] = {}
+        self.known: dict[int, _Known] = {}
 
     def key(self, state: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
         """The key of some attributes of a `__dict__`, and of which attributes there are."""
@@ -78,7 +81,7 @@ class Contents:
         elif kind in _CONTAINERS and len(value) < _LONG:
             items = value if kind is not dict else (*value, *value.values())
             return kind, *[item if type(item) in _PLAIN else self.of(item) for item in items]
-        known = self._known.get(id(value))
+        known = self.known.get(id(value))
         if known is not None and known.value is value and known.unchanged():
             return known.key
         if isinstance(value, Tensor):
@@ -96,7 +99,7 @@ class Contents:
         return self._elements(tensor).get(element.data_ptr()) if element.dtype == tensor.dtype else None
 
     def _elements(self, tensor: Tensor) -> dict[int, Any]:
-        known = self._known.get(id(tensor))
+        known = self.known.get(id(tensor))
         if known is None or known.value is not tensor or not known.unchanged():
             known = self._kept(tensor, _tensor)
         if known.elements is None:
@@ -105,11 +108,11 @@ class Contents:
         return known.elements
 
     def _kept(self, value: Any, make: Callable[[Any], _Known]) -> _Known:
-        known = self._known.get(id(value))
+        known = self.known.get(id(value))
         if known is None or known.value is not value or not known.unchanged():
-            if len(self._known) >= _KEPT:
-                self._known.clear()
-            known = self._known[id(value)] = make(value)
+            if len(self.known) >= _KEPT:
+                self.known.clear()
+            known = self.known[id(value)] = make(value)
         return known
 
 
@@ -121,7 +124,9 @@ def _tensor(tensor: Tensor) -> _Known:
     if tensor.device.type == "cpu":
         # The same memory: changes through other tensors and arrays are seen as well.
         tobytes = host_array(tensor).tobytes
-        return _Known(tensor, key, lambda: tobytes() == contents)
+        known = _Known(tensor, key, lambda: tobytes() == contents)
+        known.now, known.then = tobytes, contents
+        return known
     if tensor.is_inference():
         return _Known(tensor, key, lambda: True)
     version = tensor._version

@@ -49,10 +49,11 @@ class Call:
 class ReadyStep:
     """A traced step, made ready for tensors like a sample: what it has in common with others, and its numbers."""
 
-    __slots__ = ("combine", "constants", "form")
+    __slots__ = ("combine", "constants", "following", "form")
 
     def __init__(self, form: StepForm, constants: tuple[Any, ...], combine: Combine | None) -> None:
         self.form, self.constants, self.combine = form, constants, combine
+        self.following: Any = None  # of `steps`: what came after it
 
     def is_current(self) -> bool:
         """Whether the class and the modules still have what the step read of them."""

@@ -15,8 +15,10 @@ from ...utils.identity import NoValueError, value_key, view_index
 from ...utils.lru import LRU
 from .contents import Contents
 from .fall_through import FallThroughError
+from .guards import Guard, guard_of
 from .ready import Call, ReadyStep, StepForms
 
+_MOST_GUARDS = 8  # made after one step: runs that differ every time have none
 _STEPS = 4096  # kept for a class; every step of a run is one
 
 
@@ -67,22 +69,32 @@ class FusedSteps:
     def step(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: Mapping[str, Any]) -> Any:
         """A step, with further arguments by name. Raises `FallThroughError`, before any change, if the original must
         run."""
-        self.last = None
+        last, self.last = self.last, None
+        kind: Any = type(scheduler)
+        state, known = vars(scheduler), _known_steps(kind, self._base.step)
+        following = known.first if last is None else last.following
+        if following is not None and following.guard is not None:
+            ready = following.ready
+            if following.guard(state, self._contents, output, timestep, sample, options) and ready.is_current():
+                result = ready.run(Call(state, output, timestep, sample, options))
+                self.last = ready
+                return result
         for tensor in (sample, output):
             if type(tensor) is not Tensor or tensor.layout is not torch.strided:
                 raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
         if torch.is_grad_enabled() and (output.requires_grad or sample.requires_grad):
             raise FallThroughError("its step must let gradients through")
-        kind: Any = type(scheduler)
-        state, known = vars(scheduler), _known_steps(kind, self._base.step)
         at = self._single(state, timestep) if isinstance(timestep, Tensor) else (type(timestep), timestep)
         tensors: tuple[Any, ...] = (output.dtype, output.shape, output.stride(), output.device)
         tensors += (sample.dtype, sample.shape, sample.stride(), sample.device)
         fixed = (tensors, at, *((name, self._option(state, name, value)) for name, value in options.items()))
-        ready = known.find(fixed, self._contents, state)
+        ready, reads = known.find(fixed, self._contents, state)
         if ready is None:
-            reads, ready = self._trace(known.forms, scheduler, output, timestep, sample, options)
-            known.put(reads, fixed, self._contents, state, ready)
+            traced, ready = self._trace(known.forms, scheduler, output, timestep, sample, options)
+            known.put(traced, fixed, self._contents, state, ready)
+        elif isinstance(ready, ReadyStep):
+            arguments = reads, state, self._contents, output, timestep, sample, options
+            _Following.after(last, known).note(ready, partial(guard_of, *arguments))
         if isinstance(ready, str):
             raise FallThroughError(ready)
         result = ready.run(Call(state, output, timestep, sample, options))
@@ -138,6 +150,34 @@ class FusedSteps:
         return torch.tensor(self._number(state, value), dtype=value.dtype).reshape(value.shape)
 
 
+class _Following:
+    """What came after a step: the last one that was found by its key, and a guard of it from the second time on."""
+
+    __slots__ = ("guard", "made", "ready")
+
+    def __init__(self) -> None:
+        self.ready: Any = None
+        self.guard: Guard | None = None
+        self.made = 0
+
+    @staticmethod
+    def after(last: ReadyStep | None, known: _KnownSteps) -> _Following:
+        """That of a step, or of the beginning of a run."""
+        holder = known if last is None else last
+        name = "first" if last is None else "following"
+        if getattr(holder, name) is None:
+            setattr(holder, name, _Following())
+        found: _Following = getattr(holder, name)
+        return found
+
+    def note(self, ready: ReadyStep, make: Callable[[], Guard | None]) -> None:
+        """Note the step that came after it."""
+        if ready is not self.ready:
+            self.ready, self.guard = ready, None
+        elif self.made < _MOST_GUARDS:
+            self.guard, self.made = make(), self.made + 1
+
+
 class _KnownSteps:
     """What is known about a class's steps: what they were traced to, or why they were not, by the attributes that they
     read and by what these contained. Most of them read the same few sets of attributes; the last to fit is tried first.
@@ -145,22 +185,25 @@ class _KnownSteps:
 
     def __init__(self) -> None:
         self.forms = StepForms()
+        self.first: _Following | None = None
         self._tensors: LRU[Hashable] = LRU(64)
         # The oldest first; an LRU would cost two more hashes a step.
         self._by_reads: dict[tuple[str, ...], dict[Hashable, ReadyStep | str]] = {}
         self._order: tuple[tuple[str, ...], ...] = ()
         self._lock = Lock()
 
-    def find(self, call: Hashable, contents: Contents, state: Mapping[str, Any]) -> ReadyStep | str | None:
-        """What is known about a step."""
+    def find(
+        self, call: Hashable, contents: Contents, state: Mapping[str, Any]
+    ) -> tuple[ReadyStep | str | None, tuple[str, ...]]:
+        """What is known about a step, and what it reads."""
         order = self._order
         for reads in order:
             found = self._by_reads[reads].get((call, contents.key(state, reads)))
             if found is not None and (isinstance(found, str) or found.is_current()):
                 if reads is not order[0]:
                     self._order = (reads, *(other for other in order if other is not reads))
-                return found
-        return None
+                return found, reads
+        return None, ()
 
     def put(
         self,

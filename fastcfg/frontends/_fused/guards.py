@@ -1,0 +1,154 @@
+"""Conditions under which a step is the one that followed the last time, as one function.
+
+A run repeats the run before it: after a step comes the step that came after it then, unless something was changed.
+Keys (`Contents`) answer which step it is among all that are known; a guard asks whether it is this one, by the same
+contents, in two thirds of the time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contents import Contents
+
+# Called with the attributes, their contents, and the step's arguments.
+Guard = Callable[[Mapping[str, Any], Contents, Tensor, Any, Tensor, Mapping[str, Any]], bool]
+_SHORT = 16
+# The timesteps, and the name of what is known of them.
+_TIMESTEPS, _ENTRY = "state['timesteps']", "known_timesteps"
+_HEAD = """\
+def guard(state, contents, output, timestep, sample, options):
+    known, of, graded = contents.known.get, contents.of, grad_enabled()
+    return bool(
+        {conditions}
+    )
+"""
+
+
+class _UnguardedError(Exception):
+    """A step has what a guard cannot ask for."""
+
+
+class _Conditions:
+    """Conditions in the words of Python, and the values that they name."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {"Tensor": Tensor, "grad_enabled": torch.is_grad_enabled, "strided": torch.strided}
+        self.timesteps: Tensor | None = None
+        self._numbers = itertools.count()
+
+    def named(self, value: Any) -> str:
+        """A name for a value."""
+        name = f"v{next(self._numbers)}"
+        self.names[name] = value
+        return name
+
+    def add(self, *conditions: str) -> None:
+        """More of them."""
+        self.lines += conditions
+
+    def tensor(self, value: Tensor, where: str) -> None:
+        """An input of a step: a tensor of two dimensions or more."""
+        if value.requires_grad and torch.is_grad_enabled():
+            raise _UnguardedError
+        here = self.named(None)
+        self.add(f"type({here} := {where}) is Tensor")
+        self.add(f"{here}.dtype is {self.named(value.dtype)}", f"{here}.shape == {self.named(value.shape)}")
+        # Strides of a single element are anything.
+        plain = value.is_contiguous() and 1 not in value.shape
+        self.add(f"{here}.is_contiguous()" if plain else f"{here}.stride() == {self.named(value.stride())}")
+        on_cpu = value.device.type == "cpu"
+        self.add(f"{here}.is_cpu" if on_cpu else f"{here}.device == {self.named(value.device)}")
+        self.add(f"not (graded and {here}.requires_grad)")
+
+    def element(self, value: Tensor, contents: Contents) -> Any:
+        """The value of one of the timesteps; None for another tensor."""
+        return None if self.timesteps is None else contents.element(self.timesteps, value)
+
+    def contents(self, value: Any, where: str, contents: Contents) -> None:
+        """A value that decides about a step."""
+        kind, here = type(value), self.named(None)
+        self.add(f"(type({here} := {where}) is {self.named(kind)})")
+        if value is None or kind is bool:
+            self.add(f"{here} is {value}")
+        elif kind in (int, str) or (kind is float and value and value == value):
+            self.add(f"{here} == {self.named(value)}")
+        elif kind is Tensor and value.ndim > 1:
+            self.lines.pop()
+            self.tensor(value, where)
+        elif kind in (list, tuple) and len(value) < _SHORT:
+            self.add(f"len({here}) == {len(value)}")
+            for number, item in enumerate(value):
+                self.contents(item, f"{here}[{number}]", contents)
+        elif kind is Tensor and value.ndim == 0 and (number := self.element(value, contents)) is not None:
+            # The steps kept in lists are other tensors in every run.
+            self.add(f"{here}.ndim == 0", f"{here}.dtype is {self.named(value.dtype)}")
+            self.add(f"{_ENTRY}.elements.get({here}.data_ptr()) == {number!r}")
+        elif id(value) in contents.known:
+            entry = _ENTRY if where == _TIMESTEPS else self.named(None)
+            self.add(f"({entry} := known(id({here}))) is not None", f"{entry}.value is {here}")
+            self.add(f"{entry}.now() == {entry}.then")
+            key = self.named(contents.known[id(value)].key)
+            self.add(f"({entry}.key is {key} or {entry}.key == {key})")
+        else:
+            self.add(f"of({here}) == {self.named(contents.of(value))}")
+
+
+def guard_of(
+    reads: tuple[str, ...],
+    state: Mapping[str, Any],
+    contents: Contents,
+    output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    options: Mapping[str, Any],
+) -> Guard | None:
+    """The conditions under which a step that reads some attributes is the one it is with these; None if some of them
+    cannot be asked for."""
+    conditions = _Conditions()
+    try:
+        for name, tensor in (("output", output), ("sample", sample)):
+            conditions.tensor(tensor, name)
+            conditions.add(f"{name}.layout is strided")
+        conditions.add(f"tuple(options) == {conditions.named(tuple(options))}")
+        for name, value in options.items():
+            conditions.contents(_plain(value), f"options[{name!r}]", contents)
+        conditions.add(f"tuple(state) == {conditions.named(tuple(state))}")
+        timesteps = state.get("timesteps")
+        if type(timesteps) is Tensor and timesteps.ndim == 1:
+            contents.look(timesteps)
+            conditions.contents(timesteps, _TIMESTEPS, contents)
+            conditions.add(f"{_ENTRY}.elements is not None")
+            conditions.timesteps = timesteps
+        for name in reads:
+            if name in state and (name != "timesteps" or conditions.timesteps is None):
+                conditions.contents(state[name], f"state[{name!r}]", contents)
+        _timestep(conditions, timestep, contents)
+    except _UnguardedError:
+        return None
+    names: dict[str, Any] = {}
+    source = _HEAD.format(conditions="\n        and ".join(conditions.lines))
+    exec(compile(source, "<guard>", "exec"), conditions.names, names)
+    found: Guard = names["guard"]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise _UnguardedError
+
+
+def _timestep(conditions: _Conditions, timestep: Any, contents: Contents) -> None:
+    if not isinstance(timestep, Tensor):
+        conditions.contents(_plain(timestep), "timestep", contents)
+    elif timestep.ndim or conditions.element(timestep, contents) is None:
+        raise _UnguardedError
+    else:
+        conditions.contents(timestep, "timestep", contents)

@@ -1,0 +1,137 @@
+"""A step that follows as it did in earlier runs is known by a guard, which hears every change that keys hear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcfg
+from benchmarks.suite.foreign import load_diffusers
+
+pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
+diffusers: Any = load_diffusers()
+if diffusers is None:
+    pytest.skip("diffusers is not installed", allow_module_level=True)
+SHAPE = (2, 4, 5, 3)
+STEPS, AT = 8, 4
+CLASSES = ["DDIM", "EulerDiscrete", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete", "DEISMultistep"]
+
+
+def through_numpy(s: Any) -> None:
+    s.timesteps.numpy()[AT + 1] += 7
+
+
+def longer_past(s: Any) -> None:
+    for name in ("model_outputs", "ets", "derivatives"):
+        if items := getattr(s, name, None):
+            items.append(items[-1])
+
+
+def method_of_its_own(s: Any) -> None:
+    if hasattr(s, "convert_model_output"):
+        original = s.convert_model_output
+        s.convert_model_output = lambda *args, **options: 2 * original(*args, **options)
+
+
+def other_levels(s: Any) -> None:
+    name = "sigmas" if hasattr(s, "sigmas") else "alphas_cumprod"
+    other = 0.98 * getattr(s, name)
+    if fastcfg.is_fused(s):
+        s._fastcfg_state._contents.of(other)
+    setattr(s, name, other)
+
+
+EDITS: dict[str, Callable[[Any], Any]] = {
+    "nothing": lambda s: None,
+    "levels in place": lambda s: [getattr(s, n).mul_(0.99) for n in ("sigmas", "alphas_cumprod") if hasattr(s, n)],
+    "timesteps through numpy": through_numpy,
+    "other timesteps": lambda s: setattr(s, "timesteps", s.timesteps.clone()),
+    "an option": lambda s: s.register_to_config(prediction_type="v_prediction"),
+    "an attribute of the config": lambda s: object.__setattr__(s.config, "prediction_type", "sample"),
+    "the index": lambda s: setattr(s, "_step_index", 5) if getattr(s, "_step_index", None) is not None else None,
+    "the order": lambda s: setattr(s, "lower_order_nums", 0) if hasattr(s, "lower_order_nums") else None,
+    "the past's dtype": lambda s: past(s, Tensor.double),
+    "the past's layout": lambda s: past(s, lambda x: x.to(memory_format=torch.channels_last)),
+    "no past": lambda s: past(s, lambda x: None),
+    "a longer past": longer_past,
+    "a method of its own": method_of_its_own,
+    "known other levels": other_levels,
+}
+
+
+def past(s: Any, change: Callable[[Tensor], Any]) -> None:
+    for name in ("model_outputs", "ets", "derivatives"):
+        if items := getattr(s, name, None):
+            items[-1] = items[-1] if items[-1] is None else change(items[-1])
+
+
+def run(s: Any, edit: Callable[[Any], Any] = lambda s: None, stop: int = STEPS, **options: Any) -> list[Any]:
+    s.set_timesteps(STEPS)
+    x, results = torch.linspace(-2, 2, 120).view(SHAPE), []
+    for number, t in enumerate(list(s.timesteps)[:stop]):
+        if number == AT:
+            edit(s)
+            t = list(s.timesteps)[number]
+        try:
+            x = s.step(torch.tanh(x / 8), t, x, **options).prev_sample
+        except Exception as error:
+            return [*results, type(error)]
+        results.append(x)
+    return results
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_guards_hear_what_keys_hear(name: str) -> None:
+    kind = getattr(diffusers, f"{name}Scheduler")
+    ours = fastcfg.accelerate(kind())
+    for _ in range(4):
+        run(ours)
+    run(ours, stop=AT)
+    assert ours._fastcfg_state.last.following.guard is not None
+    for what, edit in EDITS.items():
+        theirs, ours = kind(), fastcfg.accelerate(kind())
+        want, got = run(theirs, edit), run(ours, edit)
+        assert len(want) == len(got), what
+        for a, b in zip(want, got, strict=True):
+            if isinstance(a, Tensor):
+                torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-5 * float(a.abs().max()), msg=what, equal_nan=True)
+            else:
+                assert a == b, what
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("change", ["dtype", "shape", "layout", "gradient", "timestep", "tuple"])
+def test_guards_hear_other_arguments(name: str, change: str) -> None:
+    kind = getattr(diffusers, f"{name}Scheduler")
+    ours, theirs = fastcfg.accelerate(kind()), kind()
+    for _ in range(4):
+        run(ours)
+    results = []
+    for s in (theirs, ours):
+        x = run(s, stop=AT)[-1]
+        t = s.timesteps[AT + (change == "timestep")]
+        if change == "dtype":
+            x = x.double()
+        elif change == "shape":
+            x = x[:1]
+        elif change == "layout":
+            x = x.to(memory_format=torch.channels_last)
+        elif change == "gradient":
+            x = x.clone().requires_grad_()
+        try:
+            options = {"return_dict": False} if change == "tuple" else {}
+            out = s.step(torch.tanh(x / 8), t, x, **options)
+            assert isinstance(out, tuple) == (change == "tuple")
+            results.append(out[0])
+        except Exception as error:
+            results.append(type(error))
+    a, b = results
+    if not isinstance(a, Tensor):
+        assert a == b
+        return
+    assert (a.dtype, a.stride(), a.requires_grad) == (b.dtype, b.stride(), b.requires_grad)
+    torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-5 * float(a.abs().max()))
