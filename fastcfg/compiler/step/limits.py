@@ -18,6 +18,8 @@ from .run import Outcome, Runs
 from .sums import TOLERANCE, ZERO, coefficients_of, prove
 from .tensors import BasisVectors, Inputs
 
+_SAME = 1e-7  # coefficients of x0 by differences of a run's values, which round to 1e-9
+
 
 def clip_of(config: Any) -> float | DynamicThreshold | None:
     """The limit of x0 that a diffusers config asks for, read as its schedulers read it."""
@@ -44,12 +46,13 @@ def over_limited_x0(
     run: Runs,
 ) -> Combination:
     """The sums with what passes through a limited x0 written over it. Candidates for x0 are what the step converts its
-    output to and what it returns or keeps beside the next sample; the sums are proved on random samples."""
+    output to and what it returns or keeps, the next sample last; the sums are proved on random samples."""
     converted = [value for value in linear.converted if value.shape == vectors.shape]
     found = reader.sums_of(linear)
     # Dynamic thresholding divides by its bound.
     floor = clip.floor if isinstance(clip, DynamicThreshold) else 1.0
-    for limited in (*coefficients_of(converted, vectors, inputs), *combination.coefficients[1:]):
+    rows = combination.coefficients
+    for limited in (*coefficients_of(converted, vectors, inputs), *rows[1:], *rows[:1]):
         if not limited.any():
             continue
         p = floor * limited
@@ -86,6 +89,8 @@ def _over_x0(
     rows = combination.coefficients
     found = np.array([value[vectors.saturated].reshape(1 + len(inputs.names), -1)[:, 0].numpy() for value in sums])
     rest = (found[:, 1:] - found[:, :1]) / vectors.added
+    bound = np.sign(p @ vectors.base) * (clip if isinstance(clip, float) else 1.0)
+    of_x0 = (found[:, 0] - rest @ vectors.base) / bound if bound else np.zeros(len(rows))
     if combination.noise is not None:
         rest[0, combination.noise] = 0.0
     # Without what rounding left of a difference.
@@ -93,6 +98,10 @@ def _over_x0(
     # x0 of an infinite input is finite: what is not comes of other terms, if only of a product with 0.
     infinite: Any = [~value[vectors.infinite].isfinite().flatten(1).all(dim=1).numpy() for value in sums]
     rest[np.array(infinite) & (rest == 0)] = ZERO
-    bound = np.sign(p @ vectors.base) * (clip if isinstance(clip, float) else 1.0)
-    of_x0 = (found[:, 0] - rest @ vectors.base) / bound if bound else np.zeros(len(rows))
+    most = int(np.argmax(np.abs(of_x0)))
+    if isinstance(clip, float) and of_x0[most]:
+        # What a step returns may be x0 and a little of its sample (LCM): x0 alone is what the limit takes off a sum.
+        alone = (rows[most] - np.where(rest[most] == ZERO, 0.0, rest[most])) / of_x0[most]
+        if np.abs(alone - p).max() > _SAME * np.abs(p).max():
+            p = alone
     return replace(combination, coefficients=rest, x0=p, of_x0=of_x0, clip=clip)
