@@ -421,3 +421,16 @@ def test_results_that_differ_in_nothing_but_the_place_of_a_constant_are_told_apa
         assert torch.equal(result[place], 0.5 * X + M)
         assert result[1 - place] == 0
         assert getattr(own, STATE).last is not None
+
+
+def test_what_a_step_sets_without_reading_it_is_set_whatever_it_was() -> None:
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+        self.state = 5
+        return x - output
+
+    ours = fuse(scheduler(step, state=5))
+    ours.step(M, 0, X)
+    ours.state = 7
+    ours.step(M, 0, X)
+    assert ours._fastcfg_state.last is not None
+    assert ours.state == 5

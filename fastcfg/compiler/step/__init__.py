@@ -43,7 +43,20 @@ from .sums import TOLERANCE, combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 from .watch import unchanged, undrawn
 
-__all__ = ["MISSING", "Constant", "Container", "Draw", "Given", "Means", "Part", "Small", "Source", "Sum", "TracedStep"]
+__all__ = [
+    "CONFIG",
+    "MISSING",
+    "Constant",
+    "Container",
+    "Draw",
+    "Given",
+    "Means",
+    "Part",
+    "Small",
+    "Source",
+    "Sum",
+    "TracedStep",
+]
 __all__ += ["UntraceableError", "Write", "laid_out", "trace_step"]
 
 # Between the sums and the original's step in the caller's dtypes, which may cancel: roundings of the coarsest dtype.
@@ -65,7 +78,7 @@ def trace_step(
     Raises:
         UntraceableError: the step is no sum of its tensors, fails on an example, or does what cannot be reproduced.
     """
-    reads = Reads({CONFIG} if CONFIG in vars(scheduler) else set())
+    reads = Reads()
     graded = torch.is_grad_enabled()  # which leaving inference mode would turn on
     try:
         with (
@@ -79,12 +92,12 @@ def trace_step(
             with runs.open():
                 return _traced(scheduler, inputs, runs, reads)
     except UntraceableError as error:
-        error.reads = frozenset(reads.own & set(vars(scheduler)))
+        error.reads, error.config = _reads(reads)
         raise
 
 
 def _traced(scheduler: Any, inputs: Inputs, run: Runs, reads: Reads) -> TracedStep:
-    clip = clip_of(vars(scheduler).get(CONFIG))
+    clip = clip_of(run.config)
     vectors = BasisVectors(inputs) if clip is None else BasisVectors(inputs, _signs(inputs))
     linear = run(vectors)
     shape = inputs.example_shape(13, 7, 11)
@@ -111,8 +124,10 @@ def _traced(scheduler: Any, inputs: Inputs, run: Runs, reads: Reads) -> TracedSt
         prove(combination, inputs, reader.examples.values(), found, tolerance, together=True)
         sources, combination = _needed(combination, inputs)
     of_class = {name: class_attribute(type(scheduler), name) for name in reads.of_class}
+    own, config = _reads(reads)
     return TracedStep(
-        reads=frozenset(reads.own & set(vars(scheduler))),
+        reads=own,
+        config=config,
         of_class={name: value for name, value in of_class.items() if value is not None},
         sources=sources,
         combination=combination,
@@ -122,6 +137,11 @@ def _traced(scheduler: Any, inputs: Inputs, run: Runs, reads: Reads) -> TracedSt
         result=reader.result,
         writes=reader.writes,
     )
+
+
+def _reads(reads: Reads) -> tuple[frozenset[str], frozenset[str] | None]:
+    """The attributes that were read, but the config, and what was read of this."""
+    return frozenset(reads.own - {CONFIG}), reads.config.items()
 
 
 def _read(run: Runs, inputs: Inputs, shape: tuple[int, ...]) -> Reader:

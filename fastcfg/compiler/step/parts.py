@@ -23,10 +23,11 @@ SAMPLE, OUTPUT = ("sample",), ("output",)
 
 
 class UntraceableError(ValueError):
-    """A step that is no sum of tensors, or does what cannot be reproduced; the message says why. `reads` are the
-    attributes that it read until this was found."""
+    """A step that is no sum of tensors, or does what cannot be reproduced; the message says why. `reads` and `config`
+    are what it read until this was found."""
 
     reads: frozenset[str] = frozenset()
+    config: frozenset[str] | None = frozenset()
 
 
 class Sum(NamedTuple):
@@ -99,7 +100,8 @@ class TracedStep:
     """A step as sums.
 
     Attributes:
-        reads: the attributes of the scheduler that decided about it.
+        reads: the attributes of the scheduler that decided about it, but its config.
+        config: the config's items that did; None for the whole config.
         of_class: what the step read of the class, by name.
         sources: of the combination's inputs; the first is the sample, the second the model's output.
         combination: the sums; None if nothing is computed.
@@ -111,6 +113,7 @@ class TracedStep:
     """
 
     reads: frozenset[str]
+    config: frozenset[str] | None
     of_class: Mapping[str, Any]
     sources: tuple[Source, ...]
     combination: Combination | None

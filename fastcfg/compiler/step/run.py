@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..patching import in_float64, replaced
+from .config import ConfigReads, noting
 from .drawing import Drawing
 from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError, are_numbers
 from .tensors import CONFIG, Inputs, Tensors
 
-_READS, _SEEN, _REFUSED, _CONVERTED = "_fastcfg_reads", "_fastcfg_seen", "_fastcfg_refused", "_fastcfg_converted"
+_TWIN = "_fastcfg_twin"  # where a copy of a scheduler keeps its `_Twin`
 MISSING = object()  # what a class does not have
 
 
@@ -25,7 +26,7 @@ MISSING = object()  # what a class does not have
 class Outcome:
     """What one run of a step did."""
 
-    before: dict[str, Any]  # attributes, with copies of containers
+    before: dict[str, Any] = field(default_factory=dict)  # attributes that it read, with copies of containers
     given: dict[int, Source] = field(default_factory=dict)  # tensors by identity
     kept: list[tuple[Tensor, int]] = field(default_factory=list)  # the same, and the noise, with their versions
     changed: list[Tensor] = field(default_factory=list)  # in place
@@ -43,10 +44,12 @@ class Outcome:
 
 @dataclass(eq=False)
 class Reads:
-    """The names of the attributes that a step read: the scheduler's, and those it looked for in the class."""
+    """The names of the attributes that a step read: the scheduler's, those it looked for in the class, and what it read
+    of the config."""
 
-    own: set[str]
+    own: set[str] = field(default_factory=set)
     of_class: set[str] = field(default_factory=set)
+    config: ConfigReads = field(default_factory=ConfigReads)
 
 
 class Runs:
@@ -62,11 +65,11 @@ class Runs:
         reads: Reads,
     ) -> None:
         self._step, self._timestep, self._options = step, timestep, options
-        self._inputs, self._reads, self._seen = inputs, reads, set[str]()
+        self._inputs, self._reads = inputs, reads
         kind: Any = type(scheduler)
         self._kind, self._traced = kind, traced_class(kind, step)
-        self._state = {name: value for name, value in vars(scheduler).items() if name != CONFIG}
-        self._config = vars(scheduler).get(CONFIG)
+        self._state = dict(vars(scheduler))
+        self.config = noting(self._state[CONFIG], reads.config) if CONFIG in self._state else None
         self._drawing = Drawing(options.get("generator"), inputs)
         self._in_float64 = False
 
@@ -78,16 +81,10 @@ class Runs:
 
     def __call__(self, tensors: Tensors) -> Outcome:
         """Run the step on some tensors."""
-        outcome = Outcome({})
-        state = {name: self._copied(value, ("state", name), tensors, outcome) for name, value in self._state.items()}
-        if self._config is not None:
-            state[CONFIG] = self._config
-        outcome.before = {name: _snapshot(value) for name, value in state.items()}
+        outcome = Outcome()
         twin: Any = object.__new__(self._traced)
         twin_state = object.__getattribute__(twin, "__dict__")
-        twin_state.update(state)
-        ours = {_READS: self._reads, _SEEN: self._seen, _REFUSED: self._inputs.refused, _CONVERTED: outcome.converted}
-        twin_state.update(ours)
+        twin_state[_TWIN] = _Twin(self, tensors, outcome)
         given = {name: self._copied(value, ("option", name), tensors, outcome) for name, value in self._options.items()}
         t = self._timestep
         if isinstance(t, Tensor):
@@ -114,8 +111,28 @@ class Runs:
         if any(tensor.ndim < 2 for tensor in outcome.changed) or self._drawing.changed():
             raise UntraceableError("its step changes levels or noise in place")
         outcome.kept += [(noise, noise._version) for noise in self._drawing.noise]
-        outcome.after = {name: value for name, value in twin_state.items() if name not in ours}
+        del twin_state[_TWIN]
+        outcome.after = twin_state
         return outcome
+
+    def read(self, name: str, state: dict[str, Any], tensors: Tensors, outcome: Outcome) -> None:
+        """Give a copy of the scheduler, whose attributes these are, one that it reads for the first time."""
+        if name not in self._state:
+            if name not in state:
+                self._reads.of_class.add(name)
+            return
+        self._reads.own.add(name)
+        if name in self._inputs.refused:
+            raise UntraceableError(self._inputs.refused[name])
+        if name in state:  # set before it was read
+            return
+        value = self._state[name]
+        if name == CONFIG:
+            outcome.given[id(self.config)] = ("state", CONFIG)
+            copy = self.config
+        else:
+            copy = self._copied(value, ("state", name), tensors, outcome)
+        state[name], outcome.before[name] = copy, _snapshot(copy)
 
     def _copied(self, value: Any, source: Source, tensors: Tensors, outcome: Outcome) -> Any:
         """What a run gets for a value: its tensors for those like the sample, the same small tensor as other runs."""
@@ -137,6 +154,22 @@ class Runs:
         return value.copy() if isinstance(value, np.ndarray) else value
 
 
+class _Twin:
+    """What a copy of a scheduler knows beside its attributes, which it is given when they are read."""
+
+    __slots__ = ("outcome", "runs", "seen", "tensors")
+
+    def __init__(self, runs: Runs, tensors: Tensors, outcome: Outcome) -> None:
+        self.runs, self.tensors, self.outcome, self.seen = runs, tensors, outcome, set[str]()
+
+    def read(self, name: str, state: dict[str, Any]) -> None:
+        """An attribute is read for the first time."""
+        if name == "__dict__":
+            raise UntraceableError("its step reads its __dict__")
+        self.runs.read(name, state, self.tensors, self.outcome)
+        self.seen.add(name)
+
+
 def class_attribute(kind: Any, name: str) -> Any:
     """An attribute of a class, `MISSING` if it has none; None for class methods, which are a new object each time."""
     value = getattr(kind, name, MISSING)
@@ -145,22 +178,14 @@ def class_attribute(kind: Any, name: str) -> Any:
 
 @cache
 def traced_class(kind: Any, step: Any) -> Any:
-    """A subclass that notes which attributes are read, and what `convert_model_output` returns."""
+    """A subclass that is given its attributes when they are read, and notes what `convert_model_output` returns."""
     own, of_kind = object.__getattribute__, kind.__getattribute__
 
     def get(self: Any, name: str) -> Any:
         state = own(self, "__dict__")
-        seen = state[_SEEN]
-        if name not in seen:
-            if name == "__dict__":
-                raise UntraceableError("its step reads its __dict__")
-            if name not in state:
-                state[_READS].of_class.add(name)
-            else:
-                state[_READS].own.add(name)
-                if name in state[_REFUSED]:
-                    raise UntraceableError(state[_REFUSED][name])
-                seen.add(name)
+        twin = state[_TWIN]
+        if name not in twin.seen:
+            twin.read(name, state)
         return of_kind(self, name)
 
     methods: dict[str, Any] = {"__getattribute__": get, "__module__": kind.__module__, "step": step}
@@ -168,7 +193,7 @@ def traced_class(kind: Any, step: Any) -> Any:
 
         def convert_model_output(self: Any, *args: Any, **kwargs: Any) -> Any:
             converted = kind.convert_model_output(self, *args, **kwargs)
-            own(self, "__dict__")[_CONVERTED].append(converted)
+            own(self, "__dict__")[_TWIN].outcome.converted.append(converted)
             return converted
 
         methods["convert_model_output"] = convert_model_output

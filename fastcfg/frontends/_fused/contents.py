@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...utils.identity import NoValueError, Same, host_array, value_key
+from ...compiler.step import CONFIG
+from ...utils.identity import host_array
+from .configs import Configs
+from .keys import Key, hashable
 
 # Types whose values are told apart by ==. Floats and booleans are not: 1.0 and True equal 1.
 _PLAIN = frozenset({int, str, type(None), torch.dtype, torch.device})
@@ -19,28 +22,13 @@ _KEPT = 64  # objects with a known key
 _LONG = 16  # lists from here on are compared with a copy
 
 
-class _Key:
-    """A key with its hash kept."""
-
-    __slots__ = ("_hash", "value")
-
-    def __init__(self, value: Hashable) -> None:
-        self.value, self._hash = value, hash(value)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, _Key) and self.value == other.value)
-
-
 class _Known:
     """An object and its key, which is valid as long as `unchanged()`."""
 
     __slots__ = ("elements", "key", "now", "then", "unchanged", "value")
 
     def __init__(self, value: Any, key: Hashable, unchanged: Callable[[], bool]) -> None:
-        self.value, self.key, self.unchanged = value, _Key(key), unchanged
+        self.value, self.key, self.unchanged = value, Key(key), unchanged
         # Of a tensor in the host's memory: a function that returns its bytes, and what these were.
         self.now: Callable[[], Any] = unchanged
         self.then: Any = True
@@ -58,10 +46,15 @@ class Contents:
 
     def __init__(self) -> None:
         self.known: dict[int, _Known] = {}
+        self.configs = Configs()
 
-    def key(self, state: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
-        """The key of some attributes of a `__dict__`, and of which attributes there are."""
+    def key(self, state: Mapping[str, Any], read: tuple[Iterable[str], frozenset[str] | None]) -> tuple[Any, ...]:
+        """The key of some attributes of a `__dict__`, of some items of its config (None: of all), and of which
+        attributes there are."""
+        names, items = read
         parts: list[Any] = [tuple(state)]
+        if CONFIG in state:
+            parts.append(self.configs.key(state[CONFIG], items))
         for name in names:
             value = state.get(name, _MISSING)
             parts.append(value if type(value) in _PLAIN else self.of(value))
@@ -88,7 +81,7 @@ class Contents:
             return self._kept(value, _tensor).key if value.ndim < 2 else (kind, value.dtype, value.shape)
         if kind in _CONTAINERS or isinstance(value, Mapping):
             return self._kept(value, _container).key
-        return _hashable(value)
+        return hashable(value)
 
     def look(self, tensor: Tensor) -> None:
         """Read a one-dimensional tensor now, rather than when its contents are asked for."""
@@ -137,7 +130,7 @@ def _container(value: Any) -> _Known:
     """A long list, or a mapping, which may have attributes as diffusers' configs have."""
     attributes = vars(value) if hasattr(value, "__dict__") else {}
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
-    key = (type(value), *((name, _hashable(item)) for part in (items, attributes.items()) for name, item in part))
+    key = (type(value), *((name, hashable(item)) for part in (items, attributes.items()) for name, item in part))
     same, same_attributes = copy.deepcopy(dict(value) if isinstance(value, Mapping) else value), dict(attributes)
     same_attributes = copy.deepcopy(same_attributes)
 
@@ -148,10 +141,3 @@ def _container(value: Any) -> _Known:
             return False
 
     return _Known(value, key, unchanged)
-
-
-def _hashable(value: Any) -> Hashable:
-    try:
-        return value_key(value)
-    except NoValueError:
-        return Same(value)

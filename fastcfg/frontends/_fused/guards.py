@@ -8,12 +8,13 @@ contents, in two thirds of the time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...compiler.step import CONFIG
 from .contents import Contents
 
 # Called with the attributes, their contents, and the step's arguments.
@@ -23,7 +24,8 @@ _SHORT = 16
 _TIMESTEPS, _ENTRY = "state['timesteps']", "known_timesteps"
 _HEAD = """\
 def guard(state, contents, output, timestep, sample, options):
-    known, of, graded = contents.known.get, contents.of, grad_enabled()
+    known, configs = contents.known.get, contents.configs.known.get
+    of, graded = contents.of, grad_enabled()
     return bool(
         {conditions}
     )
@@ -67,6 +69,13 @@ class _Conditions:
         self.add(f"{here}.is_cpu" if on_cpu else f"{here}.device == {self.named(value.device)}")
         self.add(f"not (graded and {here}.requires_grad)")
 
+    def config(self, key: Hashable, items: frozenset[str] | None) -> None:
+        """Some items of the config, or all."""
+        here, entry = self.named(None), self.named(None)
+        self.add(f"({here} := state[{CONFIG!r}]) is not None", f"({entry} := configs(id({here}))) is not None")
+        self.add(f"{entry}.config is {here}", f"{entry}.unchanged()")
+        self.add(f"{entry}.keys.get({self.named(items)}) == {self.named(key)}")
+
     def element(self, value: Tensor, contents: Contents) -> Any:
         """The value of one of the timesteps; None for another tensor."""
         return None if self.timesteps is None else contents.element(self.timesteps, value)
@@ -101,7 +110,7 @@ class _Conditions:
 
 
 def guard_of(
-    reads: tuple[str, ...],
+    read: tuple[tuple[str, ...], frozenset[str] | None],
     state: Mapping[str, Any],
     contents: Contents,
     output: Tensor,
@@ -109,8 +118,9 @@ def guard_of(
     sample: Tensor,
     options: Mapping[str, Any],
 ) -> Guard | None:
-    """The conditions under which a step that reads some attributes is the one it is with these; None if some of them
-    cannot be asked for."""
+    """The conditions under which a step that reads some attributes, and items of the config, is the one it is with
+    these; None if some of them cannot be asked for."""
+    reads, items = read
     conditions = _Conditions()
     try:
         for name, tensor in (("output", output), ("sample", sample)):
@@ -126,6 +136,8 @@ def guard_of(
             conditions.contents(timesteps, _TIMESTEPS, contents)
             conditions.add(f"{_ENTRY}.elements is not None")
             conditions.timesteps = timesteps
+        if CONFIG in state:
+            conditions.config(contents.configs.key(state[CONFIG], items), items)
         for name in reads:
             if name in state and (name != "timesteps" or conditions.timesteps is None):
                 conditions.contents(state[name], f"state[{name!r}]", contents)

@@ -19,6 +19,8 @@ from .guards import Guard, guard_of
 from .ready import Call, ReadyStep, StepForms
 
 _MOST_GUARDS = 8  # made after one step: runs that differ every time have none
+# The attributes that a step read, in order, and what it read of the config: the names of items, or None for all.
+Read = tuple[tuple[str, ...], frozenset[str] | None]
 _STEPS = 4096  # kept for a class; every step of a run is one
 
 
@@ -109,16 +111,16 @@ class FusedSteps:
         timestep: Any,
         sample: Tensor,
         options: Mapping[str, Any],
-    ) -> tuple[frozenset[str], ReadyStep | str]:
-        """The attributes that a step reads, and what it was traced to, or why it was not."""
+    ) -> tuple[Read, ReadyStep | str]:
+        """What a step reads, and what it was traced to, or why it was not."""
         on_host = partial(self._on_host, vars(scheduler))
         try:
             _check_tensors(output, sample)
             given = {name: on_host(value) for name, value in options.items()}
             traced = trace_step(scheduler, self._base.step, output, on_host(timestep), sample, given)
         except UntraceableError as error:
-            return error.reads, str(error)
-        return traced.reads, forms.ready(traced, type(scheduler), output, sample)
+            return (tuple(sorted(error.reads)), error.config), str(error)
+        return (tuple(sorted(traced.reads)), traced.config), forms.ready(traced, type(scheduler), output, sample)
 
     def _single(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         """The key of a tensor of one number, which is not read from a device if it is one of the timesteps."""
@@ -188,13 +190,11 @@ class _KnownSteps:
         self.first: _Following | None = None
         self._tensors: LRU[Hashable] = LRU(64)
         # The oldest first; an LRU would cost two more hashes a step.
-        self._by_reads: dict[tuple[str, ...], dict[Hashable, ReadyStep | str]] = {}
-        self._order: tuple[tuple[str, ...], ...] = ()
+        self._by_reads: dict[Read, dict[Hashable, ReadyStep | str]] = {}
+        self._order: tuple[Read, ...] = ()
         self._lock = Lock()
 
-    def find(
-        self, call: Hashable, contents: Contents, state: Mapping[str, Any]
-    ) -> tuple[ReadyStep | str | None, tuple[str, ...]]:
+    def find(self, call: Hashable, contents: Contents, state: Mapping[str, Any]) -> tuple[ReadyStep | str | None, Read]:
         """What is known about a step, and what it reads."""
         order = self._order
         for reads in order:
@@ -203,27 +203,26 @@ class _KnownSteps:
                 if reads is not order[0]:
                     self._order = (reads, *(other for other in order if other is not reads))
                 return found, reads
-        return None, ()
+        return None, ((), None)
 
     def put(
         self,
-        names: frozenset[str],
+        read: Read,
         call: tuple[Hashable, ...],
         contents: Contents,
         state: Mapping[str, Any],
         found: ReadyStep | str,
     ) -> None:
         """Keep what was found about a step that reads some attributes."""
-        reads = tuple(sorted(names))
         tensors, *rest = call
         call = (self._tensors.get_or_make(tensors, lambda: tensors), *rest)  # steps of a run share it
         with self._lock:
-            steps = self._by_reads.setdefault(reads, {})
-            steps[call, contents.key(state, reads)] = found
+            steps = self._by_reads.setdefault(read, {})
+            steps[call, contents.key(state, read)] = found
             if len(steps) > _STEPS:
                 del steps[next(iter(steps))]
-            if reads not in self._order:
-                self._order = (reads, *self._order)
+            if read not in self._order:
+                self._order = (read, *self._order)
 
 
 @cache
