@@ -88,10 +88,10 @@ class _Prepared:
         self._rest = total.terms[1:]
         # Scalar tensors cost less than numbers here, and stay on the CPU: operations on any device take them as they
         # are.
-        self._scale = torch.tensor(coefficient, dtype=dtype, device="cpu")
+        self._scale = torch.scalar_tensor(coefficient, dtype=dtype, device="cpu")
         self._is_scaled = self._scale.item() != 1
         self._is_zero = not total.terms
-        self._factor = None if total.factor == 1 else torch.tensor(total.factor, dtype=dtype, device="cpu")
+        self._factor = None if total.factor == 1 else torch.scalar_tensor(total.factor, dtype=dtype, device="cpu")
         self._add = add
 
     def inputs(self) -> list[int]:

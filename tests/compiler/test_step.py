@@ -206,6 +206,10 @@ def draws_with_numpy(self: Any, output: Tensor, t: Any, x: Tensor, generator: An
     return x - np.random.rand() * output  # noqa: NPY002
 
 
+def draws_the_number_that_waits(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+    return x - np.random.randn() * output  # noqa: NPY002
+
+
 def draws_with_python(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
     return x - random.random() * output
 
@@ -434,3 +438,27 @@ def test_what_a_step_sets_without_reading_it_is_set_whatever_it_was() -> None:
     ours.step(M, 0, X)
     assert ours._fastcfg_state.last is not None
     assert ours.state == 5
+
+
+def test_a_draw_of_a_number_that_waits_in_numpy_s_generator_is_noticed_and_taken_back() -> None:
+    np.random.seed(0)  # noqa: NPY002
+    np.random.randn()  # noqa: NPY002 (draws two)
+    before: Any = np.random.get_state()  # noqa: NPY002
+    with pytest.raises(UntraceableError, match="draws random numbers by another function"):
+        trace(scheduler(draws_the_number_that_waits))
+    after: Any = np.random.get_state()  # noqa: NPY002
+    assert before[3] == 1
+    assert before[2:] == after[2:]
+    np.testing.assert_array_equal(before[1], after[1])
+
+
+def test_what_a_step_changes_of_its_class_or_module_is_put_back() -> None:
+    def step(self: Any, output: Tensor, t: Any, x: Tensor, generator: Any) -> Tensor:
+        type(self).__mro__[1].count = 2
+        return x - output
+
+    own = scheduler(step)
+    type(own).count = 1
+    with pytest.raises(UntraceableError, match="its step changes count"):
+        trace(own)
+    assert type(own).count == 1

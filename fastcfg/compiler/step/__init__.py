@@ -160,7 +160,8 @@ def _needed(combination: Combination, inputs: Inputs) -> tuple[tuple[Source, ...
     """The sources of the inputs that a combination uses, and the combination of these alone."""
     x0, noise = combination.x0, combination.noise
     rows = combination.coefficients if x0 is None else np.vstack([combination.coefficients, x0])
-    used = [i for i in range(len(inputs.names)) if i < 2 or rows[:, i].any() or i == noise]
+    uses: Any = rows.any(axis=0)
+    used = [i for i, is_used in enumerate(uses.tolist()) if i < 2 or is_used or i == noise]
     return tuple(inputs.names[i] for i in used), replace(
         combination,
         coefficients=combination.coefficients[:, used],

@@ -14,7 +14,7 @@ from ...combination import Combination
 from ...reference.quantile import quantile_bound
 from ..probe import Array
 from .parts import UntraceableError
-from .tensors import MAX_DRAWS, SHORT, BasisVectors, Inputs
+from .tensors import MAX_DRAWS, SHORT, BasisVectors, Inputs, Values
 
 TOLERANCE = 5e-6  # of coefficients, relative to their row's: some schedulers compute in float32
 _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancellation
@@ -82,16 +82,13 @@ def _learned(combination: Combination, inputs: Inputs, vectors: BasisVectors, su
 def prove(
     combination: Combination,
     inputs: Inputs,
-    values: Array,
+    values: Values,
     found: list[Tensor],
     tolerance: float,
     together: bool = False,
 ) -> None:
     """Raise UntraceableError unless the sums give the tensors that were found, up to a share of each one's terms
-    (`together`: of the largest sum's, where the original rounded what they share).
-
-    `values` are float64: [inputs, B, C * ...], with a wide output's variance channels as a last row.
-    """
+    (`together`: of the largest sum's, where the original rounded what they share)."""
     made, sizes = _evaluate(combination, inputs, values)
     if together:
         sizes = np.full_like(sizes, sizes.max(initial=0.0))
@@ -102,13 +99,13 @@ def prove(
         raise UntraceableError("its steps are not linear")
 
 
-def _evaluate(combination: Combination, inputs: Inputs, values: Array) -> tuple[Array, Array]:
+def _evaluate(combination: Combination, inputs: Inputs, values: Values) -> tuple[Array, Array]:
     """The sums in float64, plainly written, [outputs, B, ...], and the size of their terms in each sample."""
     count, of_x0 = len(inputs.names), combination.of_x0
-    rows, tensors, noise = combination.coefficients, values[:count], combination.noise
+    rows, tensors, noise = combination.coefficients, values.tensors[:count], combination.noise
     flat = tensors.reshape(count, -1)
-    largest = np.abs(tensors).max(axis=2)
-    made: Any = (rows @ flat).reshape(len(rows), values.shape[1], -1)
+    largest = values.largest[:count]
+    made: Any = (rows @ flat).reshape(len(rows), tensors.shape[1], -1)
     sizes: Array = (np.abs(rows)[..., None] * largest).max(axis=1)
     if combination.x0 is not None and of_x0 is not None:
         x0 = (combination.x0 @ flat).reshape(made.shape[1:])
@@ -121,6 +118,6 @@ def _evaluate(combination: Combination, inputs: Inputs, values: Array) -> tuple[
         made = made + of_x0[:, None, None] * limited
         sizes = np.maximum(sizes, np.abs(of_x0)[:, None] * x0_sizes)
     if noise is not None:
-        made[0] += (term := np.exp2(combination.l_0 + combination.l_v * values[count]) * tensors[noise])
+        made[0] += (term := np.exp2(combination.l_0 + combination.l_v * values.tensors[count]) * tensors[noise])
         sizes[0] = np.maximum(sizes[0], np.abs(term).max(axis=1))
     return made, sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "Examples",
     "Inputs",
     "Tensors",
+    "Values",
     "laid_out",
     "order_of",
 ]
@@ -127,6 +128,21 @@ class Inputs:
         return batch, min(self.shape[1], _MAX_CHANNELS), *(middle or [1]) * (len(self.shape) - 3), last
 
 
+class Values(NamedTuple):
+    """The values of all inputs in some samples, in float64, [inputs, B, C * ...], with a wide output's variance
+    channels as a last row; and the largest of each in each sample, [inputs, B]."""
+
+    tensors: Array
+    largest: Array
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Values:
+        """Of tensors of one shape."""
+        stacked = np.array([tensor.double().numpy() for tensor in tensors])
+        stacked = stacked.reshape(*stacked.shape[:2], -1)
+        return cls(stacked, np.abs(stacked).max(axis=2))
+
+
 class Tensors:
     """The input tensors of a run, by source: `shape`, without a wide output's channels, and the draws' dtype."""
 
@@ -174,8 +190,8 @@ class BasisVectors(Tensors):
             value = torch.cat([value, _variances(self._key)], dim=1)
         return value.clone()
 
-    def values(self) -> Array:
-        """The values of all inputs in the random samples, as `prove` takes them."""
+    def values(self) -> Values:
+        """The values of all inputs in the random samples."""
         return _random_values(self._key, len(self._inputs.dtypes))
 
 
@@ -212,11 +228,11 @@ def _variances(key: _Key) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _random_values(key: _Key, kept: int) -> Array:
+def _random_values(key: _Key, kept: int) -> Values:
     _, count, wide, _ = key
     tensors = [_vectors(key, index, index - kept if index >= kept else None) for index in range(count)]
     tensors += [_variances(key)] if wide else []
-    return np.array([tensor[-len(_SIZES) :].numpy() for tensor in tensors]).reshape(len(tensors), len(_SIZES), -1)
+    return Values.of([tensor[-len(_SIZES) :] for tensor in tensors])
 
 
 class Examples(Tensors):
@@ -234,8 +250,8 @@ class Examples(Tensors):
         dtype = dtype or inputs.dtypes.get(source, torch.float32)
         return _example(self.shape, inputs.index(source), dtype, inputs.orders.get(source), wide).clone()
 
-    def values(self) -> Array:
-        """The values of all inputs, as `prove` takes them."""
+    def values(self) -> Values:
+        """The values of all inputs."""
         inputs = self._inputs
         dtypes = tuple(inputs.dtypes.get(source, torch.float32) for source in inputs.names)
         return _exact_normals(self.shape, dtypes, inputs.wide)
@@ -252,12 +268,11 @@ def _example(
 
 
 @lru_cache(maxsize=64)
-def _exact_normals(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], wide: bool) -> Array:
+def _exact_normals(shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], wide: bool) -> Values:
     values = [_normals(shape, index).to(dtype) for index, dtype in enumerate(dtypes)]
     if wide:
         values.append(_normals(shape, -1).clamp(-1, 1).to(dtypes[1]))
-    stacked: Array = np.array([value.double().numpy() for value in values])
-    return stacked.reshape(len(values), shape[0], -1)
+    return Values.of(values)
 
 
 @lru_cache(maxsize=64)
