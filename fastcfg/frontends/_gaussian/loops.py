@@ -31,6 +31,7 @@ from ..classifier_free import ClassifierFree, split_by_branch
 Model = Callable[..., Any]
 Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
+Order = tuple[int, ...] | None
 
 ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold", "skip_timesteps", "init_image")
 _NAMES = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop", "ddim_reverse": "ddim_reverse_sample_loop"}
@@ -143,7 +144,8 @@ def layout_problem(call: LoopCall) -> str:
 class LoopKind:
     """What a loop's process is: its solver's table, and what the model predicts; `resume` is the originals' loop of a
     call from a step on. `bound` is what clip_denoised limits x0 to, `draws` says whether every step draws noise, used
-    or not, rather than those alone that need it."""
+    or not, rather than those alone that need it. `orders`, of an object's own steps, are the memory orders of an output
+    of the model and of the sample made of it, as they were seen; None for the originals'."""
 
     table: StepTable
     prediction: str
@@ -151,6 +153,7 @@ class LoopKind:
     resume: Callable[[LoopCall, int], Iterator[dict[str, Tensor]]]
     bound: float | None = 1.0
     draws: bool = True
+    orders: tuple[Order, Order] | None = None
 
 
 class LoopRunner:
@@ -181,7 +184,8 @@ class LoopRunner:
             log_once(call.name, _MODEL_DRAWS)
             yield from kind.resume(call, call.first)
             return
-        run, rows = sampler.start(**arguments), kind.table.num_rows
+        run, rows, sample = sampler.start(**arguments), kind.table.num_rows, call.noise
+        before = _generator_state(call) if kind.orders is not None and call.noise_source == "torch" else None
         for row in progress_bar(call.progress, run.rows(), total=rows - call.first):
             if row == call.first and draws.others:
                 outputs.draws = True
@@ -190,28 +194,34 @@ class LoopRunner:
                 yield from kind.resume(_from_sample(call, call.noise), call.first)
                 return
             step = run.step(row)
+            if before is not None and not _draws_alike(outputs.order, call, kind):
+                log_once(call.name, _OWN_ORDER)
+                _set_generator_state(call, before)
+                yield from kind.resume(_from_sample(call, sample), row)
+                return
             sample = _whole_batch(step.x, call)
             out = {"sample": sample, "pred_xstart": _whole_batch(step.x0, call)}
-            layout, order = _layout(sample), outputs.order if _keeps_order(call, kind) else None
+            layout, order = _layout(sample), None if _draws_alike(outputs.order, call, kind) else outputs.order
             yield out
             sample, problem = out["sample"], ""
             if _layout(sample) != layout:
                 problem = f"the sample of step {row} was replaced by one of another shape, dtype or memory order"
             elif order is not None:
-                problem, sample = "the model's outputs are in a memory order of their own", _ordered(sample, order)
+                problem, sample = _OWN_ORDER, _ordered(sample, order)
             if problem and row + 1 < rows:
                 log_once(call.name, problem)
                 yield from kind.resume(_from_sample(call, sample), row + 1)
                 return
             if row + 1 < rows:
                 run.set_state(row + 1, sample[: len(step.x)])
+            before = None if before is None else _generator_state(call)
 
     def final(self, call: LoopCall, kind: LoopKind) -> Tensor:
         """The last sample alone, of the call's shape."""
         sampler, outputs, draws, arguments = self._prepare(call, kind)
 
         def as_the_engine_draws() -> bool:
-            ordered = outputs.order is None or not _keeps_order(call, kind)
+            ordered = all(_draws_alike(order, call, kind) for order in outputs.orders)
             return ordered and not (outputs.draws and draws.are_watched)
 
         if as_the_engine_draws():
@@ -321,9 +331,22 @@ def _set_generator_state(call: LoopCall, state: Tensor) -> None:
     _set_global_state(call.device, state) if call.generator is None else call.generator.set_state(state)
 
 
-def _keeps_order(call: LoopCall, kind: LoopKind) -> bool:
-    """Whether the originals' states take on the memory order of the model's outputs, and are what they draw like."""
-    return kind.prediction != "epsilon" and call.noise_source == "torch" and call.solver != "ddim_reverse"
+def _draws_alike(order: Order, call: LoopCall, kind: LoopKind) -> bool:
+    """Whether what is drawn like a state is drawn like a contiguous one, where the model's outputs are in an order. The
+    originals' states take it on, but where the model predicts noise; of other steps it is known as it was seen."""
+    if call.noise_source != "torch" or call.solver == "ddim_reverse":
+        return True
+    if kind.orders is not None:
+        return kind.orders == (order, None)
+    return order is None or kind.prediction == "epsilon"
+
+
+def memory_order(tensor: Tensor) -> Order:
+    """A tensor's dimensions in memory, the outermost first; None for the usual order."""
+    if tensor.is_contiguous():
+        return None
+    order = tuple(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+    return None if order == tuple(range(tensor.ndim)) else order
 
 
 def _ordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -375,6 +398,7 @@ class _ModelDrawsError(Exception):
 
 
 _MODEL_DRAWS = "the model draws random numbers, in the original before the step's"
+_OWN_ORDER = "the model's outputs are in a memory order of their own"
 
 
 class _Draws:
@@ -432,11 +456,12 @@ def _thresholded(call: LoopCall) -> Function | None:
 
 class _Outputs:
     """Reads a model's outputs, of the channels that the originals insist on (twice the state's where it has variances),
-    and notes their memory order, the outermost dimension first; None for the usual one."""
+    and notes the last one's memory order, and all there were."""
 
     def __init__(self, channels: int, variance: str, dtype: torch.dtype) -> None:
         self._channels, self._variance, self._dtype = channels, variance, dtype
-        self.order: tuple[int, ...] | None = None
+        self.order: Order = None
+        self.orders: set[Order] = set()
         self.draws = False  # whether the model draws random numbers, as found out in a run
 
     def __call__(self, returned: Any) -> Tensor:
@@ -448,9 +473,8 @@ class _Outputs:
             raise ValueError(f"model output: got {got}, expected {expected} for {variance} variance")
         if output.dtype == torch.float64 != self._dtype:
             raise _WideOutputError(f"model output: got {output.dtype}, wider than the state's {self._dtype}")
-        if not output.is_contiguous():
-            order = tuple(sorted(range(output.ndim), key=output.stride, reverse=True))
-            self.order = None if order == tuple(range(output.ndim)) else order
+        self.order = memory_order(output)
+        self.orders.add(self.order)
         return output
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -157,6 +158,8 @@ class OwnLoops:
                 key = object_key(diffusion), key
                 found = self._compiled.get_or_make(key, lambda: self._compile(diffusion, name, first))
                 found = f"{reason}; {found}" if isinstance(found, str) else found
+        if isinstance(found, Fit):
+            found = replace(found, kind=replace(found.kind, orders=first.orders))
         return found.replace("its step", f"its {name}") if isinstance(found, str) else found
 
     def known(self, diffusion: Any) -> Known:

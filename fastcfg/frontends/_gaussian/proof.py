@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...engine.model_output import output_tensor
+from .loops import Order, memory_order
 from .recording import DifferentError, OwnStepError, RandomState, Recorder, kept, same, with_tensors
 from .side_effects import Conversions, Surroundings
 from .view import copied, version
@@ -88,6 +89,11 @@ class FirstStep:
     result: Any
     kept: Any
     problem: str
+
+    @property
+    def orders(self) -> tuple[Order, Order]:
+        """The memory orders of the model's output and of the sample made of it."""
+        return memory_order(_output(self.recorders["model"])), memory_order(self.kept["sample"])
 
 
 def make_first(own: Callable[..., Any], call: StepCall, owner: Any, around: Surroundings) -> FirstStep:
