@@ -76,13 +76,15 @@ def report(accelerated: object) -> dict[str, Any]:
     Raises:
         TypeError: another object.
     """
-    state = getattr(accelerated, STATE, accelerated)
-    found = getattr(state, "report", None)
-    if not is_fused(accelerated) or isinstance(accelerated, type) or (state is not None and not callable(found)):
+    ours = is_fused(accelerated) and not isinstance(accelerated, type)
+    if ours and own.is_diffusion(accelerated) and not isinstance(accelerated, Process):
+        state = getattr(accelerated, STATE, None)
+        return {} if state is None else state.report()
+    found = getattr(accelerated, "report", None)
+    if not ours or not callable(found):
         got = type(accelerated).__name__
         raise TypeError(f"accelerated: got {got}, expected a diffusion object or sampling function of accelerate")
-    result: dict[str, Any] = {} if state is None else found()  # type: ignore[misc]
-    return result
+    return found()
 
 
 def _unknown(got: str) -> TypeError:

@@ -190,8 +190,10 @@ class OwnLoops:
             fit, other = compiled_steps(own, first, steps, STEPS[name] == "ddim_reverse")
             check_first(first, other)
             check_times(own, first.call, model.calls[0].returned, other, steps)
-        except (DifferentError, TypeError, RuntimeError) as error:
+        except DifferentError as error:
             return str(error)
+        except Exception as error:  # of its step, for samples of another shape or dtype
+            return f"its step cannot be compiled ({type(error).__name__}: {error})"
         return fit
 
     def _problem(self, diffusion: Any, name: str, given: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ saves pictures: that is read off the names that its code, and that of the method
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -23,7 +24,7 @@ tofile wandb write writelines
 """
 # Names in what loops do with samples, times and progress bars.
 _HARMLESS = """
-AssertionError NotImplementedError RuntimeError ValueError abs append arange as_tensor auto bool cat chunk clamp
+AssertionError NotImplementedError RuntimeError Tensor ValueError abs append arange as_tensor auto bool cat chunk clamp
 clamp_ clone contiguous copy cpu cuda deepcopy detach detach_ device dict dtype empty enable_grad encode_text
 enumerate eval expand flatten flip float float32 from_numpy full full_like get getattr half hasattr inference_mode
 int int64 is_available isinstance item items iter keys len linspace list long max min next no_grad np num_classes
@@ -75,29 +76,39 @@ def is_simple(original: Any, name: str, diffusion: Any) -> bool:
 
 
 def _names(original: Any, name: str, apart: set[str]) -> Iterator[tuple[str, bool]]:
-    """The names in the code of a method and of those it calls, and whether they are its class's methods; but for some
-    methods. Every class of the object's that has the method counts: they may call each other's."""
+    """The names in the code of a method and of what it calls, and whether they are its class's methods or its module's
+    functions, whose code is read too; but for some methods. Every class of the object's that has the method counts:
+    they may call each other's."""
     for function in _functions(original, name, apart):
         for found in _of(function.__code__):
-            yield found, callable(getattr(original, found, None))
+            by_module = function.__globals__.get(found)
+            method = callable(getattr(original, found, None)) and not callable(by_module)
+            yield found, method or _helper(function, found) is not None
 
 
 def _functions(original: Any, name: str, apart: set[str]) -> Iterator[FunctionType]:
-    """The functions of a method and of those that it calls."""
-    seen, left = set(apart), [name]
+    """The functions of a method, and of the methods and the module's own functions that it calls."""
+    seen: set[Any] = set(apart)
+    left: list[Any] = [name]
     while left:
         method = left.pop()
         if method in seen:
             continue
         seen.add(method)
-        for base in original.__mro__:
-            function = vars(base).get(method)
-            while hasattr(function, "__wrapped__"):
-                function = function.__wrapped__
-            function = getattr(function, "__func__", function)
+        of_classes = isinstance(method, str)
+        for function in [vars(base).get(method) for base in original.__mro__] if of_classes else [method]:
+            function = getattr(inspect.unwrap(function), "__func__", function) if function is not None else None
             if isinstance(function, FunctionType):
                 yield function
-                left += [found for found in _of(function.__code__) if callable(getattr(original, found, None))]
+                for found in _of(function.__code__):
+                    left += [found if callable(getattr(original, found, None)) else None, _helper(function, found)]
+
+
+def _helper(function: FunctionType, name: str) -> FunctionType | None:
+    """The function that a name means in the module of another."""
+    helper = function.__globals__.get(name)
+    own = isinstance(helper, FunctionType) and helper.__module__ == function.__module__
+    return helper if own else None
 
 
 def _of(code: CodeType) -> Iterator[str]:

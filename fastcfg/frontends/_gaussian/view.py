@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,8 +37,12 @@ def apart(diffusion: Any, original: type) -> Any:
 def copied(value: Any) -> Any:
     """A value with its lists and dictionaries copied, and what they hold shared."""
     if isinstance(value, dict):
-        twin = copy.copy(value)
-        twin.update((name, copied(item)) for name, item in value.items())
+        kind: Any = type(value)
+        twin = kind.__new__(kind)  # its own constructor may want other arguments
+        vars(twin).update(getattr(value, "__dict__", {})) if hasattr(twin, "__dict__") else None
+        if isinstance(value, defaultdict):
+            twin.default_factory = value.default_factory
+        dict.update(twin, {name: copied(item) for name, item in value.items()})
         return twin
     return [copied(item) for item in value] if type(value) is list else value
 
