@@ -21,6 +21,7 @@ from .._fused.fall_through import log_once
 from .._fused.subclass import ORIGINAL, STATE, as_subclass, subclass
 from .keys import arguments_key, object_key
 from .loops import ENGINE, LoopRunner
+from .manner import Manner
 from .own_call import Known, OwnCall
 from .own_run import Fit
 from .own_table import compiled_steps
@@ -156,7 +157,7 @@ class OwnLoops:
             if isinstance(found, str):
                 reason, key = found, arguments_key({**first.call.others, "model": name})
                 key = object_key(diffusion), key
-                found = self._compiled.get_or_make(key, lambda: self._compile(diffusion, name, first))
+                found = self._compiled.get_or_make(key, lambda: self._compiled_or_why(diffusion, name, first))
                 found = f"{reason}; {found}" if isinstance(found, str) else found
         if isinstance(found, Fit):
             found = replace(found, kind=replace(found.kind, orders=first.orders))
@@ -181,13 +182,22 @@ class OwnLoops:
         """A step of a copy of an object."""
         return partial(getattr(self.original, name), apart(diffusion, self.original))
 
-    def _compile(self, diffusion: Any, name: str, first: FirstStep) -> Fit | str:
+    def _compiled_or_why(self, diffusion: Any, name: str, first: FirstStep) -> Fit | str:
         """How the engine makes steps that are no process's, or why it cannot."""
+        reason = ""
+        for manner in first.manners:
+            found = self._compile(diffusion, name, first, manner)
+            if isinstance(found, Fit):
+                return found
+            reason = found
+        return reason
+
+    def _compile(self, diffusion: Any, name: str, first: FirstStep, manner: Manner) -> Fit | str:
         own, model, steps = self._step(diffusion, name), first.recorders["model"], diffusion.num_timesteps
         try:
             if len(model.calls) != 1:
                 raise DifferentError(f"it calls the model {len(model.calls)} times")
-            fit, other = compiled_steps(own, first, steps, STEPS[name] == "ddim_reverse")
+            fit, other = compiled_steps(own, first, steps, STEPS[name] == "ddim_reverse", manner)
             check_first(first, other)
             check_times(own, first.call, model.calls[0].returned, other, steps)
         except DifferentError as error:

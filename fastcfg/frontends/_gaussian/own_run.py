@@ -13,6 +13,7 @@ from .._fused.subclass import ORIGINAL
 from .folding import folded, folded_model, folded_result, unfolded_steps
 from .keys import arguments_key, has_others
 from .loops import LoopCall, LoopKind, LoopRunner, layout_problem
+from .manner import USUAL, Manner, called
 from .proof import FirstStep, StepCall, make_first
 from .recognition import STEPS, step_signature
 from .recording import RandomState, same
@@ -22,12 +23,13 @@ from .view import Contents, copied, version
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """What makes an object's steps on the engine: the kind of loop, whether x0 is limited, and how many dimensions of
-    the samples after the first are made part of it (`folding`)."""
+    """What makes an object's steps on the engine: the kind of loop, whether x0 is limited, how many dimensions of the
+    samples after the first are made part of it (`folding`), and how the steps call the model (`manner`)."""
 
     kind: LoopKind
     clips: bool
     folds: int = 0
+    manner: Manner = USUAL
 
 
 class Begun(BaseException):
@@ -184,8 +186,9 @@ class OwnRun:
         names = ("model", "denoised_fn", "cond_fn", "model_kwargs")
         arguments: dict[str, Any] = {argument: call.get(argument) for argument in names}
         arguments |= {"eta": call.get("eta", 0.0), "clip_denoised": fit.clips, "device": x.device}
+        arguments["model"] = called(call.get("model"), fit.manner)
         if fit.folds:
-            arguments["model"] = folded_model(call.get("model"), tuple(x.shape[: 1 + fit.folds]))
+            arguments["model"] = folded_model(arguments["model"], tuple(x.shape[: 1 + fit.folds]))
             x = folded(x, fit.folds)
         made = LoopCall(shape=tuple(x.shape), noise=x, solver=solver, **{**arguments, **self._engine})
         made.first = index if solver == "ddim_reverse" else self._num_steps - 1 - index

@@ -18,6 +18,7 @@ from ...engine.model_output import output_tensor
 from ...ops.stepper import Stepper
 from ...table import COLUMNS, StepTable
 from .loops import LoopKind
+from .manner import Manner
 from .own_run import Fit
 from .proof import DifferentError, FirstStep, OtherStep, StepCall
 from .recording import with_tensors
@@ -25,13 +26,16 @@ from .recording import with_tensors
 _FAR = 1e6  # samples whose x0 lies beyond every limit
 
 
-def compiled_steps(own: Callable[..., Any], first: FirstStep, num_steps: int, reverse: bool) -> tuple[Fit, OtherStep]:
+def compiled_steps(
+    own: Callable[..., Any], first: FirstStep, num_steps: int, reverse: bool, manner: Manner
+) -> tuple[Fit, OtherStep]:
     """How the engine makes an object's own steps, and these as the step to compare with.
 
     Args:
         own: the step of a copy of the object.
         first: a step that the object made.
         num_steps, reverse: T, and whether the times increase.
+        manner: how its steps may call the model.
 
     Raises:
         DifferentError: its steps are not linear in the state, the model's output and one draw of noise.
@@ -39,7 +43,7 @@ def compiled_steps(own: Callable[..., Any], first: FirstStep, num_steps: int, re
     call = first.call
     if any(call.get(name) is not None for name in ("cond_fn", "denoised_fn")):
         raise DifferentError("its step is not guided-diffusion's, and has a cond_fn or denoised_fn")
-    steps = _OwnSteps(own, call, first.recorders["model"].calls[0].returned, num_steps, reverse)
+    steps = _OwnSteps(own, call, first.recorders["model"].calls[0].returned, num_steps, reverse, manner)
     try:
         steps.look()
         compiled = compiler.compile_timesteps(steps)
@@ -50,7 +54,8 @@ def compiled_steps(own: Callable[..., Any], first: FirstStep, num_steps: int, re
     variance = "learned_range" if table.learned_variance else "fixed_large"
     # Of an unknown prediction: its states may take on the memory order of the model's outputs.
     kind = LoopKind(table, "x0", variance, _never, bound=bound, draws=draws == 1)
-    return Fit(kind, bound is not None), _other(table, bound, draws, steps.time_dtype, call.get("x"), reverse)
+    other = _other(table, bound, draws, steps.time_dtype, call.get("x"), reverse)
+    return Fit(kind, bound is not None, manner=manner), replace(other, manner=manner)
 
 
 def _other(
@@ -90,7 +95,8 @@ def _draws(compiled: Compiled) -> int:
 class _OwnSteps:
     """An object's own steps in the protocol of a scheduler."""
 
-    def __init__(self, own: Any, call: StepCall, given: Any, num_steps: int, reverse: bool) -> None:
+    def __init__(self, own: Any, call: StepCall, given: Any, num_steps: int, reverse: bool, manner: Manner) -> None:
+        self._manner = manner
         self._own, self._call, self._given, self._num_steps = own, call, given, num_steps
         x, output = call.get("x"), output_tensor(given)
         learned = output.shape == (len(x), 2 * x.shape[1], *x.shape[2:])
@@ -115,10 +121,11 @@ class _OwnSteps:
         """A step of the object's, with a model that returns the output."""
         index, asked = int(timestep), list[Any]()
 
-        def model(x: Tensor, times: Tensor, *more: Any, **_: Any) -> Any:
-            if more or not isinstance(times, Tensor) or times.shape != x.shape[:1] or not torch.equal(x, sample):
+        def model(*args: Any, **kwargs: Any) -> Any:
+            x, times = self._manner.read(args, kwargs)
+            if not torch.equal(x, sample):
                 raise ValueError("its model is called with something else than x and its time")
-            asked.append((float(times.flatten()[0]), times.dtype))
+            asked.append((float(times[0]), times.dtype))
             return with_tensors(self._given, lambda _: output)
 
         t = torch.full((len(sample),), index)

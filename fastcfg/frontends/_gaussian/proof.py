@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...engine.model_output import output_tensor
 from .loops import Order, memory_order
+from .manner import USUAL, Manner, called, manner_of
 from .recording import DifferentError, OwnStepError, RandomState, Recorder, kept, same, with_tensors
 from .side_effects import Conversions, Surroundings
 from .view import copied, version
@@ -63,11 +64,13 @@ class OtherStep:
         make: called with the own step's arguments by name, and the functions to ask; returns sample and pred_xstart.
         terms: [T], the size of the largest terms of these results, in those of the state and the model's output.
         any_shape: whether it takes samples of another shape than the call's, at different times.
+        manner: how the own step calls the model.
     """
 
     make: Callable[..., Mapping[str, Any]]
     terms: Mapping[str, NDArray[np.float64]]
     any_shape: bool = True
+    manner: Manner = USUAL
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,15 @@ class FirstStep:
     result: Any
     kept: Any
     problem: str
+
+    @property
+    def manners(self) -> list[Manner]:
+        """How it may have called the model: as guided-diffusion's does, and as it looks."""
+        asked, call = self.recorders["model"].calls, self.call
+        if len(asked) != 1:
+            return [USUAL]
+        seen = manner_of(asked[0].args, asked[0].kwargs, call.get("model_kwargs") or {}, call.get("x"))
+        return list(dict.fromkeys((USUAL, seen)))
 
     @property
     def orders(self) -> tuple[Order, Order]:
@@ -159,6 +171,7 @@ def _replayed(call: StepCall, recorders: Mapping[str, Recorder], other: OtherSte
     asked = recorders["model"].calls
     if len(asked) != 1:
         raise DifferentError(f"its step calls the model {len(asked)} times")
+    answers["model"] = called(answers["model"], other.manner)
     return other.make(**{**call.arguments, **answers})
 
 

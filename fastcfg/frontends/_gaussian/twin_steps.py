@@ -12,6 +12,7 @@ from torch import Tensor
 from ...engine.model_output import output_tensor
 from .folding import folded, folded_model, leading_dims
 from .loops import LoopCall
+from .manner import USUAL, Manner
 from .own_run import Fit
 from .process import Process
 from .proof import DifferentError, FirstStep, OtherStep, StepCall, check_first, check_times
@@ -23,6 +24,16 @@ _OPTIONS = ("clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta")
 def proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep) -> Fit | str:
     """How the engine makes an object's steps if they are its process's own, or what they do otherwise. `own` is the
     step of a copy of the object."""
+    reason = ""
+    for manner in first.manners:
+        found = _proved(twin, name, own, first, manner)
+        if isinstance(found, Fit):
+            return found
+        reason = reason or found
+    return reason
+
+
+def _proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep, manner: Manner) -> Fit | str:
     call, solver, reason = first.call, STEPS[name], ""
     if twin._prediction == "previous_x" and solver == "ddpm" and call.get("denoised_fn") is not None:
         return "its denoised_fn changes only what it reports"
@@ -32,7 +43,7 @@ def proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep) 
     if folds and any(call.get(function) is not None for function in ("cond_fn", "denoised_fn")):
         return "its channels are not the second dimension, and it has a cond_fn or denoised_fn"
     for clip in clips:
-        other = other_step(twin, name, clip, folds)
+        other = other_step(twin, name, clip, folds, manner)
         try:
             check_first(first, other)
             check_times(own, call, first.recorders["model"].calls[0].returned, other, twin.num_timesteps)
@@ -42,7 +53,7 @@ def proved(twin: Process, name: str, own: Callable[..., Any], first: FirstStep) 
             reason = reason or f"its step is not guided-diffusion's ({type(error).__name__}: {error})"
         else:
             options = {"eta": call.get("eta", 0.0), "solver": solver}
-            return Fit(twin._kind(LoopCall(model=_no_model, shape=(1, 1), **options)), clip, folds)
+            return Fit(twin._kind(LoopCall(model=_no_model, shape=(1, 1), **options)), clip, folds, manner)
     return reason
 
 
@@ -69,7 +80,7 @@ def _no_model(x: Tensor, t: Tensor, **_: Any) -> Tensor:
     return x
 
 
-def other_step(twin: Process, name: str, clip: bool, folds: int = 0) -> OtherStep:
+def other_step(twin: Process, name: str, clip: bool, folds: int = 0, manner: Manner = USUAL) -> OtherStep:
     """A process's step, with or without a limit of x0."""
     solver = STEPS[name]
 
@@ -98,4 +109,4 @@ def other_step(twin: Process, name: str, clip: bool, folds: int = 0) -> OtherSte
         "ddim_reverse": np.sqrt(arrays.alphas_cumprod_next),
     }
     x0 = first.get(twin._prediction, np.ones(twin.num_timesteps))
-    return OtherStep(make, {"pred_xstart": x0, "sample": x0 * then[solver]})
+    return OtherStep(make, {"pred_xstart": x0, "sample": x0 * then[solver]}, manner=manner)
