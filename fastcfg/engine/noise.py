@@ -148,7 +148,7 @@ def torch_source(
         default = torch.cuda.default_generators[device.index or 0]
         fill = partial(_fill_and_skip, skip=skip, generator=generator or default)
     else:
-        fill = partial(_fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
+        fill = partial(fill_from, torch.empty(whole, dtype=dtype, device=device), generator)
     start = partial(torch.randn, whole, generator=generator, device=device)
     return NoiseSource(lambda: start()[: shape[0]], fill, always=every_row, kind="torch", generators=(generator,))
 
@@ -185,7 +185,7 @@ def _draw(generator: torch.Generator | None, row: int, buffer: Tensor) -> None:
     buffer.normal_(generator=generator)
 
 
-def _fill_from(scratch: Tensor, generator: torch.Generator | None, row: int, buffer: Tensor | None) -> None:
+def fill_from(scratch: Tensor, generator: torch.Generator | None, row: int, buffer: Tensor | None) -> None:
     """Draw all of the scratch; the buffer takes its first samples."""
     scratch.normal_(generator=generator)
     if buffer is not None:

@@ -82,8 +82,62 @@ def test_noise_is_drawn_in_the_samples_own_memory_order(kind: Any, model: Any, m
         assert torch.equal(before, after)
 
 
-def test_outputs_in_another_order_are_fused_where_the_samples_keep_theirs() -> None:
-    fast = fastcfg.accelerate(OtherTable())
-    for _ in range(3):
-        fast.p_sample_loop(network((0, 2, 3, 1)), SHAPE)
+@pytest.mark.parametrize("mean", Mean)
+@pytest.mark.parametrize("order", [(0, 2, 3, 1), (3, 0, 1, 2)])
+@pytest.mark.parametrize("kind", [OwnDiffusion, OutputFirst, StateFirst, OtherTable, OtherTableOutputFirst])
+def test_samples_in_another_order_are_fused(kind: Any, order: tuple[int, ...], mean: Mean) -> None:
+    own, model = kind(mean=mean), network(order)
+    fast = fastcfg.accelerate(own)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        want = list(own.p_sample_loop_progressive(model, SHAPE))
+        torch.manual_seed(seed)
+        got = list(fast.p_sample_loop_progressive(model, SHAPE))
+        for ours, theirs in zip(got, want, strict=True):
+            assert {name: value.stride() for name, value in ours.items()} == {
+                name: value.stride() for name, value in theirs.items()
+            }
     assert fastcfg.report(fast)["run"] in ("engine", "stepped")
+    torch.manual_seed(3)
+    wanted = own.p_sample_loop(model, SHAPE)
+    torch.manual_seed(3)
+    assert fast.p_sample_loop(model, SHAPE).stride() == wanted.stride()
+
+
+class Shaking(OwnDiffusion):
+    """Its loop draws like its samples, between its steps."""
+
+    def p_sample_loop_progressive(self, model: Any, shape: Any, **options: Any) -> Any:
+        x = torch.randn(*shape)
+        for i in reversed(range(self.num_timesteps)):
+            with torch.no_grad():
+                out = self.p_sample(model, x, torch.tensor([i] * len(x)), **options)
+            out["sample"] = out["sample"] + 0.01 * torch.randn_like(out["sample"])
+            out["pred_xstart"] = out["pred_xstart"] + 0.01 * torch.randn_like(out["pred_xstart"])
+            yield out
+            x = out["sample"]
+
+
+@pytest.mark.parametrize("mean", Mean)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 0, 1, 2)])
+def test_a_loop_draws_like_the_samples_it_is_given(order: tuple[int, ...], mean: Mean) -> None:
+    own, model = Shaking(mean=mean), network(order)
+    fast = fastcfg.accelerate(own)
+    for seed in range(3):
+        (want, before), (got, after) = (seeded(diffusion, seed, model, True) for diffusion in (own, fast))
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+        assert torch.equal(before, after)
+    assert fastcfg.report(fast)["run"] == "stepped"
+
+
+def test_a_start_in_another_order_than_the_samples_is_the_originals() -> None:
+    own, model = OwnDiffusion(mean=Mean.START_X), network((3, 0, 1, 2))
+    fast = fastcfg.accelerate(own)
+    start = torch.randn(SHAPE).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    for noise in (None, start, None, start):
+        results = []
+        for diffusion in (own, fast):
+            torch.manual_seed(0)
+            results.append(diffusion.p_sample_loop(model, SHAPE, noise=noise))
+        torch.testing.assert_close(*results, atol=2e-5, rtol=0)
+    assert fastcfg.report(fast)["run"] == "the original"

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...clip import DynamicThreshold
 from ...engine.model_input import input_device
 from ...engine.model_output import output_tensor
-from ...engine.noise import NoiseSource, philox_source, recorded_source, seeded_generator, torch_source
+from ...engine.noise import NoiseSource, fill_from, philox_source, recorded_source, seeded_generator, torch_source
 from ...engine.sampler import Sampler
 from ...guidance import CFG
 from ...ops import dynamic_threshold
@@ -32,6 +32,7 @@ Model = Callable[..., Any]
 Function = Callable[[Tensor], Tensor]
 Keywords = dict[str, Any] | None
 Order = tuple[int, ...] | None
+Orders = tuple[Order, Order, Order]
 
 ENGINE = ("seed", "guidance_scale", "backend", "noise_source", "graph", "threshold", "skip_timesteps", "init_image")
 _NAMES = {"ddpm": "p_sample_loop", "ddim": "ddim_sample_loop", "ddim_reverse": "ddim_reverse_sample_loop"}
@@ -128,14 +129,15 @@ def loop_call(solver: str, engine: dict[str, Any], **originals: Any) -> LoopCall
     return LoopCall(**originals, **engine, solver=solver)
 
 
-def layout_problem(call: LoopCall) -> str:
-    """Why the engine cannot compute and draw as the originals do from `noise=`; empty if it can."""
+def layout_problem(call: LoopCall, settled: Order = None) -> str:
+    """Why the engine cannot compute and draw as the originals do from `noise=`; empty if it can. `settled` is the order
+    in memory that an object's own samples stay in."""
     noise = call.noise
     if noise is None or call.noise_source != "torch":
         return ""
     if noise.dtype not in (torch.float32, torch.float64):
         return f"the original computes and draws its first step in the dtype of noise=, {noise.dtype}"
-    if call.solver != "ddim_reverse" and not noise.is_contiguous():
+    if call.solver != "ddim_reverse" and not noise.is_contiguous() and memory_order(noise) != (settled or ()):
         return "noise= is not contiguous, and the original draws in its memory order"
     return ""
 
@@ -145,7 +147,8 @@ class LoopKind:
     """What a loop's process is: its solver's table, and what the model predicts; `resume` is the originals' loop of a
     call from a step on. `bound` is what clip_denoised limits x0 to, `draws` says whether every step draws noise, used
     or not, rather than those alone that need it. `orders`, of an object's own steps, are the memory orders of an output
-    of the model and of the sample made of it, as they were seen; None for the originals'."""
+    of the model, and of the sample and x0 made of it, as they were seen; None for the originals'. `settled` says that a
+    next step, from such a sample, has the same."""
 
     table: StepTable
     prediction: str
@@ -153,7 +156,8 @@ class LoopKind:
     resume: Callable[[LoopCall, int], Iterator[dict[str, Tensor]]]
     bound: float | None = 1.0
     draws: bool = True
-    orders: tuple[Order, Order] | None = None
+    orders: Orders | None = None
+    settled: bool = False
 
 
 class LoopRunner:
@@ -199,8 +203,9 @@ class LoopRunner:
                 _set_generator_state(call, before)
                 yield from kind.resume(_from_sample(call, sample), row)
                 return
-            sample = _whole_batch(step.x, call)
-            out = {"sample": sample, "pred_xstart": _whole_batch(step.x0, call)}
+            _, *orders = kind.orders or (None, None, None)
+            sample, x0 = (_ordered(_whole_batch(x, call), o) for x, o in zip((step.x, step.x0), orders, strict=True))
+            out = {"sample": sample, "pred_xstart": x0}
             layout, order = _layout(sample), None if _draws_alike(outputs.order, call, kind) else outputs.order
             yield out
             sample, problem = out["sample"], ""
@@ -231,7 +236,7 @@ class LoopRunner:
                 if call.first == kind.table.num_rows - 1 and draws.others:
                     raise _ModelDrawsError  # in the only step, which no other follows
                 if as_the_engine_draws():
-                    return _whole_batch(samples, call)
+                    return _ordered(_whole_batch(samples, call), kind.orders and kind.orders[1])
             except _ModelDrawsError:
                 outputs.draws = True
             except _WideOutputError:
@@ -332,12 +337,13 @@ def _set_generator_state(call: LoopCall, state: Tensor) -> None:
 
 
 def _draws_alike(order: Order, call: LoopCall, kind: LoopKind) -> bool:
-    """Whether what is drawn like a state is drawn like a contiguous one, where the model's outputs are in an order. The
-    originals' states take it on, but where the model predicts noise; of other steps it is known as it was seen."""
+    """Whether the engine draws as the loop does, where the model's outputs are in an order: torch draws what is like a
+    state in its memory order. The originals' states take on the outputs', but where the model predicts noise; of other
+    steps it is known what was seen."""
     if call.noise_source != "torch" or call.solver == "ddim_reverse":
         return True
     if kind.orders is not None:
-        return kind.orders == (order, None)
+        return order == kind.orders[0] and (kind.orders[1] is None or kind.settled)
     return order is None or kind.prediction == "epsilon"
 
 
@@ -349,8 +355,10 @@ def memory_order(tensor: Tensor) -> Order:
     return None if order == tuple(range(tensor.ndim)) else order
 
 
-def _ordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
+def _ordered(x: Tensor, order: Order) -> Tensor:
     """The same values in another memory order, outermost dimension first."""
+    if order is None:
+        return x
     return x.permute(order).contiguous().permute(*(order.index(dim) for dim in range(x.ndim)))
 
 
@@ -378,7 +386,8 @@ def _engine_noise(call: LoopCall, kind: LoopKind, sampler: Sampler, batch: int) 
     options = {"dtype": sampler.state_dtype, "every_row": kind.draws}
     drawn = torch_source(None, shape, sampler.device, generator=call.generator, drawn=full[0], **options)
     if not callable(source):
-        return drawn
+        order = kind.orders[1] if kind.orders and kind.settled else None
+        return drawn if order is None else _drawn_in_order(drawn, order, call, sampler.state_dtype)
 
     def fill(row: int, buffer: Tensor) -> None:
         noise = source(row, full)
@@ -387,6 +396,19 @@ def _engine_noise(call: LoopCall, kind: LoopKind, sampler: Sampler, batch: int) 
         buffer.copy_(noise[:batch])
 
     return NoiseSource(drawn.start, fill)
+
+
+def _drawn_in_order(drawn: NoiseSource, order: Order, call: LoopCall, dtype: torch.dtype) -> NoiseSource:
+    """Draws of which all are made like states in a memory order; but the first step's where it begins with another."""
+    scratch = _ordered(torch.empty(tuple(call.shape), dtype=dtype, device=call.device), order)
+
+    def fill(row: int, buffer: Tensor | None) -> None:
+        if row == call.first and call.noise.is_contiguous():  # type: ignore[union-attr]
+            drawn.fill(row, buffer)  # type: ignore[misc]
+        else:
+            fill_from(scratch, call.generator, row, buffer)
+
+    return replace(drawn, fill=fill)
 
 
 class _WideOutputError(ValueError):

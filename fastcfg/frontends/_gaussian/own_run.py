@@ -12,7 +12,7 @@ from torch import Tensor
 from .._fused.subclass import ORIGINAL
 from .folding import folded, folded_model, folded_result, unfolded_steps
 from .keys import arguments_key, has_others
-from .loops import LoopCall, LoopKind, LoopRunner, layout_problem
+from .loops import LoopCall, LoopKind, LoopRunner, Order, layout_problem, memory_order
 from .manner import USUAL, Manner, called
 from .proof import FirstStep, StepCall, make_first
 from .recognition import STEPS, step_signature
@@ -30,6 +30,11 @@ class Fit:
     clips: bool
     folds: int = 0
     manner: Manner = USUAL
+
+    @property
+    def settled(self) -> Order:
+        """The memory order that samples stay in; None for the usual one, or where that is not known."""
+        return self.kind.orders[1] if self.kind.orders and self.kind.settled and not self.folds else None
 
 
 class Begun(BaseException):
@@ -76,6 +81,7 @@ class OwnRun:
         self._runner, self._engine, self._stops = runner, engine, stops
         self._inside, self._original_class = False, vars(type(diffusion))[ORIGINAL]
         self._first: StepCall | None = None
+        self._judged: tuple[Any, Fit] | None = None
         self._index = -1
         self._steps: Iterator[dict[str, Tensor]] | None = None
         self._out: Any = None
@@ -152,12 +158,14 @@ class OwnRun:
             self._known.put(key, found)
             if isinstance(found, str):
                 self._give_up(found)
+            else:
+                self._settle(key, found, call)
             return first.result
         if isinstance(found, str):
             self._give_up(found)
             return call.made_by(own)
         loop_call = self.loop_call(name, call, found)
-        if problem := layout_problem(loop_call):
+        if problem := layout_problem(loop_call, found.settled):
             self._give_up(problem)
             return call.made_by(own)
         before = RandomState(loop_call.device)
@@ -168,6 +176,16 @@ class OwnRun:
             before.put_back()
             self._give_up(f"the engine cannot make its steps ({type(error).__name__}: {error})")
             return call.made_by(own)
+
+    def _settle(self, key: Any, found: Fit, call: StepCall) -> None:
+        """Note whether a second step, from a sample in the memory order that the first left, leaves the same."""
+        if self._judged is None:
+            self._judged = key, found
+            return
+        first_key, first = self._judged
+        if first.kind.orders == found.kind.orders and memory_order(call.get("x")) == found.kind.orders[1]:  # type: ignore[index]
+            for known, fit in ((first_key, first), (key, found)):
+                self._known.put(known, replace(fit, kind=replace(fit.kind, settled=True)))
 
     def _next(self, call: StepCall, own: Callable[..., Any]) -> Any:
         if self._out["sample"] is not call.get("x"):

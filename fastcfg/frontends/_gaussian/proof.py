@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...engine.model_output import output_tensor
-from .loops import Order, memory_order
+from .loops import Orders, memory_order
 from .manner import USUAL, Manner, called, manner_of
 from .recording import DifferentError, OwnStepError, RandomState, Recorder, kept, same, with_tensors
 from .side_effects import Conversions, Surroundings
@@ -103,9 +103,10 @@ class FirstStep:
         return list(dict.fromkeys((USUAL, seen)))
 
     @property
-    def orders(self) -> tuple[Order, Order]:
-        """The memory orders of the model's output and of the sample made of it."""
-        return memory_order(_output(self.recorders["model"])), memory_order(self.kept["sample"])
+    def orders(self) -> Orders:
+        """The memory orders of the model's output, and of the sample and x0 made of it."""
+        sample, x0 = (memory_order(self.kept[name]) for name in _RESULT)
+        return memory_order(_output(self.recorders["model"])), sample, x0
 
 
 def make_first(own: Callable[..., Any], call: StepCall, owner: Any, around: Surroundings) -> FirstStep:
