@@ -17,8 +17,9 @@ from benchmarks.suite.measure import Turns
 from .calls import Call
 
 # Of the largest value, where that is above 1. What a step predicts of the image has x / sqrt(alpha_bar) in it, 158 x at
-# the end of the linear schedule: a rounding of x is 4e-5 of a prediction that is clipped to 1.
-TOLERANCE, PREDICTED_TOLERANCE = 2e-5, 1e-4
+# the end of the linear schedule: a rounding of x is 4e-5 of a prediction that is clipped to 1. Measured: 1.1e-4, where
+# both were 1.4e-4 from the same in float64.
+TOLERANCE, PREDICTED_TOLERANCE = 2e-5, 2e-4
 SEEDS = (0, 1, 2)
 BAD = ("different", "unclear error")
 
@@ -83,7 +84,7 @@ def distances(expected: Any, found: Any) -> tuple[float, float]:
     if not set(theirs) <= set(ours) or not theirs:
         return float("inf"), float("inf")
     apart = {place: _between(value, ours[place]) for place, value in theirs.items()}
-    predicted = {place: value for place, value in apart.items() if place.endswith(".pred_xstart")}
+    predicted = {place: value for place, value in apart.items() if "xstart" in place}
     images = [value for place, value in apart.items() if place not in predicted]
     return max(images, default=0.0), max(predicted.values(), default=0.0)
 

@@ -136,3 +136,17 @@ def test_a_loops_helpers_are_read_too() -> None:
     fast = same_images(Starting())
     assert WRITTEN == [2] * 6
     assert fastcfg.report(fast)["run"] == "stepped"
+
+
+class Conditioned(OwnDiffusion):
+    """As MedSegDiff's: it starts from more channels than its shape names, and samples the last of them."""
+
+    def p_sample_loop(
+        self, model: Any, shape: Any, noise: Any = None, device: Any = None, model_kwargs: Any = None
+    ) -> Any:
+        start = torch.randn(shape[0], 1, *shape[2:], device=device)
+        return super().p_sample_loop(model, start.shape, noise=start + noise[:, -1:])
+
+
+def test_noise_of_another_shape_is_the_loops_own_affair() -> None:
+    same_images(Conditioned(), noise=torch.randn(2, 5, 4, 5))

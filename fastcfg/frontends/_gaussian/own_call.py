@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import GeneratorType
 from typing import Any
@@ -190,7 +190,9 @@ def _fill(arguments: dict[str, Any], engine: dict[str, Any]) -> None:
             raise TypeError("threshold: got one for a loop without denoised_fn, expected None")
         arguments["denoised_fn"] = _Thresholded(arguments["denoised_fn"], threshold)
     if "device" in arguments and arguments["device"] is None and isinstance(shape, tuple | list):
-        arguments["device"] = LoopCall(model=model, shape=shape, noise=arguments.get("noise")).device
+        # Its loop may take noise of another shape.
+        with suppress(TypeError, ValueError):
+            arguments["device"] = LoopCall(model=model, shape=shape, noise=arguments.get("noise")).device
 
 
 class _Thresholded:
