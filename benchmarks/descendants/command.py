@@ -31,7 +31,7 @@ from .calls import Project
 from .checkout import commit, opened
 from .compare import BAD, broken, compare
 from .projects import PROJECTS
-from .table import table
+from .table import summary, table
 
 Record = dict[str, Any]
 
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
     print(table(projects, before))
+    print(f"\n{summary(projects)}." + (f" Before: {summary(before)}." if before else ""))
     report = {"schema": 1, "environment": environment(torch.device("cpu"), load), "projects": projects}
     write_json(arguments.json, report)
     return int(any(call["outcome"] in BAD for project in projects for call in project["calls"]))

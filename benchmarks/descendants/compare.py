@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from .calls import Call
 # both were 1.4e-4 from the same in float64.
 TOLERANCE, PREDICTED_TOLERANCE = 2e-5, 2e-4
 SEEDS = (0, 1, 2)
+_SLOW = 2.0  # seconds
 BAD = ("different", "unclear error")
 
 Record = dict[str, Any]
@@ -31,7 +33,7 @@ def compare(call: Call, turns: int) -> Record:
 
     Args:
         call: the call.
-        turns: how often both are timed, at the end; 0: not at all.
+        turns: how often both are timed, at the end; 0: not at all. Generators and what takes seconds are not.
 
     Returns:
         name, progressive, outcome ("engine", "stepped", "the original", "refused", "unclear error", "different", or
@@ -39,10 +41,12 @@ def compare(call: Call, turns: int) -> Record:
         there are none) and predicted (of the steps' pred_xstart), and step_us: of the original and of the accelerated.
     """
     record: Record = {"name": call.name, "progressive": call.progressive, "difference": None, "reason": ""}
+    begin = time.perf_counter()
     try:
         expected = [_seeded(call, call.obj, seed) for seed in SEEDS]
     except Exception as error:
         return broken(error, call)
+    is_slow = time.perf_counter() - begin > _SLOW
     try:
         fast = fastcfg.accelerate(call.obj)
         apart, how = [], []
@@ -61,7 +65,7 @@ def compare(call: Call, turns: int) -> Record:
         said = f"{images:.2g} apart, predictions {predicted:.2g}; {', '.join(runs)}; {how[-1]['reason']}"
         return record | {"outcome": "different", "reason": said.strip()}
     record["outcome"] = runs[-1]
-    if turns:
+    if turns and not call.progressive and not is_slow:
         record["step_us"] = _times(call, fast, turns)
     return record
 

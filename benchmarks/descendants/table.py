@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from .compare import BAD
@@ -48,6 +49,12 @@ def table(projects: list[Record], before: list[Record] | None = None) -> str:
             cells = [*names, _call(rows), *was, _outcome(worst), *shown, speed]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def summary(projects: list[Record]) -> str:
+    """How many calls, a loop and its generator as one, have which outcome."""
+    counts = Counter(_cell(outcome) for outcome in _outcomes(projects).values())
+    return f"{counts.total()} calls: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
 
 
 def _grouped(calls: list[Record]) -> dict[str, list[Record]]:

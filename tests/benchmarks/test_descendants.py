@@ -72,8 +72,10 @@ def test_accelerated_calls_are_compared(folder: Path, capsys: pytest.CaptureFixt
         assert call["outcome"] in ("engine", "stepped"), call
         assert len(call["runs"]) == len(compare.SEEDS)
         assert call["difference"] <= compare.TOLERANCE
-        assert min(call["step_us"]) > 0
+    assert min(loop["step_us"]) > 0
+    assert "step_us" not in generator
     row = written.out.splitlines()[2]
+    assert written.out.splitlines()[-1] == "1 calls: 1 fused."
     assert row.startswith("| owner/own |  | `p_sample_loop`, progressive | fused")
 
 
