@@ -87,7 +87,7 @@ class OwnCall:
 
     def _started(self, stops: bool = False) -> OwnRun:
         loops = self._loops
-        return OwnRun(
+        run = OwnRun(
             self._diffusion,
             self._diffusion.num_timesteps,
             partial(loops.judge, self._diffusion),
@@ -97,6 +97,10 @@ class OwnCall:
             self._original,
             stops,
         )
+        if (plain := self._known.get(self._key)) is None:
+            plain = is_simple(loops.original, self._name, self._diffusion)
+        run.is_plain = plain
+        return run
 
     def _called(self, run: OwnRun) -> Any:
         view = with_steps(self._diffusion, self._loops.original, run.step)
@@ -165,10 +169,8 @@ class OwnCall:
     def _note(self, run: OwnRun) -> None:
         loops, reason = self._loops, run.reason
         if not reason and not run.handed_over:
-            plain = run.is_plain and is_simple(loops.original, self._name, self._diffusion)
-            if plain:
-                self._known.put(self._key, True)
-            reason = "its first call looks at the loop" if plain else "its loop may do more than its steps"
+            self._known.put(self._key, run.is_plain)
+            reason = "its first call looks at the loop" if run.is_plain else "its loop may do more than its steps"
             loops.last = {"run": "stepped", "reason": reason}
             return
         reason = reason or "the engine handed over"

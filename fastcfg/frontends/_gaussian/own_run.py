@@ -62,7 +62,7 @@ class OwnRun:
     Attributes:
         reason: why the object makes its own steps, since when it is known; empty while it does not.
         by_engine: how many steps the engine has made, or asked the object to make (`handed_over`).
-        is_plain: whether the loop has done nothing but its steps, one after the other.
+        is_plain: whether the loop has done nothing but its steps, one after the other. It is not watched once it did.
     """
 
     def __init__(

@@ -132,7 +132,7 @@ def make_first(own: Callable[..., Any], call: StepCall, owner: Any, around: Surr
         problem = "its step changes what it is given in place"
     if not problem and (name := around.changed()):
         problem = f"its step changes {name}, outside the object"
-    if not problem and not same(before.others, after.others):
+    if not problem and before.others != after.others:
         problem = "its step draws by other means than torch"
     return FirstStep(call, recorders, before, after, result, kept(result), problem)
 

@@ -33,20 +33,23 @@ class RandomState:
         self._device = device
         self.torch = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self.others: Any = (np.random.get_state(), random.getstate())  # noqa: NPY002
+        state: Any = np.random.get_state()  # noqa: NPY002
+        kind, keys, *rest = state
+        self.others: Any = (kind, keys.tobytes(), *rest), random.getstate()
 
     def put_back(self) -> None:
         """Make the generators go on from here."""
         torch.set_rng_state(self.torch)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self._device)
-        np.random.set_state(self.others[0])  # noqa: NPY002
+        kind, keys, *rest = self.others[0]
+        np.random.set_state((kind, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
         random.setstate(self.others[1])
 
     def moved(self) -> str:
         """Which generators have moved since: "", "torch's", or "numpy's or Python's"."""
         now = RandomState(self._device)
-        if not same(self.others, now.others):
+        if self.others != now.others:
             return "numpy's or Python's"
         return "" if torch.equal(self.torch, now.torch) and same(self.cuda, now.cuda) else "torch's"
 
