@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ def object_key(diffusion: Any) -> Hashable:
     """Equal while an object's attributes have the same contents and its classes the same functions. An attribute that
     has no value is known by its identity, and by its own attributes."""
     methods = tuple(tuple(vars(base).items()) for base in type(diffusion).__mro__ if base is not object)
-    functions = tuple((name, Same(value)) for items in methods for name, value in items if name != "__dict__")
+    functions = tuple(
+        (name, value if type(value) is FunctionType else Same(value))
+        for items in methods
+        for name, value in items
+        if name != "__dict__"
+    )
     return functions, tuple((name, _content(value, 0)) for name, value in vars(diffusion).items())
 
 

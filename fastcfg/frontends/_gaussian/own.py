@@ -18,6 +18,7 @@ from typing import Any
 
 from ...utils.lru import LRU
 from .._fused.fall_through import log_once
+from .._fused.keys import Key
 from .._fused.subclass import ORIGINAL, STATE, as_subclass, subclass
 from .keys import arguments_key, object_key
 from .loops import ENGINE, LoopRunner
@@ -97,6 +98,7 @@ class OwnLoops:
         self.last: dict[str, Any] = {}  # how the last call ran
         self._twins: LRU[tuple[Process | None, str]] = LRU(4)
         self._compiled: LRU[Fit | str] = LRU(32)
+        self._key: Key | None = None
         self._known: LRU[Any] = LRU(64)
 
     def report(self) -> dict[str, Any]:
@@ -165,7 +167,10 @@ class OwnLoops:
 
     def known(self, diffusion: Any) -> Known:
         """What was found out about the loops and steps of an object as it is."""
-        return Known(self._known, object_key(diffusion))
+        now = object_key(diffusion)
+        if self._key is None or self._key.value != now:
+            self._key = Key(now)  # which is the same object, with its hash, as long as nothing changes
+        return Known(self._known, self._key)
 
     def _twin(self, diffusion: Any) -> tuple[Process | None, str]:
         """The process that an object describes, or why it describes none."""
