@@ -563,3 +563,16 @@ def test_a_limited_x0_is_told_from_a_result_that_is_nearly_it(caplog: pytest.Log
             # Measured: 2.4e-7.
             torch.testing.assert_close(results[1][name], results[0][name], rtol=0, atol=1e-6)
     assert not [record for record in caplog.records if record.name == "fastcfg"]
+
+
+def test_generators_whose_draws_cannot_be_put_together_are_drawn_from_once() -> None:
+    states = []
+    for scheduler in (make("TCDScheduler", {}), fuse(make("TCDScheduler", {}))):
+        scheduler.set_timesteps(STEPS)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        x = torch.linspace(-1, 1, 12, dtype=torch.float16).view(2, 6)
+        # autocast has no common dtype for half-precision tensors on a CPU.
+        with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast"):
+            scheduler.step(x / 2, scheduler.timesteps[0], x, generator=generators)
+        states.append([generator.get_state() for generator in generators])
+    assert all(map(torch.equal, *states))

@@ -136,7 +136,7 @@ def _kinds(part: Part) -> Any:
 
 def drawn(draw: Draw, call: Call) -> Tensor:
     """The noise of a draw for a step's sample, by the function that the original calls."""
-    sample = call.sample
+    sample, moved = call.sample, list[tuple[torch.Generator, Tensor]]()
     try:
         if draw.like:
             same = draw.dtype in (None, sample.dtype)
@@ -146,10 +146,14 @@ def drawn(draw: Draw, call: Call) -> Tensor:
             options["generator"] = generator = call.options["generator"]
             if isinstance(generator, list) and 1 != len(generator) < len(sample):
                 raise ValueError("too few generators")  # before some of them are moved
+            if isinstance(generator, list):  # some draw before what is drawn is put together
+                moved = [(one, one.get_state()) for one in generator]
         if draw.device:
             options["device"] = sample.device
         return draw.function(sample.shape, **options).to(sample.device)
     except Exception as error:  # the original says it
+        for one, state in moved:
+            one.set_state(state)
         raise FallThroughError(f"its noise cannot be drawn ({error})") from error
 
 
