@@ -148,7 +148,7 @@ class LoopKind:
     call from a step on. `bound` is what clip_denoised limits x0 to, `draws` says whether every step draws noise, used
     or not, rather than those alone that need it. `orders`, of an object's own steps, are the memory orders of an output
     of the model, and of the sample and x0 made of it, as they were seen; None for the originals'. `settled` says that a
-    next step, from such a sample, has the same."""
+    next step, from such a sample, has the same. `changed` says what the steps go by that has changed."""
 
     table: StepTable
     prediction: str
@@ -158,6 +158,7 @@ class LoopKind:
     draws: bool = True
     orders: Orders | None = None
     settled: bool = False
+    changed: Callable[[], str] = str
 
 
 class LoopRunner:
@@ -213,6 +214,7 @@ class LoopRunner:
                 problem = f"the sample of step {row} was replaced by one of another shape, dtype or memory order"
             elif order is not None:
                 problem, sample = _OWN_ORDER, _ordered(sample, order)
+            problem = problem or kind.changed()
             if problem and row + 1 < rows:
                 log_once(call.name, problem)
                 yield from kind.resume(_from_sample(call, sample), row + 1)

@@ -16,10 +16,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from ...engine.model_output import output_tensor
 from ...utils.lru import LRU
 from .._fused.fall_through import log_once
 from .._fused.keys import Key
-from .._fused.subclass import ORIGINAL, STATE, as_subclass, subclass
+from .._fused.subclass import ORIGINAL, STATE, as_subclass, is_fused, subclass
 from .keys import arguments_key, object_key
 from .loops import ENGINE, LoopRunner
 from .manner import Manner
@@ -27,8 +30,9 @@ from .own_call import Known, OwnCall
 from .own_run import Fit
 from .own_table import compiled_steps
 from .process import Process
-from .proof import DifferentError, FirstStep, check_first, check_times
-from .recognition import LOOPS, STEPS, UnreadError, is_diffusion, own_steps, step_signature, twin_of
+from .proof import DifferentError, FirstStep, check_first
+from .proof_times import check_times
+from .recognition import LOOPS, STEPS, UnreadError, is_diffusion, named_types, own_steps, step_signature, twin_of
 from .side_effects import writes
 from .twin_steps import differing, proved
 from .view import apart
@@ -37,6 +41,7 @@ __all__ = ["accelerated", "is_diffusion"]
 
 # The engine's arguments that the object's own loop cannot be given.
 _DIRECT = ("noise_source", "skip_timesteps", "init_image")
+_DERIVED = "its class is derived from an accelerated one: accelerate an object of it"
 
 
 def accelerated(diffusion: Any) -> Any:
@@ -109,6 +114,10 @@ class OwnLoops:
         self, diffusion: Any, name: str, base: Any, args: Any, kwargs: dict[str, Any], engine: dict[str, Any]
     ) -> Any:
         """Run a loop: its result, or a generator of its steps."""
+        if not is_fused(type(diffusion)):
+            self.last = {"run": "the original", "reason": _DERIVED}
+            log_once(f"{type(diffusion).__name__}.{name}", _DERIVED)
+            return base(diffusion, *args, **kwargs)
         try:
             bound = inspect.signature(base).bind(diffusion, *args, **kwargs)
         except TypeError:
@@ -135,14 +144,15 @@ class OwnLoops:
         return self._by_twin(diffusion, name, given)
 
     def run_in_place(self, diffusion: Any, name: str, given: Mapping[str, Any], error: Exception) -> Any:
-        """Run guided-diffusion's loop in place of an object's own, whose step fails for what it is given; raises its
-        error where the two are known to differ."""
+        """Run guided-diffusion's loop in place of an object's own, whose step fails for what it is given: outputs that
+        are no tensors, or types that are spelled in another way than its code expects. Raises its error where the two
+        are not the same but for that."""
         parameters = inspect.signature(getattr(self.original, name)).parameters
         unknown = {argument for argument in given if argument not in _parameters(name)}
-        changed = [argument for argument in unknown if given[argument] is not parameters[argument].default]
+        changed = unknown - {name for name, one in parameters.items() if name in given and given[name] is one.default}
         given = {argument: value for argument, value in given.items() if argument not in unknown}
         reason = self._problem(diffusion, name, given)
-        if changed or (reason and "fails on an example" not in reason):
+        if changed or reason:
             raise error
         said = f"its own fails ({type(error).__name__}: {error})"
         log_once(f"{type(diffusion).__name__}.{LOOPS[name]}", said, "is guided-diffusion's")
@@ -161,6 +171,10 @@ class OwnLoops:
                 key = object_key(diffusion), key
                 found = self._compiled.get_or_make(key, lambda: self._compiled_or_why(diffusion, name, first))
                 found = f"{reason}; {found}" if isinstance(found, str) else found
+        if isinstance(found, Fit) and found.kind.variance.startswith("learned"):
+            dtype = output_tensor(first.recorders["model"].calls[0].returned).dtype
+            if dtype not in (torch.float32, torch.float64):
+                found = f"its step computes variances in {dtype}"
         if isinstance(found, Fit):
             found = replace(found, kind=replace(found.kind, orders=first.orders))
         return found.replace("its step", f"its {name}") if isinstance(found, str) else found
@@ -202,7 +216,10 @@ class OwnLoops:
         try:
             if len(model.calls) != 1:
                 raise DifferentError(f"it calls the model {len(model.calls)} times")
-            fit, other = compiled_steps(own, first, steps, STEPS[name] == "ddim_reverse", manner)
+            try:
+                fit, other = compiled_steps(own, first, steps, STEPS[name] == "ddim_reverse", manner)
+            finally:
+                first.after.put_back()  # what is not patched draws
             check_first(first, other)
             check_times(own, first.call, model.calls[0].returned, other, steps)
         except DifferentError as error:
@@ -214,12 +231,14 @@ class OwnLoops:
     def _problem(self, diffusion: Any, name: str, given: Mapping[str, Any]) -> str:
         """Why a process's loop, with these arguments, is not an object's; empty if it is."""
         twin, reason = self._twin(diffusion)
-        if twin is None:
-            return reason
+        if twin is None or not is_fused(type(diffusion)):
+            return reason or _DERIVED
         if others := sorted(set(given) - _parameters(name) - set(ENGINE)):
             return f"its {name} takes {', '.join(others)}"
+        if "model" not in given or not given.keys() & {"shape", "x"}:
+            return f"its {name} takes no model and shape by name"
         step = LOOPS[name] if LOOPS[name] in own_steps(self.original) else "p_sample"
-        own, signature = self._step(diffusion, step), step_signature(self.original, step)
+        own, signature = self._step(named_types(diffusion), step), step_signature(self.original, step)
         return differing(twin, step, signature, own, given).replace("its step", f"its {step}")
 
     def _by_twin(self, diffusion: Any, name: str, given: Mapping[str, Any]) -> Any:

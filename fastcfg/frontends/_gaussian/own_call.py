@@ -18,7 +18,7 @@ from ...utils.lru import LRU
 from .._fused.fall_through import log_once
 from ..classifier_free import ClassifierFree
 from .keys import arguments_key
-from .loops import LoopCall, LoopKind, drawing_from
+from .loops import LoopCall, LoopKind, drawing_from, layout_problem
 from .own_run import Begun, Fit, OwnRun
 from .recording import OwnStepError, RandomState
 from .side_effects import is_simple
@@ -77,8 +77,7 @@ class OwnCall:
             with self._drawing():
                 result = self._called(run)
         except OwnStepError as failed:
-            before.put_back()
-            return self._loops.run_in_place(self._diffusion, self._name, self._given, failed.error)
+            return self._in_place(before, failed.error)
         if isinstance(result, GeneratorType):
             return self._steps(run, result)
         run.finish(self._arguments, result)
@@ -119,13 +118,16 @@ class OwnCall:
                         if end.value is not None:
                             whole = False
                         break
-                whole = whole and out is run.out
+                whole = whole and out is run.out and run.is_untouched
                 yield out
             run.finish(self._arguments, whole=whole)
             self._note(run)
         except OwnStepError as failed:
-            before.put_back()
-            yield from self._loops.run_in_place(self._diffusion, self._name, self._given, failed.error)
+            yield from self._in_place(before, failed.error)
+        except GeneratorExit:
+            run.is_plain = False
+            self._note(run)
+            raise
         finally:
             run.close()
             steps.close()  # type: ignore[attr-defined]
@@ -155,13 +157,24 @@ class OwnCall:
                     next(result, None)
             except Begun as begun:
                 fit = self._known.get((begun.name, arguments_key(begun.call.arguments)))
-                if isinstance(fit, Fit):
-                    call = run.loop_call(begun.name, begun.call, fit)
+                call = run.loop_call(begun.name, begun.call, fit) if isinstance(fit, Fit) else None
+                if isinstance(fit, Fit) and call is not None and not layout_problem(call):
                     call.progress = bool(self._arguments.get("progress"))
                     self._loops.last = {"run": "engine", "reason": ""}
                     return run, call, run.kind(begun.name, begun.own, begun.call, fit), fit
         before.put_back()
         return None
+
+    def _in_place(self, before: RandomState, error: Exception) -> Any:
+        """guided-diffusion's loop in place of the object's own, from the start. Raises the own one's error where these
+        differ."""
+        failed = RandomState(self._device())
+        before.put_back()
+        try:
+            return self._loops.run_in_place(self._diffusion, self._name, self._given, error)
+        except Exception:
+            failed.put_back()
+            raise
 
     def _device(self) -> torch.device:
         return torch.device(self._arguments.get("device") or "cpu")

@@ -18,7 +18,7 @@ from .proof import FirstStep, StepCall, make_first
 from .recognition import STEPS, step_signature
 from .recording import RandomState, same
 from .side_effects import Surroundings
-from .view import Contents, copied, version
+from .view import Contents, version
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +85,9 @@ class OwnRun:
         self._index = -1
         self._steps: Iterator[dict[str, Tensor]] | None = None
         self._out: Any = None
-        self._version = 0
+        self._told = Contents(None)
         self._random: RandomState | None = None
-        self._attributes = copied(vars(diffusion))
+        self._attributes = Contents(vars(diffusion))
 
     def step(self, name: str, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A step of the loop."""
@@ -105,7 +105,7 @@ class OwnRun:
             raise Begun(name, own, call)
         self._watch(call)
         out = self._begin(name, own, call) if self._steps is None else self._next(call, own)
-        self._out, self._version = out, version(out["sample"]) if isinstance(out, dict) and "sample" in out else 0
+        self._out, self._told = out, Contents(out)
         if self.is_plain:
             self._random = RandomState(call.get("x").device)
         return out
@@ -130,10 +130,16 @@ class OwnRun:
         self._index += 1 if STEPS[name] == "ddim_reverse" else -1
         if name != self._name or index != self._index:
             return "its steps do not follow one another"
-        if not same(first.others, call.others) or not self._given.is_current(call.others):
+        if not same(first.others, call.others):
             return "its steps are called with different arguments"
+        return self.changed()
+
+    def changed(self) -> str:
+        """What of the object and of its steps' arguments has changed since the first step; empty if nothing has."""
         if not self._state.is_current(vars(self._diffusion)):
-            return "its loop changes the object's attributes"
+            return "the object's attributes were changed between its steps"
+        if not self._given.is_current(self._first.others):  # type: ignore[union-attr]
+            return "the arguments of its steps were changed between them"
         return ""
 
     def _watch(self, call: StepCall) -> None:
@@ -141,8 +147,13 @@ class OwnRun:
         if self._out is None or not self.is_plain:
             return
         x = call.get("x")
-        untouched = x is self._out["sample"] and -1 < version(x) == self._version
+        untouched = x is self._out["sample"] and version(x) > -1 and self.is_untouched
         self.is_plain = untouched and not self._random.moved()  # type: ignore[union-attr]
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether what the last step returned is as it was."""
+        return self._told.is_current(self._out)
 
     def _begin(self, name: str, own: Callable[..., Any], call: StepCall) -> Any:
         key = (name, arguments_key(call.arguments))
@@ -240,7 +251,7 @@ class OwnRun:
                 yield out
                 x = out["sample"]
 
-        return replace(fit.kind, resume=resume)
+        return replace(fit.kind, resume=resume, changed=self.changed)
 
     def _give_up(self, reason: str) -> None:
         self.reason, self.is_plain = reason, False
@@ -260,9 +271,9 @@ class OwnRun:
             return
         at_end = self._index == (self._num_steps - 1 if STEPS[self._name] == "ddim_reverse" else 0)
         sample = self._out["sample"]
-        unchanged = -1 < version(sample) == self._version and not self._random.moved()  # type: ignore[union-attr]
+        unchanged = version(sample) > -1 and self.is_untouched and not self._random.moved()  # type: ignore[union-attr]
         returned = whole if result is None else result is sample
-        untouched = same(self._attributes, copied(vars(self._diffusion)))
+        untouched = self._attributes.is_current(vars(self._diffusion)) and not self.changed()
         self.is_plain = at_end and unchanged and returned and untouched and not has_others(arguments)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...reference import originals
 from .process import Process, SpacedProcess
 from .schedules import make_schedule
 
@@ -43,6 +45,9 @@ class Twin(Process):
     """The process that an object's attributes describe."""
 
     _takes_tuples = True
+
+    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+        return originals.predict_xstart_from_xprev(self._arrays(), x_t, t, xprev)
 
 
 class SpacedTwin(SpacedProcess, Twin):
@@ -109,6 +114,27 @@ def twin_of(diffusion: Any) -> Process:
     if spaced:
         vars(twin).update(timestep_map=kept[0], original_num_steps=kept[1])
     return twin
+
+
+class _Type(str):
+    """A type that is a string, with the name that guided-diffusion's has."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        plain = "".join(filter(str.isalnum, self)).lower()
+        known = {"epsilon": "EPSILON", "x0": "START_X", "previous_x": "PREVIOUS_X"}
+        return known.get(_PREDICTIONS.get(plain, ""), _VARIANCES.get(plain, self).upper())
+
+
+def named_types(diffusion: Any) -> Any:
+    """An object whose types have names: itself, or a copy with the strings it has replaced."""
+    strings = {name: value for name in _TYPES if type(value := getattr(diffusion, name, None)) is str}
+    if not strings:
+        return diffusion
+    named = copy.copy(diffusion)
+    vars(named).update({name: _Type(value) for name, value in strings.items()})
+    return named
 
 
 def _known(diffusion: Any, attribute: str, names: dict[str, str]) -> str:

@@ -70,10 +70,14 @@ class Recorder:
     Args:
         function: the function; None records nothing.
         answer: called in its place, if given.
+
+    Attributes:
+        calls, entered: what it was asked and returned, and how often it was called.
+        draws: whether it has drawn random numbers.
     """
 
     def __init__(self, function: Any, device: torch.device, answer: Callable[..., Any] | None = None) -> None:
-        self.function, self.calls, self.entered = function, list[Asked](), 0
+        self.function, self.calls, self.entered, self.draws = function, list[Asked](), 0, False
         self._device, self._answer = device, answer
 
     @contextmanager
@@ -101,16 +105,21 @@ class Recorder:
 
     def _enter(self, *_: Any) -> None:
         self.entered += 1
+        self._before = RandomState(self._device)
 
     def _seen(self, module: Any, args: Any, kwargs: Any, returned: Any) -> None:
-        self.calls.append(Asked(kept(args), kept(kwargs), with_tensors(returned, _copy), RandomState(self._device)))
+        self._note(kept(args), kept(kwargs), returned)
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
-        self.entered += 1
+        self._enter()
         before = kept(args), kept(kwargs)
         returned = (self._answer or self.function)(*args, **kwargs)
-        self.calls.append(Asked(*before, with_tensors(returned, _copy), RandomState(self._device)))
+        self._note(*before, returned)
         return returned
+
+    def _note(self, args: Any, kwargs: Any, returned: Any) -> None:
+        self.draws = self.draws or (self._answer is None and bool(self._before.moved()))
+        self.calls.append(Asked(args, kwargs, with_tensors(returned, _copy), RandomState(self._device)))
 
     def replay(self, what: str, read: Callable[[Any], Any] = lambda value: value) -> Any:
         """A function that returns the same again, as `read` reads it, where it is asked the same; DifferentError where

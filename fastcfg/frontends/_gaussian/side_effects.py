@@ -7,15 +7,16 @@ saves pictures: that is read off the names that its code, and that of the method
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .recognition import STEPS
 from .recording import same
-from .view import copied
+from .view import copied, tensors_in
 
 # Names of functions that write somewhere.
 _WRITING = """
@@ -34,7 +35,8 @@ unsqueeze view zeros zeros_like zip
 """
 # Names of functions that make numbers of tensors.
 _CONVERTING = """
-__array__ __bool__ __contains__ __float__ __format__ __index__ __int__ __repr__ allclose equal item numpy tolist
+__array__ __bool__ __contains__ __float__ __format__ __index__ __int__ __repr__ allclose equal is_nonzero item numpy
+tolist
 """
 _NUMBERS = frozenset(_CONVERTING.split())
 _WRITES, _KNOWN = frozenset(_WRITING.split()), frozenset(_HARMLESS.split())
@@ -119,11 +121,35 @@ def _of(code: CodeType) -> Iterator[str]:
 
 
 class Conversions(TorchFunctionMode):
-    """Context that notices where tensors become numbers of Python, on which code may branch."""
+    """Context that notices where tensors become numbers of Python, on which code may branch.
 
-    seen = False
+    Args:
+        known: tensors whose values are the same in every call: an object's attributes.
+
+    Attributes:
+        seen: whether any did.
+        of_data: the name of the function by which one did that is not computed from times and known tensors alone.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.seen, self.of_data = False, ""
+        self._known = {id(tensor): tensor for tensor in known}
+
+    def know(self, tensor: Tensor) -> None:
+        """Count a tensor of times as known."""
+        self._known[id(tensor)] = tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called for every function of torch's."""
-        self.seen = self.seen or getattr(func, "__name__", "") in _NUMBERS
-        return func(*args, **(kwargs or {}))
+        name, given = getattr(func, "__name__", ""), list(tensors_in((args, kwargs or {})))
+        known = "rand" not in name and "normal" not in name and all(id(tensor) in self._known for tensor in given)
+        if name in _NUMBERS:
+            self.seen, self.of_data = True, self.of_data or ("" if known else name)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            if known:
+                self._known[id(tensor)] = tensor
+            else:
+                self._known.pop(id(tensor), None)  # written in place
+        return result

@@ -15,7 +15,8 @@ from .loops import LoopCall
 from .manner import USUAL, Manner
 from .own_run import Fit
 from .process import Process
-from .proof import DifferentError, FirstStep, OtherStep, StepCall, check_first, check_times
+from .proof import DifferentError, FirstStep, OtherStep, StepCall, check_first
+from .proof_times import check_times
 from .recognition import STEPS
 
 _OPTIONS = ("clip_denoised", "denoised_fn", "cond_fn", "model_kwargs", "eta")

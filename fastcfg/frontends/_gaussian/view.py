@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from .recognition import STEPS
@@ -47,8 +48,17 @@ def copied(value: Any) -> Any:
     return [copied(item) for item in value] if type(value) is list else value
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value and of the containers in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
 class Contents:
-    """What a value holds: its containers' items, and the versions of its tensors."""
+    """What a value holds: its containers' items, the versions of its tensors, and its arrays' bytes."""
 
     def __init__(self, value: Any) -> None:
         self._items = list(_items(value))
@@ -66,9 +76,13 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _items(value: Any) -> Iterator[tuple[Any, int]]:
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(value, Tensor):
         yield value, version(value)
+    elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        yield value, value.tobytes()
+    elif type(value) is list and set(map(type, value)) == {int}:
+        yield value, tuple(value)
     elif isinstance(value, dict):
         for item in value.values():
             yield from _items(item)

@@ -1,0 +1,1 @@
+"""Diffusion objects changed at random, and calls of their loops."""
