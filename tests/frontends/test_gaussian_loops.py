@@ -509,3 +509,18 @@ def test_an_offloaded_model_runs_where_its_hook_says() -> None:
     del network._hf_hook
     with pytest.raises(ValueError, match="model: got weights on the meta device"):
         process().p_sample_loop(network, SHAPE)
+
+
+@pytest.mark.parametrize(("loop", "options"), [("ddim_sample_loop", {"eta": 0.7}), ("p_sample_loop", {})])
+def test_conditioned_states_keep_their_own_memory_order(loop: str, options: dict[str, Any]) -> None:
+    def turned(x: Tensor, t: Tensor) -> Tensor:
+        return model(x, t).transpose(-1, -2).contiguous().transpose(-1, -2)
+
+    found = []
+    for backend in ("reference", "auto"):
+        options |= {"device": "cpu", "cond_fn": lambda x, t: 0.1 * torch.sin(x), "model_kwargs": {}, "backend": backend}
+        torch.manual_seed(0)
+        samples = getattr(process(mean="START_X"), loop)(turned, SHAPE, **options)
+        found.append((samples, torch.rand(1)))
+    assert torch.allclose(found[1][0], found[0][0], atol=2e-5, rtol=0)
+    assert torch.equal(found[1][1], found[0][1])

@@ -346,7 +346,8 @@ def _draws_alike(order: Order, call: LoopCall, kind: LoopKind) -> bool:
         return True
     if kind.orders is not None:
         return order == kind.orders[0] and (kind.orders[1] is None or kind.settled)
-    return order is None or kind.prediction == "epsilon"
+    # Conditioned by its score, DDIM takes x0 from the state again.
+    return order is None or kind.prediction == "epsilon" or (call.solver == "ddim" and call.cond_fn is not None)
 
 
 def memory_order(tensor: Tensor) -> Order:

@@ -48,7 +48,7 @@ def table_scaled(kind: Any, n: int) -> type:
 
 def tables_of_another_type(kind: Any, n: int) -> type:
     turned = (np.float32, torch.from_numpy, lambda table: [float(one) for one in table], np.asfortranarray)[n % 4]
-    return _made(kind, lambda self: [setattr(self, name, turned(getattr(self, name))) for name in TABLES])
+    return _made(kind, lambda self: [setattr(self, name, turned(np.asarray(getattr(self, name)))) for name in TABLES])
 
 
 def table_computed(kind: Any, n: int) -> type:
