@@ -7,7 +7,7 @@ saves pictures: that is read off the names that its code, and that of the method
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -50,12 +50,15 @@ def writes(original: Any, name: str) -> str:
 
 
 class Surroundings:
-    """What the code of a method, and of those it calls, refers to in its modules and classes: numbers, and containers,
-    which it may change."""
+    """What the code of a method, and of those it calls, refers to in its modules, classes and closures: numbers, and
+    containers, which it may change; and the attributes and defaults of these functions."""
 
     def __init__(self, original: Any, name: str) -> None:
-        owners = [(function.__globals__, set(_of(function.__code__))) for function in _functions(original, name, set())]
+        functions = list(_functions(original, name, set()))
+        owners: list[tuple[Any, Any]] = [(one.__globals__, set(_of(one.__code__))) for one in functions]
         owners += [(vars(base), set(vars(base))) for base in original.__mro__ if base is not object]
+        own = [_Own(function) for function in functions]
+        owners += [(one, one.keys()) for one in own]
         self._values = [
             (owner, found, copied(owner[found]))
             for owner, names in owners
@@ -66,6 +69,27 @@ class Surroundings:
     def changed(self) -> str:
         """The name of something that is another by now; empty if nothing is."""
         return next((name for owner, name, was in self._values if not same(copied(owner.get(name)), was)), "")
+
+
+class _Own(Mapping[str, Any]):
+    """What a function has of its own, by name: its closure's variables, its attributes and its defaults."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self._function = function
+        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def __getitem__(self, name: str) -> Any:
+        of_itself = {"its attributes": vars(self._function), "its defaults": list(self._function.__defaults__ or ())}
+        try:
+            return of_itself[name] if name in of_itself else self._cells[name].cell_contents
+        except ValueError:  # an empty cell
+            return None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._cells, "its attributes", "its defaults"))
+
+    def __len__(self) -> int:
+        return len(self._cells) + 2
 
 
 def is_simple(original: Any, name: str, diffusion: Any) -> bool:
