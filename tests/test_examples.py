@@ -51,6 +51,13 @@ BEFORE = {
     "README.md": f"{MODEL}\n{LABELS}",
     "docs/compiler.md": f"{MODEL}\n{PIPELINE}\nfrom fastcfg.compiler import compile_sampler",
     "docs/conditioning.md": "",
+    "docs/descendants.md": "import torch\nfrom support.siblings import *\n"
+    "net, gnet, diffusion, transport = Network(), Network(), DenoisingDiffusion(Network()), Transport()\n"
+    "latents, class_labels, low = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 2.0]), torch.randn(2, 3, 8, 8)\n"
+    "noise_schedule, cond, generator = NoiseScheduleVP(), torch.randn(2, 5), DummyGenerator()\n"
+    "model_fn, latent_diffusion = model_wrapper(net, noise_schedule), LatentDiffusion()\n"
+    "karras, super_resolution, sigmas = KarrasDenoiser(), SuperResolution(), torch.tensor([80.0, 3.0, 0.2, 0.0])\n"
+    "sample_heun = sample_karras_heun",
     "docs/drop_ins.md": f"import k_diffusion.sampling\n{MODEL}\n{GLIDE}",
     "docs/graphs.md": "",
     "docs/guidance.md": "from dataclasses import dataclass\nfrom fastcfg import GramGuidance",

@@ -20,6 +20,8 @@ from .reduction import Rows
 
 # Of x0, as `clip` of `Sampler`.
 Clip = float | DynamicThreshold | None
+# A row, coefficients of its x, of its output and of the x that it makes, and a constant.
+Other = tuple[int, float, float, float, float]
 
 # Relative to the largest value, for schedulers that compute in float32.
 TOLERANCE = 5e-6
@@ -37,12 +39,21 @@ class Compiled:
             s * z = sum_k draws[row][k] * z_k; with learned variances, the coefficients at v = 0.
         start: the share of the given x in the first state.
         start_draws: coefficients of the draws before the first model call: x_T = start*x + sum_k start_draws[k] * z_k.
+        blend: per row the weights of the branches that a function's model returns side by side; (1.0,) if it is one.
+        others: of the tensors that a function tells beside its samples: (row, a, b, c, d) where one is the row's
+            a*x + b*m + c*x' + d.
+        clip: the bound to which the function clamps x0, None if it does not.
+        offset: what it adds to the samples at the end.
     """
 
     table: StepTable
     draws: tuple[tuple[float, ...], ...]
     start: float = 1.0
     start_draws: tuple[float, ...] = ()
+    blend: tuple[tuple[float, ...], ...] = ()
+    others: tuple[Other, ...] = ()
+    clip: float | None = None
+    offset: float = 0.0
 
     def noise(self, draw: Callable[[], Tensor], row: int) -> Tensor | None:
         """A row's noise with deviation 1, or None if it adds none. `draw` is called for every draw of the original,

@@ -6,9 +6,12 @@ thread on to the original. (torch's function modes, which belong to a thread, ma
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import Any
 
@@ -67,6 +70,35 @@ def draw_function(scheduler_class: type) -> Callable[..., Tensor]:
             if draw is not None:
                 return draw
     return torch.randn
+
+
+@dataclass
+class Talk:
+    """What a function tells the user while it runs.
+
+    Attributes:
+        lines: the arguments of its calls of `print`.
+        bar: `disable` of its tqdm, True if it has none.
+    """
+
+    lines: list[tuple[Any, ...]] = field(default_factory=list)
+    bar: bool | None = True
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Context in which it is heard and not shown."""
+        tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+        shown: Any = getattr(tqdm, "__init__", None)
+
+        def write(*values: Any, **_: Any) -> None:
+            self.lines.append(values)
+
+        def begin(bar: Any, *args: Any, disable: bool | None = False, **options: Any) -> None:
+            self.bar = disable
+            shown(bar, *args, disable=True, **options)
+
+        with replaced([(builtins, "print", write), *([(tqdm, "__init__", begin)] if tqdm else [])]):
+            yield
 
 
 @contextmanager

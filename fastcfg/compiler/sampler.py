@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,16 @@ from torch import Tensor
 from ..table import StepTable
 from ..utils.checks import check_one_of
 from .assembly import Compiled, columns, refused, verify, with_rounding
+from .branches import Weights, blended, mixed
+from .clamps import bound_of, clamped_x0
+from .draws import first_uses, regrouped
 from .prediction import PREDICTIONS, predicted_x0
 from .probe import MAX_DRAWS, Recording, Response, basis_vector
 from .reduction import reduce
 from .stand_ins import FormError
-from .trial import Subject, Trial
+from .subject import Subject
+from .told import check_alike, check_others, others_of, take_constants
+from .trial import Trial
 
 __all__ = ["compile_sampler", "trace_sampler"]
 
@@ -82,9 +88,9 @@ def trace_sampler(
     return _traced(subject, levels, 4, "denoised", hooked=False)
 
 
-def trace_subject(subject: Subject, levels: Tensor, ndim: int) -> tuple[Compiled, Subject]:
+def trace_subject(subject: Subject, levels: Tensor, ndim: int, like: Trial) -> tuple[Compiled, Subject]:
     """The table of a function as it is called, for samples of `ndim` dimensions, float64 or integer levels. Where the
-    function has a hook that is told a second output, this is the first draw of every row.
+    function has a hook that is told a second output, this is the first draw of every row. `like` is another run of it.
 
     Returns:
         The table, and the subject, whose `uncond_first` says which of the two outputs the table's is.
@@ -93,10 +99,10 @@ def trace_subject(subject: Subject, levels: Tensor, ndim: int) -> tuple[Compiled
         ValueError: as `compile_sampler`.
     """
     try:
-        return _traced(subject, levels, ndim, "denoised", hooked=True), subject
+        return _traced(subject, levels, ndim, "denoised", hooked=True, like=like), subject
     except _SecondOutputError:
         subject = Subject(**{**vars(subject), "uncond_first": True})
-        return _traced(subject, levels, ndim, "denoised", hooked=True), subject
+        return _traced(subject, levels, ndim, "denoised", hooked=True, like=like), subject
 
 
 class _SecondOutputError(ValueError):
@@ -118,25 +124,32 @@ def _subject(sample_fn: Any, sigmas: Any, model: Any, options: dict[str, Any]) -
     return Subject(sample_fn, options, model=model, takes=takes), levels
 
 
-def _traced(subject: Subject, levels: Tensor, ndim: int, prediction: str | None, hooked: bool) -> Compiled:
+def _traced(
+    subject: Subject, levels: Tensor, ndim: int, prediction: str | None, hooked: bool, like: Trial | None = None
+) -> Compiled:
     sample_fn = subject.sample_fn
     name = getattr(sample_fn, "__name__", type(sample_fn).__name__)
     what = f"sample_fn: got {name}"
     with refused(what):
-        long, short = (_respond(subject, levels, ndim, length) for length in (1.0, 0.3))
+        long, short = (_respond(subject, levels, ndim, length, like) for length in (1.0, 0.3))
     if not long.calls:
         raise ValueError(f"{what}, which calls no model, expected linear steps")
     times = [_time(call.time) for call in long.calls]
     if times != [_time(call.time) for call in short.calls]:
         raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
+    check_alike(what, long, short)
     has_hook = any(call.passed.hook is not None for call in long.calls)
     if not hooked and (has_hook or len({call.passed.summary() for call in long.calls}) > 1):
         raise ValueError(
             f"{what}, which calls its model with a hook or with arguments of its own, expected one without "
             "guidance of its own: leave it to the Sampler, as guidance=CFG(scale)"
         )
+    constants = [0.0]
+    if like is not None:
+        with refused(what):
+            constants = take_constants(_respond(subject, levels, ndim, 0.0, like), (long, short), what)
     try:
-        return _assembled(subject, levels, ndim, prediction, long, short, name)
+        return _assembled(subject, levels, ndim, prediction, long, short, like, constants, name)
     except ValueError as error:
         if has_hook and not subject.uncond_first:
             raise _SecondOutputError(str(error)) from error
@@ -144,15 +157,32 @@ def _traced(subject: Subject, levels: Tensor, ndim: int, prediction: str | None,
 
 
 def _assembled(
-    subject: Subject, levels: Tensor, ndim: int, prediction: str | None, long: Trial, short: Trial, name: str
+    subject: Subject,
+    levels: Tensor,
+    ndim: int,
+    prediction: str | None,
+    long: Trial,
+    short: Trial,
+    like: Trial | None,
+    constants: Sequence[float],
+    name: str,
 ) -> Compiled:
     what = f"sample_fn: got {name}"
-    (response, start, start_draws), (shorter, _, _) = _response(long, 1.0), _response(short, 0.3)
+    (response, start, start_draws, blend), (shorter, *_) = _response(long, 1.0), _response(short, 0.3)
     if response.states.shape != shorter.states.shape:
         raise ValueError(f"{what} with draws that depend on the samples, expected linear steps")
+    calls, told = len(long.calls), len(long.calls) + 1 + len(long.latest)
+    others = others_of(response, calls, long.latest, constants[1:])
+    clip = bound_of(long.bounded, calls)
+    clamped = response.states[told:]
+    response, shorter = (replace(each, states=each.states[: calls + 1]) for each in (response, shorter))
     response = with_rounding(response, shorter, what)
-    prediction, p_x, p_m = predicted_x0(response, prediction)
-    unit = not levels.is_floating_point() or prediction in ("v", "flow")
+    if clip is None:
+        prediction, p_x, p_m = predicted_x0(response, prediction)
+    else:
+        response, p_x, p_m = clamped_x0(response, clamped, [before for before, *_ in long.bounded])
+        prediction = "clamped"
+    unit = not levels.is_floating_point() or not len(levels) or prediction in ("v", "flow")
     initial_scale = math.hypot(start * (1.0 if unit else float(levels[0])), *start_draws)
     rows = reduce(response, clipped=prediction != "denoised", start=initial_scale)
     table = StepTable.from_columns(
@@ -163,10 +193,10 @@ def _assembled(
         name=name,
         **columns(rows, p_x, p_m),
     )
-    rng = np.random.default_rng(0)
+    rng, batch = np.random.default_rng(0), 2 if like is None else len(like.result)
 
     def normal(*_: Any) -> Tensor:
-        return torch.from_numpy(rng.standard_normal((2, 3, 4, 5, 3, 2)[:ndim]))
+        return torch.from_numpy(rng.standard_normal((batch, 3, 4, 5, 3, 2)[:ndim]))
 
     def noise(_: int, like: Tensor) -> Tensor:
         return torch.from_numpy(rng.standard_normal(tuple(like.shape)))
@@ -176,46 +206,66 @@ def _assembled(
         trial.run(normal() * initial_scale, levels.clone())
     if len(trial.calls) != len(table) or list(map(len, trial.drawn)) != list(map(len, long.drawn)):
         raise ValueError(f"{what} with model calls that depend on the samples, expected linear steps")
-    states = [x.double() for x in (*trial.inputs, trial.result)]
-    recording = Recording(outputs=trial.outputs, states=states, drawn=trial.drawn)
-    verify(table, rows.draws, recording, None, response.rounding, what)
-    return Compiled(table, rows.draws, start, start_draws)
+    compiled = Compiled(table, rows.draws, start, start_draws, blend, others, clip, constants[0])
+    states = [x.double() for x in (*trial.inputs, trial.result - compiled.offset)]
+    recording = Recording(outputs=mixed(trial.outputs, blend), states=states, drawn=regrouped(trial.drawn, compiled))
+    verify(table, rows.draws, recording, clip, response.rounding, what)
+    check_others(compiled, recording, trial, [] if like is None else like.sums, 50 * response.rounding, what)
+    return compiled
 
 
-def _respond(subject: Subject, levels: Tensor, ndim: int, length: float) -> Trial:
-    """A run on basis vectors [1, ..., size]."""
+def _respond(subject: Subject, levels: Tensor, ndim: int, length: float, like: Trial | None) -> Trial:
+    """A run on basis vectors [batch, 1, ..., size], alike for every sample; the batch is that of `like`, or 1."""
     calls, draws = (max(most * len(levels), _LEAST) for most in (_MAX_CALLS, MAX_DRAWS + 1))
-    size = 1 + calls + draws
-    shape = (*[1] * (ndim - 1), size)
+    if like is not None:
+        calls, draws = sum(map(len, like.outputs)), sum(map(len, like.drawn))
+    size, batch = 1 + calls + draws, 1 if like is None else len(like.result)
+
+    def vector(index: int, batch: int = batch) -> Tensor:
+        one = basis_vector(size, index, length).reshape(1, *[1] * (ndim - 2), size)
+        return one.repeat(batch, *[1] * (ndim - 1))
+
+    def of_one(x: Tensor) -> Tensor:
+        """A vector without the coordinates of outputs and draws that were not asked for."""
+        if len(x) != batch or not torch.equal(x, x[:1].expand_as(x)):
+            raise FormError("sample_fn: got one that treats its samples differently, expected alike")
+        return x[0].double().reshape(-1)[used]
 
     def output(index: int) -> Tensor:
         if index >= calls:
             raise FormError(f"sample_fn: got more than {calls} model calls, expected at most that")
-        return basis_vector(size, 1 + index, length).reshape(shape)
+        return vector(1 + index)
 
     def noise(index: int, like: Tensor) -> Tensor:
         if index >= draws:
             raise FormError(f"sample_fn: got more than {draws} draws of noise, expected at most that")
-        if like.numel() == 1:  # one number for many: a vector stands for it, which broadcasts as far
-            return basis_vector(size, 1 + calls + index, length).reshape(shape)
-        if like.numel() != size:
+        if like.numel() == len(like):  # one number for many: a vector stands for it, which broadcasts as far
+            return vector(1 + calls + index)
+        if like.numel() != size * len(like) or len(like) not in (1, batch):
             raise FormError(f"sample_fn: got one that draws noise of shape {tuple(like.shape)}, expected x's")
-        return basis_vector(size, 1 + calls + index, length).reshape(like.shape)
+        return vector(1 + calls + index, len(like)).reshape(like.shape)
 
     with torch.no_grad():
-        run = Trial(subject, output, noise, wide=True).run(basis_vector(size, 0, length).reshape(shape), levels.clone())
-    # Drop the coordinates of outputs and draws that were not asked for.
-    used = [*range(1 + len(run.inputs)), *range(1 + calls, 1 + calls + sum(map(len, run.drawn)))]
-    run.inputs = [x.double().reshape(-1)[used] for x in run.inputs]
-    run.result = run.result.double().reshape(-1)[used]
+        run = Trial(subject, output, noise, wide=True, unbounded=like is not None).run(vector(0), levels.clone())
+    outputs = sum(map(len, run.outputs))
+    used = [*range(1 + outputs), *range(1 + calls, 1 + calls + sum(map(len, run.drawn)))]
+    told = [] if like is None else like.sums
+    run.inputs, run.result = list(map(of_one, run.inputs)), of_one(run.result)
+    run.others = [of_one(x) for x in (*run.outcome.others, *(run.told[key] for key in told))]
+    run.others += [of_one(x) for _, _, x in run.bounded]
+    run.latest = [len(run.inputs)] * len(run.outcome.others) + [run.row_told(position) for position, _ in told]
     return run
 
 
-def _response(run: Trial, length: float) -> tuple[Response, float, tuple[float, ...]]:
-    """The response of a run on basis vectors from its first model input on, and what that input consists of: the
-    share of x and the coefficients of the draws before it."""
-    states = torch.stack([*run.inputs, run.result]).numpy() / length
-    counts, calls = np.cumsum([len(drawn) for drawn in run.drawn]), len(run.inputs)
+def _response(run: Trial, length: float) -> tuple[Response, float, tuple[float, ...], Weights]:
+    """The response of a run on basis vectors from its first model input on, with the states followed by what it returns
+    beside them; what that input consists of: the share of x and the coefficients of the draws before it; and the
+    weights of branches."""
+    states, blend = blended(
+        torch.stack([*run.inputs, run.result, *run.others]).numpy() / length, list(map(len, run.outputs))
+    )
+    calls = len(run.inputs)
+    counts = first_uses(states, run)
     early = slice(1 + calls, 1 + calls + counts[0])
     start, added = float(states[0, 0]), states[0, early].copy()
     if not start:
@@ -232,11 +282,14 @@ def _response(run: Trial, length: float) -> tuple[Response, float, tuple[float, 
     if len(kinds) > 1:
         raise ValueError("sample_fn: got model times of which some are integers, expected all or none")
     times = np.array([float(_time(call.time)) for call in run.calls])
-    return Response(states, states[:-1], times, kinds.pop(), drawn, outputs), start, tuple(added.tolist())
+    response = Response(states, states[:calls], times, kinds.pop(), drawn, outputs)
+    return response, start, tuple(added.tolist()), blend
 
 
 def _time(time: Any) -> int | float:
-    """A model call's time as a number."""
+    """A model call's time as a number, 0 if it is one of its other arguments."""
+    if time is None:
+        return 0.0
     if isinstance(time, Tensor):
         values = time.flatten()
         if not len(values) or not bool((values == values[0]).all()):

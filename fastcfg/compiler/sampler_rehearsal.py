@@ -9,6 +9,7 @@ reads nothing of its model, is not run again for a call alike.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.identity import Alike, identity_key
+from ..utils.identity import Alike, NoValueError, Same, identity_key
 from ..utils.lru import LRU
 from .assembly import Compiled, verify
+from .branches import mixed
+from .draws import regrouped
 from .probe import Recording
 from .sampler import trace_subject
-from .stand_ins import FormError, is_plain
-from .surroundings import Surroundings
-from .trial import Draw, ModelCall, Subject, Trial
+from .stand_ins import FormError, described, is_passive, is_plain, is_stateless, is_torchs
+from .subject import Draw, ModelCall, Subject
+from .surroundings import Surroundings, contents_of
+from .tape import filled
+from .told import check_alike, check_others
+from .trial import Trial
 
 _SMALL = 3  # the largest size of a small stand-in's dimensions after the first two
 # Of the coefficients of a function that computes in its own dtype, for `verify`.
@@ -52,7 +58,42 @@ class SamplerRehearsal:
     call: Trial
 
 
-_closed: LRU[tuple[Surroundings, SamplerRehearsal]] = LRU(64)
+@dataclass(frozen=True, eq=False)
+class _Closed:
+    """A rehearsal that holds for every call alike, as long as what the function refers to, and what it reads of its
+    model, is the same."""
+
+    parts: list[Surroundings]
+    read: dict[str, Any]  # of the model
+    rehearsal: SamplerRehearsal
+    confirmed: bool = False
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether the function refers to objects."""
+        return any(part.has_objects for part in self.parts)
+
+    @classmethod
+    def of(cls, subject: Subject, names: set[str], rehearsal: SamplerRehearsal) -> _Closed | None:
+        functions = getattr(subject.sample_fn, "functions", lambda: [subject.sample_fn])()
+        functions += [type(value) for value in subject.arguments.values() if is_stateless(value)]
+        parts = [Surroundings(function, objects=True) for function in functions]
+        try:
+            read = {name: contents_of(getattr(subject.model, name)) for name in names}
+        except (NoValueError, AttributeError):
+            return None
+        return cls(parts, read, rehearsal) if all(part.constant for part in parts) else None
+
+    def holds(self, model: Any) -> bool:
+        """Whether nothing of this has changed."""
+        try:
+            same = all(contents_of(getattr(model, name)) == value for name, value in self.read.items())
+        except (NoValueError, AttributeError):
+            return False
+        return same and all(part.unchanged() for part in self.parts)
+
+
+_closed: LRU[_Closed] = LRU(64)
 _rehearsed: LRU[tuple[Compiled, bool, Trial]] = LRU(64)
 _failed: LRU[str] = LRU(256)
 _failures: LRU[int] = LRU(256)
@@ -66,13 +107,20 @@ def rehearse_sampler(subject: Subject, x: Tensor, sigmas: Tensor) -> SamplerRehe
         ValueError: the function cannot be compiled, or fails on stand-ins; the next call alike fails at once.
     """
     function = Alike(subject.sample_fn)
-    names = tuple((name, identity_key(value)) for name, value in subject.arguments.items() if is_plain(value))
+    given = {name: value for name, value in subject.arguments.items() if name != "extra_args"}
+    names = tuple((name, identity_key(value)) for name, value in given.items() if is_plain(value))
+    names += tuple((name, described(v)) for name, v in given.items() if is_passive(v) and not is_plain(v))
+    names += tuple((name, Same(v)) for name, v in given.items() if is_torchs(v))
+    names += tuple((name, type(v)) for name, v in given.items() if is_stateless(v))
     layout = (tuple(x.shape), x.stride(), x.dtype, x.device, sigmas.dtype, sigmas.device, torch.is_grad_enabled())
     levels = tuple(sigmas.detach().cpu().tolist())
-    kind = (function, names, subject.takes, type(subject.model), layout, levels)
-    known = _closed.get((kind, tuple(subject.extra_args)))
-    if known is not None and known[0].unchanged():
-        return replace(known[1], subject=replace(subject, uncond_first=False))
+    kind = (function, names, subject.takes, subject.tuples, type(subject.model), layout, levels)
+    contents: Any = getattr(subject.sample_fn, "contents", tuple)()
+    again = None if contents is None else (kind, tuple(subject.extra_args), contents)
+    known = None if again is None else _closed.get(again)
+    known = known if known is not None and known.holds(subject.model) else None
+    if known is not None and known.confirmed:
+        return _repeated(known.rehearsal, subject)
     if (reason := _failed.get(kind)) is not None:
         raise ValueError(reason)
     if (_failures.get(function) or 0) >= _MOST_FAILURES:
@@ -93,57 +141,98 @@ def rehearse_sampler(subject: Subject, x: Tensor, sigmas: Tensor) -> SamplerRehe
         _failures.put(function, (_failures.get(function) or 0) + 1)
         raise ValueError(reason) from error
     compiled, uncond_first, trial = found
-    rehearsal = SamplerRehearsal(compiled, replace(subject, uncond_first=uncond_first), trial, _without_tensors(call))
-    if not call.reads and all(draw.generator is None for draw in call.draws):
-        surroundings = Surroundings(subject.sample_fn)
-        if surroundings.constant:
-            light = replace(rehearsal, subject=Subject(subject.sample_fn, {}))
-            _closed.put((kind, tuple(subject.extra_args)), (surroundings, light))
+    rehearsal = SamplerRehearsal(
+        compiled, replace(subject, uncond_first=uncond_first), trial, _without_tensors(call, True)
+    )
+    if again is not None and _repeats(subject, call):
+        template = copy.copy(rehearsal.call)
+        template.events = [e.replaced(call.tape.template) if isinstance(e, ModelCall) else e for e in call.events]
+        light = replace(subject, sample_fn=dict, arguments={}, model=None)
+        closed = _Closed.of(subject, call.names_read, replace(rehearsal, subject=light, call=template))
+        if closed is not None and not call.tape.reads:
+            # What a run changes of objects shows when another run of it has ended.
+            confirmed = not closed.has_objects or (known is not None and known.holds(subject.model))
+            _closed.put(again, replace(closed, confirmed=confirmed))
+    call.tape.close()
     return rehearsal
+
+
+def _repeats(subject: Subject, call: Trial) -> bool:
+    """Whether a function may do the same in a call alike: it was given nothing, and reads nothing, that a key lacks."""
+    draws_own = all(draw.generator is None for draw in call.draws)
+    hooked = any(event.passed.hook is not None for event in call.calls)
+    return subject.is_described and not call.reads and not call.tape.reads and draws_own and not hooked
+
+
+def _repeated(known: SamplerRehearsal, subject: Subject) -> SamplerRehearsal:
+    """A rehearsal of an earlier call alike, with this call's tensors."""
+    call = known.call
+    if any(event.further or event.passed.changed for event in call.calls):
+        made = call.tape.played(list(subject.own_tensors))
+
+        def fill(value: Any) -> Any:
+            return filled(value, made)
+
+        call = copy.copy(call)
+        call.events = [e.replaced(fill) if isinstance(e, ModelCall) else e for e in call.events]
+    subject = replace(subject, uncond_first=False, tuples=known.subject.tuples)
+    return replace(known, subject=subject, call=call)
 
 
 def _compiled(subject: Subject, x: Tensor, sigmas: Tensor, call: Trial) -> tuple[Compiled, bool, Trial]:
     levels = sigmas.detach().cpu()
-    compiled, subject = trace_subject(subject, levels.double() if levels.is_floating_point() else levels, x.ndim)
+    levels = levels.double() if levels.is_floating_point() else levels
+    compiled, subject = trace_subject(subject, levels, x.ndim, call)
     trial = _rehearsed_on(subject, x, sigmas, small=False)
     what = f"sample_fn: got {getattr(subject.sample_fn, '__name__', type(subject.sample_fn).__name__)}"
-    counts = [len(compiled.start_draws), *map(len, compiled.draws)]
     events = list(map(type, trial.events))
-    if list(map(len, trial.drawn)) != counts or events != list(map(type, call.events)):
+    if list(map(len, trial.drawn)) != list(map(len, call.drawn)) or events != list(map(type, call.events)):
         raise FormError(f"{what} whose model calls or draws depend on shape or dtype, expected the same")
+    check_alike(what, call, trial)
+    if call.sums != trial.sums:
+        raise FormError(f"{what} whose callback is told of other tensors in other shapes, expected the same")
     dtypes = [call.dtype for call in trial.calls] + [trial.result.dtype]
     rounding = max(_ROUNDING.get(dtype, _HALF_ROUNDING) for dtype in dtypes)
 
     def on_host(values: list[Tensor]) -> list[Tensor]:
         return [value.double().cpu() for value in values]
 
-    states = on_host([*trial.inputs, trial.result])
-    drawn = [on_host(values) for values in trial.drawn]
-    verify(compiled.table, compiled.draws, Recording(on_host(trial.outputs), [], states, drawn), None, rounding, what)
+    states = on_host([*trial.inputs, trial.result - compiled.offset])
+    drawn = [on_host(values) for values in regrouped(trial.drawn, compiled)]
+    outputs = mixed([on_host(branches) for branches in trial.outputs], compiled.blend)
+    recording = Recording(outputs, [], states, drawn)
+    verify(compiled.table, compiled.draws, recording, compiled.clip, rounding, what)
+    check_others(compiled, recording, trial, call.sums, 50 * rounding, what)
     start = compiled.start * _stand_in(x, small=False).double().cpu()
     for weight, value in zip(compiled.start_draws, drawn[0], strict=True):
         start = start + weight * value
     if not float((start - states[0]).abs().max()) <= 50 * rounding * max(1.0, float(states[0].abs().max())):
         raise FormError(f"{what} whose start depends on the shape or dtype, expected the same")
     # The model is given the original's own times, rounded as it rounds them.
-    times = [float(call.time.flatten()[0]) if isinstance(call.time, Tensor) else call.time for call in trial.calls]
+    times = [float(call.time.flatten()[0]) if isinstance(call.time, Tensor) else call.time or 0 for call in trial.calls]
     rows = compiled.table.rows.copy()
     rows[:, 1] = times
     table = replace(compiled.table, rows=rows)
     return replace(compiled, table=table), subject.uncond_first, _without_tensors(trial)
 
 
-def _without_tensors(trial: Trial) -> Trial:
-    """What is kept of a trial: nothing of the call, of the result its dtype and strides."""
+def _without_tensors(trial: Trial, but_the_models: bool = False) -> Trial:
+    """What is kept of a trial: of the call nothing, or what its model is given; of results their dtypes and strides."""
     result, light = trial.result, Trial(Subject(_without_tensors, {}), trial.output, trial.noise)
     light.output = light.noise = None  # type: ignore[assignment]
-    for name in ("tree", "in_place", "changes_x", "uses_gradients"):
+    for name in ("tree", "in_place", "changes_x", "scales_x", "uses_gradients", "talk", "left", "tape"):
         setattr(light, name, getattr(trial, name))
     for event in trial.events:
-        hooked = isinstance(event, ModelCall) and event.passed.hook is not None
-        # A function's own hook holds its variables: only that there is one is kept.
-        light.events.append(replace(event, passed=replace(event.passed, hook=dict)) if hooked else event)  # type: ignore
+        if isinstance(event, ModelCall) and not but_the_models:
+            event = event.without_tensors()
+        elif isinstance(event, ModelCall) and event.passed.hook is not None:
+            # A function's own hook holds its variables: only that there is one is kept.
+            event = replace(event, passed=replace(event.passed, hook=dict))
+        light.events.append(event)
     light.result = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+    others = [torch.empty(0, dtype=tensor.dtype, device="meta") for tensor in trial.outcome.others]
+    light.outcome = replace(trial.outcome, main=light.result, others=others)
+    light.sums = trial.sums
     return light
 
 
@@ -165,13 +254,17 @@ def _rehearsed_on(subject: Subject, x: Tensor, sigmas: Tensor, small: bool) -> T
     def noise(_: int, like: Tensor) -> Tensor:
         return torch.empty_like(like).copy_(torch.from_numpy(rng.standard_normal(tuple(like.shape))))
 
-    trial = Trial(subject, output, noise)
+    trial = Trial(subject, output, noise, follow=small)
     kept = stand_in.clone()
     trial.run(stand_in, levels)
     if not torch.equal(levels, sigmas):
         raise FormError("sample_fn: got one that changes its sigmas in place, expected one that leaves them alone")
     trial.changes_x = not torch.equal(kept, stand_in)
     if trial.changes_x and trial.returned is not stand_in:
+        trial.changes_x, trial.scales_x = False, float(stand_in.flatten()[0] / kept.flatten()[0])
+        if torch.allclose(stand_in, trial.scales_x * kept, rtol=1e-5 if x.itemsize > 2 else 1e-2):
+            del trial.returned
+            return trial
         raise FormError("sample_fn: got one that changes x in place, expected one that leaves it alone, or returns it")
     del trial.returned
     return trial
@@ -191,20 +284,31 @@ def _fingerprint(trial: Trial) -> bytes | tuple[Any, ...]:
     found: list[Any] = [
         key(trial.inputs),
         key(trial.result),
+        repr(trial.outcome.template),
+        key(list(trial.outcome.others)),
+        repr(trial.talk),
         key(trial.callbacks),
         trial.in_place,
         trial.uses_gradients,
+        trial.scales_x,
     ]
     found += [trial.changes_x, trial.tree is not None]
     for event in trial.events:
         if isinstance(event, ModelCall):
             grads = event.requires_grad, event.grad_enabled
             found.append(
-                (key(event.time), key(event.further), event.passed.summary(), event.passed.hook is None, grads)
+                (
+                    key(event.time),
+                    described(event.further),
+                    event.passed.summary(),
+                    event.passed.hook is None,
+                    grads,
+                    event.form,
+                )
             )
         elif isinstance(event, Draw):
             own = event.generator is None
-            found.append((key(event.arguments), event.shape, event.stride, event.dtype, event.device, own))
+            found.append((key(event.arguments), event.shape, event.stride, event.dtype, event.device, own, event.asked))
         else:
             found.append(tuple((name, kind, key(value)) for name, (kind, value) in event.info.items()))
     return tuple(found)

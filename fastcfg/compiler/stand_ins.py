@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,10 @@ from torch import Tensor
 from ..utils._torch_private import TorchDispatchMode
 
 _AT = torch.ops.aten
+_BOUNDS = ((0, "min"), (1, "max"))
+_CLAMPS = {_AT.clamp.default, _AT.clamp_.default}
+# Products take tensors of one dtype alone.
+_PRODUCTS = {_AT.bmm.default, _AT.mm.default, _AT.mv.default, _AT.dot.default, _AT.addmm.default, _AT.baddbmm.default}
 # ComfyUI's: functions that its models call with their predictions, before they return the first of them.
 HOOKS = "sampler_post_cfg_function"
 
@@ -28,13 +32,21 @@ class DrawMode(TorchDispatchMode):
     name it was drawn by. `draw` is called with an uninitialised tensor of the shape, strides, dtype and device, and the
     generator or None. No generator moves, and draws of other distributions are refused.
 
-    With `wide_ndim`, float64 tensors of so many dimensions keep their dtype where a function converts them: rounding
-    would be taken for coefficients.
+    With `wide_ndim`, float64 tensors of so many dimensions keep their dtype where a function converts them, and
+    products of these and narrower ones are float64: rounding would be taken for coefficients. `provenance` is told of
+    every operation. Where `bounded` is given, it is told of tensors of so many dimensions that a function clamps to
+    [-bound, bound], and they are not clamped.
     """
 
-    def __init__(self, draw: Callable[[Tensor, torch.Generator | None], Tensor], wide_ndim: int | None = None) -> None:
+    def __init__(
+        self,
+        draw: Callable[[Tensor, torch.Generator | None], Tensor],
+        wide_ndim: int | None = None,
+        provenance: Any = None,
+        bounded: Callable[[Tensor, float], object] | None = None,
+    ) -> None:
         super().__init__()
-        self._draw, self._wide_ndim = draw, wide_ndim
+        self._draw, self._wide_ndim, self._provenance, self._bounded = draw, wide_ndim, provenance, bounded
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,7 +58,19 @@ class DrawMode(TorchDispatchMode):
             values, dtype = args[0], kwargs.get("dtype")
             if values.dtype == torch.float64 and values.ndim == self._wide_ndim and dtype and dtype.is_floating_point:
                 kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        if func in _CLAMPS and self._bounded is not None and args[0].ndim == self._wide_ndim and args[0].numel() > 1:
+            low, high = ([*args[1:], None, None][i] if i + 1 < len(args) else kwargs.get(n) for i, n in _BOUNDS)
+            if low is not None and high is not None and -low == high > 0:
+                self._bounded(args[0], float(high))
+                return args[0] if func is _AT.clamp_.default else args[0].clone()
+        if func in _PRODUCTS and self._wide_ndim is not None:
+            args = [value.double() if isinstance(value, Tensor) else value for value in args]
+        if self._provenance is None:
+            return func(*args, **kwargs)
+        self._provenance.before(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._provenance.after(func, args, kwargs, result)
+        return result
 
     def _drawn(self, func: Any, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
         generator = kwargs.pop("generator", None)
@@ -68,9 +92,9 @@ class DrawMode(TorchDispatchMode):
 
 
 class StandInModel:
-    """Called in place of a model; its attributes are the model's. `read` is called when one is read."""
+    """Called in place of a model; its attributes are the model's. `read` is called with the names of those read."""
 
-    def __init__(self, call: Callable[..., Any], model: Any, read: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, call: Callable[..., Any], model: Any, read: Callable[[str], object] = lambda _: None) -> None:
         object.__setattr__(self, "_stands_for", (call, model, read))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +102,7 @@ class StandInModel:
 
     def __getattr__(self, name: str) -> Any:
         _, model, read = object.__getattribute__(self, "_stands_for")
-        read()
+        read(name)
         if model is None:
             raise FormError(f"model: got a function that reads model.{name}, expected the model too: give model=")
         if name == "forward":
@@ -91,7 +115,7 @@ class StandInModel:
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         _, model, read = object.__getattribute__(self, "_stands_for")
-        read()
+        read("__class__")
         return StandInModel if model is None else type(model)
 
 
@@ -135,6 +159,45 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
 
 
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value and its containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from tensors_in(tuple(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def is_passive(value: Any) -> bool:
+    """Whether a value is plain, a tensor, or a container of these: nothing that a function could call."""
+    if isinstance(value, dict):
+        return all(map(is_passive, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_passive, value))
+    return isinstance(value, Tensor) or is_plain(value)
+
+
+def is_torchs(value: Any) -> bool:
+    """Whether a value is a function of torch."""
+    return callable(value) and getattr(torch, getattr(value, "__name__", ""), None) is value
+
+
+def is_stateless(value: Any) -> bool:
+    """Whether a value is an object that draws noise, and has no attributes."""
+    return hasattr(value, "randn_like") and getattr(value, "__dict__", None) == {}
+
+
+def described(value: Any) -> Any:
+    """A passive value with its tensors' shapes and dtypes in their place."""
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape), value.dtype, str(value.device)
+    if isinstance(value, dict):
+        return tuple((name, described(item)) for name, item in value.items())
+    return tuple(map(described, value)) if isinstance(value, list | tuple) else repr(value)
+
+
 @dataclass(frozen=True, eq=False)
 class Passed:
     """How the keyword arguments that a function calls its model with differ from the `extra_args` it was given.
@@ -166,16 +229,16 @@ class Passed:
 
     def summary(self) -> Any:
         """Equal where the differences are the same."""
-        return tuple((path, repr(value)) for path, value in self.changed.items()), self.left_out
+        return tuple((path, described(value)) for path, value in self.changed.items()), self.left_out
 
 
 class Hook:
     """Stands for a function's own hook, added to the end of a list."""
 
 
-def passed(given: Mapping[str, Any], got: Mapping[str, Any]) -> Passed:
+def passed(given: Mapping[str, Any], got: Mapping[str, Any], passive: bool = False) -> Passed:
     """Compare what a model was called with and what its function was given; raises `FormError` for what cannot be
-    passed on."""
+    passed on: values of the function's own that are not plain, or, with `passive`, not passive."""
     changed: dict[tuple[str, ...], Any] = {}
     hooks: list[Any] = []
 
@@ -193,7 +256,7 @@ def passed(given: Mapping[str, Any], got: Mapping[str, Any]) -> Passed:
                 if before is Hook and not value:
                     changed[here] = {}
             elif before is Hook or not _same(before, value):
-                if not is_plain(value):
+                if not (is_passive(value) if passive else is_plain(value)):
                     said = ".".join(map(str, here))
                     raise FormError(
                         f"sample_fn: got one that calls its model with its own {said} ({type(value).__name__}), "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,83 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .patching import BROWNIAN_TREE, replaced
-from .stand_ins import DrawMode, FormError, Passed, ReadDict, StandInModel, copied, is_plain, passed
+from .model_call import read_call
+from .outcome import Outcome, read_outcome
+from .patching import BROWNIAN_TREE, Talk, replaced
+from .provenance import Provenance
+from .stand_ins import DrawMode, FormError, ReadDict, StandInModel, copied, is_passive, is_plain, passed, tensors_in
+from .subject import CallbackCall, Draw, Form, ModelCall, Subject
+from .tape import Tape
 
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """A sampling function and how it is called.
-
-    Attributes:
-        sample_fn: the function.
-        arguments: by name, but for model, x and sigmas.
-        names: of the parameters that take model, x and sigmas; None if they are the first three.
-        model: whose attributes the function may read; None if there is none.
-        takes: the stand-ins that it is given, of "callback" and "noise_sampler".
-        uncond_first: whether the model's main output is the unconditional prediction that a hook is told, and the
-            output it returns the further one.
-    """
-
-    sample_fn: Callable[..., Any]
-    arguments: Mapping[str, Any]
-    names: tuple[str, str, str] | None = None
-    model: Any = None
-    takes: tuple[str, ...] = ()
-    uncond_first: bool = False
-
-    def call(self, model: Any, x: Tensor, sigmas: Tensor, others: Mapping[str, Any]) -> Any:
-        """Call the function, with its own arguments replaced by others."""
-        arguments = {**self.arguments, **others}
-        if self.names is None:
-            return self.sample_fn(model, x, sigmas, **arguments)
-        arguments |= zip(self.names, (model, x, sigmas), strict=True)
-        parameters = inspect.signature(self.sample_fn).parameters.values()
-        first = [arguments.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in arguments]
-        return self.sample_fn(*first, **arguments)
-
-    @property
-    def extra_args(self) -> dict[str, Any]:
-        """The model's keyword arguments."""
-        return self.arguments.get("extra_args") or {}
-
-
-@dataclass(frozen=True, eq=False)
-class ModelCall:
-    """A call of the model: its time (a copy) and further arguments, the dtype and strides of its input, and how
-    gradients were switched."""
-
-    time: Any
-    further: tuple[Any, ...]
-    passed: Passed
-    dtype: torch.dtype
-    stride: tuple[int, ...]
-    requires_grad: bool
-    grad_enabled: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Draw:
-    """A draw of noise: the arguments of the noise sampler or None for torch's own, and an uninitialised tensor's shape,
-    strides, dtype and device, with the generator or None for torch's."""
-
-    arguments: tuple[Any, ...] | None
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.float32
-    device: Any = None
-    generator: torch.Generator | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class CallbackCall:
-    """A call of the callback: where every value of its dictionary comes from, as (kind, value).
-
-    Kinds: "input" and "output" (of a model call, by number), "start" (x as given), "level" (of sigmas, by index),
-    "value" (a small tensor, or anything plain), and "unknown".
-    """
-
-    info: Mapping[str, tuple[str, Any]]
+__all__ = ["CallbackCall", "Draw", "Form", "ModelCall", "Subject", "Trial", "Unread"]
 
 
 class Unread:
@@ -107,19 +39,29 @@ class Trial:
     """A run of a subject. The tensors it keeps are copies.
 
     Args:
-        output: called with the number of a model call, returns its main output.
+        output: called with the number of an output (a call has one for each of its branches), returns it.
         noise: called with the number of a draw and a tensor like it, returns its value.
         wide: whether float64 stays float64.
+        follow: whether what the function computes from its samples is followed.
+        unbounded: whether what the function clamps stays as it is, and is listed.
 
     Attributes:
         events: calls of the model, draws and callbacks, in the function's order.
-        inputs, outputs: the model's; `result` is the function's.
+        inputs, outputs: the model's, an output for each branch; `result` is the function's samples, and `outcome` all
+            that it returns.
+        told: tensors like x that its callback is given, by event and name; `sums` are the names of those that are no
+            input, output or x.
+        left: what a method sets on its object.
+        tape: what it makes of the caller's tensors.
+        bounded: what it clamps: the model calls before, the bound, and the tensor.
+        others, latest: what a run on basis vectors told beside its samples, as vectors, and the last rows they are of.
+        talk: what it prints, and whether it shows a progress bar.
         drawn: values, those before the first model call and after every one.
         callbacks: the number of model calls before every callback.
         tree: the arguments, after x, of the function's own Brownian tree; None if it makes none.
         in_place: whether the function changes tensors that its model, its callback or the caller may hold.
-        changes_x: whether it works in place on x, and returns it.
-        reads: whether it reads attributes of its model or items of `extra_args`.
+        changes_x: whether it works in place on x, and returns it; `scales_x` if it leaves x multiplied by a number.
+        reads: whether it reads items of `extra_args`; `names_read` are the attributes of its model that it reads.
         uses_gradients: whether its result has a gradient if the model's outputs have one.
     """
 
@@ -127,9 +69,11 @@ class Trial:
     output: Callable[[int], Tensor]
     noise: Callable[[int, Tensor], Tensor]
     wide: bool = False
+    follow: bool = False
+    unbounded: bool = False
     events: list[ModelCall | Draw | CallbackCall] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
     drawn: list[list[Tensor]] = field(default_factory=lambda: [[]])
     callbacks: list[int] = field(default_factory=list)
     tree: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -138,14 +82,32 @@ class Trial:
     changes_x: bool = False
     uses_gradients: bool = False
     reads: bool = False
+    scales_x: float = 1.0
+    names_read: set[str] = field(default_factory=set)
+    talk: Talk = field(default_factory=Talk)
+    others: list[Tensor] = field(default_factory=list)
+    latest: list[int] = field(default_factory=list)
+    bounded: list[tuple[int, float, Tensor]] = field(default_factory=list)
+    left: dict[str, Any] = field(default_factory=dict)
+    tape: Tape = field(default_factory=lambda: Tape(()))
+    told: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    sums: list[tuple[int, str]] = field(default_factory=list)
 
     def run(self, x: Tensor, sigmas: Tensor) -> Trial:
         """Run; raises what the function raises."""
         subject, self._x, self._sigmas, self._start = self.subject, x, sigmas, x.clone()
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # inputs, what was returned for them, and copies of this
         self._told: list[tuple[Any, ...]] = []
+        self._has_x = not subject.draws_x
+        self._provenance = Provenance(subject.tensors, self.follow, subject.own_tensors)
+        self.tape = self._provenance.tape
+        self._provenance.mark(x)
         others: dict[str, Any] = {name: copied(value) for name, value in subject.arguments.items()}
-        stand_ins = {"callback": self._callback, "noise_sampler": lambda *args: self._draw_for(args)}
+        stand_ins = {
+            "callback": self._callback,
+            "noise_sampler": lambda *args: self._draw_for(args),
+            "randn_like": lambda like: self._draw(torch.empty_like(like), None, asked=True),
+        }
         others |= {name: stand_ins[name] for name in subject.takes}
         if type(others.get("extra_args")) is dict:
             others["extra_args"] = ReadDict(others["extra_args"])
@@ -154,14 +116,20 @@ class Trial:
         with ExitStack() as stack:
             module = inspect.getmodule(subject.sample_fn)
             stack.enter_context(replaced([(module, BROWNIAN_TREE, self._make_tree)]))
-            stack.enter_context(DrawMode(self._draw, x.ndim if self.wide else None))
-            result = subject.call(StandInModel(self._model, subject.model, self._note_read), x, sigmas, others)
+            stack.enter_context(self.talk.heard())
+            if self.follow:
+                stack.enter_context(replaced(_reading(self._note_number)))
+            bound = self._bound if self.unbounded else None
+            stack.enter_context(DrawMode(self._draw, x.ndim if self.wide else None, self._provenance, bound))
+            returned = subject.call(StandInModel(self._model, subject.model, self.names_read.add), x, sigmas, others)
         self.reads = self.reads or getattr(others.get("extra_args"), "was_read", False)
-        if not isinstance(result, Tensor):
-            raise FormError(f"sample_fn: got one that returns {_kind(result)}, expected a tensor")
-        if result.shape != x.shape:
-            shape = tuple(result.shape)
-            raise FormError(f"sample_fn: got one that returns shape {shape}, expected x's {tuple(x.shape)}")
+        self.left = dict(getattr(subject.sample_fn, "left", ()))
+        for tensor in tensors_in(self.left):
+            self.tape.reads |= self.tape.concerns(tensor)
+            if self._provenance.is_of_run(tensor):
+                raise FormError("sample_fn: got one that keeps what it computes from its samples, expected none")
+        self.outcome: Outcome = read_outcome(returned, x, subject.free)
+        result = self.outcome.main
         self.result, self.returned = result.detach().clone(), result
         self.uses_gradients = result.requires_grad
         self._settle()
@@ -177,28 +145,27 @@ class Trial:
         """The draws of noise."""
         return [event for event in self.events if isinstance(event, Draw)]
 
-    def _note_read(self) -> None:
-        self.reads = True
+    def _note_number(self, values: Tensor) -> None:
+        self.tape.reads |= self.tape.concerns(values)
 
-    def _model(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) < 2 or not isinstance(args[0], Tensor):
-            how = ", ".join([*(_kind(value) for value in args), *(f"{name}=" for name in kwargs)])
-            raise FormError(f"sample_fn: got one that calls its model as model({how}), expected model(x, sigma, ...)")
-        (x, time, *further), start = args, self._start
-        if x.shape != start.shape:
-            if x.shape[1:] == start.shape[1:]:
+    def _model(self, *args: Any, **kwargs: Any) -> Any:
+        start, subject = self._start, self.subject
+        x, time, further, kwargs, form = read_call(args, kwargs, start, subject, self._provenance)
+        for value in further:
+            if not (is_passive(value) if subject.free else is_plain(value)):
                 raise FormError(
-                    f"sample_fn: got one that calls its model with a batch of {len(x)} for {len(start)} samples, "
-                    "expected one without guidance of its own: leave it to the Sampler, as guidance=CFG(scale)"
+                    f"sample_fn: got one that calls its model as model(x, sigma, {_kind(value)}), expected numbers"
                 )
-            shape = tuple(x.shape)
-            raise FormError(
-                f"sample_fn: got one whose model input has shape {shape}, expected x's {tuple(start.shape)}"
-            )
-        if bad := [_kind(value) for value in further if not is_plain(value)]:
-            raise FormError(f"sample_fn: got one that calls its model as model(x, sigma, {bad[0]}), expected numbers")
-        differing = passed(self.subject.extra_args, kwargs)
+        for tensor in tensors_in((further, kwargs)):
+            if self._provenance.is_of_run(tensor):
+                raise FormError(
+                    "sample_fn: got one whose model is given what it computed from its samples, beside them, expected "
+                    "x alone"
+                )
+        x = x[: len(start)] if form.branches > 1 else x
+        differing = passed(subject.extra_args, kwargs, subject.free)
         if isinstance(time, Tensor):
+            self.tape.reads |= self.tape.concerns(time)
             time = time.detach().clone()
         self.events.append(
             ModelCall(
@@ -209,13 +176,16 @@ class Trial:
                 x.stride(),
                 x.requires_grad and x.is_leaf,
                 torch.is_grad_enabled(),
+                form,
             )
         )
         self.inputs.append(x.detach().clone())
         self.drawn.append([])
-        main = self.output(len(self.outputs)).to(device=x.device, dtype=x.dtype)
-        self.outputs.append(main)
-        given = main.clone()
+        done = sum(map(len, self.outputs))
+        branches = [self.output(done + i).to(device=x.device, dtype=x.dtype) for i in range(form.branches)]
+        self.outputs.append(branches)
+        main = branches[0]
+        given = torch.cat(branches) if form.branches > 1 else main.clone()
         if differing.hook is not None:
             other = self._noise(main)
             given, told = (other.clone(), given) if self.subject.uncond_first else (given, other.clone())
@@ -224,29 +194,42 @@ class Trial:
         copy = given.clone()
         if torch.is_grad_enabled():
             given = given.requires_grad_() * 1
+        self._provenance.mark(given)
         self._seen.append((x, given, copy))
-        return given
+        return (given, Unread()) if subject.tuples else given
+
+    def _bound(self, values: Tensor, bound: float) -> None:
+        self.bounded.append((len(self.inputs), bound, values.detach().clone()))
 
     def _noise(self, like: Tensor) -> Tensor:
         value = self.noise(sum(map(len, self.drawn)), like)
+        self._provenance.mark(value)
         self.drawn[-1].append(value)
         return value
 
-    def _draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _given_noise(self, like: Tensor) -> Tensor:
+        given = self._noise(like).clone()
+        self._provenance.mark(given)
+        return given
+
+    def _draw(self, like: Tensor, generator: torch.Generator | None, asked: bool = False) -> Tensor:
+        if not self._has_x:
+            self._has_x = True
+            return self._x
         shape = tuple(like.shape)
         fits = len(shape) == self._start.ndim and all(
             size in (1, full) for size, full in zip(shape, self._start.shape, strict=True)
         )
         if not fits:
             raise FormError(f"sample_fn: got one that draws noise of shape {shape}, expected x's, or 1 in its place")
-        self.events.append(Draw(None, shape, like.stride(), like.dtype, like.device, generator))
-        return self._noise(like).clone()
+        self.events.append(Draw(None, shape, like.stride(), like.dtype, like.device, generator, asked))
+        return self._given_noise(like)
 
     def _draw_for(self, arguments: tuple[Any, ...]) -> Tensor:
         like = self._start
         copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in arguments)
         self.events.append(Draw(copies, tuple(like.shape), like.stride(), like.dtype, like.device))
-        return self._noise(like).clone()
+        return self._given_noise(like)
 
     def _make_tree(self, x: Tensor, *args: Any, **kwargs: Any) -> Callable[..., Tensor]:
         if self.tree is not None or x is not self._x or self.events:
@@ -273,7 +256,17 @@ class Trial:
         self.in_place = not all(torch.equal(tensor, copy) for tensor, copy in pairs)
         for position, info in self._told:
             found = {name: self._source(position, *value) for name, value in info.items()}
+            for name, (_, copy) in info.items():
+                if isinstance(copy, Tensor) and copy.shape == self._start.shape and self.subject.free:
+                    self.told[position, name] = copy
+                    if found[name][0] == "unknown":
+                        found[name] = "sum", copy.dtype
+                        self.sums.append((position, name))
             self.events[position] = CallbackCall(found)
+
+    def row_told(self, position: int) -> int:
+        """The row before an event."""
+        return max(sum(isinstance(event, ModelCall) for event in self.events[:position]) - 1, 0)
 
     def _source(self, position: int, value: Any, copy: Any) -> tuple[str, Any]:
         if not isinstance(value, Tensor):
@@ -296,3 +289,18 @@ class Trial:
 
 def _kind(value: Any) -> str:
     return type(value).__name__
+
+
+def _reading(note: Callable[[Tensor], object]) -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Replacements for what reads tensors where no operation shows it."""
+
+    def noted(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
+
+        def read(values: Tensor, *args: Any, **kwargs: Any) -> Any:
+            note(values)
+            return original(values, *args, **kwargs)
+
+        return read
+
+    return [(Tensor, name, noted(name)) for name in ("numpy", "tolist")]

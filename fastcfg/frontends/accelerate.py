@@ -13,8 +13,6 @@ __all__ = ["accelerate", "is_fused", "report"]
 
 Object = TypeVar("Object")
 
-_SAMPLER_ARGUMENTS = ("model", "x", "sigmas")
-
 
 def accelerate(obj: Object, **options: Any) -> Object:
     """A drop-in for an object that samples, with the same methods, arguments and results. The object is not changed.
@@ -24,18 +22,20 @@ def accelerate(obj: Object, **options: Any) -> Object:
             - a `GaussianDiffusion` or `SpacedDiffusion` of guided-diffusion or GLIDE: returns an object of the class of
               the same name in `fastcfg.frontends`;
             - a scheduler or guider of diffusers, or of its protocol: `fastcfg.frontends.diffusers.fuse`;
-            - a sampling function of k-diffusion's form, (model, x, sigmas, ...): `fastcfg.frontends.k_diffusion.fuse`.
+            - a sampling function, (model, x, ...) in any order: `fastcfg.frontends.k_diffusion.fuse`;
+            - an object that samples with its model in it, such as CompVis' `DDIMSampler`, dpm_solver_pytorch's
+              `DPM_Solver` or denoising-diffusion-pytorch's `GaussianDiffusion`: returns an object of a subclass.
         **options: for a sampling function, backend and graph as for `Sampler`; none for the others.
 
     Raises:
-        TypeError: another object or option.
+        TypeError: another object or option; where it is known, the message says what to give instead.
 
     Example:
         >>> diffusion = accelerate(diffusion)               # guided_diffusion.respace.SpacedDiffusion
         >>> pipeline.scheduler = accelerate(pipeline.scheduler)
         >>> sample_heun = accelerate(k_diffusion.sampling.sample_heun, graph=False)
     """
-    from . import diffusers, k_diffusion
+    from . import _doors, diffusers, k_diffusion
 
     door: Any
     known: tuple[str, ...] = ()
@@ -43,10 +43,10 @@ def accelerate(obj: Object, **options: Any) -> Object:
         door = _gaussian
     elif diffusers.is_component(obj):
         door = diffusers.fuse
-    elif callable(obj) and _has_arguments(obj, _SAMPLER_ARGUMENTS):
+    elif _doors.is_function(obj):
         door, known = k_diffusion.fuse, ("backend", "graph")
-    else:
-        raise _unknown(type(obj).__name__)
+    elif (door := _doors.door_of(obj)) is None:
+        raise TypeError(f"obj: got {type(obj).__name__}, expected {_doors.expected(obj)}")
     if unknown := sorted(set(options) - set(known)):
         expected = " or ".join(known) or "none"
         raise TypeError(f"options: got {', '.join(unknown)} for a {type(obj).__name__}, expected {expected}")
@@ -76,8 +76,10 @@ def report(accelerated: object) -> dict[str, Any]:
     Raises:
         TypeError: another object.
     """
+    from . import _doors
+
     ours = is_fused(accelerated) and not isinstance(accelerated, type)
-    if ours and own.is_diffusion(accelerated) and not isinstance(accelerated, Process):
+    if ours and (own.is_diffusion(accelerated) or _doors.door_of(accelerated)) and not isinstance(accelerated, Process):
         state = getattr(accelerated, STATE, None)
         return {} if state is None else state.report()
     found = getattr(accelerated, "report", None)
@@ -87,19 +89,5 @@ def report(accelerated: object) -> dict[str, Any]:
     return found()
 
 
-def _unknown(got: str) -> TypeError:
-    return TypeError(
-        f"obj: got {got}, expected a GaussianDiffusion or SpacedDiffusion of guided-diffusion or GLIDE, "
-        "a scheduler or guider of diffusers' protocol, or a sampling function (model, x, sigmas, ...)"
-    )
-
-
 def _gaussian(obj: Any) -> Any:
     return obj if isinstance(obj, Process) or is_fused(obj) else own.accelerated(obj)
-
-
-def _has_arguments(function: Any, names: tuple[str, ...]) -> bool:
-    try:
-        return set(names) <= set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return False

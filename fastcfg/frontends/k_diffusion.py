@@ -39,8 +39,10 @@ def fuse(sample_fn: Callable[..., Tensor], backend: str = "auto", graph: str | b
 
     Args:
         sample_fn: called as sample_fn(model, x, sigmas, extra_args, callback, disable, **options), where model(x [B, C,
-            ...], sigma [B], **extra_args) returns a tensor like x; one without model, x and sigmas runs as before. It
-            is run on stand-ins before a call: what it changes elsewhere, but for generators, is not put back.
+            ...], sigma [B], **extra_args) returns a tensor like x, or in other ways: with model and x under other names
+            and in another order, without sigmas, with tensors for its model (labels, conditionings), several branches
+            side by side. It is run on stand-ins before a call: what it changes elsewhere, but for generators, is not
+            put back.
         backend, graph: as for `Sampler`.
 
     Raises:

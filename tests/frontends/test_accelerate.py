@@ -168,9 +168,7 @@ class ScoreSde:
 
 @pytest.mark.parametrize("obj", [3, ScoreSde(), torch.nn.Linear(2, 2), network, ClassifierFree(network, 2.0), object])
 def test_other_objects_are_refused(obj: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"obj: got \w+, expected a GaussianDiffusion .* scheduler .* sampling function"
-    ):
+    with pytest.raises(TypeError, match=r"obj: got \w+, expected a diffusion .* scheduler .* sampling function"):
         fastcfg.accelerate(obj)
 
 

@@ -642,14 +642,14 @@ def test_x_of_another_name_partials_and_shapes(caplog: pytest.LogCaptureFixture)
 def test_one_line_says_why(caplog: pytest.LogCaptureFixture) -> None:
     fall_through._logged.clear()
 
-    def guides(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
-        return x + model(torch.cat([x, x]), sigmas[:1].expand(2 * len(x))).chunk(2)[0]
+    def shifts(model: Any, x: Tensor, sigmas: Tensor) -> Tensor:
+        return x + model(torch.cat([x, x + 1]), sigmas[:1].expand(2 * len(x))).chunk(2)[0]
 
-    ours = fuse(guides)
+    ours = fuse(shifts)
     with caplog.at_level(logging.WARNING, logger="fastcfg"):
         for _ in range(2):
-            both(guides, ours, lambda each: each(denoise, start(), LEVELS))
+            both(shifts, ours, lambda each: each(denoise, start(), LEVELS))
     lines = [record.getMessage() for record in caplog.records if record.name == "fastcfg"]
     assert len(lines) == 1
-    assert "guides is not fused" in lines[0]
+    assert "shifts is not fused" in lines[0]
     assert "guidance=CFG(scale)" in lines[0]

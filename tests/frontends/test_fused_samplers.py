@@ -158,7 +158,7 @@ def test_what_cannot_be_compiled_runs_as_it_did_and_one_line_says_why(caplog: py
     assert len(lines) == 2
     assert "curved is not fused" in lines[0]
     assert "coefficients" in lines[0]
-    assert "sample_dpm_adaptive is not fused: it has no argument sigmas" in lines[1]
+    assert "sample_dpm_adaptive is not fused: sample_fn: got sample_dpm_adaptive with model calls that" in lines[1]
 
 
 def test_what_is_no_function_is_refused() -> None:

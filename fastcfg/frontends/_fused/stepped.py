@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.branches import mixed
 from ...compiler.patching import BROWNIAN_TREE, replaced
 from ...compiler.sampler_rehearsal import SamplerRehearsal
 from ...compiler.stand_ins import DrawMode, StandInModel
-from ...compiler.trial import CallbackCall, Draw, ModelCall
+from ...compiler.subject import CallbackCall, Draw, ModelCall
+from ...compiler.trial import Unread
 from ...ops.stepper import Stepper
 from ...utils.progress import progress_bar
 
@@ -63,9 +65,10 @@ class SteppedRun:
         self.taken_over, self.by_model, self.draws_itself = "", False, False
         self._records: list[Any] = []  # of every event so far: (output, what its hook was told), a draw, or None
         self._handed: dict[tuple[int, str], _Watched] = {}
+        self._others: dict[int, Tensor] = {}  # by their place in `Compiled.others`
 
-    def run(self) -> Tensor:
-        """The samples."""
+    def run(self) -> Any:
+        """What the function returns."""
         with torch.inference_mode(False), torch.no_grad():
             # Normal tensors also in inference mode: what is written into them is noticed by their version.
             self._kept = self._x.clone(), self._sigmas.clone()
@@ -95,7 +98,11 @@ class SteppedRun:
                         self._draw(event, mine)
                     else:
                         self._call_back(event)
-                result = self._input(self._row + 1, self._rehearsal.trial.result)
+                result: Any = self._input(self._row + 1, self._rehearsal.trial.result)
+                if offset := self._rehearsal.compiled.offset:
+                    with torch.inference_mode(False), torch.no_grad():
+                        result = result + offset
+                result = self._outcome(result)
                 bar.update(table.num_steps - bar.n)
             except _SurpriseError as surprise:
                 self.taken_over = surprise.reason
@@ -125,22 +132,23 @@ class SteppedRun:
             start = self._x.to(dtype, memory_format=torch.contiguous_format, copy=True)
             if compiled.start != 1.0:
                 start = start * compiled.start
-            for weight, value in zip(compiled.start_draws, self._drawn, strict=True):
+            for weight in compiled.start_draws:
+                value = self._drawn.pop(0)
                 if weight:
                     start = start + weight * value.to(dtype)
-            self._state, self._drawn = start, []
+            self._state = start
 
     def _advance(self) -> None:
         """Run the row whose output and draws are known."""
-        draws = iter(self._drawn)
         with torch.inference_mode(False), torch.no_grad():
-            noise = self._rehearsal.compiled.noise(lambda: next(draws), self._row)
+            noise = self._rehearsal.compiled.noise(lambda: self._drawn.pop(0), self._row)
             state: Tensor = self._state  # type: ignore[assignment]
             if noise is not None:
                 noise = noise.to(torch.promote_types(state.dtype, torch.float32)).expand_as(state).contiguous()
             output = self._output.contiguous()  # type: ignore[union-attr]
             self._state, _ = self._stepper(self._row, output, state, noise)
-        self._output, self._drawn, self._inputs = None, [], {}
+            self._keep_others(self._row, state)
+        self._output, self._inputs = None, {}
 
     def _evaluate(self, event: ModelCall, mine: Any) -> None:
         """A call of the model."""
@@ -156,12 +164,20 @@ class SteppedRun:
             return args["denoised"]
 
         arguments = mine.passed.arguments(self._rehearsal.subject.extra_args, hook)
+        form, given = event.form, torch.cat([x] * event.form.branches) if event.form.branches > 1 else x
+        by_position = () if form.x_name else (given,)
+        if form.timed:
+            by_position = (*by_position, self._times[row], *mine.further)
+        elif form.x_name:
+            arguments = {**arguments, form.x_name: given}
         before = None if self._callback is not None else _positions(x.device)
         with torch.set_grad_enabled(event.grad_enabled):
-            output = self._model(x, self._times[row], *event.further, **arguments)
+            returned = output = self._model(*by_position, **arguments)
+        if self._rehearsal.subject.tuples:
+            output = returned[0] if isinstance(returned, tuple | list) and returned else None
         if before is not None and before != _positions(x.device):
             self.draws_itself = True
-        reason, hooked = _unlike(output, x, event, self._rehearsal), event.passed.hook is not None
+        reason, hooked = _unlike(output, given, event, self._rehearsal), event.passed.hook is not None
         if watched.changed():
             reason = "its model changes its input"
         elif not reason and self._reused(output, x):
@@ -171,7 +187,7 @@ class SteppedRun:
         if reason:
             edits = {"x": x.detach().clone()} if watched.changed() else {}
             self.by_model = "gradients" not in reason
-            raise _SurpriseError(reason, len(self._records), edits, _INPUT if output is x else output, told)
+            raise _SurpriseError(reason, len(self._records), edits, _INPUT if output is x else returned, told)
         with torch.inference_mode(False), torch.no_grad():
             output = output.detach()
             kept = output.clone()
@@ -186,8 +202,35 @@ class SteppedRun:
             other = told[0]["uncond_denoised"].detach().clone()
             told = [{"denoised": kept, "uncond_denoised": other}]
             main, other = (other, kept) if self._rehearsal.subject.uncond_first else (kept, other)
-            self._output, self._drawn = main, [other]
+            self._output = main
+            self._drawn.append(other)
+        if form.branches > 1:
+            self._output = mixed([kept.chunk(form.branches)], [self._rehearsal.compiled.blend[row]])[0]
         self._records.append((kept, told))
+        self._keep_others(row)
+
+    def _keep_others(self, row: int, before: Tensor | None = None) -> None:
+        """Compute what the function tells, beside its samples, of a row's state and output: after the row has run, if
+        the state before it is given."""
+        for i, (at, a, b, c, constant) in enumerate(self._rehearsal.compiled.others):
+            if at == row and bool(c) == (before is not None):
+                with torch.inference_mode(False), torch.no_grad():
+                    state: Tensor = self._state  # type: ignore[assignment]
+                    made = a * (state if before is None else before)
+                    if b:
+                        made += b * self._output.to(made.dtype)  # type: ignore[union-attr]
+                    if before is not None:
+                        made += c * state
+                    self._others[i] = made + constant if constant else made
+
+    def _outcome(self, result: Tensor) -> Any:
+        """What the function returns."""
+        outcome = self._rehearsal.trial.outcome
+        if outcome.alone:
+            return result
+        self._keep_others(self._row + 1)
+        made = [self._others[i].to(like.dtype) for i, like in enumerate(outcome.others)]
+        return outcome.rebuilt(result, made, self._x)
 
     def _reused(self, output: Any, x: Tensor) -> bool:
         """Whether an output's memory is that of its input or of the output before, and this matters."""
@@ -208,11 +251,13 @@ class SteppedRun:
 
     def _draw(self, event: Draw, mine: Any) -> None:
         """A draw of noise."""
-        if event.arguments is None:
-            like = torch.empty_strided(event.shape, event.stride, dtype=event.dtype, device=event.device)
+        like = torch.empty_strided(event.shape, event.stride, dtype=event.dtype, device=event.device)
+        if event.arguments is None and not event.asked:
             value = like.normal_(generator=mine.generator)
         else:
-            copies = (v.clone() if isinstance(v, Tensor) else v for v in event.arguments)
+            # The contents of what noise is drawn like should not matter: NaN would show.
+            given = (like.fill_(torch.nan),) if event.arguments is None else event.arguments
+            copies = (v.clone() if isinstance(v, Tensor) else v for v in given)
             value = self._noise_sampler(*copies)  # type: ignore[misc]
             fits = isinstance(value, Tensor) and value.dtype == event.dtype and value.device == event.device
             if not fits or not _broadcasts(tuple(value.shape), tuple(self._x.shape)):
@@ -231,6 +276,9 @@ class SteppedRun:
                 info[name] = self._outputs[value]
             elif kind == "start":
                 info[name] = self._x
+            elif kind == "sum":
+                returned, told = len(self._rehearsal.trial.outcome.others), self._rehearsal.trial.sums
+                info[name] = self._others.pop(returned + told.index((position, name))).to(value)
             elif kind == "level":
                 info[name] = self._sigmas[value]
             else:
@@ -303,16 +351,18 @@ class _Resumed:
     stepped: SteppedRun
     surprise: _SurpriseError
     live: bool = False
+    lacks_x: bool = False
     position: int = 0
     told: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     generators: dict[int, tuple[torch.Generator, torch.Generator]] = field(default_factory=dict)
 
-    def run(self) -> Tensor:
+    def run(self) -> Any:
         run = self.stepped
         self._edited_levels, self._calls = run._sigmas.clone(), 0
+        self.lacks_x = run._rehearsal.subject.draws_x
         _restore(run._x, run._kept[0])
         _restore(run._sigmas, run._kept[1])
-        stand_ins = {"callback": self._callback, "noise_sampler": self._sample_noise}
+        stand_ins = {"callback": self._callback} | dict.fromkeys(("noise_sampler", "randn_like"), self._sample_noise)
         subject = run._rehearsal.subject
         others = {name: stand_ins[name] for name in subject.takes}
         self._mode, self._patches = DrawMode(self._draw), ExitStack()
@@ -321,7 +371,7 @@ class _Resumed:
         self._mode.__enter__()
         self._in_mode = True
         try:
-            result: Tensor = subject.call(StandInModel(self._call, run._model), run._x, run._sigmas, others)
+            result = subject.call(StandInModel(self._call, run._model), run._x, run._sigmas, others)
         finally:
             self._leave()
         return result
@@ -352,18 +402,20 @@ class _Resumed:
             self._leave()
             return self.stepped._model(*args, **kwargs)
         position, surprise = self._next(ModelCall), self.surprise
+        form = self.stepped._rehearsal.trial.events[position].form  # type: ignore[union-attr]
+        x = kwargs[form.x_name] if form.x_name else args[0]
         passed = self.stepped._rehearsal.trial.events[position].passed  # type: ignore[union-attr]
         last = position == surprise.position
         output, told = (surprise.value, surprise.told) if last else self.stepped._records[position]
         if "x" in surprise.edits and last:
             with torch.no_grad():
-                args[0].copy_(surprise.edits["x"])
+                x.copy_(surprise.edits["x"])
         if passed.hook is not None:
             for arguments in told:
                 _own_hook(kwargs, passed)(arguments)
         if last:
             if output is _INPUT:
-                output = args[0]
+                output = x
             elif surprise.contents is not None:
                 _restore(output, surprise.contents)
             self._go_live()
@@ -373,9 +425,12 @@ class _Resumed:
             _restore(live, output)
             output = live
         self._calls += 1
-        return output
+        return (output, Unread()) if self.stepped._rehearsal.subject.tuples and not last else output
 
     def _draw(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.lacks_x:
+            self.lacks_x = False
+            return self.stepped._x
         if self.live:
             return like.normal_(generator=generator)
         position = self._next(Draw)
