@@ -238,6 +238,12 @@ def test_outputs_that_are_no_tensors_are_read(form: str) -> None:
         assert close(sample(ours, lambda x, t: FORMS[form](network(x, t))), want)
 
 
+def test_a_loop_without_known_steps_is_reported_as_the_original() -> None:
+    words = fastcfg.accelerate(spaced(others.Words, mean=Mean.START_X, var=Var.FIXED_SMALL))
+    words.p_sample_loop(Network(), (2, 5, 3))
+    assert fastcfg.report(words) == {"run": "the original", "reason": "its loop makes no step of those that are known"}
+
+
 def test_what_fails_in_the_object_s_own_step_fails() -> None:
     def times(self: Any, t: Tensor) -> Tensor:
         raise LookupError("no such time")

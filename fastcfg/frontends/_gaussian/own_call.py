@@ -180,6 +180,8 @@ class OwnCall:
         return torch.device(self._arguments.get("device") or "cpu")
 
     def _note(self, run: OwnRun) -> None:
+        if run.out is None and not run.reason:
+            run.reason = "its loop makes no step of those that are known"
         loops, reason = self._loops, run.reason
         if not reason and not run.handed_over:
             self._known.put(self._key, run.is_plain)
