@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,13 +63,38 @@ class Contents:
 
     def __init__(self, value: Any) -> None:
         self._items = list(_items(value))
+        # Of a dictionary: its values, and what shows that one of them changed in place.
+        self._names = tuple(value) if isinstance(value, dict) else ()
+        self._values = tuple(value.values()) if isinstance(value, dict) else None
+        self._same = [check for item in self._values or () if (check := _unchanged(item)) is not None]
 
     def is_current(self, value: Any) -> bool:
         """Whether a value holds the same, unchanged."""
+        if self._values is not None and tuple(value) == self._names:
+            kept = all(map(operator.is_, self._values, value.values()))
+            if kept and all(check() for check in self._same):
+                return True
         return all(
             was is now and before == version
             for (was, before), (now, version) in itertools.zip_longest(self._items, _items(value), fillvalue=(self, -1))
         )
+
+
+def _unchanged(value: Any) -> Callable[[], bool] | None:
+    """A function that says whether a value, still the same object, was not changed in place; None if it cannot be."""
+    if isinstance(value, Tensor):
+        before = version(value)
+        return lambda: version(value) == before
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        tobytes, contents = value.tobytes, value.tobytes()
+        return lambda: tobytes() == contents
+    if type(value) is list and set(map(type, value)) == {int}:
+        numbers = value.copy()
+        return lambda: value == numbers
+    if isinstance(value, dict | list | tuple) and value:
+        items = Contents(value)
+        return lambda: items.is_current(value)
+    return None
 
 
 def version(tensor: Tensor) -> int:
