@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -44,6 +46,25 @@ def list_packages() -> list[str]:
     return [*find_packages(include=["fastcfg", "fastcfg.*"]), "fastcfg.kernels"]
 
 
+def list_extensions() -> list[Extension]:
+    """The native kernels for CPUs, if asked for: a wheel that holds them is one architecture's. Without a compiler
+    setuptools only warns."""
+    if os.environ.get("FASTCFG_NATIVE", "0") in ("", "0") or sys.platform == "win32":
+        return []
+    return [
+        Extension(
+            "fastcfg.kernels._native",
+            sources=["kernels/cpu/native.c"],
+            depends=["kernels/cpu/guided_step.h", "kernels/cpu/guided_step.inc"],
+            # The source says where multiply-adds round once, and the compiler contracts no others.
+            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
+            libraries=["m"],
+            py_limited_api=True,
+            optional=True,
+        )
+    ]
+
+
 setup(
     name="fastcfg",
     version=read_version(),
@@ -56,6 +77,7 @@ setup(
     packages=list_packages(),
     package_dir={"fastcfg": "fastcfg", "fastcfg.kernels": "kernels"},
     package_data={"fastcfg": ["py.typed", "checkpoints/*"]},
+    ext_modules=list_extensions(),
     install_requires=[
         "torch>=2.8",
         'triton>=3.4; sys_platform == "linux"',

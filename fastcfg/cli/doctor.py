@@ -105,11 +105,12 @@ def _gpus() -> tuple[str, list[dict[str, Any]]]:
 
 def _others(chosen: str, device: torch.device) -> dict[str, str]:
     """By backend, why "auto" did not choose it."""
-    from fastcfg.ops import inductor_problem, triton_problem
+    from fastcfg.ops import inductor_problem, instruction_sets, native_problem, triton_problem
 
     reasons = {
         "triton": triton_problem(device) or "the interpreter runs kernels for tests only",
         "inductor": inductor_problem(device) or "works on request; it compiles for seconds",
+        "native": native_problem(device) or f"works on request, with {instruction_sets()[-1]}",
         "reference": "slower than the fused kernel",
     }
     return {name: reason for name, reason in reasons.items() if name != chosen}

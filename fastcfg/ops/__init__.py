@@ -11,6 +11,7 @@ from .checks import is_channels_last
 from .combine import Combine
 from .finite import FiniteCheck
 from .gram import gram
+from .native import instruction_sets, native_problem
 from .noise import brownian_noise, initial_noise
 from .noise_sums import NoiseSums, sums_memory
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output
@@ -21,5 +22,6 @@ from .threshold import QuantileBound, dynamic_threshold, quantile_bound
 
 __all__ = ["BACKENDS", "Blender", "Combine", "FiniteCheck", "GuidedStep", "NoiseSums", "QuantileBound"]
 __all__ += ["StateChange", "Stepper", "brownian_noise", "dynamic_threshold", "gram", "guidance_blend", "guided_step"]
-__all__ += ["inductor_problem", "initial_noise", "is_channels_last", "posterior_mean_variance", "predict_x0"]
+__all__ += ["inductor_problem", "initial_noise", "instruction_sets", "is_channels_last", "native_problem"]
+__all__ += ["posterior_mean_variance", "predict_x0"]
 __all__ += ["quantile_bound", "resolve_backend", "split_model_output", "sums_memory", "triton_problem"]

@@ -13,8 +13,9 @@ import torch
 
 from ..utils._torch_private import cpp_compiler_problem
 from ..utils.checks import check_one_of
+from .native import native_problem
 
-BACKENDS = ("auto", "triton", "inductor", "reference")
+BACKENDS = ("auto", "triton", "inductor", "native", "reference")
 # For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
 PIECE_BACKENDS = ("auto", "triton", "reference")
 
@@ -25,14 +26,19 @@ _HAS_TRITON = find_spec("triton") is not None
 def resolve_backend(
     backend: str, device: torch.device | str, dtype: torch.dtype = torch.float32, backends: Sequence[str] = BACKENDS
 ) -> str:
-    """The backend that runs for a state of this device and dtype: "triton", "inductor" or "reference".
+    """The backend that runs for a state of this device and dtype: "triton", "inductor", "native" or
+    "reference".
 
     "auto" takes Triton on a GPU for a float32 state and the reference elsewhere. Inductor, which compiles for seconds,
-    runs only by name. ValueError for a name not in `backends`, or a backend asked for where it cannot run.
+    and the native kernels run only by name. ValueError for a name not in `backends`, or a backend asked for where
+    it cannot run.
     """
     check_one_of("backend", backend, backends)
     device = torch.device(device)
-    problem = inductor_problem(device) if backend == "inductor" else triton_problem(device, dtype)
+    if backend == "native":
+        problem = native_problem(device, dtype)
+    else:
+        problem = inductor_problem(device) if backend == "inductor" else triton_problem(device, dtype)
     if backend == "auto":
         # Triton's interpreter is for tests: never chosen by "auto".
         return "reference" if problem or device.type == "cpu" else "triton"

@@ -14,6 +14,7 @@ from ..utils._torch_private import current_dispatch_mode
 from .backend import interpreting, resolve_backend
 from .checks import check_buffers, check_output, check_spec, readable
 from .inductor import InductorStep
+from .native import NativeStep, has_native_step
 
 
 class RowOperation:
@@ -61,8 +62,9 @@ class RowOperation:
 class GuidedStep(RowOperation):
     """The fused step bound to its buffers: calling it with the model's output advances the run by one row, in place.
 
-    The backend is "auto", "triton", "inductor" or "reference". ValueError for buffers that do not fit the spec in
-    shape, dtype, device or layout, and for a backend that cannot run.
+    The backend is "auto", "triton", "inductor", "native" (on CPUs; the reference runs what it has no kernel for) or
+    "reference". ValueError for buffers that do not fit the spec in shape, dtype, device or layout, and for a backend
+    that cannot run.
 
     Example:
         >>> from fastcfg import CFG, Schedule, solvers
@@ -83,10 +85,14 @@ class GuidedStep(RowOperation):
         self.backend = resolve_backend(backend, buffers.x.device, buffers.table.dtype)
         if self.backend == "inductor" and buffers.source is not None:
             raise ValueError("backend: got 'inductor' with a source, expected 'triton' or 'reference'")
+        if self.backend == "native" and not has_native_step(spec, buffers):
+            self.backend = "reference"
         if self.backend == "reference":
             self._run = ReferenceStep(spec, buffers)
         elif self.backend == "inductor":
             self._run = InductorStep(spec, buffers)
+        elif self.backend == "native":
+            self._run = NativeStep(spec, buffers)
         elif interpreting():
             # The dispatcher sees the launch, so that the stand-in for graphs can record it.
             self._run = self._dispatched
@@ -103,6 +109,8 @@ class GuidedStep(RowOperation):
         # A dispatch mode (the stand-in for graphs) cannot look into Inductor's code and must see the call itself.
         if self.backend == "inductor":
             return not compiling and current_dispatch_mode() is not None
+        if self.backend == "native":
+            return compiling or current_dispatch_mode() is not None
         return super()._is_watched(compiling)
 
     def _launched(self, output: Tensor) -> None:
@@ -122,6 +130,9 @@ def guided_step(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: s
 def _launch(output: Tensor, spec: StepSpec, buffers: StepBuffers, backend: str) -> None:
     if backend == "inductor":
         InductorStep(spec, buffers)(output)
+        return
+    if backend == "native":
+        NativeStep(spec, buffers)(output)
         return
     from ..kernels.guided_step import launch_guided_step
 

@@ -837,7 +837,11 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) ->
         ({"batching": "both"}, ValueError, "batching: got 'both', expected one of 'auto', 'batched', 'serial'"),
         ({"rows_per_graph": 0}, ValueError, "rows_per_graph: got 0, expected an integer of at least 1"),
         ({"compile": "fast"}, ValueError, "compile: got 'fast', expected one of None, 'default', 'max-autotune'"),
-        ({"backend": "cuda"}, ValueError, "backend: got 'cuda', expected one of auto, triton, inductor, reference"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend: got 'cuda', expected one of auto, triton, inductor, native, reference",
+        ),
         ({"backend": "triton", "state_dtype": torch.float64}, ValueError, "backend: 'triton' cannot run here"),
         ({"graph": "yes"}, ValueError, "graph: got 'yes', expected one of 'auto', True, False"),
         ({"dtype": torch.int64}, ValueError, "dtype: got torch.int64, expected a floating dtype"),

@@ -105,7 +105,9 @@ def test_without_the_package_triton_the_reference_runs(monkeypatch: pytest.Monke
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="backend: got 'fast', expected one of auto, triton, inductor, reference"):
+    with pytest.raises(
+        ValueError, match="backend: got 'fast', expected one of auto, triton, inductor, native, reference"
+    ):
         resolve_backend("fast", "cpu")
 
 

@@ -1,0 +1,179 @@
+"""`backend="native"`: the bits of the reference over every pair of options, on every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from support import ROOT
+
+from fastcfg import CFG, Sampler, Schedule, ops, solvers
+from fastcfg.ops import GuidedStep, Stepper, native
+from fastcfg.ops.native import NativeStep, has_native_step, instruction_sets, native_problem
+from fastcfg.reference import ReferenceStep
+from fastcfg.step import StepBuffers, StepSpec
+from fastcfg.table import DEVICE_COLUMNS
+
+CPU = torch.device("cpu")
+built = pytest.mark.skipif(bool(native_problem(CPU)), reason=native_problem(CPU))
+
+
+def _kernel_cases() -> Any:
+    """The cases that the Triton kernel is tested with."""
+    path = ROOT / "tests" / "kernels" / "test_guided_step.py"
+    spec = importlib.util.spec_from_file_location("guided_step_cases", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = _kernel_cases()
+OURS = {"variance": "fixed", "weights by": "sample", "input layout": "contiguous"}
+# Every history and branch form occurs, in float32 and with outputs that are converted first.
+CASES = [
+    case | OURS | {"noise": noise, "slots": slots}
+    for index, case in enumerate(cases.CASES)
+    for noise, slots in [(("none", "tensor")[index % 2], case["slots"] if case["dtype"] == torch.float32 else 0)]
+]
+
+
+@built
+@pytest.mark.parametrize("instructions", instruction_sets())
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_two_steps_are_the_reference_bit_for_bit(index: int, instructions: str) -> None:
+    spec, expected, outputs = cases.build(CASES[index], seed=index)
+    guarded = cases.Guarded()
+    buffers = cases.map_tensors(guarded.copy, expected)
+    assert has_native_step(spec, buffers)
+    step, native_step = ReferenceStep(spec, expected), NativeStep(spec, buffers, instructions)
+    for output in outputs:
+        cases.poison_outputs(expected)
+        cases.poison_outputs(buffers)
+        step(output)
+        native_step(guarded.copy(output))
+        cases.assert_same(buffers, expected)
+    assert guarded.intact()
+
+
+@built
+@pytest.mark.parametrize("instructions", instruction_sets())
+@pytest.mark.parametrize("size", [511, 512, 513, 70001])
+def test_states_longer_than_a_block_have_the_same_bits(size: int, instructions: str) -> None:
+    case = {**cases.PLAIN, "history": (2, 1, 0), "noise": "tensor", "clip": "bound per sample", "spatial": (size,)}
+    spec, expected, outputs = cases.build(case, seed=3)
+    buffers = cases.map_tensors(torch.Tensor.clone, expected)
+    step, native_step = ReferenceStep(spec, expected), NativeStep(spec, buffers, instructions)
+    for output in outputs:
+        step(output)
+        native_step(output)
+        cases.assert_same(buffers, expected)
+
+
+@built
+@pytest.mark.parametrize("instructions", instruction_sets())
+@pytest.mark.parametrize("bound", [0.5, math.nan])
+@pytest.mark.parametrize(("clip", "rescale"), [("off", False), ("one bound", False), ("one bound", True)])
+def test_nan_and_infinity_come_through(clip: str, rescale: bool, bound: float, instructions: str) -> None:
+    spec, expected, (output, _) = cases.build({**cases.PLAIN, "clip": clip, "rescale": rescale}, seed=1)
+    if expected.bound is not None:
+        expected.bound[1] = bound
+    expected.x[0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    output[1, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    buffers = cases.map_tensors(torch.Tensor.clone, expected)
+    ReferenceStep(spec, expected)(output)
+    NativeStep(spec, buffers, instructions)(output)
+    for name in ("x", "x0", "model_input"):
+        got, want = getattr(buffers, name), getattr(expected, name)
+        assert want.isnan().any(), name
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@built
+def test_a_model_may_return_a_part_of_its_input() -> None:
+    spec, expected, _ = cases.build({**cases.PLAIN, "slots": 3}, seed=5)
+    buffers = cases.map_tensors(torch.Tensor.clone, expected)
+    for used, step in ((expected, ReferenceStep(spec, expected)), (buffers, NativeStep(spec, buffers))):
+        used.model_input.copy_(torch.arange(float(used.model_input.numel())).view_as(used.model_input))
+        step(used.model_input[1:5])
+    cases.assert_same(buffers, expected)
+
+
+@built
+def test_a_stepper_has_the_bits_of_the_reference() -> None:
+    table, x = solvers.ddpm(Schedule.named("linear").respace(5), variance="fixed_small"), torch.randn(2, 3, 5, 7)
+    samples = {}
+    for backend in ("reference", "native"):
+        stepper, sample = Stepper(table, like=x, clip=1.0, backend=backend), x
+        generator = torch.Generator().manual_seed(0)
+        for row in range(len(table)):
+            output, noise = (torch.randn(x.shape, generator=generator) for _ in range(2))
+            sample, x0 = stepper(row, output, sample, noise)
+        samples[backend] = torch.stack([sample, x0])
+    assert torch.equal(samples["native"], samples["reference"])
+
+
+@built
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_sampler_has_the_bits_of_the_reference(graph: bool) -> None:
+    table, guidance = solvers.ddpm(Schedule.named("linear").respace(4), variance="fixed_small"), CFG(3.0)
+    conditioning = {"cond": {"y": torch.ones(2)}, "uncond": {"y": torch.zeros(2)}}
+    images = [
+        Sampler(model, table, guidance=guidance, clip=1.0, noise_source="torch", backend=backend, graph=graph).sample(
+            (2, 3, 4, 4), **conditioning, seed=1
+        )
+        for backend in ("reference", "native")
+    ]
+    assert torch.equal(*images)
+
+
+def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * y.view(-1, 1, 1, 1) + t.view(-1, 1, 1, 1) / 1000
+
+
+@built
+def test_a_step_without_a_kernel_is_the_reference() -> None:
+    spec, buffers, (output, _) = cases.build({**cases.PLAIN, "noise": "philox"}, seed=1)
+    step = GuidedStep(spec, buffers, backend="native")
+    assert step.backend == "reference"
+    step(output)
+    assert int(buffers.counter[0]) == 1
+
+
+@built
+def test_the_columns_are_those_of_the_table() -> None:
+    header = (ROOT / "kernels" / "cpu" / "guided_step.h").read_text()
+    (names,) = re.findall(r"enum \{(.*?)\}", header, re.DOTALL)
+    columns = [name.strip().lower() for name in names.split(",")]
+    assert columns == [*DEVICE_COLUMNS, "width"]
+
+
+@built
+def test_addresses_and_sets_that_cannot_be_are_refused() -> None:
+    module = native.native_module()
+    with pytest.raises(TypeError, match="got 1 arguments, expected 16"):
+        module.guided_step(0)
+    with pytest.raises(ValueError, match="instruction set: got 9"):
+        module.guided_step(9, b"", *[0] * 14)
+    with pytest.raises(ValueError, match="spec: got 3 bytes, expected 152"):
+        module.guided_step(0, b"abc", *[0] * 14)
+
+
+def test_without_the_extension_the_backend_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "instruction_sets", tuple)
+    with pytest.raises(ValueError, match=r"'native' cannot run here: the extension is not built \(FASTCFG_NATIVE=1"):
+        ops.resolve_backend("native", "cpu")
+
+
+def test_other_devices_and_dtypes_are_refused() -> None:
+    buffers = StepBuffers(torch.zeros(1, 1), torch.zeros(2, len(DEVICE_COLUMNS)), torch.zeros(2, dtype=torch.int32))
+    assert has_native_step(StepSpec(), buffers)
+    with pytest.raises(ValueError, match="a CPU's"):
+        ops.resolve_backend("native", "cuda")
+    with pytest.raises(ValueError, match="float64"):
+        ops.resolve_backend("native", "cpu", torch.float64)
