@@ -103,14 +103,14 @@ def copied(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, np.ndarray) else value
 
 
-def unlike(want: Outcome, got: Outcome, *, exactly: bool = False) -> str:
+def unlike(want: Outcome, got: Outcome, *, exactly: bool = False, close: float = CLOSE) -> str:
     """What is not the same; empty if nothing is."""
     if want.failed and got.failed and _refused(got):
         return ""
     if len(want.results) != len(got.results):
         return f"got {len(got.results)} results, expected {len(want.results)}"
     for i, (theirs, ours) in enumerate(zip(want.results, got.results, strict=True)):
-        if said := _differing(theirs, ours, exactly):
+        if said := _differing(theirs, ours, exactly, close):
             return f"result {i}: {said}"
     for i, (theirs, ours) in enumerate(zip(want.generators, got.generators, strict=True)):
         if not torch.equal(theirs[0], ours[0]):
@@ -129,7 +129,7 @@ def _refused(outcome: Outcome) -> bool:
     return kind in ("'ValueError'", "'TypeError'") and bool(lines) and ": got " in lines[-1] and "expected" in lines[-1]
 
 
-def _differing(want: dict[str, Any], got: dict[str, Any], exactly: bool) -> str:
+def _differing(want: dict[str, Any], got: dict[str, Any], exactly: bool, close: float = CLOSE) -> str:
     if want.keys() != got.keys():
         return f"got {sorted(got.keys() - want.keys())}, expected {sorted(want.keys() - got.keys())}"
     for path, theirs in want.items():
@@ -142,7 +142,7 @@ def _differing(want: dict[str, Any], got: dict[str, Any], exactly: bool) -> str:
             return f"{path}: got {_of(ours)}, expected {_of(theirs)}"
         if theirs.requires_grad != ours.requires_grad:
             return f"{path}: got requires_grad {ours.requires_grad}"
-        if theirs.numel() and not _close(theirs, ours, exactly):
+        if theirs.numel() and not _close(theirs, ours, exactly, close):
             apart = (theirs.double() - ours.double()).abs().max().item()
             return f"{path}: {apart:.2g} apart, of values up to {theirs.double().abs().max().item():.2g}"
     return ""
@@ -152,14 +152,14 @@ def _of(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(value)[:100]
 
 
-def _close(want: Tensor, got: Tensor, exactly: bool) -> bool:
+def _close(want: Tensor, got: Tensor, exactly: bool, close: float) -> bool:
     if exactly or not want.is_floating_point():
         return torch.equal(want.nan_to_num(), got.nan_to_num())
     finite = torch.isfinite(want)
     if not torch.equal(finite, torch.isfinite(got)):
         return False
     want, got = want[finite].double(), got[finite].double()
-    return not want.numel() or bool((want - got).abs().max() <= CLOSE * max(1.0, want.abs().max().item()))
+    return not want.numel() or bool((want - got).abs().max() <= close * max(1.0, want.abs().max().item()))
 
 
 @dataclass
