@@ -33,6 +33,15 @@ def in_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def same_tensors(*tensors: torch.Tensor) -> Callable[..., bool]:
+    """A function of as many values: whether each is a tensor of the same class, dtype, device, shape, strides and
+    dispatch keys, and lets gradients through or not, as the one here."""
+    check: Callable[..., bool] = torch._C._dynamo.guards.TensorGuards(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    ).check
+    return check
+
+
 def release_capture_pool(device: int, pool: Any) -> None:
     """End the allocator's use of a graph pool on a device, as the end of a capture does."""
     torch.cuda.memory._cuda_endAllocateToPool(device, pool)

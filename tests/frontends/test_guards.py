@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastcfg
 from benchmarks.suite.foreign import load_diffusers
+from fastcfg.frontends._fused import steps
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore")]
 diffusers: Any = load_diffusers()
@@ -19,6 +20,7 @@ if diffusers is None:
 SHAPE = (2, 4, 5, 3)
 STEPS, AT = 8, 4
 CLASSES = ["DDIM", "EulerDiscrete", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete", "DEISMultistep"]
+CLASSES += ["SASolver"]
 
 
 def through_numpy(s: Any) -> None:
@@ -60,6 +62,8 @@ EDITS: dict[str, Callable[[Any], Any]] = {
     "a longer past": longer_past,
     "a method of its own": method_of_its_own,
     "known other levels": other_levels,
+    "a function": lambda s: setattr(s, "tau_func", lambda t: 0.5) if hasattr(s, "tau_func") else None,
+    "an array in place": lambda s: s.prk_timesteps.__iadd__(1) if hasattr(s, "prk_timesteps") else None,
 }
 
 
@@ -70,6 +74,7 @@ def past(s: Any, change: Callable[[Tensor], Any]) -> None:
 
 
 def run(s: Any, edit: Callable[[Any], Any] = lambda s: None, stop: int = STEPS, **options: Any) -> list[Any]:
+    torch.manual_seed(0)
     s.set_timesteps(STEPS)
     x, results = torch.linspace(-2, 2, 120).view(SHAPE), []
     for number, t in enumerate(list(s.timesteps)[:stop]):
@@ -84,16 +89,22 @@ def run(s: Any, edit: Callable[[Any], Any] = lambda s: None, stop: int = STEPS, 
     return results
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_guards_hear_what_keys_hear(name: str) -> None:
-    kind = getattr(diffusers, f"{name}Scheduler")
+def warmed(kind: Any) -> Any:
+    """A fused scheduler whose steps have guards, with another run before it."""
     ours = fastcfg.accelerate(kind())
-    for _ in range(4):
+    for _ in range(3):
         run(ours)
     run(ours, stop=AT)
     assert ours._fastcfg_state.last.following.guard is not None
+    return fastcfg.accelerate(kind())
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_guards_hear_what_keys_hear(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_MOST_GUARDS", 10**6)  # every edit finds one
+    kind = getattr(diffusers, f"{name}Scheduler")
     for what, edit in EDITS.items():
-        theirs, ours = kind(), fastcfg.accelerate(kind())
+        theirs, ours = kind(), warmed(kind)
         want, got = run(theirs, edit), run(ours, edit)
         assert len(want) == len(got), what
         for a, b in zip(want, got, strict=True):
@@ -103,16 +114,47 @@ def test_guards_hear_what_keys_hear(name: str) -> None:
                 assert a == b, what
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("DPMSolverMultistep", "convert_model_output"),
+        ("PNDM", "_get_prev_sample"),
+        ("SASolver", "convert_model_output"),
+    ],
+)
+@pytest.mark.parametrize("how", ["replaced", "removed"])
+def test_guards_hear_other_methods_of_the_class(
+    name: str, method: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = getattr(diffusers, f"{name}Scheduler")
+    original = getattr(kind, method)
+
+    def edit(s: Any) -> None:
+        if how == "replaced":
+            monkeypatch.setattr(kind, method, lambda *args, **options: 0.5 * original(*args, **options))
+        else:
+            monkeypatch.delattr(kind, method)
+
+    ours = warmed(kind)
+    want = run(kind(), edit)
+    monkeypatch.undo()
+    got = run(ours, edit)
+    assert len(want) == len(got) == (AT + 1 if how == "removed" else STEPS)
+    for a, b in zip(want, got, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-5 * float(a.abs().max()))
+        else:
+            assert a is b is AttributeError
+
+
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("change", ["dtype", "shape", "layout", "gradient", "timestep", "tuple"])
 def test_guards_hear_other_arguments(name: str, change: str) -> None:
     kind = getattr(diffusers, f"{name}Scheduler")
-    ours, theirs = fastcfg.accelerate(kind()), kind()
-    for _ in range(4):
-        run(ours)
-    results = []
+    ours, theirs, results = warmed(kind), kind(), []
     for s in (theirs, ours):
         x = run(s, stop=AT)[-1]
+        torch.manual_seed(1)
         t = s.timesteps[AT + (change == "timestep")]
         if change == "dtype":
             x = x.double()

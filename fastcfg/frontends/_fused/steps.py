@@ -75,12 +75,12 @@ class FusedSteps:
         kind: Any = type(scheduler)
         state, known = vars(scheduler), _known_steps(kind, self._base.step)
         following = known.first if last is None else last.following
-        if following is not None and following.guard is not None:
-            ready = following.ready
-            if following.guard(state, self._contents, output, timestep, sample, options) and ready.is_current():
-                result = ready.run(Call(state, output, timestep, sample, options))
-                self.last = ready
-                return result
+        guard = None if following is None else following.guard
+        if guard is not None and guard(state, self._contents, output, timestep, sample, options):
+            ready = following.ready  # type: ignore[union-attr]
+            result = ready.run(Call(state, output, timestep, sample, options))
+            self.last = ready
+            return result
         for tensor in (sample, output):
             if type(tensor) is not Tensor or tensor.layout is not torch.strided:
                 raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
@@ -95,7 +95,7 @@ class FusedSteps:
             traced, ready = self._trace(known.forms, scheduler, output, timestep, sample, options)
             known.put(traced, fixed, self._contents, state, ready)
         elif isinstance(ready, ReadyStep):
-            arguments = reads, state, self._contents, output, timestep, sample, options
+            arguments = ready.form.others, reads, state, self._contents, output, timestep, sample, options
             _Following.after(last, known).note(ready, partial(guard_of, *arguments))
         if isinstance(ready, str):
             raise FallThroughError(ready)
