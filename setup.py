@@ -55,7 +55,7 @@ def list_extensions() -> list[Extension]:
         Extension(
             "fastcfg.kernels._native",
             sources=["kernels/cpu/native.c"],
-            depends=["kernels/cpu/guided_step.h", "kernels/cpu/guided_step.inc"],
+            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "cpu").iterdir()),
             # The source says where multiply-adds round once, and the compiler contracts no others.
             extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference.philox import STEP_STREAM
 from ..step import StepBuffers, StepSpec
 
 BUILD = "FASTCFG_NATIVE=1 pip install ."
@@ -51,14 +52,24 @@ def has_native_step(spec: StepSpec, buffers: StepBuffers) -> bool:
     return plain and buffers.x.dtype == torch.float32
 
 
+def native_normal(
+    out: Tensor, seeds: Tensor, *, row: int = 0, stream: int = STEP_STREAM, instructions: str | None = None
+) -> Tensor:
+    """Fill `out`, contiguous float32 [B, ...] on the CPU, with the bits of `philox_normal`: sample i depends on
+    seeds[i] alone, contiguous int64 [B]. Nothing is checked; `instructions` is as in `NativeStep`."""
+    number, batch = _set_number(instructions), len(seeds)
+    size = out.numel() // batch
+    native_module().normal(number, seeds.data_ptr(), batch, size, row, stream, out.data_ptr())
+    return out
+
+
 class NativeStep:
     """A step bound to its buffers: calling it with the model's output advances the run by one row, in place. Only for
     what `has_native_step`; `instructions` is one of `instruction_sets`, by default the widest."""
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers, instructions: str | None = None) -> None:
         self.spec, self.buffers = spec, buffers
-        names = instruction_sets()
-        self._set = names.index(instructions or names[-1])
+        self._set = _set_number(instructions)
         self._run = native_module().guided_step
         self._output: Tensor | None = None
         self._width, self._packed = 0, b""
@@ -112,6 +123,11 @@ class NativeStep:
             spec.keep_x0,
         )
         return struct.pack(f"={len(fields)}q", *fields)
+
+
+def _set_number(instructions: str | None) -> int:
+    names = instruction_sets()
+    return names.index(instructions or names[-1])
 
 
 def _address(tensor: Tensor | None) -> int:

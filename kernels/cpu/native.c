@@ -5,41 +5,47 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include "fma_sse2.h"
+
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "guided_step.h"
+#include "vectors.h"
 
 /* Elements of a block: six arrays of them fill 12 KiB. */
 #define BLOCK 512
 /* States of fewer elements are done before another thread would have got the lock. */
 #define LARGE 65536
 
-#define STEP step_baseline
-#define TARGET
-#include "guided_step.inc"
-#undef STEP
-#undef TARGET
+#define SET BASELINE
+#include "set.inc"
+#undef SET
 
 #if defined(__x86_64__)
-#define STEP step_avx2
-#define TARGET __attribute__((target("avx2,fma")))
-#include "guided_step.inc"
-#undef STEP
-#undef TARGET
+#define SET AVX2
+#include "set.inc"
+#undef SET
 
-#define STEP step_avx512
-#define TARGET __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
-#include "guided_step.inc"
-#undef STEP
-#undef TARGET
+#define SET AVX512
+#include "set.inc"
+#undef SET
 #endif
+
+typedef void Normal(const int64_t *, int64_t, int64_t, uint32_t, uint32_t, float *);
 
 static const struct {
     const char *name;
     Step *step;
+    Normal *normal;
 } SETS[] = {
-    {"baseline", step_baseline},
+    [BASELINE] = {"baseline", step_baseline, normal_baseline},
 #if defined(__x86_64__)
-    {"avx2", step_avx2},
-    {"avx512", step_avx512},
+    [AVX2] = {"avx2", step_avx2, normal_avx2},
+    [AVX512] = {"avx512", step_avx512, normal_avx512},
 #endif
 };
 #define NUM_SETS ((long)(sizeof SETS / sizeof *SETS))
@@ -48,13 +54,13 @@ static int runs(long number)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (number == 1)
+    if (number == AVX2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (number == 2)
+    if (number == AVX512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && runs(1);
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && runs(AVX2);
 #endif
-    return number == 0;
+    return number == BASELINE;
 }
 
 static PyObject *instruction_sets(PyObject *self, PyObject *unused)
@@ -70,6 +76,43 @@ static PyObject *instruction_sets(PyObject *self, PyObject *unused)
         Py_XDECREF(name);
     }
     return names;
+}
+
+/* The set of that number; below 0 with an exception. */
+static long set_of(PyObject *argument)
+{
+    const long number = PyLong_AsLong(argument);
+    if (number == -1 && PyErr_Occurred())
+        return -1;
+    if (number >= 0 && number < NUM_SETS && runs(number))
+        return number;
+    PyErr_Format(PyExc_ValueError, "instruction set: got %ld, expected one that this CPU has", number);
+    return -1;
+}
+
+static PyObject *normal(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    (void)self;
+    if (count != 7)
+        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 7", count);
+    const long number = set_of(arguments[0]);
+    if (number < 0)
+        return NULL;
+    const int64_t *seeds = PyLong_AsVoidPtr(arguments[1]);
+    const int64_t batch = PyLong_AsLongLong(arguments[2]), size = PyLong_AsLongLong(arguments[3]);
+    const uint32_t row = (uint32_t)PyLong_AsUnsignedLongMask(arguments[4]);
+    const uint32_t stream = (uint32_t)PyLong_AsUnsignedLongMask(arguments[5]);
+    float *out = PyLong_AsVoidPtr(arguments[6]);
+    if (PyErr_Occurred())
+        return NULL;
+    if (batch * size < LARGE)
+        SETS[number].normal(seeds, batch, size, row, stream, out);
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        SETS[number].normal(seeds, batch, size, row, stream, out);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
 }
 
 static int meet(const float *a, int64_t a_size, const float *b, int64_t b_size)
@@ -97,11 +140,9 @@ static PyObject *guided_step(PyObject *self, PyObject *const *arguments, Py_ssiz
     Tensors tensors;
     if (count != 2 + POINTERS)
         return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected %d", count, 2 + (int)POINTERS);
-    const long number = PyLong_AsLong(arguments[0]);
-    if (number == -1 && PyErr_Occurred())
+    const long number = set_of(arguments[0]);
+    if (number < 0)
         return NULL;
-    if (number < 0 || number >= NUM_SETS || !runs(number))
-        return PyErr_Format(PyExc_ValueError, "instruction set: got %ld, expected one that this CPU has", number);
     if (PyBytes_AsStringAndSize(arguments[1], &bytes, &length))
         return NULL;
     if (length != (Py_ssize_t)sizeof(Spec))
@@ -137,6 +178,9 @@ static PyMethodDef METHODS[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that this CPU has, the widest last."},
     {"guided_step", (PyCFunction)(void (*)(void))guided_step, METH_FASTCALL,
      "guided_step(number of the set, spec, addresses of the tensors): one row, in place. Nothing is checked."},
+    {"normal", (PyCFunction)(void (*)(void))normal, METH_FASTCALL,
+     "normal(number of the set, address of int64 seeds, samples, their size, row, stream, address to write to): standard\n"
+     "normals by Philox. Nothing is checked."},
     {NULL, NULL, 0, NULL},
 };
 
