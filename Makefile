@@ -49,7 +49,8 @@ $(VENV)/.fastcfg-docs: $(STAMP)
 clean:
 	rm -rf .venv .venv-oldest bench build dist fastcfg.egg-info samples.png .pytest_cache .mypy_cache .ruff_cache
 
-$(STAMP): setup.py constraints.txt
+# Where there is a C compiler this builds the native kernels, in kernels/.
+$(STAMP): setup.py constraints.txt $(wildcard kernels/cpu/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(K_DIFFUSION)

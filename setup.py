@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
@@ -47,15 +50,20 @@ def list_packages() -> list[str]:
 
 
 def list_extensions() -> list[Extension]:
-    """The native kernels for CPUs, if asked for: a wheel that holds them is one architecture's. Without a compiler
-    setuptools only warns."""
-    if os.environ.get("FASTCFG_NATIVE", "0") in ("", "0") or sys.platform == "win32":
+    """The native kernels for CPUs: without a C compiler or Python's headers setuptools warns and installs the rest.
+
+    FASTCFG_NATIVE=0 leaves them out; so do MSVC, which has no target attributes, and Pythons without a GIL, which have
+    no limited API.
+    """
+    left_out = os.environ.get("FASTCFG_NATIVE") == "0"
+    if left_out or sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return []
+    files = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels" / "cpu").iterdir())
     return [
         Extension(
             "fastcfg.kernels._native",
-            sources=["kernels/cpu/native.c"],
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "kernels" / "cpu").iterdir()),
+            sources=[name for name in files if name.endswith(".c")],
+            depends=[name for name in files if not name.endswith(".c")],
             # The source says where multiply-adds round once, and the compiler contracts no others.
             extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"],
             libraries=["m"],
@@ -64,6 +72,28 @@ def list_extensions() -> list[Extension]:
         )
     ]
 
+
+class BuildExtension(build_ext):
+    """Where the compiler fails, removes what an earlier build left: it would install beside sources it is not of."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except Exception:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            raise
+
+
+class Wheel(bdist_wheel):
+    """Tagged by what was built: a wheel without the extension is everybody's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = self.get_finalized_command("build_ext").get_outputs() if self.distribution.has_ext_modules() else []
+        self.root_is_pure = not any(Path(name).exists() for name in built)
+        return super().get_tag()
+
+
+EXTENSIONS = list_extensions()
 
 setup(
     name="fastcfg",
@@ -77,7 +107,9 @@ setup(
     packages=list_packages(),
     package_dir={"fastcfg": "fastcfg", "fastcfg.kernels": "kernels"},
     package_data={"fastcfg": ["py.typed", "checkpoints/*"]},
-    ext_modules=list_extensions(),
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
     install_requires=[
         "torch>=2.8",
         'triton>=3.4; sys_platform == "linux"',

@@ -17,8 +17,12 @@ import pytest
 from support import ROOT
 
 from fastcfg import _moved
+from fastcfg.ops.extension import build_problem
 
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+C_SOURCES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels" / "cpu").iterdir()}
+COMPILES = not build_problem()
+EXTENSION = {"fastcfg/kernels/_native.abi3.so"} if COMPILES else set()
 CHECKPOINT_FILES = sorted(path.name for path in (ROOT / "fastcfg" / "checkpoints").glob("*") if path.is_file())
 SHIPPED = (
     "setup.py",
@@ -34,10 +38,10 @@ SHIPPED = (
 HEAVY = ("triton", "PIL", "tokenizers", "tqdm", "safetensors", "matplotlib", "diffusers", "k_diffusion", "transformers")
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, **settings: str) -> str:
     """Standard output of a command that must succeed, run without settings of this process that could help it."""
-    dropped = {"PYTHONPATH", "TRITON_INTERPRET"}
-    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    dropped = {"PYTHONPATH", "TRITON_INTERPRET", "FASTCFG_NATIVE"}
+    environment = {name: value for name, value in os.environ.items() if name not in dropped} | settings
     arguments = [str(part) for part in command]
     done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
@@ -79,14 +83,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SHIPPED:
         shutil.copy2(ROOT / name, copy / name)
     for folder in ("fastcfg", "kernels"):
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=ignored)
     return copy
 
 
-def build_wheel(source: Path, out: Path) -> Path:
+def build_wheel(source: Path, out: Path, **settings: str) -> Path:
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--wheel-dir", out]
-    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=out)
+    run(sys.executable, "-m", "pip", "wheel", *options, source, cwd=out, **settings)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -103,6 +107,16 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(checkout, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def plain_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, where no program is found: without a C compiler."""
+    folder = tmp_path_factory.mktemp("plain")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "source", filter="data")
+    (source,) = (folder / "source").iterdir()
+    return build_wheel(source, folder, PATH=os.devnull, CC="cc")
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +140,15 @@ def names_in(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
+def info_of(wheel: Path) -> str:
+    return "-".join(wheel.name.split("-")[:2]) + ".dist-info"
+
+
 def test_wheel_holds_the_kernels_under_fastcfg_and_nothing_at_the_top(wheel: Path) -> None:
     names = names_in(wheel)
-    assert {name for name in names if name.startswith("fastcfg/kernels/")} == {f"fastcfg/kernels/{k}" for k in KERNELS}
-    assert {name.split("/")[0] for name in names} == {"fastcfg", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    kernels = {f"fastcfg/kernels/{name}" for name in KERNELS} | EXTENSION
+    assert {name for name in names if name.startswith("fastcfg/kernels/")} == kernels
+    assert {name.split("/")[0] for name in names} == {"fastcfg", info_of(wheel)}
 
 
 def test_wheel_holds_every_module_the_typing_marker_and_the_checkpoint(wheel: Path) -> None:
@@ -142,7 +161,7 @@ def test_wheel_holds_every_module_the_typing_marker_and_the_checkpoint(wheel: Pa
 
 def test_wheel_names_the_command_and_the_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        info = f"{wheel.name.split('-py3')[0]}.dist-info"
+        info = info_of(wheel)
         assert "fastcfg = fastcfg.cli:main" in archive.read(f"{info}/entry_points.txt").decode()
         metadata = archive.read(f"{info}/METADATA").decode()
         assert any(name.endswith("LICENSE") for name in archive.namelist())
@@ -150,35 +169,65 @@ def test_wheel_names_the_command_and_the_licence(wheel: Path) -> None:
     assert "Requires-Python: >=3.10" in metadata
 
 
-def test_wheel_built_from_the_sdist_is_the_wheel_built_from_the_checkout(
-    sdist: Path, wheel: Path, tmp_path: Path
-) -> None:
+def test_sdist_holds_the_c_sources_and_the_kernels_once(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
-        assert not [name for name in archive.getnames() if "/fastcfg/kernels/" in name]
-        archive.extractall(tmp_path, filter="data")
-    (source,) = tmp_path.iterdir()
-    out = tmp_path / "wheel"
-    out.mkdir()
-    assert names_in(build_wheel(source, out)) == names_in(wheel)
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert not [name for name in names if name.startswith("fastcfg/kernels/")]
+    assert {name for name in names if name.startswith("kernels/cpu/")} == C_SOURCES
 
 
-def test_installed_wheel_imports_and_leaves_the_name_kernels_free(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_built_from_the_sdist_without_a_compiler_lacks_the_extension_alone(
+    plain_wheel: Path, wheel: Path
+) -> None:
+    assert names_in(plain_wheel) == names_in(wheel) - EXTENSION
+
+
+def test_a_wheel_is_tagged_by_what_it_holds(plain_wheel: Path, wheel: Path) -> None:
+    for path, pure in ((plain_wheel, True), (wheel, not COMPILES)):
+        with zipfile.ZipFile(path) as archive:
+            said = archive.read(f"{info_of(path)}/WHEEL").decode()
+        tag = path.stem.split("-", 2)[2]
+        assert re.fullmatch("py3-none-any" if pure else r"cp310-abi3-(?!any)\w+", tag)
+        assert re.findall("^Tag: (.+)$", said, re.MULTILINE) == [tag]
+        assert f"Root-Is-Purelib: {str(pure).lower()}\n" in said
+
+
+@pytest.mark.parametrize("built", [pytest.param("wheel", id="here"), pytest.param("plain_wheel", id="no-compiler")])
+def test_installed_wheel_imports_and_leaves_the_name_kernels_free(
+    built: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     python = make_environment(tmp_path / "venv")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(request.getfixturevalue(built)) as archive:
         archive.extractall(site_packages(python))
-    check = "import importlib.util as u, fastcfg; print(u.find_spec('kernels'), fastcfg.__file__)"
-    spec, file = run(python, "-c", kernel_imports() + check, cwd=tmp_path).split(" ", 1)
+    check = "import importlib.util as u, fastcfg, fastcfg.ops as o; print(u.find_spec('kernels'), fastcfg.__file__); "
+    out = run(python, "-c", kernel_imports() + check + "print(*o.instruction_sets())", cwd=tmp_path)
+    spec, file, *sets = out.split()
     assert spec == "None"
     assert Path(file) == site_packages(python) / "fastcfg" / "__init__.py"
+    assert bool(sets) == (COMPILES and built == "wheel")
+
+
+@pytest.mark.parametrize("settings", [{"PATH": os.devnull, "CC": "cc"}, {"FASTCFG_NATIVE": "0"}])
+def test_an_extension_of_an_earlier_build_is_not_packed_where_the_compiler_fails_or_is_not_asked(
+    settings: dict[str, str], wheel: Path, checkout: Path, tmp_path: Path
+) -> None:
+    source = checkout / "kernels" / "cpu" / "native.c"
+    before = source.stat()
+    source.touch()
+    again = build_wheel(checkout, tmp_path, **settings)
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert names_in(again) == names_in(wheel) - EXTENSION
 
 
 def test_editable_install_imports_the_checkout_and_leaves_the_name_kernels_free(
     editable: Path, checkout: Path, tmp_path: Path
 ) -> None:
-    check = "import importlib.util as u, fastcfg; print(u.find_spec('kernels'), fastcfg.__file__)"
-    spec, file = run(editable, "-c", kernel_imports() + check, cwd=tmp_path).split(" ", 1)
+    check = "import importlib.util as u, fastcfg, fastcfg.ops as o; print(u.find_spec('kernels'), fastcfg.__file__); "
+    out = run(editable, "-c", kernel_imports() + check + "print(*o.instruction_sets())", cwd=tmp_path)
+    spec, file, *sets = out.split()
     assert spec == "None"
     assert Path(file) == checkout / "fastcfg" / "__init__.py"
+    assert bool(sets) == COMPILES
 
 
 @pytest.mark.parametrize("where", ["checkout", "elsewhere"])

@@ -9,9 +9,9 @@ from .backend import BACKENDS, inductor_problem, resolve_backend, triton_problem
 from .blender import Blender
 from .checks import is_channels_last
 from .combine import Combine
+from .extension import instruction_sets, native_problem
 from .finite import FiniteCheck
 from .gram import gram
-from .native import instruction_sets, native_problem
 from .noise import brownian_noise, initial_noise
 from .noise_sums import NoiseSums, sums_memory
 from .pieces import guidance_blend, posterior_mean_variance, predict_x0, split_model_output

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import sysconfig
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from ..utils._torch_private import cpp_compiler_problem
 from ..utils.checks import check_one_of
-from .native import native_problem
+from .extension import headers_problem, native_problem
 
 BACKENDS = ("auto", "triton", "inductor", "native", "reference")
 # For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
@@ -71,11 +69,7 @@ def inductor_problem(device: torch.device) -> str:
 
 @cache
 def _cpp_problem() -> str:
-    if problem := cpp_compiler_problem():
-        return problem
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "Python's C headers are not installed (Debian and Ubuntu: python3-dev)"
-    return ""
+    return cpp_compiler_problem() or headers_problem()
 
 
 def interpreting() -> bool:

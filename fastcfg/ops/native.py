@@ -3,42 +3,13 @@
 from __future__ import annotations
 
 import struct
-from functools import cache
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.philox import STEP_STREAM
 from ..step import StepBuffers, StepSpec
-
-BUILD = "FASTCFG_NATIVE=1 pip install ."
-
-
-@cache
-def native_module() -> Any:
-    """The extension, or None where it was not built."""
-    try:
-        return import_module("fastcfg.kernels._native")
-    except ImportError:
-        return None
-
-
-@cache
-def instruction_sets() -> tuple[str, ...]:
-    """What the kernels are built for and this CPU has, the widest last; empty without the extension."""
-    module = native_module()
-    return () if module is None else tuple(module.instruction_sets())
-
-
-def native_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """Why the native kernels cannot run on this device with a state of this dtype; empty if they can."""
-    if device.type != "cpu":
-        return f"the device is {device.type!r}, the native kernels are a CPU's"
-    if dtype != torch.float32:
-        return f"the state is {dtype}, the kernels compute in torch.float32"
-    return "" if instruction_sets() else f"the extension is not built ({BUILD} builds it with GCC or Clang)"
+from .extension import instruction_sets, native_module
 
 
 def has_native_step(spec: StepSpec, buffers: StepBuffers) -> bool:

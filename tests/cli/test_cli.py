@@ -516,6 +516,17 @@ def test_doctor_tells_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usable      yes" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the steps run on a GPU")
+def test_doctor_says_what_the_native_kernels_lack_and_what_that_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    for sets, said in ((("baseline",), "baseline"), ((), "no C compiler 'no-such-compiler'")):
+        monkeypatch.setattr("fastcfg.ops.instruction_sets", lambda sets=sets: sets)
+        monkeypatch.setattr("fastcfg.ops.extension.instruction_sets", lambda sets=sets: sets)
+        line = doctor._others("reference", torch.device("cpu"))["native"]
+        assert said in line
+        assert ("times as long" in line) == (not sets)
+
+
 @pytest.mark.parametrize("broken", ["fused_step", "checkpoint"])
 def test_doctor_finds_what_is_broken(
     broken: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

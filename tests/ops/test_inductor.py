@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from fastcfg import CFG, Sampler, Schedule, ops
 from fastcfg.clip import DynamicThreshold
-from fastcfg.ops import GuidedStep, backend, inductor_problem, resolve_backend
+from fastcfg.ops import GuidedStep, backend, extension, inductor_problem, resolve_backend
 from fastcfg.ops.inductor import InductorStep
 from fastcfg.solvers import ddpm
 from fastcfg.step import StepBuffers, StepSpec
@@ -236,7 +236,7 @@ def test_without_a_compiler_it_is_refused_before_any_work(monkeypatch: pytest.Mo
 
 def test_without_pythons_headers_it_is_refused(monkeypatch: pytest.MonkeyPatch, no_cache: None, tmp_path: Any) -> None:
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
-    monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(extension.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="Python's C headers are not installed"):
         resolve_backend("inductor", "cpu")
     backend._cpp_problem.cache_clear()

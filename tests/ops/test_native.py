@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +15,8 @@ import torch
 from support import ROOT
 
 from fastcfg import CFG, Sampler, Schedule, ops, solvers
-from fastcfg.ops import GuidedStep, Stepper, native
-from fastcfg.ops.native import NativeStep, has_native_step, instruction_sets, native_problem
+from fastcfg.ops import GuidedStep, Stepper, extension, instruction_sets, native_problem
+from fastcfg.ops.native import NativeStep, has_native_step
 from fastcfg.reference import ReferenceStep
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
@@ -155,7 +158,7 @@ def test_the_columns_are_those_of_the_table() -> None:
 
 @built
 def test_addresses_and_sets_that_cannot_be_are_refused() -> None:
-    module = native.native_module()
+    module = extension.native_module()
     with pytest.raises(TypeError, match="got 1 arguments, expected 16"):
         module.guided_step(0)
     with pytest.raises(ValueError, match="instruction set: got 9"):
@@ -164,10 +167,30 @@ def test_addresses_and_sets_that_cannot_be_are_refused() -> None:
         module.guided_step(0, b"abc", *[0] * 14)
 
 
-def test_without_the_extension_the_backend_says_how_to_build_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "instruction_sets", tuple)
-    with pytest.raises(ValueError, match=r"'native' cannot run here: the extension is not built \(FASTCFG_NATIVE=1"):
+def test_without_the_extension_the_backend_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(extension, "instruction_sets", tuple)
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    with pytest.raises(ValueError, match=r"'native' cannot run here: .* there is no C compiler 'no-such-compiler'"):
         ops.resolve_backend("native", "cpu")
+    monkeypatch.setenv("CC", sys.executable)
+    monkeypatch.setattr(extension.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "headers are not installed" in native_problem(CPU)
+    (tmp_path / "Python.h").touch()
+    assert native_problem(CPU).endswith("not built: 'pip install .' in a checkout builds it")
+
+
+def test_an_extension_of_other_sources_is_not_used(tmp_path: Path) -> None:
+    built, source = tmp_path / "_native.so", tmp_path / "cpu" / "native.c"
+    built.touch()
+    assert not extension._is_old(built)
+    source.parent.mkdir()
+    source.touch()
+    os.utime(source, (0, 0))
+    assert not extension._is_old(built)
+    os.utime(source, (2**32, 2**32))
+    assert extension._is_old(built)
 
 
 def test_other_devices_and_dtypes_are_refused() -> None:

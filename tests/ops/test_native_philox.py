@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcfg.ops.native import instruction_sets, native_module, native_normal, native_problem
+from fastcfg.ops.extension import instruction_sets, native_module, native_problem
+from fastcfg.ops.native import native_normal
 from fastcfg.reference.philox import BROWNIAN_STREAM, INITIAL_STREAM, STEP_STREAM, philox_normal, sample_seeds
 
 CPU = torch.device("cpu")
