@@ -18,7 +18,8 @@ from .drawing import Drawing
 from .parts import OUTPUT, SAMPLE, TIMESTEP, Draw, Source, UntraceableError, are_numbers
 from .tensors import CONFIG, Inputs, Tensors
 
-_TWIN = "_fastcfg_twin"  # where a copy of a scheduler keeps its `_Twin`
+# Where a copy of a scheduler keeps its `_Twin`, and the names of the attributes that it was given.
+_TWIN, _SEEN = "_fastcfg_twin", "_fastcfg_seen"
 MISSING = object()  # what a class does not have
 
 
@@ -84,7 +85,9 @@ class Runs:
         outcome = Outcome()
         twin: Any = object.__new__(self._traced)
         twin_state = object.__getattribute__(twin, "__dict__")
-        twin_state[_TWIN] = _Twin(self, tensors, outcome)
+        known = _Twin(self, tensors, outcome)
+        vars(self._traced)[_TWIN].__set__(twin, known)
+        vars(self._traced)[_SEEN].__set__(twin, known.seen)
         given = {name: self._copied(value, ("option", name), tensors, outcome) for name, value in self._options.items()}
         t = self._timestep
         if isinstance(t, Tensor):
@@ -111,7 +114,6 @@ class Runs:
         if any(tensor.ndim < 2 for tensor in outcome.changed) or self._drawing.changed():
             raise UntraceableError("its step changes levels or noise in place")
         outcome.kept += [(noise, noise._version) for noise in self._drawing.noise]
-        del twin_state[_TWIN]
         outcome.after = twin_state
         return outcome
 
@@ -182,22 +184,23 @@ def traced_class(kind: Any, step: Any) -> Any:
     own, of_kind = object.__getattribute__, kind.__getattribute__
 
     def get(self: Any, name: str) -> Any:
-        state = own(self, "__dict__")
-        twin = state[_TWIN]
-        if name not in twin.seen:
-            twin.read(name, state)
+        if name not in seen(self):
+            twin(self).read(name, own(self, "__dict__"))
         return of_kind(self, name)
 
     methods: dict[str, Any] = {"__getattribute__": get, "__module__": kind.__module__, "step": step}
+    methods["__slots__"] = (_TWIN, _SEEN)
     if hasattr(kind, "convert_model_output"):
 
         def convert_model_output(self: Any, *args: Any, **kwargs: Any) -> Any:
             converted = kind.convert_model_output(self, *args, **kwargs)
-            own(self, "__dict__")[_TWIN].outcome.converted.append(converted)
+            twin(self).outcome.converted.append(converted)
             return converted
 
         methods["convert_model_output"] = convert_model_output
-    return type(kind)(kind.__name__, (kind,), methods)
+    made = type(kind)(kind.__name__, (kind,), methods)
+    twin, seen = vars(made)[_TWIN].__get__, vars(made)[_SEEN].__get__
+    return made
 
 
 def _snapshot(value: Any) -> Any:
