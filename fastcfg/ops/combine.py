@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,11 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..combination import OUTPUT, Combination
 from ..reference import ReferenceCombine
+from ..utils._torch_private import in_function_transform, same_tensors
 from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import LOADED_DTYPES
+from .extension import native_problem
+from .native_combine import NativeCombine, has_native_combine, run_native
 from .threshold import dynamic_threshold
 
 __all__ = ["Combine"]
@@ -30,9 +35,10 @@ class Combine:
         combination: the sums.
         device: the tensors'.
         dtype: in which it is computed: float32, or float64 on the reference path.
-        backend: "auto", "triton" or "reference". More than 8 inputs or 4 outputs, empty tensors, tensors of more
-            than 2**30 elements, and inputs or results in other dtypes than float32, float16 and bfloat16 run on the
-            reference path, on any device.
+        backend: "auto", "triton", "native" (C, for CPUs, with the reference's bits) or "reference". "auto" takes the
+            native kernel on a CPU where it is built. Empty tensors, inputs or results in other dtypes than float32,
+            float16 and bfloat16, and more than 8 inputs, 4 outputs or 2**30 elements with Triton, or 12 inputs or 6
+            outputs natively, run on the reference path, on any device.
 
     Raises:
         TypeError, ValueError: an argument of another kind, or a backend that cannot run.
@@ -46,7 +52,10 @@ class Combine:
         (tensor([0.5000, 0.5000, 0.5000]), torch.float16)
     """
 
-    __slots__ = ("_kernel", "_learned", "_num_inputs", "_num_outputs", "_reference", "backend", "combination")
+    __slots__ = (
+        *("_again", "_kernel", "_learned", "_num_inputs", "_num_outputs", "_reference"),
+        *("backend", "combination", "device", "dtype"),
+    )
 
     def __init__(
         self,
@@ -59,14 +68,25 @@ class Combine:
             raise TypeError(f"combination: got {type(combination).__name__}, expected a Combination")
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: got {dtype}, expected torch.float32 or torch.float64")
-        self.combination = combination
-        self.backend = resolve_backend(backend, device, dtype, PIECE_BACKENDS)
+        self.combination, self.device, self.dtype = combination, torch.device(device), dtype
+        if backend == "auto" and not native_problem(torch.device(device), dtype):
+            backend = "native"
+        self.backend = resolve_backend(backend, device, dtype, (*PIECE_BACKENDS, "native"))
         self._num_outputs, self._num_inputs = combination.coefficients.shape
         self._learned = combination.noise is not None
         self._reference = ReferenceCombine(combination, dtype, device)
-        self._kernel = self._fused(torch.device(device)) if self.backend == "triton" else None
+        self._kernel = self._fused(torch.device(device))
+        # The last native call: whether tensors are like its own, the results' dtypes, and what computes them.
+        self._again: tuple[Callable[..., bool], Sequence[torch.dtype], Callable[..., None]] | None = None
 
-    def _fused(self, device: torch.device) -> _Kernel | None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Combine, (self.combination, self.device, self.dtype, self.backend)
+
+    def _fused(self, device: torch.device) -> _Kernel | NativeCombine | None:
+        if self.backend == "native":
+            return NativeCombine(self.combination) if has_native_combine(self.combination) else None
+        if self.backend != "triton":
+            return None
         from ..kernels.combine import MAX_INPUTS, MAX_OUTPUTS
 
         fits = self._num_inputs <= MAX_INPUTS and self._num_outputs <= MAX_OUTPUTS
@@ -86,6 +106,15 @@ class Combine:
         Raises:
             ValueError: another number of inputs or dtypes, or an input of another shape.
         """
+        if (again := self._again) is not None:
+            are_alike, known, launch = again
+            if (
+                known == dtypes
+                and len(inputs) == self._num_inputs
+                and are_alike(*inputs)
+                and not in_function_transform()
+            ):
+                return run_native(launch, inputs, dtypes)
         if len(inputs) != self._num_inputs or len(dtypes) != self._num_outputs:
             got, expected = (len(inputs), len(dtypes)), (self._num_inputs, self._num_outputs)
             raise ValueError(f"inputs, dtypes: got {got[0]} and {got[1]}, expected {expected[0]} and {expected[1]}")
@@ -95,7 +124,7 @@ class Combine:
         return self._run(inputs, dtypes)
 
     def _run(self, inputs: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-        variance = None
+        given, variance = inputs, None
         shape = inputs[0].shape
         for tensor in inputs:
             if tensor.shape != shape or not tensor.is_contiguous():
@@ -104,7 +133,12 @@ class Combine:
         if self._learned and variance is None:
             raise ValueError(f"output: got shape {tuple(shape)}, expected 2C channels for the learned variance")
         if self._kernel is not None and self._kernel.takes(inputs, dtypes):
-            return self._kernel(inputs, dtypes, variance)
+            if isinstance(self._kernel, _Kernel):
+                return self._kernel(inputs, dtypes, variance)
+            launch = self._kernel.launch(inputs, dtypes, variance)
+            if _are_in_place(given, inputs):
+                self._again = same_tensors(*given), copy.copy(dtypes), launch
+            return run_native(launch, inputs, dtypes)
         return self._reference(inputs, dtypes, variance)
 
 
@@ -159,6 +193,11 @@ def limited(x0: Tensor, by: DynamicThreshold) -> Tensor:
     flat = x0.reshape(len(x0), 1, -1)
     flat = dynamic_threshold(flat, by.quantile, by.floor, by.ceiling, backend="triton")
     return like(flat.view(x0.shape), x0)
+
+
+def _are_in_place(given: Sequence[Tensor], arranged: Sequence[Tensor]) -> bool:
+    """Whether tensors were arranged without a copy."""
+    return all(tensor.data_ptr() == found.data_ptr() for tensor, found in zip(given, arranged, strict=True))
 
 
 def arranged(inputs: Sequence[Tensor], learned: bool) -> tuple[list[Tensor], Tensor | None]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..clip import DynamicThreshold
 from ..combination import Combination, Sum
-from ._fma import adder, fma
+from ._fma import addcmul_rounds_once, adder, fma
 from .pieces import quantile_bound, threshold
 
 
@@ -24,6 +24,7 @@ class ReferenceCombine:
         self.combination, self.dtype = combination, dtype
         count, inputs = combination.coefficients.shape
         self._add = adder(dtype, torch.device(device))
+        addcmul_rounds_once(torch.device(device))  # tried now rather than in a step
         self._sums = tuple(_Prepared(combination.sum_of(j, dtype), dtype, self._add) for j in range(count))
         self._x0 = _Prepared(combination.sum_of_x0(dtype), dtype, self._add) if combination.uses_x0 else None
         used = {index for prepared in (*self._sums, self._x0) if prepared for index in prepared.inputs()}

@@ -13,7 +13,10 @@
 #include <arm_neon.h>
 #endif
 
+#include "combine.h"
+#include "exp2.h"
 #include "guided_step.h"
+#include "select.h"
 #include "vectors.h"
 
 /* Elements of a block: six arrays of them fill 12 KiB. */
@@ -41,11 +44,12 @@ static const struct {
     const char *name;
     Step *step;
     Normal *normal;
+    CombineRun *combine;
 } SETS[] = {
-    [BASELINE] = {"baseline", step_baseline, normal_baseline},
+    [BASELINE] = {"baseline", step_baseline, normal_baseline, combine_baseline},
 #if defined(__x86_64__)
-    [AVX2] = {"avx2", step_avx2, normal_avx2},
-    [AVX512] = {"avx512", step_avx512, normal_avx512},
+    [AVX2] = {"avx2", step_avx2, normal_avx2, combine_avx2},
+    [AVX512] = {"avx512", step_avx512, normal_avx512, combine_avx512},
 #endif
 };
 #define NUM_SETS ((long)(sizeof SETS / sizeof *SETS))
@@ -174,6 +178,8 @@ static PyObject *guided_step(PyObject *self, PyObject *const *arguments, Py_ssiz
     Py_RETURN_NONE;
 }
 
+#include "combine_call.h"
+
 static PyMethodDef METHODS[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that this CPU has, the widest last."},
     {"guided_step", (PyCFunction)(void (*)(void))guided_step, METH_FASTCALL,
@@ -181,6 +187,8 @@ static PyMethodDef METHODS[] = {
     {"normal", (PyCFunction)(void (*)(void))normal, METH_FASTCALL,
      "normal(number of the set, address of int64 seeds, samples, their size, row, stream, address to write to): standard\n"
      "normals by Philox. Nothing is checked."},
+    {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
+     "combine(number of the set, combination, layout, addresses of inputs and results): all sums. Nothing is checked."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -18,6 +18,7 @@ from fastcfg.clip import DynamicThreshold
 from fastcfg.combination import Combination
 from fastcfg.ops import Combine, is_channels_last, triton_problem
 from fastcfg.ops import combine as module
+from fastcfg.ops.extension import native_problem
 from fastcfg.reference import _fma
 
 pytestmark = pytest.mark.quick
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.quick
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32 = torch.float32
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(triton_problem(DEVICE)), reason="needs Triton"))
-backends = pytest.mark.parametrize("backend", ["reference", TRITON])
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(native_problem(DEVICE)), reason=native_problem(DEVICE)))
+backends = pytest.mark.parametrize("backend", ["reference", TRITON, NATIVE])
 
 # Of DDIM, clipped: the next sample and x0, which is handed out and kept.
 DDIM = Combination([[0, 0.4], [0, 0], [0, 0]], [1.2, -0.8], [0.9, 1, 1], 1.0)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The states of the random generators that belong to nobody: torch's, numpy's and Python's."""
+"""The states of the process's own random generators: torch's, numpy's and Python's."""
 
 from __future__ import annotations
 
