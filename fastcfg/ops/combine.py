@@ -12,7 +12,7 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..combination import OUTPUT, Combination
 from ..reference import ReferenceCombine
-from ..utils._torch_private import in_function_transform, same_tensors
+from ..utils._torch_private import in_function_transform, same_tensor
 from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import LOADED_DTYPES
 from .extension import native_problem
@@ -76,8 +76,8 @@ class Combine:
         self._learned = combination.noise is not None
         self._reference = ReferenceCombine(combination, dtype, device)
         self._kernel = self._fused(torch.device(device))
-        # The last native call: whether tensors are like its own, the results' dtypes, and what computes them.
-        self._again: tuple[Callable[..., bool], Sequence[torch.dtype], Callable[..., None]] | None = None
+        # The last native call: whether each tensor is like its own, the results' dtypes, and what computes them.
+        self._again: tuple[list[Callable[[Tensor], bool]], Sequence[torch.dtype], Callable[..., None]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Combine, (self.combination, self.device, self.dtype, self.backend)
@@ -107,13 +107,9 @@ class Combine:
             ValueError: another number of inputs or dtypes, or an input of another shape.
         """
         if (again := self._again) is not None:
-            are_alike, known, launch = again
-            if (
-                known == dtypes
-                and len(inputs) == self._num_inputs
-                and are_alike(*inputs)
-                and not in_function_transform()
-            ):
+            checks, known, launch = again
+            fits = known == dtypes and len(inputs) == self._num_inputs and not in_function_transform()
+            if fits and _are_alike(checks, inputs):
                 return run_native(launch, inputs, dtypes)
         if len(inputs) != self._num_inputs or len(dtypes) != self._num_outputs:
             got, expected = (len(inputs), len(dtypes)), (self._num_inputs, self._num_outputs)
@@ -137,7 +133,7 @@ class Combine:
                 return self._kernel(inputs, dtypes, variance)
             launch = self._kernel.launch(inputs, dtypes, variance)
             if _are_in_place(given, inputs):
-                self._again = same_tensors(*given), copy.copy(dtypes), launch
+                self._again = [same_tensor(tensor) for tensor in given], copy.copy(dtypes), launch
             return run_native(launch, inputs, dtypes)
         return self._reference(inputs, dtypes, variance)
 
@@ -193,6 +189,13 @@ def limited(x0: Tensor, by: DynamicThreshold) -> Tensor:
     flat = x0.reshape(len(x0), 1, -1)
     flat = dynamic_threshold(flat, by.quantile, by.floor, by.ceiling, backend="triton")
     return like(flat.view(x0.shape), x0)
+
+
+def _are_alike(checks: Sequence[Callable[[Tensor], bool]], tensors: Sequence[Tensor]) -> bool:
+    for check, tensor in zip(checks, tensors, strict=True):  # noqa: SIM110 (a generator costs a microsecond)
+        if not check(tensor):
+            return False
+    return True
 
 
 def _are_in_place(given: Sequence[Tensor], arranged: Sequence[Tensor]) -> bool:

@@ -33,12 +33,11 @@ def in_function_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def same_tensors(*tensors: torch.Tensor) -> Callable[..., bool]:
-    """A function of as many values: whether each is a tensor of the same class, dtype, device, shape, strides and
-    dispatch keys, and lets gradients through or not, as the one here."""
-    check: Callable[..., bool] = torch._C._dynamo.guards.TensorGuards(
-        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
-    ).check
+def same_tensor(tensor: torch.Tensor) -> Callable[[Any], bool]:
+    """A function of a value: whether it is a tensor of the same class, dtype, device, shape, strides and dispatch keys,
+    and lets gradients through or not, as the one here. (Of several tensors torch asks that none is there twice.)"""
+    guards: Any = torch._C._dynamo.guards.TensorGuards  # its stub is wrong
+    check: Callable[[Any], bool] = guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     return check
 
 

@@ -324,12 +324,20 @@ def test_samples_of_any_rank() -> None:
 
 
 class NothingFromTheHost(TorchDispatchMode):
-    """Fails where a number is read back from the device, or tensors are made from the host's."""
+    """Fails where a number is read back from the device, or tensors are made from the host's. Levels that a scheduler
+    keeps in the host's memory, one in a tensor, may be read."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.scheduler = scheduler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::")
         forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_to_copy", "lift_fresh", "arange")
-        assert not name.startswith(forbidden), name
+        if name == "_local_scalar_dense" and args[0].is_cpu:
+            assert any(args[0] is value for value in vars(self.scheduler).values())
+        else:
+            assert not name.startswith(forbidden), name
         return func(*args, **(kwargs or {}))
 
 
@@ -353,7 +361,7 @@ def test_a_step_reads_nothing_back_and_copies_nothing_from_the_host(name: str, c
     scheduler.set_timesteps(STEPS)
     run()
     scheduler.set_timesteps(STEPS)
-    with NothingFromTheHost():
+    with NothingFromTheHost(scheduler):
         run()
 
 

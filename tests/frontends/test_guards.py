@@ -20,7 +20,7 @@ if diffusers is None:
 SHAPE = (2, 4, 5, 3)
 STEPS, AT = 8, 4
 CLASSES = ["DDIM", "EulerDiscrete", "PNDM", "DPMSolverMultistep", "UniPCMultistep", "LMSDiscrete", "DEISMultistep"]
-CLASSES += ["SASolver"]
+CLASSES += ["SASolver", "IPNDM", "HeunDiscrete"]
 
 
 def through_numpy(s: Any) -> None:
@@ -40,7 +40,7 @@ def method_of_its_own(s: Any) -> None:
 
 
 def other_levels(s: Any) -> None:
-    name = "sigmas" if hasattr(s, "sigmas") else "alphas_cumprod"
+    name = next(name for name in ("sigmas", "alphas_cumprod", "betas") if hasattr(s, name))
     other = 0.98 * getattr(s, name)
     if fastcfg.is_fused(s):
         s._fastcfg_state._contents.of(other)
@@ -177,3 +177,62 @@ def test_guards_hear_other_arguments(name: str, change: str) -> None:
         return
     assert (a.dtype, a.stride(), a.requires_grad) == (b.dtype, b.stride(), b.requires_grad)
     torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-5 * float(a.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerDiscrete", "HeunDiscrete", "IPNDM", "UniPCMultistep", "LCM"])
+def test_runs_like_those_before_ask_for_no_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tensor that is sample and output, a generator, levels in tensors of their own, and a long past."""
+    ours, sample = fastcfg.accelerate(getattr(diffusers, f"{name}Scheduler")()), torch.linspace(-2, 2, 120).view(SHAPE)
+    options = {} if name in ("HeunDiscrete", "IPNDM", "UniPCMultistep") else {"generator": torch.Generator()}
+    monkeypatch.setattr(steps, "_MOST_GUARDS", 10**6)  # other tests have had theirs
+    asked, find = [], steps._KnownSteps.find
+    monkeypatch.setattr(steps._KnownSteps, "find", lambda *args: (asked.append(1), find(*args))[1])
+    for _ in range(5):
+        ours.set_timesteps(18)
+        asked.clear()
+        for t in ours.timesteps:
+            ours.step(sample, t, sample, **options)
+    assert not asked
+
+
+def test_guards_hear_other_generators() -> None:
+    """A list of them, and none."""
+    kind, x = diffusers.DDPMScheduler, torch.linspace(-2, 2, 120).view(SHAPE)
+    ours, found = fastcfg.accelerate(kind()), []
+    for _ in range(4):
+        run(ours, generator=torch.Generator().manual_seed(1))
+    for s in (kind(), ours):
+        s.set_timesteps(STEPS)
+        given = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        found.append([s.step(x, s.timesteps[0], x, generator=g).prev_sample for g in (given, given[0])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_guards_hear_a_change_far_back_in_a_long_past() -> None:
+    ours, theirs, found = fastcfg.accelerate(diffusers.IPNDMScheduler()), diffusers.IPNDMScheduler(), []
+    x = torch.linspace(-2, 2, 120).view(SHAPE)
+    for s, runs in ((theirs, 1), (ours, 4)):
+        for number in range(runs):
+            s.set_timesteps(20)
+            for index, t in enumerate(s.timesteps):
+                if index == 18 and number == runs - 1:
+                    s.ets[-2] = s.ets[-2].double()
+                result = s.step(x, t, x).prev_sample
+        found.append(result)
+    assert found[0].dtype == found[1].dtype
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_guards_hear_a_level_between_the_halves_of_a_step() -> None:
+    found, x = [], torch.linspace(-2, 2, 120).view(SHAPE)
+    for s, runs in ((diffusers.HeunDiscreteScheduler(), 1), (fastcfg.accelerate(diffusers.HeunDiscreteScheduler()), 4)):
+        for number in range(runs):
+            s.set_timesteps(STEPS)
+            for index, t in enumerate(s.timesteps):
+                if index == 5 and number == runs - 1:
+                    s.dt = 1.5 * s.dt
+                result = s.step(x, t, x).prev_sample
+                if index == 5:
+                    break
+        found.append(result)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)

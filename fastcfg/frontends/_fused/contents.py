@@ -71,7 +71,7 @@ class Contents:
                 return value.dtype, value.shape, value.stride(), value.device, wanted
         elif kind is bool or kind is float:
             return kind, value
-        elif kind in _CONTAINERS and len(value) < _LONG:
+        elif kind in _CONTAINERS and (len(value) < _LONG or has_tensors(value)):
             items = value if kind is not dict else (*value, *value.values())
             return kind, *[item if type(item) in _PLAIN else self.of(item) for item in items]
         known = self.known.get(id(value))
@@ -107,6 +107,11 @@ class Contents:
                 self.known.clear()
             known = self.known[id(value)] = make(value)
         return known
+
+
+def has_tensors(values: Any) -> bool:
+    """Whether a list or the like ends with a step's input: a past, which tells as many others."""
+    return type(values) in (list, tuple) and bool(values) and type(values[-1]) is Tensor and values[-1].ndim > 1
 
 
 def _tensor(tensor: Tensor) -> _Known:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ...compiler.step import CONFIG, MISSING
-from ...utils._torch_private import same_tensors
+from ...utils._torch_private import same_tensor
 from ...utils.identity import is_self_contained
-from .contents import Contents
+from .contents import Contents, has_tensors
 
 # Called with the attributes, their contents, and the step's arguments.
 Guard = Callable[[Mapping[str, Any], Contents, Tensor, Any, Tensor, Mapping[str, Any]], bool]
@@ -53,7 +53,6 @@ class _Conditions:
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
         self.timesteps: Tensor | None = None
-        self._tensors: dict[str, Tensor] = {}
         self._numbers = itertools.count()
 
     def named(self, value: Any) -> str:
@@ -70,12 +69,7 @@ class _Conditions:
         """An input of a step: a tensor of two dimensions or more."""
         if value.requires_grad and torch.is_grad_enabled():
             raise _UnguardedError
-        self._tensors[where] = value
-
-    def tensors(self) -> None:
-        """All inputs, in one call: it costs what two reads of a tensor's attributes do."""
-        check = self.named(same_tensors(*self._tensors.values()))
-        self.add(f"{check}({', '.join(self._tensors)})")
+        self.add(f"{self.named(same_tensor(value))}({where})")
 
     def current(self, others: _Others) -> None:
         """The classes and modules have what was read of them."""
@@ -111,7 +105,7 @@ class _Conditions:
         elif kind is Tensor and value.ndim > 1:
             self.lines.pop()
             self.tensor(value, where)
-        elif kind in (list, tuple) and len(value) < _SHORT:
+        elif kind in (list, tuple) and (len(value) < _SHORT or has_tensors(value)):
             self.add(f"len({here}) == {len(value)}")
             for number, item in enumerate(value):
                 self.contents(item, f"{here}[{number}]", contents)
@@ -119,6 +113,9 @@ class _Conditions:
             # The steps kept in lists are other tensors in every run.
             self.add(f"{here}.ndim == 0", f"{here}.dtype is {self.named(value.dtype)}")
             self.add(f"{_ENTRY}.elements.get({here}.data_ptr()) == {number!r}")
+        elif kind is Tensor and value.ndim == 0 and value.is_cpu and value.item():
+            # Levels that a step computes are other tensors in every step.
+            self.add(f"{self.named(same_tensor(value))}({here})", f"{here}.item() == {self.named(value.item())}")
         elif id(value) in contents.known:
             entry = _ENTRY if where == _TIMESTEPS else self.named(None)
             self.add(f"({entry} := known(id({here}))) is not None", f"{entry}.value is {here}")
@@ -148,7 +145,11 @@ def guard_of(
             conditions.tensor(tensor, name)
         conditions.add(f"tuple(options) == {conditions.named(tuple(options))}")
         for name, value in options.items():
-            conditions.contents(_plain(value), f"options[{name!r}]", contents)
+            where = f"options[{name!r}]"
+            if isinstance(value, torch.Generator):
+                conditions.add(f"isinstance({where}, {conditions.named(torch.Generator)})")
+            else:
+                conditions.contents(_plain(value), where, contents)
         conditions.add(f"tuple(state) == {conditions.named(tuple(state))}")
         timesteps = state.get("timesteps")
         if type(timesteps) is Tensor and timesteps.ndim == 1:
@@ -163,7 +164,6 @@ def guard_of(
                 conditions.contents(state[name], f"state[{name!r}]", contents)
         _timestep(conditions, timestep, contents)
         conditions.current(others)
-        conditions.tensors()
     except _UnguardedError:
         return None
     names: dict[str, Any] = {}

@@ -39,10 +39,15 @@ class FusedSteps:
         self.last: ReadyStep | None = None  # of the last step; None if the original made it
 
     def look(self, scheduler: Any) -> None:
-        """Read what is on a device now, rather than in the first step."""
-        for value in vars(scheduler).values():
-            if isinstance(value, Tensor) and value.ndim == 1 and value.device.type != "cpu":
+        """Read a new run's levels now, rather than in its first step."""
+        self.last = None
+        for name, value in vars(scheduler).items():
+            if type(value) is not Tensor or value.ndim != 1:
+                continue
+            if name == "timesteps" or value.device.type != "cpu":
                 self._contents.look(value)
+            else:
+                self._contents.of(value)
 
     def find_index(self, scheduler: Any, timestep: Any) -> None:
         """Set a scheduler's index where a run begins, which some `scale_model_input`s look for on the device, waiting
