@@ -53,8 +53,8 @@ class Combine:
     """
 
     __slots__ = (
-        *("_again", "_kernel", "_learned", "_num_inputs", "_num_outputs", "_reference"),
-        *("backend", "combination", "device", "dtype"),
+        *("_kernel", "_learned", "_num_inputs", "_num_outputs", "_reference"),
+        *("again", "backend", "combination", "device", "dtype"),
     )
 
     def __init__(
@@ -76,8 +76,9 @@ class Combine:
         self._learned = combination.noise is not None
         self._reference = ReferenceCombine(combination, dtype, device)
         self._kernel = self._fused(torch.device(device))
-        # The last native call: whether each tensor is like its own, the results' dtypes, and what computes them.
-        self._again: tuple[list[Callable[[Tensor], bool]], Sequence[torch.dtype], Callable[..., None]] | None = None
+        # Of the last native call: whether each tensor is like its own, a function of the addresses of inputs and
+        # results that computes these, and their dtypes.
+        self.again: tuple[list[Callable[[Tensor], bool]], Callable[..., None], Sequence[torch.dtype]] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Combine, (self.combination, self.device, self.dtype, self.backend)
@@ -106,8 +107,8 @@ class Combine:
         Raises:
             ValueError: another number of inputs or dtypes, or an input of another shape.
         """
-        if (again := self._again) is not None:
-            checks, known, launch = again
+        if (again := self.again) is not None:
+            checks, launch, known = again
             fits = known == dtypes and len(inputs) == self._num_inputs and not in_function_transform()
             if fits and _are_alike(checks, inputs):
                 return run_native(launch, inputs, dtypes)
@@ -133,7 +134,7 @@ class Combine:
                 return self._kernel(inputs, dtypes, variance)
             launch = self._kernel.launch(inputs, dtypes, variance)
             if _are_in_place(given, inputs):
-                self._again = [same_tensor(tensor) for tensor in given], copy.copy(dtypes), launch
+                self.again = [same_tensor(tensor) for tensor in given], launch, copy.copy(dtypes)
             return run_native(launch, inputs, dtypes)
         return self._reference(inputs, dtypes, variance)
 

@@ -7,6 +7,8 @@ import inspect
 import json
 import logging
 import pickle
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from fastcfg.cli.parser import UsageError
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends._fused import fall_through as _fall_through
 from fastcfg.frontends._fused import steps
-from fastcfg.frontends._fused.ready import Call, drawn
+from fastcfg.frontends._fused.program import drawn
 from fastcfg.frontends._fused.subclass import STATE
 from fastcfg.frontends.diffusers import fuse
 from fastcfg.ops.combine import Combine
@@ -162,9 +164,9 @@ def test_every_step_is_the_original_s(name: str, config: dict[str, Any], begin: 
         assert [value.shape for value in got.values()] == [value.shape for value in want.values()]
         # The same sums in float64.
         step = getattr(ours, STATE).last
-        call = Call(before, output, own_t, x, {"generator": redrawn})
-        call.noises = [drawn(draw, call) for draw in step.form.draws]
-        inputs = [fetch(call).double() for fetch in step.form.inputs]
+        noises = [drawn(draw, x, {"generator": redrawn}) for draw in step.form.draws]
+        places = {"sample": x, "output": output, "state": before, "draw": noises}
+        inputs = [reduce(getitem, keys, places[kind]).double() for kind, *keys in step.form.sources]
         exact = Combine(step.combine.combination, "cpu", torch.float64)(inputs, [torch.float64] * len(step.form.dtypes))
         for i, (a, b, c) in enumerate(zip(got.values(), want.values(), exact, strict=False)):
             a, b = a.double(), b.double()

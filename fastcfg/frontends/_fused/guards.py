@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from functools import lru_cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -27,7 +28,8 @@ _SHORT = 16
 # The timesteps, and the name of what is known of them.
 _TIMESTEPS, _ENTRY = "state['timesteps']", "known_timesteps"
 _HEAD = """\
-def guard(state, contents, output, timestep, sample, options):
+def guard(values, state, contents, output, timestep, sample, options):
+    {values} = values
     known, configs, of = contents.known.get, contents.configs.known.get, contents.of
     try:
         return bool(
@@ -47,19 +49,23 @@ class _UnguardedError(Exception):
 
 
 class _Conditions:
-    """Conditions in the words of Python, and the values that they name."""
+    """Conditions in the words of Python, and the values that they name: those of a run's steps are mostly the same but
+    for these, and Python runs code that it has just run in half of the time."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.names: dict[str, Any] = {}
+        self.values: list[Any] = []
         self.timesteps: Tensor | None = None
         self._numbers = itertools.count()
 
     def named(self, value: Any) -> str:
         """A name for a value."""
-        name = f"v{next(self._numbers)}"
-        self.names[name] = value
-        return name
+        self.values.append(value)
+        return f"v{len(self.values) - 1}"
+
+    def local(self) -> str:
+        """A name for what a condition finds."""
+        return f"x{next(self._numbers)}"
 
     def add(self, *conditions: str) -> None:
         """More of them."""
@@ -79,7 +85,7 @@ class _Conditions:
 
     def config(self, key: Hashable, items: frozenset[str] | None) -> None:
         """Some items of the config, or all."""
-        here, entry = self.named(None), self.named(None)
+        here, entry = self.local(), self.local()
         self.add(f"({here} := state[{CONFIG!r}]) is not None", f"({entry} := configs(id({here}))) is not None")
         self.add(f"{entry}.config is {here}", f"{entry}.unchanged()")
         self.add(f"{entry}.keys.get({self.named(items)}) == {self.named(key)}")
@@ -90,7 +96,7 @@ class _Conditions:
 
     def contents(self, value: Any, where: str, contents: Contents) -> None:
         """A value that decides about a step."""
-        kind, here = type(value), self.named(None)
+        kind, here = type(value), self.local()
         self.add(f"(type({here} := {where}) is {self.named(kind)})")
         if value is None or kind is bool:
             self.add(f"{here} is {value}")
@@ -112,12 +118,12 @@ class _Conditions:
         elif kind is Tensor and value.ndim == 0 and (number := self.element(value, contents)) is not None:
             # The steps kept in lists are other tensors in every run.
             self.add(f"{here}.ndim == 0", f"{here}.dtype is {self.named(value.dtype)}")
-            self.add(f"{_ENTRY}.elements.get({here}.data_ptr()) == {number!r}")
+            self.add(f"{_ENTRY}.elements.get({here}.data_ptr()) == {self.named(number)}")
         elif kind is Tensor and value.ndim == 0 and value.is_cpu and value.item():
             # Levels that a step computes are other tensors in every step.
             self.add(f"{self.named(same_tensor(value))}({here})", f"{here}.item() == {self.named(value.item())}")
         elif id(value) in contents.known:
-            entry = _ENTRY if where == _TIMESTEPS else self.named(None)
+            entry = _ENTRY if where == _TIMESTEPS else self.local()
             self.add(f"({entry} := known(id({here}))) is not None", f"{entry}.value is {here}")
             self.add(f"{entry}.now() == {entry}.then")
             key = self.named(contents.known[id(value)].key)
@@ -166,10 +172,16 @@ def guard_of(
         conditions.current(others)
     except _UnguardedError:
         return None
+    names = "".join(f"v{number}, " for number in range(len(conditions.values)))
+    source = _HEAD.format(values=f"({names})", conditions="\n            and ".join(conditions.lines))
+    return partial(_compiled(source), tuple(conditions.values))
+
+
+@lru_cache(1024)
+def _compiled(source: str) -> Callable[..., bool]:
     names: dict[str, Any] = {}
-    source = _HEAD.format(conditions="\n            and ".join(conditions.lines))
-    exec(compile(source, "<guard>", "exec"), conditions.names, names)
-    found: Guard = names["guard"]
+    exec(compile(source, "<guard>", "exec"), names)
+    found: Callable[..., bool] = names["guard"]
     return found
 
 

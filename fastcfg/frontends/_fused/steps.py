@@ -16,7 +16,7 @@ from ...utils.lru import LRU
 from .contents import Contents
 from .fall_through import FallThroughError
 from .guards import Guard, guard_of
-from .ready import Call, ReadyStep, StepForms
+from .ready import ReadyStep, StepForms
 
 _MOST_GUARDS = 8  # made after one step: runs that differ every time have none
 # The attributes that a step read, in order, and what it read of the config: the names of items, or None for all.
@@ -83,7 +83,7 @@ class FusedSteps:
         guard = None if following is None else following.guard
         if guard is not None and guard(state, self._contents, output, timestep, sample, options):
             ready = following.ready  # type: ignore[union-attr]
-            result = ready.run(Call(state, output, timestep, sample, options))
+            result = ready.run(ready, state, output, timestep, sample, options)
             self.last = ready
             return result
         for tensor in (sample, output):
@@ -104,7 +104,7 @@ class FusedSteps:
             _Following.after(last, known).note(ready, partial(guard_of, *arguments))
         if isinstance(ready, str):
             raise FallThroughError(ready)
-        result = ready.run(Call(state, output, timestep, sample, options))
+        result = ready.run(ready, state, output, timestep, sample, options)
         self.last = ready
         return result
 
