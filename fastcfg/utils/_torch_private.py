@@ -3,6 +3,7 @@ any other). What only some programs need is looked up when it is called, so that
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -36,9 +37,17 @@ def in_function_transform() -> bool:
 def same_tensor(tensor: torch.Tensor) -> Callable[[Any], bool]:
     """A function of a value: whether it is a tensor of the same class, dtype, device, shape, strides and dispatch keys,
     and lets gradients through or not, as the one here. (Of several tensors torch asks that none is there twice.)"""
+    check: Callable[[Any], bool]
+    for check in tuple(_checks):  # one for all tensors that are alike stays in the CPU's caches
+        if check(tensor):
+            return check
     guards: Any = torch._C._dynamo.guards.TensorGuards  # its stub is wrong
-    check: Callable[[Any], bool] = guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    check = guards(tensor, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    _checks.append(check)
     return check
+
+
+_checks: deque[Callable[[Any], bool]] = deque(maxlen=16)  # made last
 
 
 def release_capture_pool(device: int, pool: Any) -> None:

@@ -95,7 +95,7 @@ def warmed(kind: Any) -> Any:
     for _ in range(3):
         run(ours)
     run(ours, stop=AT)
-    assert ours._fastcfg_state.last.following.guard is not None
+    assert ours._fastcfg_state.last.following.guarded is not None
     return fastcfg.accelerate(kind())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .fall_through import FallThroughError, log_once
-from .steps import FusedSteps
+from .steps import UNKNOWN, FusedSteps
 from .subclass import STATE, subclass
 
 
@@ -18,6 +18,7 @@ def fused_class(original: type) -> type:
     """The subclass of a scheduler class."""
     base: Any = original
     names = list(inspect.signature(base.step).parameters)[1:]
+    in_order = names[1:3] == ["timestep", "sample"]
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,10 +29,16 @@ def fused_class(original: type) -> type:
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling() and len(args) <= len(names):
-            options = dict(zip(names, args, strict=False)) | kwargs
+            steps = _steps_of(self, base)
             try:
-                output, timestep, sample = (options.pop(name, None) for name in (names[0], "timestep", "sample"))
-                return _steps_of(self, base).step(self, output, timestep, sample, options)
+                if in_order and len(args) == 3:
+                    options = kwargs
+                    output, timestep, sample = args
+                else:
+                    options = dict(zip(names, args, strict=False)) | kwargs
+                    output, timestep, sample = (options.pop(name, None) for name in (names[0], "timestep", "sample"))
+                result = steps.follow(self, output, timestep, sample, options)
+                return steps.step(self, output, timestep, sample, options) if result is UNKNOWN else result
             except FallThroughError as error:
                 log_once(original.__name__, str(error))
         return base.step(self, *args, **kwargs)

@@ -21,6 +21,7 @@ from .ready import ReadyStep, StepForms
 _MOST_GUARDS = 8  # made after one step: runs that differ every time have none
 # The attributes that a step read, in order, and what it read of the config: the names of items, or None for all.
 Read = tuple[tuple[str, ...], frozenset[str] | None]
+UNKNOWN = object()  # the result of a step that is another than before
 _STEPS = 4096  # kept for a class; every step of a run is one
 
 
@@ -73,19 +74,28 @@ class FusedSteps:
         except Exception:  # the original says it
             return
 
+    def follow(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: Mapping[str, Any]) -> Any:
+        """A step that is the one which came after the last one before; `UNKNOWN` if this is not known. Raises as
+        `step`."""
+        kind: Any = type(scheduler)
+        last, state = self.last, vars(scheduler)
+        following = _known_steps(kind, self._base.step).first if last is None else last.following
+        if following is None or following.guarded is None:
+            return UNKNOWN
+        guard, ready = following.guarded
+        if not guard(state, self._contents, output, timestep, sample, options):
+            return UNKNOWN
+        self.last = None
+        result = ready.run(ready, state, output, timestep, sample, options)
+        self.last = ready
+        return result
+
     def step(self, scheduler: Any, output: Any, timestep: Any, sample: Any, options: Mapping[str, Any]) -> Any:
-        """A step, with further arguments by name. Raises `FallThroughError`, before any change, if the original must
-        run."""
+        """A step that is not the one which came before, with further arguments by name. Raises `FallThroughError`,
+        before any change, if the original must run."""
         last, self.last = self.last, None
         kind: Any = type(scheduler)
         state, known = vars(scheduler), _known_steps(kind, self._base.step)
-        following = known.first if last is None else last.following
-        guard = None if following is None else following.guard
-        if guard is not None and guard(state, self._contents, output, timestep, sample, options):
-            ready = following.ready  # type: ignore[union-attr]
-            result = ready.run(ready, state, output, timestep, sample, options)
-            self.last = ready
-            return result
         for tensor in (sample, output):
             if type(tensor) is not Tensor or tensor.layout is not torch.strided:
                 raise FallThroughError(f"sample or model output is a {type(tensor).__name__}")
@@ -160,11 +170,11 @@ class FusedSteps:
 class _Following:
     """What came after a step: the last one that was found by its key, and a guard of it from the second time on."""
 
-    __slots__ = ("guard", "made", "ready")
+    __slots__ = ("guarded", "made", "ready")
 
     def __init__(self) -> None:
         self.ready: Any = None
-        self.guard: Guard | None = None
+        self.guarded: tuple[Guard, ReadyStep] | None = None  # in one: threads share them
         self.made = 0
 
     @staticmethod
@@ -180,9 +190,10 @@ class _Following:
     def note(self, ready: ReadyStep, make: Callable[[], Guard | None]) -> None:
         """Note the step that came after it."""
         if ready is not self.ready:
-            self.ready, self.guard = ready, None
+            self.ready, self.guarded = ready, None
         elif self.made < _MOST_GUARDS:
-            self.guard, self.made = make(), self.made + 1
+            guard, self.made = make(), self.made + 1
+            self.guarded = None if guard is None else (guard, ready)
 
 
 class _KnownSteps:
