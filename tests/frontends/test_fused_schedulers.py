@@ -22,7 +22,8 @@ from fastcfg.cli.parser import UsageError
 from fastcfg.frontends import diffusers as fused
 from fastcfg.frontends._fused import fall_through as _fall_through
 from fastcfg.frontends._fused import steps
-from fastcfg.frontends._fused.program import drawn
+from fastcfg.frontends._fused.program import drawn, is_torch_s
+from fastcfg.frontends._fused.steps import UNKNOWN
 from fastcfg.frontends._fused.subclass import STATE
 from fastcfg.frontends.diffusers import fuse
 from fastcfg.ops.combine import Combine
@@ -301,6 +302,19 @@ def test_one_generator_for_every_sample() -> None:
     want = sample(make("DDPMScheduler", {}), generator=generators())
     got = sample(fuse(make("DDPMScheduler", {})), generator=generators())
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_only_diffusers_own_draws_are_torch_s() -> None:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    assert is_torch_s(randn_tensor)
+    assert not is_torch_s(lambda *args, **options: randn_tensor(*args, **options))
+
+    def other(*args: Any, **options: Any) -> torch.Tensor:
+        return 2 * randn_tensor(*args, **options)
+
+    other.__module__, other.__qualname__ = randn_tensor.__module__, randn_tensor.__qualname__
+    assert not is_torch_s(other)
 
 
 def test_a_second_run_is_the_first() -> None:
@@ -586,3 +600,52 @@ def test_generators_whose_draws_cannot_be_put_together_are_drawn_from_once() -> 
             scheduler.step(x / 2, scheduler.timesteps[0], x, generator=generators)
         states.append([generator.get_state() for generator in generators])
     assert all(map(torch.equal, *states))
+
+
+SCALING = ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler"]
+
+
+@pytest.mark.parametrize("name", SCALING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scaled_samples_have_the_original_s_bits(name: str, dtype: torch.dtype) -> None:
+    """Also where levels change in place, or the index does, between two calls that are like earlier ones."""
+    original, ours = make(name, {}), fuse(make(name, {}))
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for run in range(5):
+        for scheduler in (original, ours):
+            scheduler.set_timesteps(6)
+        for number, t in enumerate(original.timesteps):
+            if run == 4 and number == 3:
+                for scheduler in (original, ours):
+                    scheduler.sigmas.mul_(1.25)
+            if run == 4 and number == 4:
+                original._step_index, ours._step_index = 1, 1
+            want, got = (s.scale_model_input(x, s.timesteps[number]) for s in (original, ours))
+            assert torch.equal(got, want)
+            assert got.dtype == dtype
+            assert got.data_ptr() != x.data_ptr()
+            assert list(vars(original)) == list(vars(ours))
+            assert vars(original).get("is_scale_input_called") == vars(ours).get("is_scale_input_called")
+            assert original._step_index == ours._step_index
+            for scheduler in (original, ours):
+                scheduler.step(want, t, x)
+    assert getattr(ours, STATE).scaling._failures == 0
+    assert getattr(ours, STATE).scaling.last is not None
+
+
+def test_what_does_not_scale_is_the_original_s_soon() -> None:
+    ours, x = fuse(make("DDIMScheduler", {})), torch.randn(2, 3, 5, 5)
+    ours.set_timesteps(3)
+    assert ours.scale_model_input(x, ours.timesteps[0]) is x
+    assert getattr(ours, STATE).scaling.scale(ours, x, ours.timesteps[0]) is UNKNOWN
+
+
+def test_another_scaling_of_the_class_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, x = diffusers.EulerDiscreteScheduler, torch.randn(2, 3, 5, 5)
+    ours = fuse(kind())
+    for _ in range(3):
+        ours.set_timesteps(3)
+        ours.scale_model_input(x, ours.timesteps[0])
+    ours.set_timesteps(3)
+    monkeypatch.setattr(kind, "scale_model_input", lambda self, sample, timestep: 3 * sample)
+    assert torch.equal(ours.scale_model_input(x, ours.timesteps[0]), 3 * x)

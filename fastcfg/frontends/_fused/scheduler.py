@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .fall_through import FallThroughError, log_once
+from .scaling import FusedScaling, Scaling
 from .steps import UNKNOWN, FusedSteps
 from .subclass import STATE, subclass
 
@@ -18,12 +19,18 @@ def fused_class(original: type) -> type:
     """The subclass of a scheduler class."""
     base: Any = original
     names = list(inspect.signature(base.step).parameters)[1:]
+    scaling = Scaling(base) if hasattr(base, "scale_model_input") else None
     in_order = names[1:3] == ["timestep", "sample"]
 
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.set_timesteps(self, *args, **kwargs)
-        _steps_of(self, base).look(self)
+        steps = _steps_of(self, base)
+        steps.look(self)
+        if scaling is not None:
+            if steps.scaling is None:
+                steps.scaling = FusedScaling(scaling, steps)
+            steps.scaling.last = None
         return result
 
     @functools.wraps(base.step)
@@ -49,7 +56,12 @@ def fused_class(original: type) -> type:
         @functools.wraps(base.scale_model_input)
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
-                _steps_of(self, base).find_index(self, args[0] if args else kwargs.get("timestep"))
+                steps = _steps_of(self, base)
+                if len(args) == 1 and not kwargs and steps.scaling is not None:
+                    result = steps.scaling.scale(self, sample, args[0])
+                    if result is not UNKNOWN:
+                        return result
+                steps.find_index(self, args[0] if args else kwargs.get("timestep"))
             return base.scale_model_input(self, sample, *args, **kwargs)
 
         methods["scale_model_input"] = scale_model_input

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compiler.step import UntraceableError, trace_step
+from ...compiler.step import TracedStep, UntraceableError, trace_step
 from ...utils.identity import NoValueError, value_key, view_index
 from ...utils.lru import LRU
 from .contents import Contents
@@ -37,6 +37,7 @@ class FusedSteps:
         self._base = base  # the class before it was fused
         self._contents = Contents()
         self._indices: LRU[tuple[int | None]] = LRU(_STEPS)
+        self.scaling: Any = None  # a `FusedScaling`
         self.last: ReadyStep | None = None  # of the last step; None if the original made it
 
     def look(self, scheduler: Any) -> None:
@@ -135,7 +136,14 @@ class FusedSteps:
             traced = trace_step(scheduler, self._base.step, output, on_host(timestep), sample, given)
         except UntraceableError as error:
             return (tuple(sorted(error.reads)), error.config), str(error)
-        return (tuple(sorted(traced.reads)), traced.config), forms.ready(traced, type(scheduler), output, sample)
+        ready = self._ready(forms, traced, scheduler, output, timestep, sample)
+        return (tuple(sorted(traced.reads)), traced.config), ready
+
+    def _ready(
+        self, forms: StepForms, traced: TracedStep, scheduler: Any, output: Tensor, timestep: Any, sample: Tensor
+    ) -> ReadyStep | str:
+        """A traced step made ready to run, or why it cannot be."""
+        return forms.ready(traced, type(scheduler), output, sample)
 
     def _single(self, state: Mapping[str, Any], tensor: Tensor) -> Any:
         """The key of a tensor of one number, which is not read from a device if it is one of the timesteps."""
