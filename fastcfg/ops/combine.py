@@ -16,7 +16,7 @@ from ..utils._torch_private import in_function_transform, same_tensor
 from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import LOADED_DTYPES
 from .extension import native_problem
-from .native_combine import NativeCombine, has_native_combine, run_native
+from .native_combine import NativeCombine, run_native
 from .threshold import dynamic_threshold
 
 __all__ = ["Combine"]
@@ -74,7 +74,7 @@ class Combine:
         self.backend = resolve_backend(backend, device, dtype, (*PIECE_BACKENDS, "native"))
         self._num_outputs, self._num_inputs = combination.coefficients.shape
         self._learned = combination.noise is not None
-        self._reference = ReferenceCombine(combination, dtype, device)
+        self._reference: ReferenceCombine | None = None  # made when it is needed
         self._kernel = self._fused(torch.device(device))
         # Of the last native call: whether each tensor is like its own, a function of the addresses of inputs and
         # results that computes these, and their dtypes.
@@ -85,7 +85,10 @@ class Combine:
 
     def _fused(self, device: torch.device) -> _Kernel | NativeCombine | None:
         if self.backend == "native":
-            return NativeCombine(self.combination) if has_native_combine(self.combination) else None
+            try:
+                return NativeCombine(self.combination)
+            except ValueError:
+                return None
         if self.backend != "triton":
             return None
         from ..kernels.combine import MAX_INPUTS, MAX_OUTPUTS
@@ -136,6 +139,8 @@ class Combine:
             if _are_in_place(given, inputs):
                 self.again = [same_tensor(tensor) for tensor in given], launch, copy.copy(dtypes)
             return run_native(launch, inputs, dtypes)
+        if self._reference is None:
+            self._reference = ReferenceCombine(self.combination, self.dtype, self.device)
         return self._reference(inputs, dtypes, variance)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,23 +18,30 @@ from .extension import instruction_sets, native_module
 # As in kernels/cpu/combine.h.
 MAX_INPUTS, MAX_OUTPUTS = 12, 6
 _TERMS = MAX_INPUTS + 1
+_LARGEST = torch.finfo(torch.float32).max
 _NO_CLIP, _CLIP, _THRESHOLD = range(3)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class NativeCombine:
-    """The launch of a combination that `has_native_combine`.
+    """The launch of a combination that can be packed (`pack`).
 
     Args:
         combination: the sums.
         instructions: one of `instruction_sets`, by default the widest.
+
+    Raises:
+        ValueError: the kernel has no room for the sums, or numbers are not finite in float32.
     """
 
     __slots__ = ("_combination", "_packed", "_set")
 
     def __init__(self, combination: Combination, instructions: str | None = None) -> None:
-        self._combination, self._packed = combination, _pack(combination)
+        packed = pack(combination)
+        if packed is None:
+            raise ValueError("combination: got one without a native kernel")
+        self._combination, self._packed = combination, packed
         names = instruction_sets()
         self._set = names.index(instructions or names[-1])
 
@@ -90,58 +97,46 @@ def run_native(launch: Callable[..., None], inputs: Sequence[Tensor], dtypes: Se
     return results
 
 
-def has_native_combine(combination: Combination) -> bool:
-    """Whether the native kernel computes these sums: as many as it has room for, with finite float32 numbers."""
+def pack(combination: Combination) -> bytes | None:
+    """`Combination` of kernels/cpu/combine.h; None for sums that it has no room for, or numbers that are not finite in
+    float32."""
     outputs, inputs = combination.coefficients.shape
     if outputs > MAX_OUTPUTS or inputs > MAX_INPUTS:
-        return False
-    with np.errstate(over="ignore"):
-        return bool(np.isfinite(np.array(_numbers(combination), np.float32)).all())
-
-
-def _numbers(combination: Combination) -> list[float]:
-    """All that is packed in float32."""
-    sums = _sums(combination)
-    values = [number for total in sums for number in (total.factor, *(value for _, value in total.terms))]
-    clip = combination.clip
-    bounds = [] if clip is None or isinstance(clip, DynamicThreshold) else [clip]
-    bounds += [clip.floor] if isinstance(clip, DynamicThreshold) else []
-    return [*values, *bounds, combination.l_0, combination.l_v]
-
-
-def _sums(combination: Combination) -> list[Sum]:
-    """x0 and the outputs."""
-    x0 = combination.sum_of_x0() if combination.uses_x0 else Sum(())
-    return [x0, *(combination.sum_of(j) for j in range(len(combination.coefficients)))]
-
-
-def _pack(combination: Combination) -> bytes:
-    """`Combination` of kernels/cpu/combine.h."""
-    outputs, inputs = combination.coefficients.shape
-    noise = -1 if combination.noise is None else combination.noise
-    sums = _sums(combination)
-    used = {index for total in sums for index, _ in total.terms if index < inputs} | ({noise} - {-1})
-    clip, kind, bound, floor, ceiling = combination.clip, _NO_CLIP, 0.0, 0.0, np.inf
+        return None
+    uses_x0, noise = combination.uses_x0, -1 if combination.noise is None else combination.noise
+    sums = [combination.sum_of_x0() if uses_x0 else Sum(()), *map(combination.sum_of, range(outputs))]
+    clip = combination.clip if uses_x0 else None
+    kind, bound, floor, ceiling = _NO_CLIP, 0.0, 0.0, math.inf
     if isinstance(clip, DynamicThreshold):
-        kind, floor, ceiling = _THRESHOLD, clip.floor, np.inf if clip.ceiling is None else clip.ceiling
+        # A ceiling beyond float32 is none.
+        kind, floor = _THRESHOLD, clip.floor
+        ceiling = clip.ceiling if clip.ceiling is not None and clip.ceiling <= _LARGEST else math.inf
     elif clip is not None:
         kind, bound = _CLIP, clip
-    if not combination.uses_x0:
-        kind = _NO_CLIP
+    used = {index for total in sums for index, _ in total.terms if index < inputs} | ({noise} - {-1})
     bits = sum(1 << index for index in used)
-    head = struct.pack("=6i", inputs, outputs, bits, combination.uses_x0, kind, noise)
-    with np.errstate(over="ignore"):  # a ceiling beyond float32 is none
-        numbers = np.array([bound, combination.l_0, combination.l_v, floor, ceiling], np.float32).tobytes()
-    sums += [Sum(())] * (1 + MAX_OUTPUTS - len(sums))
-    return head + numbers + b"".join(_pack_sum(total, inputs) for total in sums)
+    head = struct.pack("=6i", inputs, outputs, bits, uses_x0, kind, noise)
+    numbers = [bound, combination.l_0, combination.l_v, floor]
+    numbers += [number for total in sums for number in (total.factor, *(value for _, value in total.terms))]
+    if not all(map(math.isfinite, numbers)):
+        return None
+    try:
+        parts = [_pack_sum(total, inputs) for total in sums]
+        parts += [_NO_SUM] * (1 + MAX_OUTPUTS - len(sums))
+        return head + struct.pack("=5f", *numbers[:4], ceiling) + b"".join(parts)
+    except OverflowError:  # beyond float32
+        return None
 
 
 def _pack_sum(total: Sum, inputs: int) -> bytes:
-    places = [MAX_INPUTS if index == inputs else index for index, _ in total.terms]
-    numbers = [*_padded([value for _, value in total.terms], _TERMS), total.factor]
-    return (
-        struct.pack(f"={1 + _TERMS}i", len(places), *_padded(places, _TERMS)) + np.array(numbers, np.float32).tobytes()
-    )
+    places, values = zip(*total.terms, strict=True) if total.terms else ((), ())
+    places = tuple(MAX_INPUTS if index == inputs else index for index in places)
+    rest = (0,) * (_TERMS - len(places))
+    return _SUM.pack(len(places), *places, *rest, *values, *rest, total.factor)
+
+
+_SUM = struct.Struct(f"={1 + _TERMS}i{_TERMS + 1}f")
+_NO_SUM = _pack_sum(Sum(()), 0)
 
 
 def _padded(values: Sequence[float], size: int) -> list[float]:

@@ -22,7 +22,7 @@ from fastcfg.combination import Combination
 from fastcfg.ops import Combine, extension, native_combine
 from fastcfg.ops import combine as module
 from fastcfg.ops.extension import instruction_sets, native_problem
-from fastcfg.ops.native_combine import MAX_INPUTS, MAX_OUTPUTS, NativeCombine, has_native_combine
+from fastcfg.ops.native_combine import MAX_INPUTS, MAX_OUTPUTS, NativeCombine, pack
 from fastcfg.utils._torch_private import fake_tensors
 
 CPU = torch.device("cpu")
@@ -255,15 +255,15 @@ def test_auto_takes_the_kernel_on_a_cpu_and_copies_keep_it() -> None:
 
 @built
 def test_what_does_not_fit_is_the_reference_s() -> None:
-    assert has_native_combine(Combination(np.ones((MAX_OUTPUTS, MAX_INPUTS))))
+    assert pack(Combination(np.ones((MAX_OUTPUTS, MAX_INPUTS))))
     for combination in (
         Combination(np.ones((MAX_OUTPUTS + 1, 1))),
         Combination(np.ones((1, MAX_INPUTS + 1))),
     ):
-        assert not has_native_combine(combination)
+        assert not pack(combination)
         assert Combine(combination, CPU, backend="native")._kernel is None
-    assert not has_native_combine(Combination(np.array([[1e39]])))
-    assert not has_native_combine(Combination([[0.0]], [1.0], [1.0], 1e39))  # type: ignore[arg-type]
+    assert not pack(Combination(np.array([[1e39]])))
+    assert not pack(Combination([[0.0]], [1.0], [1.0], 1e39))  # type: ignore[arg-type]
     kernel = NativeCombine(SUM)
     good = torch.randn(2, 3)
     assert kernel.takes([good, good], [F32])
@@ -278,7 +278,7 @@ def test_what_does_not_fit_is_the_reference_s() -> None:
 @built
 def test_addresses_and_structs_that_cannot_be_are_refused() -> None:
     combine = extension.native_module().combine
-    packed, tensor = native_combine._pack(SUM), torch.randn(2)
+    packed, tensor = pack(SUM), torch.randn(2)
     layout = NativeCombine(SUM)._layout([tensor, tensor], [F32], 0)
     address = tensor.data_ptr()
     with pytest.raises(TypeError, match="got 1 arguments"):
