@@ -46,6 +46,7 @@ class ConfigReads:
     def __init__(self) -> None:
         self.config: Any = None
         self.names: set[str] = set()
+        self.attributes: set[str] = set()  # of the names, those that were read as attributes
         self.whole = False
 
     def items(self) -> frozenset[str] | None:
@@ -85,11 +86,13 @@ def _noting_class(kind: Any) -> Any:
     def read_attribute(self: Any, name: str) -> Any:
         if name == "__class__":
             return kind
-        if name not in ("get", "__getitem__", "__contains__"):  # these note by themselves
-            if hasattr(kind, name):
-                notes(self).whole = True
-            else:
-                notes(self).names.add(name)
+        noted = notes(self)
+        if name not in noted.attributes:
+            if not hasattr(kind, name):
+                noted.attributes.add(name)
+                noted.names.add(name)
+            elif name not in ("get", "__getitem__", "__contains__"):  # these note by themselves
+                noted.whole = True
         return plain.__getattribute__(self, name)
 
     def read_item(self: Any, name: Any) -> Any:

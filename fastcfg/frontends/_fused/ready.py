@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...compiler.step import MISSING, Constant, Container, Part, Small, TracedStep, Write
 from ...ops.combine import Combine
-from ...utils.identity import Same
 from ...utils.lru import LRU
 from .program import program_of
 
@@ -54,7 +53,8 @@ class StepForms:
         constants: list[Any] = []
         result = _bare(traced.result, constants)
         writes = tuple(write._replace(part=_bare(write.part, constants)) for write in traced.writes)
-        of_class = tuple((name, Same(value)) for name, value in traced.of_class.items())
+        # A form keeps these values, whose ids are theirs as long as it is known.
+        of_class = frozenset((name, id(value)) for name, value in traced.of_class.items())
         kinds = _kinds(result), tuple(_kinds(write.part) for write in writes)
         key = (kinds, result, writes, traced.sources, traced.dtypes, traced.orders, traced.draws, of_class)
         form = self._known.get_or_make(key, lambda: StepForm(traced, result, writes, kind))
