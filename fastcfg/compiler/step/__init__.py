@@ -39,7 +39,7 @@ from .parts import (
 )
 from .reader import Reader
 from .run import MISSING, Reads, Runs, class_attribute
-from .sums import TOLERANCE, combination_of, prove
+from .sums import TOLERANCE, coefficients_of, combination_of, prove
 from .tensors import CONFIG, BasisVectors, Examples, Inputs, laid_out
 from .watch import unchanged, undrawn
 
@@ -114,9 +114,11 @@ def _traced(scheduler: Any, inputs: Inputs, run: Runs, reads: Reads) -> TracedSt
     combination = None
     if reader.dtypes:
         sums = reader.sums_of(linear)
-        combination = combination_of(inputs, vectors, sums)
+        converted = [value for value in linear.converted if value.shape == vectors.shape] if clip is not None else []
+        rows = coefficients_of([*sums, *converted], vectors, inputs)
+        combination = combination_of(rows[: len(sums)], inputs, vectors, sums)
         if clip is not None:
-            combination = over_limited_x0(combination, inputs, vectors, linear, reader, clip, run)
+            combination = over_limited_x0(combination, inputs, vectors, sums, rows[len(sums) :], reader, clip, run)
         else:
             prove(combination, inputs, vectors.values(), [value[vectors.random] for value in sums], TOLERANCE)
         coarsest = max(torch.finfo(dtype).eps for dtype in (*inputs.dtypes.values(), *reader.dtypes))

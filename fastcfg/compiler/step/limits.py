@@ -14,8 +14,8 @@ from ...combination import Combination
 from ..probe import Array
 from .parts import UntraceableError
 from .reader import Reader
-from .run import Outcome, Runs
-from .sums import TOLERANCE, ZERO, coefficients_of, prove
+from .run import Runs
+from .sums import TOLERANCE, ZERO, prove
 from .tensors import BasisVectors, Inputs
 
 _SAME = 1e-7  # coefficients of x0 by differences of a run's values, which round to 1e-9
@@ -40,19 +40,19 @@ def over_limited_x0(
     combination: Combination,
     inputs: Inputs,
     vectors: BasisVectors,
-    linear: Outcome,
+    found: list[Tensor],
+    converted: Array,
     reader: Reader,
     clip: float | DynamicThreshold,
     run: Runs,
 ) -> Combination:
-    """The sums with what passes through a limited x0 written over it. Candidates for x0 are what the step converts its
-    output to and what it returns or keeps, the next sample last; the sums are proved on random samples."""
-    converted = [value for value in linear.converted if value.shape == vectors.shape]
-    found = reader.sums_of(linear)
+    """The sums, found on basis vectors, with what passes through a limited x0 written over it. Candidates for x0 are
+    what the step converts its output to (the coefficients of these) and what it returns or keeps, the next sample last;
+    the sums are proved on random samples."""
     # Dynamic thresholding divides by its bound.
     floor = clip.floor if isinstance(clip, DynamicThreshold) else 1.0
     rows = combination.coefficients
-    for limited in (*coefficients_of(converted, vectors, inputs), *rows[1:], *rows[:1]):
+    for limited in (*converted, *rows[1:], *rows[:1]):
         if not limited.any():
             continue
         p = floor * limited

@@ -22,9 +22,8 @@ _ROUNDING = 1e-13  # smaller shares of a row are what float64 left of a cancella
 ZERO = 1e-300
 
 
-def combination_of(inputs: Inputs, vectors: BasisVectors, sums: list[Tensor]) -> Combination:
-    """The sums of a run on basis vectors."""
-    rows = coefficients_of(sums, vectors, inputs)
+def combination_of(rows: Array, inputs: Inputs, vectors: BasisVectors, sums: list[Tensor]) -> Combination:
+    """The sums of a run on basis vectors, which have these coefficients."""
     combination = Combination(rows)
     return _learned(combination, inputs, vectors, sums) if inputs.wide else combination
 
