@@ -104,7 +104,7 @@ class Contents:
         known = self.known.get(id(value))
         if known is None or known.value is not value or not known.unchanged():
             if len(self.known) >= _KEPT:
-                self.known.clear()
+                del self.known[next(iter(self.known))]  # the oldest
             known = self.known[id(value)] = make(value)
         return known
 

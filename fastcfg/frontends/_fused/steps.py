@@ -44,20 +44,19 @@ class FusedSteps:
         """Read a new run's levels now, rather than in its first step."""
         self.last = None
         for name, value in vars(scheduler).items():
-            if type(value) is not Tensor or value.ndim != 1:
-                continue
-            if name == "timesteps" or value.device.type != "cpu":
+            if type(value) is Tensor and value.ndim == 1 and (name == "timesteps" or value.device.type != "cpu"):
                 self._contents.look(value)
-            else:
+            elif (type(value) is Tensor and value.ndim == 1) or type(value) in (list, tuple):
                 self._contents.of(value)
 
     def find_index(self, scheduler: Any, timestep: Any) -> None:
         """Set a scheduler's index where a run begins, which some `scale_model_input`s look for on the device, waiting
         for it. The original looks for it in a copy on the host."""
         state = vars(scheduler)
+        if state.get("_step_index", 0) is not None or state.get("_begin_index") is not None:
+            return
         timesteps = state.get("timesteps")
-        begins = "_step_index" in state and state["_step_index"] is None and state.get("_begin_index") is None
-        if not begins or not isinstance(timesteps, Tensor) or timesteps.ndim != 1:
+        if not isinstance(timesteps, Tensor) or timesteps.ndim != 1:
             return
         if (index := view_index(timesteps, timestep)) is None:
             return
