@@ -104,11 +104,12 @@ def _sum_of(row: NDArray[np.float64], of_x0: float, dtype: torch.dtype) -> Sum:
         # the others are rounded before terms cancel.
         factor = of_sample
         terms = [(index, value / factor) for index, value in terms]
-    if len(terms) == 2 and _is_one(terms[1][1], dtype):
+    if len(terms) == 2 and is_one(terms[1][1], dtype):
         # The exact term first: then the other's product is not rounded by itself.
         terms.reverse()
-    return Sum(tuple(terms), 1.0 if _is_one(factor, dtype) else factor)
+    return Sum(tuple(terms), 1.0 if is_one(factor, dtype) else factor)
 
 
-def _is_one(value: float, dtype: torch.dtype) -> bool:
+def is_one(value: float, dtype: torch.dtype) -> bool:
+    """Whether a coefficient is 1 once it is rounded to a dtype."""
     return bool((value if dtype == torch.float64 else np.float32(value)) == 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..clip import DynamicThreshold
 from ..combination import OUTPUT, Combination
 from ..reference import ReferenceCombine
+from ..reference._fma import add_rounds_once, addcmul_rounds_once
 from ..utils._torch_private import in_function_transform, same_tensor
 from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import LOADED_DTYPES
@@ -74,7 +75,9 @@ class Combine:
         self.backend = resolve_backend(backend, device, dtype, (*PIECE_BACKENDS, "native"))
         self._num_outputs, self._num_inputs = combination.coefficients.shape
         self._learned = combination.noise is not None
-        self._reference: ReferenceCombine | None = None  # made when it is needed
+        self._reference: ReferenceCombine | None = None  # made when it is needed, but for what is tried on the device:
+        for try_on in (add_rounds_once, addcmul_rounds_once):
+            try_on(self.device)
         self._kernel = self._fused(torch.device(device))
         # Of the last native call: whether each tensor is like its own, a function of the addresses of inputs and
         # results that computes these, and their dtypes.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..clip import DynamicThreshold
-from ..combination import Combination, Sum
-from ._fma import addcmul_rounds_once, adder, fma
+from ..combination import Combination, Sum, is_one
+from ._fma import adder, fma
 from .pieces import quantile_bound, threshold
 
 
@@ -24,7 +24,6 @@ class ReferenceCombine:
         self.combination, self.dtype = combination, dtype
         count, inputs = combination.coefficients.shape
         self._add = adder(dtype, torch.device(device))
-        addcmul_rounds_once(torch.device(device))  # tried now rather than in a step
         self._sums = tuple(_Prepared(combination.sum_of(j, dtype), dtype, self._add) for j in range(count))
         self._x0 = _Prepared(combination.sum_of_x0(dtype), dtype, self._add) if combination.uses_x0 else None
         used = {index for prepared in (*self._sums, self._x0) if prepared for index in prepared.inputs()}
@@ -90,7 +89,7 @@ class _Prepared:
         # Scalar tensors cost less than numbers here, and stay on the CPU: operations on any device take them as they
         # are.
         self._scale = torch.scalar_tensor(coefficient, dtype=dtype, device="cpu")
-        self._is_scaled = self._scale.item() != 1
+        self._is_scaled = not is_one(coefficient, dtype)
         self._is_zero = not total.terms
         self._factor = None if total.factor == 1 else torch.scalar_tensor(total.factor, dtype=dtype, device="cpu")
         self._add = add
