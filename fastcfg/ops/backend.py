@@ -9,13 +9,15 @@ from importlib.util import find_spec
 
 import torch
 
-from ..utils._torch_private import cpp_compiler_problem
+from ..utils._torch_private import cpp_compiler_problem, current_dispatch_mode, in_function_transform
 from ..utils.checks import check_one_of
 from .extension import headers_problem, native_problem
 
 BACKENDS = ("auto", "triton", "inductor", "native", "reference")
 # For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
 PIECE_BACKENDS = ("auto", "triton", "reference")
+
+NATIVE_PIECE_BACKENDS = (*PIECE_BACKENDS, "native")
 
 # At import: torch.compile cannot trace the look-up.
 _HAS_TRITON = find_spec("triton") is not None
@@ -43,6 +45,27 @@ def resolve_backend(
     if backend != "reference" and problem:
         raise ValueError(f"backend: {backend!r} cannot run here: {problem}")
     return backend
+
+
+def resolve_piece(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    backends: Sequence[str] = BACKENDS,
+    registered: bool = False,
+) -> str:
+    """As `resolve_backend`, for an operation that has a native kernel: "auto" takes it where it can run.
+
+    Under `torch.compile` and the transforms of `torch.func`, which look into operations, the reference runs in its
+    place; under dispatch modes too, unless it is a `registered` operation.
+    """
+    if backend not in ("auto", "native") or backend not in backends:
+        return resolve_backend(backend, device, dtype, backends)
+    if torch.compiler.is_compiling() or in_function_transform() or not (registered or current_dispatch_mode() is None):
+        return resolve_backend("auto", device, dtype)
+    if backend == "auto" and not native_problem(device, dtype):
+        return "native"
+    return resolve_backend(backend, device, dtype, backends)
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> str:

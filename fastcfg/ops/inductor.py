@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..reference import ReferenceStep
 from ..reference._fma import addcmul_rounds_once
-from ..reference.philox import STEP_STREAM, philox_normal
 from ..step import StepBuffers, StepSpec
 from ..utils._torch_private import fake_tensors, inductor_compile, inductor_fma
+from .noise import step_noise
 
 # The engine captures graphs itself. Loops run in threads from torch's own minimal size on: Inductor's default wakes
 # threads for 512 elements (with 2 threads on a busy machine, a step of 12288 took 23 ms instead of 0.2).
@@ -54,8 +54,7 @@ class InductorStep:
         """Args: output: the model's output [K*B, C or 2C, ...] in any floating dtype."""
         buffers = self._buffers
         if self._drawn is not None:
-            row = buffers.counter[0]
-            philox_normal(buffers.seeds, buffers.x.shape[1:], row=row, stream=STEP_STREAM, out=self._drawn)  # type: ignore[arg-type]
+            step_noise(self._drawn, buffers.seeds, buffers.counter[0])  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
             # The caller is being compiled: the step becomes part of it.
             ReferenceStep(self._spec, buffers)(output)

@@ -28,7 +28,7 @@ def native_normal(
 ) -> Tensor:
     """Fill `out`, contiguous float32 [B, ...] on the CPU, with the bits of `philox_normal`: sample i depends on
     seeds[i] alone, contiguous int64 [B]. Nothing is checked; `instructions` is as in `NativeStep`."""
-    number, batch = _set_number(instructions), len(seeds)
+    number, batch = set_number(instructions), len(seeds)
     size = out.numel() // batch
     native_module().normal(number, seeds.data_ptr(), batch, size, row, stream, out.data_ptr())
     return out
@@ -40,7 +40,7 @@ class NativeStep:
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers, instructions: str | None = None) -> None:
         self.spec, self.buffers = spec, buffers
-        self._set = _set_number(instructions)
+        self._set = set_number(instructions)
         self._run = native_module().guided_step
         self._output: Tensor | None = None
         self._width, self._packed = 0, b""
@@ -96,7 +96,8 @@ class NativeStep:
         return struct.pack(f"={len(fields)}q", *fields)
 
 
-def _set_number(instructions: str | None) -> int:
+def set_number(instructions: str | None) -> int:
+    """The number of an instruction set, by default the widest."""
     names = instruction_sets()
     return names.index(instructions or names[-1])
 

@@ -1,4 +1,4 @@
-"""Noise drawn on its own: a run's start, and Brownian noise."""
+"""Noise drawn on its own: a run's start, Brownian noise, and a step's for those that do not draw it themselves."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import torch
 from torch import Tensor
 
 from ..reference.brownian import brownian_normal
-from ..reference.philox import BROWNIAN_STREAM, INITIAL_STREAM, philox_normal
-from .backend import resolve_backend
+from ..reference.philox import BROWNIAN_STREAM, INITIAL_STREAM, STEP_STREAM, philox_normal
+from .backend import resolve_piece
 from .checks import expect
+from .native import native_normal
+from .native_pieces import native_brownian
 
 
 def initial_noise(out: Tensor, seeds: Tensor, backend: str = "auto") -> Tensor:
     """Fill `out`, contiguous float32 [B, ...], with standard normals: sample i depends on seeds[i] alone, int64 [B].
 
-    The backend is "auto", "triton", "inductor" (which draws by the reference) or "reference". ValueError for shapes,
-    dtypes or devices that do not fit, or a backend that cannot run.
+    The backend is "auto" (on a CPU "native" where that can run), "triton", "native", "inductor" (which draws as "auto"
+    does) or "reference"; all have the same bits. ValueError for shapes, dtypes or devices that do not fit, or a backend
+    that cannot run.
     """
     _check(out, seeds)
-    if resolve_backend(backend, out.device) == "triton":
+    backend = _resolved(backend, out)
+    if backend == "native":
+        return native_normal(out, seeds, stream=INITIAL_STREAM)
+    if backend == "triton":
         from ..kernels.normal import launch_normal
 
         with torch.cuda.device_of(out):
@@ -37,13 +43,28 @@ def brownian_noise(
     expect("factors", factors, (len(nodes),), torch.float32, out.device)
     if not 0 <= terms <= len(factors):
         raise ValueError(f"terms: got {terms}, expected 0 to {len(factors)}")
-    if resolve_backend(backend, out.device) == "triton":
+    backend = _resolved(backend, out)
+    if backend == "native":
+        return native_brownian(out, seeds, nodes, factors, terms)
+    if backend == "triton":
         from ..kernels.brownian import launch_brownian
 
         with torch.cuda.device_of(out):
             launch_brownian(out, seeds, nodes, factors, terms, BROWNIAN_STREAM)
         return out
     return brownian_normal(seeds, nodes, factors, terms, out)
+
+
+def step_noise(out: Tensor, seeds: Tensor, row: Tensor) -> Tensor:
+    """Fill `out` as `initial_noise`, with the noise of a row, an integer scalar. Without checks."""
+    if out.dtype == torch.float32 and resolve_piece("auto", out.device) == "native":
+        return native_normal(out, seeds, row=int(row), stream=STEP_STREAM)
+    return philox_normal(seeds, out.shape[1:], row=row, stream=STEP_STREAM, out=out)
+
+
+def _resolved(backend: str, out: Tensor) -> str:
+    resolved = resolve_piece(backend, out.device)
+    return resolve_piece("auto", out.device) if resolved == "inductor" else resolved
 
 
 def _check(out: Tensor, seeds: Tensor) -> None:

@@ -38,6 +38,7 @@
 #undef SET
 #endif
 
+typedef void Brownian(const int64_t *, int64_t, int64_t, const int64_t *, const float *, int64_t, uint32_t, float *);
 typedef void Normal(const int64_t *, int64_t, int64_t, uint32_t, uint32_t, float *);
 
 static const struct {
@@ -179,6 +180,7 @@ static PyObject *guided_step(PyObject *self, PyObject *const *arguments, Py_ssiz
 }
 
 #include "combine_call.h"
+#include "pieces_call.h"
 
 static PyMethodDef METHODS[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that this CPU has, the widest last."},
@@ -189,6 +191,7 @@ static PyMethodDef METHODS[] = {
      "normals by Philox. Nothing is checked."},
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
      "combine(number of the set, combination, layout, addresses of inputs and results): all sums. Nothing is checked."},
+    PIECE_METHODS,
     {NULL, NULL, 0, NULL},
 };
 
