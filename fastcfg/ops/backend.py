@@ -16,7 +16,7 @@ from .extension import headers_problem, native_problem
 BACKENDS = ("auto", "triton", "inductor", "native", "reference")
 # For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
 PIECE_BACKENDS = ("auto", "triton", "reference")
-
+# For those that have a native kernel.
 NATIVE_PIECE_BACKENDS = (*PIECE_BACKENDS, "native")
 
 # At import: torch.compile cannot trace the look-up.

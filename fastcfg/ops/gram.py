@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..reference import gram as reference
 from ..reference import rescale_factor
-from .backend import resolve_backend
+from .backend import resolve_piece
 from .checks import expect, readable
+from .native_pieces import MAX_VECTORS, native_gram
 from .registered import Operation
 
 
@@ -42,7 +43,8 @@ def gram(
         momentum: float32 [B, C, ...], contiguous, rewritten in the same pass: h <- decay*h + (m_c - m_base).
         decay: finite.
         conditional: c, another branch than the base; needed with momentum.
-        backend: "auto", "triton", "inductor" (which runs the reference here) or "reference", which adds in float64.
+        backend: "auto" (on a CPU "native" where that can run), "triton", "native", "inductor" (which runs the reference
+            here) or "reference". Native and reference add in float64, in different orders.
 
     Returns:
         float64 [B, V, V], symmetric, and float64 [B, V], with V = K, or K + 1 with momentum.
@@ -76,8 +78,11 @@ def gram(
     state = torch.promote_types(output.dtype, torch.float32 if momentum is None else momentum.dtype)
     conditional, output = conditional or 0, readable(output)
     arguments = (output, momentum, branches, base, channels, conditional, float(decay))
-    if resolve_backend(backend, output.device, state) == "triton":
+    backend = resolve_piece(backend, output.device, state, registered=True)
+    if backend == "triton":
         products = _gram(*arguments)
+    elif backend == "native" and branches + (momentum is not None) <= MAX_VECTORS:
+        products = _native_gram(output.float().contiguous(), *arguments[1:])
     else:
         products = reference(output, branches, base, channels, conditional, momentum, decay)
     return products[..., :-1], products[..., -1]
@@ -98,12 +103,10 @@ def _launch_gram(*arguments: Any) -> None:
     launch_gram(output, channels * spatial, spatial, base, conditional, momentum, decay, partial, out)
 
 
-_gram = Operation(
-    "gram(Tensor output, Tensor(a!)? momentum, int branches, int base, int channels, int conditional, float decay)"
-    " -> Tensor",
-    _gram_result,
-    _launch_gram,
-    mutates=("momentum",),
+_ARGUMENTS = "Tensor output, Tensor(a!)? momentum, int branches, int base, int channels, int conditional, float decay"
+_gram = Operation(f"gram({_ARGUMENTS}) -> Tensor", _gram_result, _launch_gram, mutates=("momentum",))
+_native_gram = Operation(
+    f"native_gram({_ARGUMENTS}) -> Tensor", _gram_result, native_gram, mutates=("momentum",), for_modes=True
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..utils._torch_private import current_dispatch_mode
 from .backend import interpreting
 
 
@@ -20,11 +21,18 @@ class Operation:
         allocate: (*arguments) -> the results' memory, one tensor or a tuple; also the operation on fake tensors.
         launch: (*arguments, *results): fills them; or the kernel K of which `kernels.K.launch_K` does.
         mutates: names of arguments that are written.
+        for_modes: whether it runs by way of the dispatcher under any dispatch mode, such as the stand-in.
     """
 
     def __init__(
-        self, schema: str, allocate: Callable[..., Any], launch: Callable[..., None] | str, mutates: Sequence[str] = ()
+        self,
+        schema: str,
+        allocate: Callable[..., Any],
+        launch: Callable[..., None] | str,
+        mutates: Sequence[str] = (),
+        for_modes: bool = False,
     ) -> None:
+        self._for_modes = for_modes
         self._allocate, self._launch = allocate, _launcher(launch) if isinstance(launch, str) else launch
         name, _, signature = schema.partition("(")
         self._registered = torch.library.custom_op(
@@ -33,7 +41,10 @@ class Operation:
         self._registered.register_fake(allocate)
 
     def __call__(self, *arguments: Any) -> Any:
-        return (self._registered if torch.compiler.is_compiling() or interpreting() else self._run)(*arguments)
+        dispatched = torch.compiler.is_compiling() or interpreting()
+        if dispatched or (self._for_modes and current_dispatch_mode() is not None):
+            return self._registered(*arguments)
+        return self._run(*arguments)
 
     def _run(self, *arguments: Any) -> Any:
         results = self._allocate(*arguments)

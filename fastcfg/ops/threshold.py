@@ -11,8 +11,9 @@ from ..clip import DynamicThreshold, QuantileRank
 from ..reference import ReferenceBound
 from ..reference import pieces as reference
 from ..step import StepBuffers, StepSpec
-from .backend import PIECE_BACKENDS, interpreting, resolve_backend
+from .backend import NATIVE_PIECE_BACKENDS, interpreting, resolve_backend, resolve_piece
 from .checks import check_buffers, check_image, check_spec
+from .native_pieces import native_quantile
 from .registered import Operation
 from .step import RowOperation
 
@@ -73,7 +74,7 @@ def quantile_bound(
     Args:
         x0: [B, C, ...], at most 2**24 elements in a sample.
         quantile, floor, ceiling: as `DynamicThreshold`.
-        backend: "auto", "triton" or "reference".
+        backend: "auto" (on a CPU "native" where that can run), "triton", "native" or "reference".
 
     Returns:
         float32 [B]; NaN for a sample with NaN.
@@ -83,9 +84,8 @@ def quantile_bound(
         tensor([2.])
     """
     rank, x0 = _checked(x0, quantile, floor, ceiling)
-    if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.quantile_bound(x0, rank)
-    return _quantile(x0, *rank)
+    backend = resolve_piece(backend, x0.device, backends=NATIVE_PIECE_BACKENDS)
+    return _quantile(x0, *rank) if backend == "triton" else _bound_without_triton(x0, rank, backend)
 
 
 @torch.no_grad()
@@ -101,9 +101,17 @@ def dynamic_threshold(
         tensor([[[-1.0000, -1.0000, -0.5000,  0.0000,  0.5000,  1.0000,  1.0000]]])
     """
     rank, x0 = _checked(x0, quantile, floor, ceiling)
-    if resolve_backend(backend, x0.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.threshold(x0, reference.quantile_bound(x0, rank))
+    backend = resolve_piece(backend, x0.device, backends=NATIVE_PIECE_BACKENDS)
+    if backend != "triton":
+        return reference.threshold(x0, _bound_without_triton(x0, rank, backend))
     return _threshold(x0, _quantile(x0, *rank))
+
+
+def _bound_without_triton(x0: Tensor, rank: QuantileRank, backend: str) -> Tensor:
+    if backend == "reference":
+        return reference.quantile_bound(x0, rank)
+    out, scratch = x0.new_empty(len(x0), dtype=torch.float32), x0.new_empty(x0[0].numel(), dtype=torch.int32)
+    return native_quantile(x0.float(), rank, scratch, out)
 
 
 def _checked(x0: Tensor, quantile: float, floor: float, ceiling: float | None) -> tuple[QuantileRank, Tensor]:

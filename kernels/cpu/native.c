@@ -15,7 +15,9 @@
 
 #include "combine.h"
 #include "exp2.h"
+#include "gram.h"
 #include "guided_step.h"
+#include "quantile.h"
 #include "select.h"
 #include "vectors.h"
 
