@@ -284,3 +284,8 @@ def test_the_machine_finds_faults(drop_in: Callable[[Any], Any], operations: lis
     beside("UniPCMultistepScheduler", {}, operations, drop_in=_with())
     with pytest.raises(Mismatch, match=said):
         beside("UniPCMultistepScheduler", {}, operations, drop_in=drop_in)
+
+
+def test_nan_comes_through_an_x0_that_is_limited_and_multiplied_by_0() -> None:
+    operations = ["set 12", *["step"] * 4, "poke _step_index inplace", "step output=nan", "step"]
+    beside("HeunDiscreteScheduler", {"clip_sample": True, "prediction_type": "sample"}, operations, (2, 3, 4, 5))

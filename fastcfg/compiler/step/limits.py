@@ -98,6 +98,8 @@ def _over_x0(
     # x0 of an infinite input is finite: what is not comes of other terms, if only of a product with 0.
     infinite: Any = [~value[vectors.infinite].isfinite().flatten(1).all(dim=1).numpy() for value in sums]
     rest[np.array(infinite) & (rest == 0)] = ZERO
+    # NaN passes through the limit, also where x0 is multiplied by 0.
+    of_x0[((rows == ZERO) & (rest == 0) & (p != 0)).any(axis=1) & (of_x0 == 0)] = ZERO
     most = int(np.argmax(np.abs(of_x0)))
     if isinstance(clip, float) and of_x0[most]:
         # What a step returns may be x0 and a little of its sample (LCM): x0 alone is what the limit takes off a sum.
