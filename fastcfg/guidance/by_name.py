@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from .base import Guidance, NoGuidance
 from .cfg import CFG, AdaptiveCFG
 from .output_methods import APG, APGMix, CFGZeroStar, MagnitudeAwareCFG, PerpNeg, TangentialCFG
-from .scales import Scale
+from .scales import Interval, Scale
 
 __all__ = ["METHODS", "guidance_by_name"]
 
@@ -27,11 +28,12 @@ _SPECS: dict[str, Callable[[Scale], Guidance]] = {
 METHODS = tuple(_SPECS)
 
 
-def guidance_by_name(name: str, scale: Scale = 3.0) -> Guidance:
-    """The spec of a method of `METHODS`, with a scale as `CFG.scale` ("none" ignores it).
+def guidance_by_name(name: str, scale: Scale = 3.0, interval: Interval | None = None) -> Guidance:
+    """The spec of a method of `METHODS`, with a scale and an interval as `CFG`'s ("none" ignores the scale).
 
     Raises:
-        ValueError: an unknown name, or a scale that is not finite.
+        ValueError: an unknown name, a scale that is not finite, an interval not within 0 <= start < stop <= 1, or one
+            with "none".
 
     Example:
         >>> guidance_by_name("apg", 7.5).scale
@@ -39,4 +41,9 @@ def guidance_by_name(name: str, scale: Scale = 3.0) -> Guidance:
     """
     if name not in _SPECS:
         raise ValueError(f"guidance: got {name!r}, expected a Guidance or one of {', '.join(METHODS)}")
-    return _SPECS[name](scale)
+    spec = _SPECS[name](scale)
+    if interval is None:
+        return spec
+    if name == "none":
+        raise ValueError(f"interval: got {interval!r} with guidance 'none', expected None")
+    return replace(spec, interval=interval)  # type: ignore[call-arg]

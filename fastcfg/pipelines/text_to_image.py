@@ -11,6 +11,7 @@ from ..engine.noise import Generators
 from ..engine.sampler import Step
 from ..guidance import Guidance
 from ..guidance.by_name import guidance_by_name
+from ..guidance.scales import Interval
 from ..utils.checks import check_count, check_finite
 from .base import SOLVERS, Drawing, Pipeline
 from .pictures import picture_noise
@@ -46,6 +47,7 @@ class TextToImage(Pipeline):
         solver: str = "ddpm",
         schedule: str | None = None,
         guidance: str | Guidance = "cfg",
+        guidance_interval: Interval | None = None,
         eta: float | None = None,
         num_samples: int = 1,
         seed: int | Sequence[int] | None = None,
@@ -71,7 +73,9 @@ class TextToImage(Pipeline):
                 variances), "ddim", "dpmpp_2m", ...; a number of steps or a respacing; "karras", "trailing", ... or None
                 for the solver's usual steps.
             guidance: one of `fastcfg.guidance.by_name.METHODS`, such as "cfg", "apg" or "rescaled_cfg"; or a
-                `Guidance` with branches among cond, uncond and negative, which has its own scale.
+                `Guidance` with branches among cond, uncond and negative, which has its own scale and interval.
+            guidance_interval: (start, stop) in shares of the steps, as `CFG.interval`: outside of it a picture takes
+                one forward of the network in place of two. None guides all steps.
             num_samples: pictures per prompt.
             seed: sample i of every prompt has the seed `seed + i`; or one seed per picture. None or -1 draws a random
                 one, which `report()["seeds"]` returns.
@@ -100,7 +104,7 @@ class TextToImage(Pipeline):
         if negative is not None and negative_prompt is not None:
             raise ValueError(f"negative: got {negative!r} with negative_prompt, expected one of them")
         negative = negative if negative_prompt is None else negative_prompt
-        texts, others, spec = self._texts(prompts, negative, guidance, guidance_scale, solver)
+        texts, others, spec = self._texts(prompts, negative, guidance, guidance_scale, guidance_interval, solver)
         num_samples = check_count("num_samples", num_samples)
         batch_size = check_count("batch_size", batch_size)
         seeds, generator = picture_noise(seed, generator, noise_source, len(texts), num_samples)
@@ -121,26 +125,34 @@ class TextToImage(Pipeline):
         solver: str = "ddpm",
         schedule: str | None = None,
         guidance: str | Guidance = "cfg",
+        guidance_interval: Interval | None = None,
         eta: float | None = None,
         inpaint: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Raise what `sample` would raise for these arguments, without drawing."""
-        _, _, spec = self._texts(prompts, negative_prompt, guidance, guidance_scale, solver)
+        _, _, spec = self._texts(prompts, negative_prompt, guidance, guidance_scale, guidance_interval, solver)
         self._check_table(self._table(solver, steps, schedule, eta), spec, self._inpainting(inpaint, 1))
 
     def _texts(
-        self, prompts: Any, negative: str | None, guidance: str | Guidance, scale: float | None, solver: str
+        self,
+        prompts: Any,
+        negative: str | None,
+        guidance: str | Guidance,
+        scale: float | None,
+        interval: Interval | None,
+        solver: str,
     ) -> tuple[list[str], dict[str, list[int]], Guidance]:
         """The prompts, the token ids of the other branches, and the guidance."""
         texts = self._prompts(prompts)
         away = self._tokens("negative_prompt", negative) if negative else []
         if isinstance(guidance, Guidance):
-            if scale is not None:
-                raise ValueError(f"guidance_scale: got {scale!r} with a {type(guidance).__name__}, expected None")
+            for name, value in (("guidance_scale", scale), ("guidance_interval", interval)):
+                if value is not None:
+                    raise ValueError(f"{name}: got {value!r} with a {type(guidance).__name__}, expected None")
             spec = guidance
         else:
             scale = default_scale(solver) if scale is None else check_finite("guidance_scale", scale)
-            spec = guidance_by_name(guidance, scale)
+            spec = guidance_by_name(guidance, scale, interval)
         others = [branch for branch in spec.branches if branch != "cond"]
         if unknown := set(others) - {"uncond", "negative"}:
             got = ", ".join(sorted(unknown))

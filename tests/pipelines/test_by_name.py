@@ -62,6 +62,21 @@ def test_every_guidance_draws(pipeline: TextToImage, method: str) -> None:
     assert guidance_by_name(method, 2.0) is not None
 
 
+def test_an_interval_by_name_is_the_specs(pipeline: TextToImage) -> None:
+    options: dict[str, Any] = {"steps": 4, "seed": 0}
+    image = pipeline.sample("a red circle", guidance_scale=2.0, guidance_interval=(0.0, 0.5), **options)
+    assert pipeline.report()["branches"] == [2, 2, 1, 1]
+    assert torch.equal(image, pipeline.sample("a red circle", guidance=CFG(2.0, interval=(0.0, 0.5)), **options))
+    for guidance, message in (
+        ("none", "interval: got .* with guidance 'none', expected None"),
+        (CFG(2.0), "guidance_interval: got .* with a CFG, expected None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.check("a red circle", guidance=guidance, guidance_interval=(0.0, 0.5))
+    with pytest.raises(ValueError, match=r"interval: got .*, expected 0 <= start < stop <= 1"):
+        pipeline.check("a red circle", guidance_interval=(0.5, 0.5))
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("schedule", [*LEVELS, *SPACINGS])
 def test_every_schedule_gives_the_steps_wanted(schedule: str) -> None:
