@@ -10,6 +10,7 @@ BENCHMARKS = {
     "adherence": ("adherence", "how well the embedded model's pictures follow their prompts, by guidance scale"),
     "compare": ("report.compare", "two results of the suite: what became slower or faster beyond the runs' own spread"),
     "descendants": ("descendants.command", "real projects' sampling calls beside themselves accelerated"),
+    "forwards": ("forwards", "how well these pictures follow them, by network forwards per picture"),
     "gpu_session": ("gpu_session", "everything that only a GPU can show, in under ten minutes"),
     "host_time": ("host_time", "Python beside a captured row, and on a GPU rows of a tiny network"),
     "pictures": ("pictures", "what every solver draws in 5, 10 and 20 steps, and the schedules: docs/solvers.md"),

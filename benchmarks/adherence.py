@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     device = choose_device(arguments.device)
     pipeline = TextToImage.load(arguments.checkpoint, device)
-    settings = {"weights_sha256": _digest(pipeline), "num_prompts": arguments.num_prompts}
+    settings = {"weights_sha256": digest(pipeline), "num_prompts": arguments.num_prompts}
     settings |= {"prompts_seed": arguments.seed, "steps": arguments.steps, "solver": arguments.solver}
     report = _resume(arguments.json, settings)
     report["environment"] = environment(torch.device(device), load_average()) | {"threads": torch.get_num_threads()}
@@ -223,7 +223,8 @@ def _resume(path: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _digest(pipeline: TextToImage) -> str:
+def digest(pipeline: TextToImage) -> str:
+    """Of the weights, SHA-256."""
     digest = hashlib.sha256()
     for name, weight in sorted(pipeline.model.state_dict().items()):
         digest.update(name.encode() + weight.cpu().numpy().tobytes())

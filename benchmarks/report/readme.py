@@ -1,8 +1,8 @@
 """The results in README.md and docs/results.md from the committed ones: `python -m benchmarks readme [--check]`.
 
 Text between `<!-- results:NAME -->` and `<!-- end -->`, in whichever file has the mark, is made from
-benchmarks/results/*/: "steps", "roofline" and "adherence" from cpu/, "gpu" from every other folder with a bench.json.
-Pictures go to docs/FOLDER/, the machine code of all kernels (static_roofline.json) to docs/roofline.md.
+benchmarks/results/*/: "gpu" from every folder but cpu/ that has a bench.json, the others from cpu/. Pictures go to
+docs/FOLDER/, the machine code of all kernels (static_roofline.json) to docs/roofline.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.adherence import table as adherence
 from benchmarks.command import parser_of
+from benchmarks.ways import Way
 from fastcfg.cli.parser import UsageError
 from fastcfg.utils.files import write_text
 
@@ -71,6 +72,23 @@ def followed(report: dict[str, Any]) -> str:
     return told.format(**report["settings"]) + "\n".join(adherence(report))
 
 
+def ways(report: dict[str, Any]) -> str:
+    """What pictures cost and how well they follow prompts, by the way they are sampled: those that drew all prompts."""
+    best, fast, demo = report["best"], report["fast"], report["demo"]
+    rows = []
+    for row in [*report["ways"], best]:
+        if row["num_prompts"] >= best["num_prompts"]:
+            way = Way.from_json(row)
+            name = {Way.from_json(best): ", `--quality best`", Way.from_json(fast): ", `--quality fast`"}.get(way, "")
+            told = f"{100 * row['adherence']:.1f} ± {100 * row['standard_error']:.1f}"
+            rows.append((way.label() + name, f"{row['forwards_per_picture']:.1f}", told))
+    told = f"{best['num_prompts']} prompts; per cent ± one standard error. What `make demo` draws, 16 pictures, takes "
+    told += f"{duration(demo['best_s'] * 1e6)} with best and {duration(demo['fast_s'] * 1e6)} with fast "
+    threads = "1 thread" if demo["threads"] == 1 else f"{demo['threads']} threads"
+    told += f"({report['environment']['device']}, {threads}; {demo['ratio'][1]:.1f}×):\n\n"
+    return told + table(("solver and steps, guidance", "network forwards per picture", "fully correct"), rows)
+
+
 def generated(text: str, results: Path, name: str = "README.md") -> str:
     """A file's text with its blocks made again; UsageError for a broken or unknown block."""
     cpu = results / "cpu"
@@ -79,6 +97,7 @@ def generated(text: str, results: Path, name: str = "README.md") -> str:
         "steps": lambda: steps(load(cpu / "bench.json")),
         "roofline": lambda: roofline(load(cpu / "bench.json")["roofline"], ["main"]),
         "adherence": lambda: followed(json.loads((cpu / "adherence.json").read_text(encoding="utf-8"))),
+        "forwards": lambda: ways(json.loads((cpu / "forwards.json").read_text(encoding="utf-8"))),
         "summary": lambda: summary(load(cpu / "bench.json"), json.loads((cpu / "schedulers.json").read_text())),
         "gpu": lambda: "\n\n".join(steps(load(path)) for path in others) or _NO_GPU,
     }

@@ -63,6 +63,15 @@ def several_finite(text: str) -> list[float]:
     return [finite(part) for part in text.split(",")]
 
 
+def interval(text: str) -> tuple[float, float]:
+    """The type of a part of the way from 0 to 1, "0:0.5"."""
+    start, _, stop = text.partition(":")
+    with contextlib.suppress(ValueError):
+        if 0 <= float(start) < float(stop) <= 1:
+            return float(start), float(stop)
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected START:STOP with 0 <= START < STOP <= 1")
+
+
 def _number(kind: Callable[[str], T], text: str, expected: str, accept: Callable[[T], bool]) -> T:
     """The number that a text is, if it is one that is accepted."""
     with contextlib.suppress(ValueError):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from .options import STDOUT, add_command, add_device, add_json, add_option
 from .outputs import check_json, check_output, write_json
-from .parser import UsageError, any_integer, choose_device, finite, integer, respacing, several_finite
+from .parser import UsageError, any_integer, choose_device, finite, integer, interval, respacing, several_finite
+from .quality import add_quality, described, settings
 from .stages import Models, Request, Stages, add_arguments, load_stages
 from .versions import versions
 
@@ -31,6 +32,7 @@ upsample_inpaint.pt, fill in a picture where its mask is black."""
 _EXAMPLES = """\
 examples:
   fastcfg sample "a red circle above a blue square"
+  fastcfg sample "a red circle above a blue square" --quality best --seed 0
   fastcfg sample "a green star" "a small white cross" --num-samples 8 --solver ddim --steps 25
   fastcfg sample "a green star" --solver dpmpp_2m --schedule karras --steps 20
   fastcfg sample "a red circle left of a blue square" --guidance-scale 0,1,3,6 --num-samples 8 --out guidance.png
@@ -57,7 +59,9 @@ def add_parser(commands: Any) -> None:
     from fastcfg.solvers.by_name import LEVELS, SOLVERS, SPACINGS
 
     text = "draw pictures from prompts"
-    parser = add_command(commands, "sample", run, help=text, description=_DESCRIPTION, epilog=_EXAMPLES)
+    parser = add_command(
+        commands, "sample", run, help=text, description=_DESCRIPTION, epilog=f"{_EXAMPLES}\n\n{described()}"
+    )
     parser.add_argument("prompts", metavar="PROMPT", nargs="+", help="what to draw; several make a grid of sections")
     text = "guide away from this instead of from the empty prompt"
     parser.add_argument("--negative-prompt", "--negative", metavar="PROMPT", help=text)
@@ -65,9 +69,14 @@ def add_parser(commands: Any) -> None:
     text = "strength of the prompt: 0 ignores it, 1 is the plain conditional model; several, with commas between or by "
     text += "repeating the option, make one grid row each (default: 3; 0.6 with a CFG++ solver)"
     add_option(parser, "--guidance-scale", "S", text, type=several_finite, action="append")
-    text = "steps; or GLIDE's respacings 10,15,20 (of so many equal sections), ddim50 or fast27 (default: 50, 100 with "
-    add_option(parser, "--steps", "N", f"{text}--model glide)", type=respacing)
-    add_option(parser, "--solver", "NAME", "see below", choices=SOLVERS, default="ddpm")
+    text = "share of the steps that is guided, from 0 to 1; the others take one forward of the network in place of two"
+    add_option(parser, "--guidance-interval", "START:STOP", text, type=interval)
+    add_quality(parser)
+    text = (
+        "steps; or GLIDE's respacings 10,15,20 (of so many equal sections), ddim50 or fast27 (default: the quality's)"
+    )
+    add_option(parser, "--steps", "N", text, type=respacing)
+    add_option(parser, "--solver", "NAME", "see below (default: the quality's)", choices=SOLVERS)
     text = f"where the steps are: {', '.join(SPACINGS)}, or in noise-level space also {', '.join(LEVELS)} (there the "
     add_option(parser, "--schedule", "NAME", f"{text}default is karras)", choices=(*LEVELS, *SPACINGS))
     add_option(parser, "--eta", "E", "noise of solvers with an eta: for ddim 0 (the default) to 1, DDPM's", type=finite)
@@ -108,12 +117,9 @@ def _request(arguments: argparse.Namespace) -> Request:
     from fastcfg.pipelines.pictures import random_seed
     from fastcfg.pipelines.text_to_image import default_scale
 
-    glide = arguments.model == "glide"
-    names = ("negative_prompt", "guidance", "steps", "solver", "schedule", "eta")
-    options = {name: getattr(arguments, name) for name in names}
-    options["steps"] = options["steps"] or (100 if glide else 50)
-    scales = [s for given in arguments.guidance_scale or [[default_scale(arguments.solver)]] for s in given]
-    num_samples = arguments.num_samples or (1 if glide else 16)
+    options = {name: getattr(arguments, name) for name in ("negative_prompt", "guidance", "eta")} | settings(arguments)
+    scales = [s for given in arguments.guidance_scale or [[default_scale(options["solver"])]] for s in given]
+    num_samples = arguments.num_samples or (1 if arguments.model == "glide" else 16)
     if not -1 <= arguments.seed < 2**63:
         raise UsageError(f"argument --seed: got {arguments.seed}, expected -1, or 0 to 2**63 - 1")
     seed = random_seed() if arguments.seed == -1 else arguments.seed
@@ -126,7 +132,10 @@ def _summary(models: Models, request: Request, stages: Stages, out: str, device:
     count = len(request.scales) * len(request.prompts) * request.num_samples
     summary = {"out": out, "model": models.model, "prompts": request.prompts, **request.options}
     summary |= {"num_samples": request.num_samples, "seeds": request.seeds, "guidance_scales": request.scales}
-    summary |= {"rows": report["rows"], "checkpoint": models.checkpoint or models.base}
+    summary |= {
+        "rows": report["rows"],
+        "checkpoint": models.checkpoint or models.base,
+    }
     summary |= {"inpaint": models.inpaint, "mask": models.mask, "image_size": stages.image_size, "dtype": dtype}
     summary |= {"upsample": stages.summary(request, models.upsample), "device": device}
     summary |= {name: report[name] for name in ("backend", "graph", "graph_reason")}
@@ -136,7 +145,8 @@ def _summary(models: Models, request: Request, stages: Stages, out: str, device:
 
 # The part of the summary that determines the pictures, without place and speed, so that equal runs write equal files.
 _SETTINGS = (
-    *("model", "prompts", "negative_prompt", "guidance", "guidance_scales", "steps", "solver", "schedule", "eta"),
+    *("model", "prompts", "negative_prompt", "guidance", "guidance_scales", "guidance_interval"),
+    *("steps", "solver", "schedule", "eta"),
     *("num_samples", "seeds", "checkpoint", "inpaint", "mask", "image_size", "dtype", "versions"),
 )
 _UPSAMPLE_SETTINGS = ("file", "steps", "solver", "temperature", "seeds")
@@ -174,6 +184,8 @@ def _steps(summary: dict[str, Any]) -> str:
     counts = [stage["steps"] if isinstance(stage["steps"], int) else stage["rows"] for stage in stages]
     text = f"{counts[0]} steps of {summary['solver']}"
     text += f" on {summary['schedule']}" if summary["schedule"] else ""
+    if (guided := summary["guidance_interval"]) is not None:
+        text += ", guided from {:g} to {:g}".format(*guided)
     return text if len(stages) == 1 else f"{text}, then {counts[1]} of {stages[1]['solver']}"
 
 

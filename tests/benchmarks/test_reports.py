@@ -338,7 +338,15 @@ def checkout(report: Report, tmp_path: Path) -> Path:
     scales = [{"scale": 1.0, "own_prompts": parts, "shuffled_prompts": parts}]
     settings = {"num_prompts": 512, "solver": "ddpm", "steps": 50}
     (results / "adherence.json").write_text(json.dumps({"settings": settings, "scales": scales, "rendered": parts}))
-    blocks = (f"<!-- results:{name} -->\nold\n\n<!-- end -->\n" for name in ("steps", "roofline", "adherence", "gpu"))
+    way = {"steps": 50, "scale": 3.0, "guidance": "cfg", "interval": [0.0, 1.0], "schedule": None}
+    way |= {"num_prompts": 512, "adherence": 0.99, "standard_error": 0.004}
+    best, fast, few = ({**way, "solver": name, "forwards_per_picture": 9.0} for name in ("ddpm", "heun", "euler"))
+    few["num_prompts"] = 64
+    demo = {"best_s": 20.0, "fast_s": 4.0, "ratio": [4.5, 5.0, 5.5], "threads": 2}
+    told = {"best": best, "fast": fast, "demo": demo, "environment": {"device": "AMD EPYC"}, "ways": [few, fast]}
+    (results / "forwards.json").write_text(json.dumps(told))
+    names = ("steps", "roofline", "adherence", "forwards", "gpu")
+    blocks = (f"<!-- results:{name} -->\nold\n\n<!-- end -->\n" for name in names)
     (tmp_path / "README.md").write_text("before\n" + "between\n".join(blocks) + "after\n")
     return tmp_path
 
@@ -360,6 +368,9 @@ def test_the_readme_is_made_from_the_results(report: Report, checkout: Path, mon
     assert "| main | sm_90 | 18 | 69.6 | 93 | 0 |" in text
     assert "512 prompts, ddpm, 50 steps" in text
     assert "| 1 | 97.7 ± 0.7 |" in text
+    assert "takes 20 s with best and 4 s with fast (AMD EPYC, 2 threads; 5.0×)" in text
+    assert "| heun 50, cfg 3, `--quality fast` | 9.0 | 99.0 ± 0.4 |\n| ddpm 50, cfg 3, `--quality best` |" in text
+    assert "euler" not in text.split("results:forwards")[1].split("<!-- end")[0]
     assert "No GPU result set exists yet" in text
     assert "old" not in text
     assert text.startswith("before\n<!-- results:steps -->\nAMD EPYC")
@@ -412,7 +423,7 @@ def test_broken_blocks_are_errors(text: str, checkout: Path) -> None:
 
 
 def test_missing_results_are_errors(checkout: Path) -> None:
-    for name in ("adherence.json", "bench.json"):
+    for name in ("forwards.json", "adherence.json", "bench.json"):
         (checkout / "benchmarks" / "results" / "cpu" / name).unlink()
         with pytest.raises((UsageError, OSError), match=rf"{name}.*No such file|No such file.*{name}"):
             readme.main(["--check"], checkout)

@@ -137,6 +137,7 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         "guidance_scales": [0.0, 1.0, 6.0],
         "steps": 3,
         "rows": 3,
+        "guidance_interval": None,
         "solver": "ddpm",
         "schedule": None,
         "eta": None,
@@ -601,7 +602,14 @@ def test_without_nvml_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         ([], ["sample", "train", "doctor", "examples:", 'fastcfg sample "a red circle above a blue square"']),
         (
             ["sample"],
-            ["PROMPT", "--guidance-scale", "(default: 3;", "(default: samples.png)", "(default: 50,", "--base FILE"],
+            [
+                "PROMPT",
+                "--guidance-scale",
+                "(default: 3;",
+                "(default: samples.png)",
+                "(default: fast, best",
+                "--base FILE",
+            ],
         ),
         (
             ["train"],
