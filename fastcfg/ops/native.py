@@ -8,19 +8,25 @@ import torch
 from torch import Tensor
 
 from ..reference.philox import STEP_STREAM
-from ..step import StepBuffers, StepSpec
+from ..step import NOISE_SOURCES, WEIGHTS_BY, StepBuffers, StepSpec
 from .extension import instruction_sets, native_module
+
+# In the order of the kernels' numbers.
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_TIMES = (torch.float32, torch.int64, torch.float64)
+# The tensors that stay in their places, in the order of `Plan`.
+_KEPT = ("table", "counter", "weights", "bound", "seeds", "history", "gradient", "momentum", "model_input", "time")
 
 
 def has_native_step(spec: StepSpec, buffers: StepBuffers) -> bool:
-    """Whether the native kernel computes this step; the reference runs others, with the same bits."""
+    """Whether the native kernel computes this step; the reference runs others, with the same bits: model inputs and
+    times in unusual dtypes."""
     model_input, time = buffers.model_input, buffers.time
-    if model_input is not None and not (model_input.dtype == torch.float32 and model_input.is_contiguous()):
+    if model_input is not None and model_input.dtype not in _FLOATS:
         return False
-    if time is not None and time.dtype not in (torch.int64, torch.float32):
+    if time is not None and time.dtype not in _TIMES:
         return False
-    plain = spec.weights_by == "sample" and not spec.learned_variance and spec.noise_source != "philox"
-    return plain and buffers.x.dtype == torch.float32
+    return buffers.table.dtype == torch.float32
 
 
 def native_normal(
@@ -36,62 +42,66 @@ def native_normal(
 
 class NativeStep:
     """A step bound to its buffers: calling it with the model's output advances the run by one row, in place. Only for
-    what `has_native_step`; `instructions` is one of `instruction_sets`, by default the widest."""
+    what `has_native_step`; `instructions` is one of `instruction_sets`, by default the widest.
+
+    Source, x, x0 and noise are those of the buffers at each call, all others those at the first.
+    """
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers, instructions: str | None = None) -> None:
         self.spec, self.buffers = spec, buffers
         self._set = set_number(instructions)
         self._run = native_module().guided_step
-        self._output: Tensor | None = None
-        self._width, self._packed = 0, b""
+        self._converted: Tensor | None = None
+        self._planned: tuple[object, ...] = ()
+        self._plan = b""
+        # Their addresses are in the plan.
+        self._kept = [getattr(buffers, name) for name in _KEPT]
 
     def __call__(self, output: Tensor) -> None:
-        """Args: output: the model's output [K*B, C or 2C, ...] in any floating dtype no wider than float32."""
-        output = self._plain(output)
-        if output.numel() != self._width:
-            self._width, self._packed = output.numel(), self._pack(output)
-        # Read at each call: the caller may have put others in their places.
+        """Args: output: the model's output [K*B, C or 2C, ...], contiguous or channels-last, in any floating dtype no
+        wider than float32."""
+        if output.dtype not in _FLOATS:
+            output = self._in_float32(output)
+        signature = (output.shape, output.dtype, output.is_contiguous())
+        if signature != self._planned:
+            self._plan, self._planned = self._pack(output), signature
         b = self.buffers
         self._run(
             self._set,
-            self._packed,
+            self._plan,
             output.data_ptr(),
             (b.x if b.source is None else b.source).data_ptr(),
             b.x.data_ptr(),
-            b.table.data_ptr(),
-            b.counter.data_ptr(),
-            _address(b.weights),
-            _address(b.bound),
-            _address(b.noise),
-            _address(b.history),
-            _address(b.gradient),
-            _address(b.momentum),
             _address(b.x0),
-            _address(b.model_input),
-            _address(b.time),
+            _address(b.noise),
         )
 
-    def _plain(self, output: Tensor) -> Tensor:
-        if output.dtype == torch.float32 and output.is_contiguous():
-            return output
-        if self._output is None or self._output.shape != output.shape:
-            self._output = torch.empty(output.shape, dtype=torch.float32, device=output.device)
-        return self._output.copy_(output)
+    def _in_float32(self, output: Tensor) -> Tensor:
+        if self._converted is None or self._converted.shape != output.shape:
+            self._converted = torch.empty_like(output, dtype=torch.float32)
+        return self._converted.copy_(output)
 
     def _pack(self, output: Tensor) -> bytes:
-        """The fields of `Spec` in `kernels/cpu/guided_step.h`."""
-        spec, x, model_input = self.spec, self.buffers.x, self.buffers.model_input
+        """The fields of `Plan` in `kernels/cpu/guided_step.h`."""
+        spec, x, model_input, time = self.spec, self.buffers.x, self.buffers.model_input, self.buffers.time
         fields = (
-            *(len(x), x[0].numel(), output[0].numel()),
+            *(len(x), x.shape[1], x[0].numel(), output.shape[1]),
+            *(_FLOATS.index(output.dtype), not output.is_contiguous()),
+            0 if model_input is None else _FLOATS.index(model_input.dtype),
+            model_input is not None and not model_input.is_contiguous(),
+            _FLOATS.index(x.dtype),
             0 if model_input is None else len(model_input) // len(x),
-            self.buffers.time is not None and self.buffers.time.dtype == torch.int64,
+            0 if time is None else _TIMES.index(time.dtype),
             spec.branches,
             -1 if spec.base is None or spec.branches == 1 else spec.base,
+            spec.conditional,
             -1 if spec.unconditional is None else spec.unconditional,
-            *(spec.scaled, spec.momentum, spec.predict_x0, spec.raw_output, spec.gradient),
-            *(spec.history, spec.saves_states, spec.clip, spec.rescale),
-            spec.noise_source == "tensor",
+            *(spec.scaled, spec.momentum, WEIGHTS_BY.index(spec.weights_by)),
+            spec.weights_by != "sample" and self.buffers.weights.stride(0) == 0,  # type: ignore[union-attr]
+            *(spec.learned_variance, spec.predict_x0, spec.raw_output, spec.gradient, spec.history),
+            *(spec.saves_states, spec.clip, spec.rescale, NOISE_SOURCES.index(spec.noise_source)),
             spec.keep_x0,
+            *(_address(tensor) for tensor in self._kept),
         )
         return struct.pack(f"={len(fields)}q", *fields)
 

@@ -35,11 +35,9 @@ static PyObject *combine(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     void *address;
     if (count < 3)
         return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 3 and the addresses", count);
-    const long number = PyLong_AsLong(arguments[0]);
-    if (number == -1 && PyErr_Occurred())
+    const long number = set_of(arguments[0]);
+    if (number < 0)
         return NULL;
-    if (number < 0 || number >= NUM_SETS || !runs(number))
-        return PyErr_Format(PyExc_ValueError, "instruction set: got %ld, expected one that this CPU has", number);
     if (unpack("combination", arguments[1], &combination, sizeof combination) ||
         unpack("layout", arguments[2], &layout, sizeof layout))
         return NULL;
