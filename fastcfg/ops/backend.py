@@ -61,11 +61,16 @@ def resolve_piece(
     """
     if backend not in ("auto", "native") or backend not in backends:
         return resolve_backend(backend, device, dtype, backends)
-    if torch.compiler.is_compiling() or in_function_transform() or not (registered or current_dispatch_mode() is None):
+    if is_transformed() or not (registered or current_dispatch_mode() is None):
         return resolve_backend("auto", device, dtype)
     if backend == "auto" and not native_problem(device, dtype):
         return "native"
     return resolve_backend(backend, device, dtype, backends)
+
+
+def is_transformed() -> bool:
+    """Whether `torch.compile` or a transform of `torch.func` looks into the operations that run."""
+    return torch.compiler.is_compiling() or in_function_transform()
 
 
 def triton_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> str:

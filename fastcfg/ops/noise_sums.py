@@ -9,8 +9,10 @@ from torch import Tensor
 
 from ..reference.log_prob import ReferenceNoiseSums
 from ..step import StepBuffers, StepSpec
-from .backend import interpreting, resolve_backend
+from ..utils._torch_private import current_dispatch_mode
+from .backend import interpreting, resolve_piece
 from .checks import readable
+from .native_rows import native_noise_sums
 
 
 class NoiseSums:
@@ -19,16 +21,18 @@ class NoiseSums:
     Args:
         spec, buffers: the guided step's, with noise.
         sums: of `sums_memory`.
-        backend: as for `GuidedStep`; "inductor" runs the reference here.
+        backend: as for `GuidedStep`; "inductor" runs the reference here, and "auto" is "native" on a CPU where that can
+            run.
     """
 
     def __init__(self, spec: StepSpec, buffers: StepBuffers, sums: Tensor, backend: str = "auto") -> None:
-        self.backend = resolve_backend(backend, buffers.x.device, buffers.x.dtype)
+        self.backend = resolve_piece(backend, buffers.x.device, buffers.x.dtype, registered=True)
         drawn = spec.noise_source == "philox"
         noise, seeds = None if drawn else buffers.noise, buffers.seeds if drawn else None
         channels = buffers.x.shape[1]
         self._arguments = noise, seeds, buffers.counter, sums, channels, spec.conditional, spec.learned_variance
-        self._run: Any = ReferenceNoiseSums(spec, buffers, sums) if self.backend != "triton" else self._kernel
+        kernels = {"triton": self._kernel, "native": self._native}
+        self._run: Any = kernels.get(self.backend) or ReferenceNoiseSums(spec, buffers, sums)
 
     def __call__(self, output: Tensor) -> None:
         """Write the row's sums."""
@@ -36,6 +40,10 @@ class NoiseSums:
 
     def _kernel(self, output: Tensor) -> None:
         (_noise_sums_op if interpreting() else _launch)(output, *self._arguments)
+
+    def _native(self, output: Tensor) -> None:
+        watched = torch.compiler.is_compiling() or current_dispatch_mode() is not None
+        (_native_op if watched else native_noise_sums)(output, *self._arguments)
 
 
 def sums_memory(rows: int, x: Tensor, backend: str) -> Tensor:
@@ -54,10 +62,15 @@ def _launch(output: Tensor, *arguments: Any) -> None:
         launch_noise_sums(output, *arguments)
 
 
-_noise_sums_op = torch.library.custom_op(
-    "fastcfg::noise_sums",
-    _launch,
-    mutates_args=("sums",),
-    schema="(Tensor output, Tensor? noise, Tensor? seeds, Tensor counter, Tensor(a!) sums, int channels,"
-    " int conditional, bool learned) -> ()",
+_SCHEMA = (
+    "(Tensor output, Tensor? noise, Tensor? seeds, Tensor counter, Tensor(a!) sums, int channels, int conditional,"
+    " bool learned) -> ()"
 )
+_noise_sums_op = torch.library.custom_op("fastcfg::noise_sums", _launch, mutates_args=("sums",), schema=_SCHEMA)
+
+
+def _run_native(output: Tensor, *arguments: Any) -> None:
+    native_noise_sums(output, *arguments)
+
+
+_native_op = torch.library.custom_op("fastcfg::native_noise_sums", _run_native, mutates_args=("sums",), schema=_SCHEMA)

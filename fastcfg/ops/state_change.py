@@ -10,8 +10,10 @@ from torch import Tensor
 from ..reference.state_change import ReferenceStateChange
 from ..state_change import KNOWN_COLUMNS, TENSOR, KnownBuffers, StateSpec
 from ..step import StepBuffers
-from .backend import interpreting, resolve_backend
+from ..utils._torch_private import current_dispatch_mode
+from .backend import interpreting, is_transformed, resolve_piece
 from .checks import expect
+from .native_rows import has_native_state_change, native_state_change
 
 
 class StateChange:
@@ -22,7 +24,8 @@ class StateChange:
         spec: what to do.
         buffers: the run's: x, table, counter, model_input and time, and seeds where a stream draws.
         known: the known pixels' tensors, if the spec has them.
-        backend: as for `GuidedStep`; "inductor" runs the reference here.
+        backend: as for `GuidedStep`; "inductor" runs the reference here, and "auto" is "native" on a CPU where that can
+            run.
 
     Raises:
         ValueError: known pixels or their seeds that do not fit in shape, dtype, device or layout, or a backend that
@@ -44,15 +47,24 @@ class StateChange:
             if spec.draws_by_seed:
                 expect("seeds", buffers.seeds, (len(x),), torch.int64, x.device)
         self._spec, self._buffers, self._known = spec, buffers, known if spec.known else None
-        self.backend = resolve_backend(backend, x.device, x.dtype)
+        self.backend = resolve_piece(backend, x.device, x.dtype, registered=True)
+        if self.backend == "native" and not has_native_state_change(buffers):
+            self.backend = "reference"
         if self.backend != "triton":
-            self._run: Any = ReferenceStateChange(spec, buffers, self._known)
+            self._reference = ReferenceStateChange(spec, buffers, self._known)
+            self._run: Any = self._native if self.backend == "native" else self._reference
         else:
             self._run = self._dispatched if interpreting() else self._launched
 
     def __call__(self, new: Tensor) -> None:
         """Args: new: the state to change, contiguous [B, C, ...] in the state's dtype; it may be the buffers' x."""
         self._run(new)
+
+    def _native(self, new: Tensor) -> None:
+        if is_transformed() or current_dispatch_mode() is not None:
+            self._reference(new)
+        else:
+            native_state_change(new, self._spec, self._buffers, self._known)
 
     def _launched(self, new: Tensor) -> None:
         _launch(new, self._spec, self._buffers, self._known)

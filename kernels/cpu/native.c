@@ -16,9 +16,11 @@
 
 #include "combine.h"
 #include "exp2.h"
+#include "finite.h"
 #include "gram.h"
 #include "guided_step.h"
 #include "quantile.h"
+#include "row_work.h"
 #include "select.h"
 #include "vectors.h"
 

@@ -1,12 +1,14 @@
-/* The kernels beside the step, as functions of Python. Included after the instruction sets. Nothing is checked but the
+/* The kernels beside the step, as functions of Python. Included after that of the combination. Nothing is checked but the
  * number of arguments, the set and that numbers are numbers. */
 
 /* By number of the set. */
 static const struct {
     Brownian *brownian;
     GramRun *gram;
+    NoiseSumsRun *noise_sums;
+    StateChangeRun *state_change;
 } PIECES[] = {
-#define PIECES_OF(set) {brownian_##set, gram_##set}
+#define PIECES_OF(set) {brownian_##set, gram_##set, noise_sums_##set, state_change_##set}
     [BASELINE] = PIECES_OF(baseline),
 #if defined(__x86_64__)
     [AVX2] = PIECES_OF(avx2),
@@ -53,35 +55,25 @@ static PyObject *brownian(PyObject *self, PyObject *const *arguments, Py_ssize_t
     Py_RETURN_NONE;
 }
 
-/* A struct that Python packed; below 0 with an exception for another size. */
-static int unpack_struct(PyObject *packed, void *to, Py_ssize_t size)
-{
-    char *bytes;
-    Py_ssize_t length;
-    if (PyBytes_AsStringAndSize(packed, &bytes, &length))
-        return -1;
-    if (length != size) {
-        PyErr_Format(PyExc_ValueError, "packed arguments: got %zd bytes, expected %zd", length, size);
-        return -1;
+/* A kernel whose arguments Python packed into a struct. */
+#define PACKED_PIECE(name, Struct, elements)                                                  \
+    static PyObject *name(PyObject *self, PyObject *const *arguments, Py_ssize_t count)        \
+    {                                                                                          \
+        (void)self;                                                                            \
+        Struct s;                                                                              \
+        if (count != 2)                                                                        \
+            return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 2", count);      \
+        const long set = set_of(arguments[0]);                                                 \
+        if (set < 0 || unpack(#name, arguments[1], &s, sizeof s))                              \
+            return NULL;                                                                       \
+        CALL(elements, PIECES[set].name(&s));                                                  \
+        Py_RETURN_NONE;                                                                        \
     }
-    memcpy(to, bytes, (size_t)size);
-    return 0;
-}
+PACKED_PIECE(gram, Gram, s.batch * s.size * s.branches)
+PACKED_PIECE(noise_sums, NoiseSums, s.batch * s.size)
+PACKED_PIECE(state_change, StateChange, s.batch * s.size)
 
-static PyObject *gram(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
-{
-    (void)self;
-    Gram g;
-    if (count != 2)
-        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 2", count);
-    const long set = set_of(arguments[0]);
-    if (set < 0 || unpack_struct(arguments[1], &g, sizeof g))
-        return NULL;
-    CALL(g.batch * g.size * g.branches, PIECES[set].gram(&g));
-    Py_RETURN_NONE;
-}
-
-/* No instruction set is faster at it than another. */
+/* For all sets, as is the next. */
 static PyObject *quantile(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     int64_t n[5];
@@ -89,9 +81,21 @@ static PyObject *quantile(PyObject *self, PyObject *const *arguments, Py_ssize_t
     (void)self;
     if (count != 6)
         return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 6", count);
-    if (unpack_struct(arguments[0], &rank, sizeof rank) || unpack_integers(arguments + 1, 5, n))
+    if (unpack("rank", arguments[0], &rank, sizeof rank) || unpack_integers(arguments + 1, 5, n))
         return NULL;
     CALL(n[1] * n[2], quantile_bounds(ADDRESS(n[0]), n[1], n[2], &rank, ADDRESS(n[3]), ADDRESS(n[4])));
+    Py_RETURN_NONE;
+}
+
+static PyObject *finite_check(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    Finite f;
+    (void)self;
+    if (count != 1)
+        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 1", count);
+    if (unpack("finite_check", arguments[0], &f, sizeof f))
+        return NULL;
+    CALL(f.batch * f.size, check_finite(&f));
     Py_RETURN_NONE;
 }
 
@@ -100,5 +104,8 @@ static PyObject *quantile(PyObject *self, PyObject *const *arguments, Py_ssize_t
 #define PIECE_METHODS                                                                                                 \
     PIECE_METHOD(brownian, "number of the set, address of int64 seeds, samples, their size, addresses of int64 nodes " \
                            "and float factors, terms, stream, address to write to"),                                  \
+    PIECE_METHOD(finite_check, "packed Finite"),                                                                             \
+    PIECE_METHOD(noise_sums, "number of the set, packed NoiseSums"),                                                   \
+    PIECE_METHOD(state_change, "number of the set, packed StateChange"),                                               \
     PIECE_METHOD(gram, "number of the set, packed Gram"),                                                              \
     PIECE_METHOD(quantile, "packed Rank, address, samples, their size, addresses of scratch and bounds")

@@ -146,5 +146,5 @@ def test_arguments_that_cannot_be_are_refused() -> None:
         run(0)
     with pytest.raises(ValueError, match="instruction set: got 9"):
         run(9, b"")
-    with pytest.raises(ValueError, match="packed arguments: got 3 bytes, expected 80"):
+    with pytest.raises(ValueError, match="gram: got 3 bytes, expected 80"):
         run(0, b"abc")

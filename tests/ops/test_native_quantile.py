@@ -126,7 +126,7 @@ def test_arguments_that_cannot_be_are_refused() -> None:
     run = extension.native_module().quantile
     with pytest.raises(TypeError, match="got 1 arguments, expected 6"):
         run(0)
-    with pytest.raises(ValueError, match="packed arguments: got 3 bytes, expected 32"):
+    with pytest.raises(ValueError, match="rank: got 3 bytes, expected 32"):
         run(b"abc", 0, 0, 0, 0, 0)
     with pytest.raises(TypeError):
         run(bytes(32), 0, "1", 0, 0, 0)
