@@ -11,7 +11,7 @@ import torch
 
 from ..utils._torch_private import cpp_compiler_problem, current_dispatch_mode, in_function_transform
 from ..utils.checks import check_one_of
-from .extension import headers_problem, native_problem
+from .extension import headers_problem, native_pays, native_problem
 
 BACKENDS = ("auto", "triton", "inductor", "native", "reference")
 # For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
@@ -29,9 +29,9 @@ def resolve_backend(
     """The backend that runs for a state of this device and dtype: "triton", "inductor", "native" or
     "reference".
 
-    "auto" takes Triton on a GPU for a float32 state and the reference elsewhere. Inductor, which compiles for seconds,
-    and the native kernels run only by name. ValueError for a name not in `backends`, or a backend asked for where
-    it cannot run.
+    "auto" takes Triton on a GPU and the native kernels on a CPU (`native_pays`) for a float32 state, and the reference
+    elsewhere. Inductor, which compiles for seconds, runs only by name. ValueError for a name not in `backends`, or a
+    backend asked for where it cannot run.
     """
     check_one_of("backend", backend, backends)
     device = torch.device(device)
@@ -41,7 +41,9 @@ def resolve_backend(
         problem = inductor_problem(device) if backend == "inductor" else triton_problem(device, dtype)
     if backend == "auto":
         # Triton's interpreter is for tests: never chosen by "auto".
-        return "reference" if problem or device.type == "cpu" else "triton"
+        if device.type == "cpu":
+            return "native" if "native" in backends and native_pays(device, dtype) else "reference"
+        return "reference" if problem else "triton"
     if backend != "reference" and problem:
         raise ValueError(f"backend: {backend!r} cannot run here: {problem}")
     return backend
@@ -54,7 +56,7 @@ def resolve_piece(
     backends: Sequence[str] = BACKENDS,
     registered: bool = False,
 ) -> str:
-    """As `resolve_backend`, for an operation that has a native kernel: "auto" takes it where it can run.
+    """As `resolve_backend`, for an operation that has a native kernel.
 
     Under `torch.compile` and the transforms of `torch.func`, which look into operations, the reference runs in its
     place; under dispatch modes too, unless it is a `registered` operation.
@@ -62,9 +64,7 @@ def resolve_piece(
     if backend not in ("auto", "native") or backend not in backends:
         return resolve_backend(backend, device, dtype, backends)
     if is_transformed() or not (registered or current_dispatch_mode() is None):
-        return resolve_backend("auto", device, dtype)
-    if backend == "auto" and not native_problem(device, dtype):
-        return "native"
+        return resolve_backend("auto", device, dtype, PIECE_BACKENDS)
     return resolve_backend(backend, device, dtype, backends)
 
 

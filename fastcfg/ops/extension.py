@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -43,6 +44,13 @@ def native_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> 
     if instruction_sets():
         return ""
     return f"the extension is not built: {build_problem() or f'{BUILD!r} in a checkout builds it'}"
+
+
+def native_pays(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the native kernels can run on this device and are faster than torch: on a CPU that multiplies and adds in
+    one instruction."""
+    fused = platform.machine().lower() in ("aarch64", "arm64") or instruction_sets()[-1:] != ("baseline",)
+    return not native_problem(device, dtype) and fused
 
 
 def build_problem() -> str:
