@@ -11,6 +11,9 @@ from ..reference.philox import STEP_STREAM
 from ..step import NOISE_SOURCES, WEIGHTS_BY, StepBuffers, StepSpec
 from .extension import instruction_sets, native_module
 
+# Elements of a state which torch's number of threads share, without the interpreter's lock. Smaller ones are done
+# before another thread would have woken.
+LARGE = 65536
 # In the order of the kernels' numbers.
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _TIMES = (torch.float32, torch.int64, torch.float64)
@@ -35,8 +38,8 @@ def native_normal(
     """Fill `out`, contiguous float32 [B, ...] on the CPU, with the bits of `philox_normal`: sample i depends on
     seeds[i] alone, contiguous int64 [B]. Nothing is checked; `instructions` is as in `NativeStep`."""
     number, batch = set_number(instructions), len(seeds)
-    size = out.numel() // batch
-    native_module().normal(number, seeds.data_ptr(), batch, size, row, stream, out.data_ptr())
+    size, threads = out.numel() // batch, _threads(out.numel() >= LARGE)
+    native_module().normal(number, threads, seeds.data_ptr(), batch, size, row, stream, out.data_ptr())
     return out
 
 
@@ -51,6 +54,7 @@ class NativeStep:
         self.spec, self.buffers = spec, buffers
         self._set = set_number(instructions)
         self._run = native_module().guided_step
+        self._is_large = buffers.x.numel() >= LARGE
         self._converted: Tensor | None = None
         self._planned: tuple[object, ...] = ()
         self._plan = b""
@@ -69,6 +73,7 @@ class NativeStep:
         self._run(
             self._set,
             self._plan,
+            _threads(self._is_large),
             output.data_ptr(),
             (b.x if b.source is None else b.source).data_ptr(),
             b.x.data_ptr(),
@@ -110,6 +115,10 @@ def set_number(instructions: str | None) -> int:
     """The number of an instruction set, by default the widest."""
     names = instruction_sets()
     return names.index(instructions or names[-1])
+
+
+def _threads(is_large: bool) -> int:
+    return torch.get_num_threads() if is_large else 0
 
 
 def _address(tensor: Tensor | None) -> int:

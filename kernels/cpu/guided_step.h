@@ -52,5 +52,3 @@ typedef struct {
     int64_t planes, positions; /* a sample in planes of positions; one plane where all channels lie alike */
     int64_t blocks;            /* of a sample */
 } Row;
-
-typedef void StepBlocks(void *row, int64_t first, int64_t last);

@@ -2,7 +2,6 @@
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <stdlib.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -19,6 +18,8 @@
 #include "finite.h"
 #include "gram.h"
 #include "guided_step.h"
+#include "parallel.h"
+#include "philox.h"
 #include "quantile.h"
 #include "row_work.h"
 #include "select.h"
@@ -30,7 +31,8 @@
 #define UNROLL 4
 #define CHUNK (UNROLL * LANES)
 #define EACH _Pragma("GCC unroll 4") for (int j = 0; j < UNROLL; j++)
-/* States of fewer elements are done before another thread would have got the lock. */
+
+/* What works on fewer elements is done before another thread would have got the lock. */
 #define LARGE 65536
 
 #define SET BASELINE
@@ -48,12 +50,10 @@
 #endif
 
 typedef void Brownian(const int64_t *, int64_t, int64_t, const int64_t *, const float *, int64_t, uint32_t, float *);
-typedef void Normal(const int64_t *, int64_t, int64_t, uint32_t, uint32_t, float *);
 
 static const struct {
     const char *name;
-    StepBlocks *step;
-    Normal *normal;
+    Range *step, *normal;
     CombineRun *combine;
 } SETS[] = {
     [BASELINE] = {"baseline", step_baseline, normal_baseline, combine_baseline},
@@ -108,111 +108,41 @@ static long set_of(PyObject *argument)
     return -1;
 }
 
+/* Do a work in so many threads, without the interpreter's lock; 0: at once, holding it. */
+static void share(Range *range, void *work, int64_t blocks, int64_t threads)
+{
+    if (!threads) {
+        range(work, 0, blocks);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    run_parallel(range, work, blocks, threads);
+    Py_END_ALLOW_THREADS
+}
+
 static PyObject *normal(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     (void)self;
-    if (count != 7)
-        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 7", count);
+    if (count != 8)
+        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 8", count);
     const long number = set_of(arguments[0]);
     if (number < 0)
         return NULL;
-    const int64_t *seeds = PyLong_AsVoidPtr(arguments[1]);
-    const int64_t batch = PyLong_AsLongLong(arguments[2]), size = PyLong_AsLongLong(arguments[3]);
-    const uint32_t row = (uint32_t)PyLong_AsUnsignedLongMask(arguments[4]);
-    const uint32_t stream = (uint32_t)PyLong_AsUnsignedLongMask(arguments[5]);
-    float *out = PyLong_AsVoidPtr(arguments[6]);
+    const int64_t threads = PyLong_AsLongLong(arguments[1]);
+    const int64_t *seeds = PyLong_AsVoidPtr(arguments[2]);
+    const int64_t batch = PyLong_AsLongLong(arguments[3]), size = PyLong_AsLongLong(arguments[4]);
+    const uint32_t row = (uint32_t)PyLong_AsUnsignedLongMask(arguments[5]);
+    const uint32_t stream = (uint32_t)PyLong_AsUnsignedLongMask(arguments[6]);
+    float *out = PyLong_AsVoidPtr(arguments[7]);
     if (PyErr_Occurred())
         return NULL;
-    if (batch * size < LARGE)
-        SETS[number].normal(seeds, batch, size, row, stream, out);
-    else {
-        Py_BEGIN_ALLOW_THREADS
-        SETS[number].normal(seeds, batch, size, row, stream, out);
-        Py_END_ALLOW_THREADS
-    }
+    const int64_t blocks = (size + DRAWN - 1) / DRAWN;
+    Drawing drawing = {seeds, size, blocks, row, stream, out};
+    share(SETS[number].normal, &drawing, batch * blocks, threads);
     Py_RETURN_NONE;
 }
 
-static int64_t bytes_of(int64_t elements, int64_t dtype) { return elements * (dtype == FLOAT32 ? 4 : 2); }
-
-static int meet(const void *a, int64_t a_bytes, const void *b, int64_t b_bytes)
-{
-    const uintptr_t from = (uintptr_t)a, other = (uintptr_t)b;
-    return b && from < other + (size_t)b_bytes && other < from + (size_t)a_bytes;
-}
-
-/* Whether the output lies where the step writes: a model may return its input. */
-static int overlaps(const Plan *p, const Moving *t, int64_t bytes)
-{
-    const int64_t all = p->batch * p->size, state = bytes_of(all, p->state_dtype);
-    return meet(t->output, bytes, t->x, state) || meet(t->output, bytes, t->x0, state) ||
-           meet(t->output, bytes, p->history_memory, bytes_of((p->history + 1) * all, FLOAT32)) ||
-           meet(t->output, bytes, p->model_input, bytes_of(p->slots * all, p->input_dtype));
-}
-
-static void write_times(const Plan *p, float time)
-{
-    for (int64_t k = 0; k < p->slots * p->batch; k++) {
-        if (p->time_dtype == TIME_INT64)
-            ((int64_t *)p->time)[k] = (int64_t)time;
-        else if (p->time_dtype == TIME_FLOAT64)
-            ((double *)p->time)[k] = time;
-        else
-            ((float *)p->time)[k] = time;
-    }
-}
-
-static PyObject *guided_step(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
-{
-    (void)self;
-    enum { POINTERS = sizeof(Moving) / sizeof(void *) };
-    char *bytes;
-    Py_ssize_t length;
-    void *pointers[POINTERS];
-    if (count != 2 + POINTERS)
-        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected %d", count, 2 + (int)POINTERS);
-    const long number = set_of(arguments[0]);
-    if (number < 0)
-        return NULL;
-    if (PyBytes_AsStringAndSize(arguments[1], &bytes, &length))
-        return NULL;
-    if (length != (Py_ssize_t)sizeof(Plan))
-        return PyErr_Format(PyExc_ValueError, "plan: got %zd bytes, expected %zd", length, (Py_ssize_t)sizeof(Plan));
-    for (int i = 0; i < POINTERS; i++) {
-        pointers[i] = PyLong_AsVoidPtr(arguments[2 + i]);
-        if (!pointers[i] && PyErr_Occurred())
-            return NULL;
-    }
-    const Plan *p = (const Plan *)bytes;
-    Row row = {.plan = p, .planes = 1, .positions = p->size};
-    memcpy(&row.tensors, pointers, sizeof pointers);
-    if (p->output_last || p->input_last || p->weights_by == BY_CHANNEL) {
-        row.planes = p->channels;
-        row.positions = p->size / p->channels;
-    }
-    row.blocks = (row.positions + BLOCK - 1) / BLOCK;
-
-    row.outputs = p->size / p->channels * p->output_channels;
-    const int64_t output_bytes = bytes_of(p->branches * p->batch * row.outputs, p->output_dtype);
-    void *copy = NULL;
-    if (overlaps(p, &row.tensors, output_bytes)) {
-        copy = malloc((size_t)output_bytes);
-        if (!copy)
-            return PyErr_NoMemory();
-        row.tensors.output = memcpy(copy, row.tensors.output, (size_t)output_bytes);
-    }
-    if (p->batch * p->size < LARGE)
-        SETS[number].step(&row, 0, p->batch * row.blocks);
-    else {
-        Py_BEGIN_ALLOW_THREADS
-        SETS[number].step(&row, 0, p->batch * row.blocks);
-        Py_END_ALLOW_THREADS
-    }
-    free(copy);
-    write_times(p, p->table[(p->counter[0] + 1) * WIDTH + T]);
-    p->counter[0]++;
-    Py_RETURN_NONE;
-}
+#include "step_call.h"
 
 #include "combine_call.h"
 #include "pieces_call.h"
@@ -220,10 +150,11 @@ static PyObject *guided_step(PyObject *self, PyObject *const *arguments, Py_ssiz
 static PyMethodDef METHODS[] = {
     {"instruction_sets", instruction_sets, METH_NOARGS, "Names of those that this CPU has, the widest last."},
     {"guided_step", (PyCFunction)(void (*)(void))guided_step, METH_FASTCALL,
-     "guided_step(number of the set, plan, addresses of the moving tensors): one row, in place. Nothing is checked."},
+     "guided_step(number of the set, plan, threads, addresses of the moving tensors): one row, in place. Nothing is\n"
+     "checked."},
     {"normal", (PyCFunction)(void (*)(void))normal, METH_FASTCALL,
-     "normal(number of the set, address of int64 seeds, samples, their size, row, stream, address to write to):\n"
-     "standard normals by Philox. Nothing is checked."},
+     "normal(number of the set, threads, address of int64 seeds, samples, their size, row, stream, address to write\n"
+     "to): standard normals by Philox. Nothing is checked."},
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
      "combine(number of the set, combination, layout, addresses of inputs and results): all sums. Nothing is checked."},
     PIECE_METHODS,

@@ -228,12 +228,12 @@ def test_the_columns_are_those_of_the_table() -> None:
 @built
 def test_addresses_and_sets_that_cannot_be_are_refused() -> None:
     module = extension.native_module()
-    with pytest.raises(TypeError, match="got 1 arguments, expected 7"):
+    with pytest.raises(TypeError, match="got 1 arguments, expected 8"):
         module.guided_step(0)
     with pytest.raises(ValueError, match="instruction set: got 9"):
-        module.guided_step(9, b"", *[0] * 5)
+        module.guided_step(9, b"", *[0] * 6)
     with pytest.raises(ValueError, match="plan: got 3 bytes, expected 312"):
-        module.guided_step(0, b"abc", *[0] * 5)
+        module.guided_step(0, b"abc", *[0] * 6)
 
 
 def test_without_the_extension_the_backend_says_what_is_missing(

@@ -58,9 +58,9 @@ def test_a_long_sample_has_the_bits_of_the_reference(instructions: str) -> None:
 
 def test_arguments_that_cannot_be_are_refused(instructions: str) -> None:
     normal = native_module().normal
-    with pytest.raises(TypeError, match="got 1 arguments, expected 7"):
+    with pytest.raises(TypeError, match="got 1 arguments, expected 8"):
         normal(0)
     with pytest.raises(ValueError, match="instruction set: got 9"):
-        normal(9, 0, 0, 0, 0, 0, 0)
+        normal(9, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises((TypeError, OverflowError)):
-        normal(instruction_sets().index(instructions), 0, "1", 0, 0, 0, 0)
+        normal(instruction_sets().index(instructions), 0, "1", 0, 0, 0, 0, 0)
