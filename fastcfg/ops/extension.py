@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+import warnings
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 BUILD = "pip install ."
+# Of every architecture; on aarch64 the baseline has NEON.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 @cache
@@ -30,9 +33,21 @@ def native_module() -> Any:
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """What the kernels are built for and this CPU has, the widest last; empty without the extension."""
+    """What the kernels are built for and this CPU has, the widest last; empty without the extension.
+
+    The environment variable FASTCFG_CPU names the widest to use. A warning says where it cannot be, and is then
+    without effect.
+    """
     module = native_module()
-    return () if module is None else tuple(module.instruction_sets())
+    found = () if module is None else tuple(module.instruction_sets())
+    wanted = os.environ.get("FASTCFG_CPU")
+    if not found or not wanted:
+        return found
+    if wanted in found:
+        return found[: found.index(wanted) + 1]
+    problem = "this CPU does not have it" if wanted in INSTRUCTION_SETS else f"expected one of {INSTRUCTION_SETS}"
+    warnings.warn(f"FASTCFG_CPU: got {wanted!r}: {problem}; the kernels use {found[-1]!r}", stacklevel=2)
+    return found
 
 
 def native_problem(device: torch.device, dtype: torch.dtype = torch.float32) -> str:

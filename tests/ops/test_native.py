@@ -6,8 +6,11 @@ import importlib.util
 import math
 import os
 import re
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from fastcfg import CFG, Sampler, Schedule, ops, solvers
 from fastcfg.ops import GuidedStep, Stepper, extension, instruction_sets, native_problem
 from fastcfg.ops.native import NativeStep, has_native_step
 from fastcfg.reference import ReferenceStep
+from fastcfg.reference.philox import philox_normal
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import DEVICE_COLUMNS
 
@@ -234,6 +238,47 @@ def test_addresses_and_sets_that_cannot_be_are_refused() -> None:
         module.guided_step(9, b"", *[0] * 6)
     with pytest.raises(ValueError, match="plan: got 3 bytes, expected 312"):
         module.guided_step(0, b"abc", *[0] * 6)
+
+
+@built
+def test_the_environment_names_the_widest_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = ("baseline", "avx2")
+    monkeypatch.setattr(extension, "native_module", lambda: SimpleNamespace(instruction_sets=lambda: list(every)))
+    choose = instruction_sets.__wrapped__
+    monkeypatch.delenv("FASTCFG_CPU", raising=False)
+    assert choose() == every
+    for name, chosen in {"": every, "baseline": ("baseline",), "avx2": every}.items():
+        monkeypatch.setenv("FASTCFG_CPU", name)
+        assert choose() == chosen
+    for name, problem in {"avx512": "this CPU does not have it", "neon": "expected one of"}.items():
+        monkeypatch.setenv("FASTCFG_CPU", name)
+        with pytest.warns(UserWarning, match=f"FASTCFG_CPU: got '{name}': {problem}.*; the kernels use 'avx2'"):
+            assert choose() == every
+
+
+@built
+@pytest.mark.parametrize("name", ["baseline", "sse9"])
+def test_a_process_told_another_instruction_set_has_the_same_bits(name: str) -> None:
+    code = """
+        import torch
+        from fastcfg.ops import instruction_sets
+        from fastcfg.ops.native import native_normal
+        print(instruction_sets()[-1], native_normal(torch.empty(1, 9), torch.zeros(1, dtype=torch.int64)).sum().item())
+    """
+    environment = {**os.environ, "FASTCFG_CPU": name, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    widest = extension.native_module().instruction_sets()[-1] if name == "sse9" else name
+    want = philox_normal(torch.zeros(1, dtype=torch.int64), (9,)).sum().item()
+    assert done.stdout.split() == [widest, str(want)]
+    assert ("FASTCFG_CPU: got 'sse9': expected one of" in done.stderr) == (name == "sse9")
 
 
 def test_without_the_extension_the_backend_says_what_is_missing(
