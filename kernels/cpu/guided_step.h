@@ -11,6 +11,8 @@ enum {
 };
 
 enum { TIME_FLOAT32, TIME_INT64, TIME_FLOAT64 };
+/* How a chunk's elements lie: in any way; a whole chunk beside each other; and so in float32. */
+enum { ANY, WHOLE, PLAIN };
 enum { NO_NOISE, TENSOR, PHILOX };
 enum { STEP_STREAM = 1 }; /* of Philox */
 enum { BY_SAMPLE, BY_CHANNEL, BY_ELEMENT };
