@@ -71,13 +71,16 @@ static void ask_cpu(void)
 {
     has[BASELINE] = 1;
 #if defined(__x86_64__)
-    unsigned a, b, c = 0, d;
-    __builtin_cpu_init();
-    /* Not every compiler's `__builtin_cpu_supports` knows F16C. */
-    has[AVX2] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
-                c & bit_F16C;
-    has[AVX512] = has[AVX2] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+    /* `__builtin_cpu_supports` knows F16C, or any of them, only with some compilers. */
+    const unsigned avx512 = bit_AVX512F | bit_AVX512VL | bit_AVX512DQ | bit_AVX512BW;
+    const unsigned basic = bit_OSXSAVE | bit_FMA | bit_F16C;
+    unsigned a, b, c, d, saved, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & basic) != basic || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return;
+    /* The registers that the system saves: 128 and 256 bits, and for AVX-512 masks, upper halves and upper registers. */
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    has[AVX2] = b & bit_AVX2 && (saved & 0x06) == 0x06;
+    has[AVX512] = has[AVX2] && (b & avx512) == avx512 && (saved & 0xE6) == 0xE6;
 #endif
 }
 
