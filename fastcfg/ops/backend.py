@@ -15,9 +15,7 @@ from .extension import headers_problem, native_pays, native_problem
 
 BACKENDS = ("auto", "triton", "inductor", "native", "reference")
 # For operations other than the step. Inductor compiles only the whole step; around a piece torch.compile does as well.
-PIECE_BACKENDS = ("auto", "triton", "reference")
-# For those that have a native kernel.
-NATIVE_PIECE_BACKENDS = (*PIECE_BACKENDS, "native")
+PIECE_BACKENDS = ("auto", "triton", "native", "reference")
 
 # At import: torch.compile cannot trace the look-up.
 _HAS_TRITON = find_spec("triton") is not None
@@ -63,8 +61,8 @@ def resolve_piece(
     """
     if backend not in ("auto", "native") or backend not in backends:
         return resolve_backend(backend, device, dtype, backends)
-    if is_transformed() or not (registered or current_dispatch_mode() is None):
-        return resolve_backend("auto", device, dtype, PIECE_BACKENDS)
+    if device.type == "cpu" and (is_transformed() or not (registered or current_dispatch_mode() is None)):
+        return "reference"
     return resolve_backend(backend, device, dtype, backends)
 
 

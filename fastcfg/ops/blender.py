@@ -109,7 +109,7 @@ class Blender:
         num_steps: N, the length of the run.
         like: one branch's output [B, C, ...], in float32, float16 or bfloat16; the run's outputs have its shape, dtype
             and device; ValueError for another dtype.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "native" or "reference".
 
     Attributes:
         momentum: float32 [B, C, ...], for guidance that has one; `begin` clears it.

@@ -14,7 +14,7 @@ from ..combination import OUTPUT, Combination
 from ..reference import ReferenceCombine
 from ..reference._fma import add_rounds_once, addcmul_rounds_once
 from ..utils._torch_private import in_function_transform, same_tensor
-from .backend import NATIVE_PIECE_BACKENDS, resolve_backend
+from .backend import PIECE_BACKENDS, resolve_backend
 from .checks import LOADED_DTYPES
 from .native_combine import NativeCombine, run_native
 from .threshold import dynamic_threshold
@@ -69,7 +69,7 @@ class Combine:
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype: got {dtype}, expected torch.float32 or torch.float64")
         self.combination, self.device, self.dtype = combination, torch.device(device), dtype
-        self.backend = resolve_backend(backend, device, dtype, NATIVE_PIECE_BACKENDS)
+        self.backend = resolve_backend(backend, device, dtype, PIECE_BACKENDS)
         self._num_outputs, self._num_inputs = combination.coefficients.shape
         self._learned = combination.noise is not None
         self._reference: ReferenceCombine | None = None  # made when it is needed, but for what is tried on the device:

@@ -13,6 +13,7 @@ from ..state_change import KnownBuffers, StateSpec
 from ..step import StepBuffers
 from .extension import native_module
 from .native import set_number
+from .native_pieces import address
 
 # The bits of an exponent.
 EXPONENTS = {torch.float32: 0x7F800000, torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
@@ -23,7 +24,7 @@ def native_finite_check(
 ) -> None:
     """What `ReferenceFiniteCheck` does, for a dense output and state in dtypes of `EXPONENTS`."""
     branches, batch = len(sources) - 1, len(x)
-    addresses = _addresses(output, x, counter, sources, record)
+    addresses = map(address, (output, x, counter, sources, record))
     sizes = output.numel() // len(output), x.numel() // batch
     exponents = EXPONENTS[output.dtype], EXPONENTS[x.dtype]
     native_module().finite_check(struct.pack("=10q2i", *addresses, branches, batch, every, *sizes, *exponents))
@@ -49,7 +50,7 @@ def native_noise_sums(
         variance = output[conditional * batch : (conditional + 1) * batch, channels:]
         if variance.dtype != torch.float32 or not output.is_contiguous():
             variance, stride = variance.float().contiguous(), size
-    addresses = _addresses(noise, variance, seeds, counter, sums)
+    addresses = map(address, (noise, variance, seeds, counter, sums))
     packed = struct.pack("=9q", *addresses, batch, size, stride, STEP_STREAM)
     native_module().noise_sums(set_number(instructions), packed)
 
@@ -67,16 +68,12 @@ def native_state_change(
 ) -> None:
     """What `ReferenceStateChange` does, for what `has_native_state_change`."""
     x, model_input, time = buffers.x, buffers.model_input, buffers.time
-    run = _addresses(new, x, model_input, buffers.table, buffers.counter, buffers.seeds, time)
+    run = map(address, (new, x, model_input, buffers.table, buffers.counter, buffers.seeds, time))
     pixels: tuple[Tensor | None, ...] = (None,) * 5
     if known is not None:
         pixels = known.image, known.hold, known.rows, known.noise, known.renoise
     options = spec.before, spec.known, spec.hard, spec.noise, spec.renoise
     slots = len(model_input) // len(x)  # type: ignore[arg-type]
     sizes = len(x), x.numel() // len(x), slots, time.dtype == torch.int64  # type: ignore[union-attr]
-    packed = struct.pack("=21q", *run, *_addresses(*pixels), *options, *sizes)
+    packed = struct.pack("=21q", *run, *map(address, pixels), *options, *sizes)
     native_module().state_change(set_number(instructions), packed)
-
-
-def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])

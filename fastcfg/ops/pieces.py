@@ -1,7 +1,8 @@
 """The pieces of the guided step as operations of their own, each one kernel.
 
 Tensors are float32, float16 or bfloat16 of any rank from 3; results are new, contiguous and float32. Contiguous and
-channels-last model outputs are read as they are, others are copied first. `backend` is "auto", "triton" or "reference".
+channels-last model outputs are read as they are, others are copied first. `backend` is "auto" (on a CPU "native" where
+that can run), "triton", "native" or "reference"; natively, splitting and the posterior run on the reference.
 A call raises ValueError for shapes, dtypes, devices or indices that do not fit, and for a backend that cannot run.
 """
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..reference import pieces as reference
-from .backend import PIECE_BACKENDS, resolve_backend
+from .backend import PIECE_BACKENDS, resolve_piece
 from .checks import check_image, expect, readable
+from .native_pieces import native_blend, native_x0
 from .registered import Operation
 
 
@@ -33,9 +35,8 @@ def split_model_output(output: Tensor, channels: int, *, backend: str = "auto") 
     if output.shape[1] != 2 * channels:
         raise ValueError(f"output: got {output.shape[1]} channels, expected 2*{channels}, prediction and variance")
     output = readable(output)
-    if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
-        return reference.split_model_output(output, channels)
-    return _split(output, channels)
+    on_triton = resolve_piece(backend, output.device, backends=PIECE_BACKENDS) == "triton"
+    return _split(output, channels) if on_triton else reference.split_model_output(output, channels)
 
 
 @torch.no_grad()
@@ -77,7 +78,11 @@ def guidance_blend(
     if momentum is not None:
         expect("momentum", momentum, (batch, *output.shape[1:]), torch.float32, output.device)
     output = readable(output)
-    if resolve_backend(backend, output.device, backends=PIECE_BACKENDS) == "reference":
+    backend = resolve_piece(backend, output.device, backends=PIECE_BACKENDS)
+    if backend == "native":
+        out = _like(output, batch, *output.shape[1:])
+        return native_blend(output.float().contiguous(), weights, base, scaled, momentum, out)
+    if backend == "reference":
         return reference.guidance_blend(output, weights, base=base, scaled=scaled, momentum=momentum)
     return _blend(output, weights, -1 if base is None else base, scaled, momentum)
 
@@ -116,7 +121,10 @@ def predict_x0(
         if value is not None or name in ("p_x", "p_m"):
             expect(name, value, (len(x),), torch.float32, x.device)
     x, output = x.contiguous(), readable(output)
-    if resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "reference":
+    backend = resolve_piece(backend, x.device, backends=PIECE_BACKENDS)
+    if backend == "native":
+        return native_x0(x.float(), output.float().contiguous(), p_x, p_m, bound, rest, _like(x))
+    if backend == "reference":
         return reference.predict_x0(x, output, p_x, p_m, bound, rest)
     return _x0(x, output, p_x, p_m, bound, p_x_rest, p_m_rest)
 
@@ -163,7 +171,7 @@ def posterior_mean_variance(
         check_image("variance", variance, like=x0)
         variance = readable(variance)
     x0, x = x0.contiguous(), x.contiguous()
-    on_triton = resolve_backend(backend, x.device, backends=PIECE_BACKENDS) == "triton"
+    on_triton = resolve_piece(backend, x.device, backends=PIECE_BACKENDS) == "triton"
     run: Any = _posterior if on_triton else reference.posterior_mean_variance
     mean, sigma2, log_variance = run(x0, x, *coefficients.values(), variance)
     return mean, sigma2.expand_as(mean), log_variance.expand_as(mean)

@@ -11,9 +11,10 @@ from ..clip import DynamicThreshold, QuantileRank
 from ..reference import ReferenceBound
 from ..reference import pieces as reference
 from ..step import StepBuffers, StepSpec
-from .backend import NATIVE_PIECE_BACKENDS, interpreting, resolve_backend, resolve_piece
+from ..utils._torch_private import current_dispatch_mode
+from .backend import PIECE_BACKENDS, interpreting, is_transformed, resolve_piece
 from .checks import check_buffers, check_image, check_spec
-from .native_pieces import native_quantile
+from .native_pieces import NativeBound, native_quantile, native_threshold
 from .registered import Operation
 from .step import RowOperation
 
@@ -25,7 +26,8 @@ class QuantileBound(RowOperation):
     Args:
         threshold: the quantile and its limits, for samples of at most 2**24 elements.
         spec, buffers: the guided step's; bound and x0 are written.
-        backend: as for `GuidedStep`; "inductor" runs the reference here.
+        backend: as for `GuidedStep`; "inductor" runs the reference here, and "auto" is "native" on a CPU where that can
+            run.
 
     Example:
         >>> from fastcfg import Schedule, solvers
@@ -46,13 +48,19 @@ class QuantileBound(RowOperation):
         check_buffers(needed, buffers)
         x = buffers.x
         super().__init__(spec, buffers)
-        self.backend = resolve_backend(backend, x.device, x.dtype)
+        self.backend = resolve_piece(backend, x.device, x.dtype, registered=True)
         self._rank = threshold.rank(x[0].numel(), x.dtype)
         if self.backend != "triton":
-            self._run = ReferenceBound(threshold, spec, buffers)
+            self._run = self._reference = ReferenceBound(threshold, spec, buffers)
+            if self.backend == "native":
+                self._run, self._native = self._natively, NativeBound(threshold, spec, buffers)
         else:
             self._selection = _empty_selection(x)
             self._run = self._dispatched if interpreting() else self._launched
+
+    def _natively(self, output: Tensor) -> None:
+        watched = is_transformed() or current_dispatch_mode() is not None
+        (self._reference if watched else self._native)(output)
 
     def _launched(self, output: Tensor) -> None:
         _launch_step_bound(output, self.spec, self.buffers, self._selection, self._rank)
@@ -84,8 +92,12 @@ def quantile_bound(
         tensor([2.])
     """
     rank, x0 = _checked(x0, quantile, floor, ceiling)
-    backend = resolve_piece(backend, x0.device, backends=NATIVE_PIECE_BACKENDS)
-    return _quantile(x0, *rank) if backend == "triton" else _bound_without_triton(x0, rank, backend)
+    backend = resolve_piece(backend, x0.device, backends=PIECE_BACKENDS)
+    if backend == "native":
+        return _native_bound(x0.float(), rank)
+    if backend == "reference":
+        return reference.quantile_bound(x0, rank)
+    return _quantile(x0, *rank)
 
 
 @torch.no_grad()
@@ -101,17 +113,17 @@ def dynamic_threshold(
         tensor([[[-1.0000, -1.0000, -0.5000,  0.0000,  0.5000,  1.0000,  1.0000]]])
     """
     rank, x0 = _checked(x0, quantile, floor, ceiling)
-    backend = resolve_piece(backend, x0.device, backends=NATIVE_PIECE_BACKENDS)
-    if backend != "triton":
-        return reference.threshold(x0, _bound_without_triton(x0, rank, backend))
+    backend = resolve_piece(backend, x0.device, backends=PIECE_BACKENDS)
+    if backend == "native":
+        x0 = x0.float()
+        return native_threshold(x0, _native_bound(x0, rank), torch.empty_like(x0))
+    if backend == "reference":
+        return reference.threshold(x0, reference.quantile_bound(x0, rank))
     return _threshold(x0, _quantile(x0, *rank))
 
 
-def _bound_without_triton(x0: Tensor, rank: QuantileRank, backend: str) -> Tensor:
-    if backend == "reference":
-        return reference.quantile_bound(x0, rank)
-    out, scratch = x0.new_empty(len(x0), dtype=torch.float32), x0.new_empty(x0[0].numel(), dtype=torch.int32)
-    return native_quantile(x0.float(), rank, scratch, out)
+def _native_bound(x0: Tensor, rank: QuantileRank) -> Tensor:
+    return native_quantile(x0, rank, torch.empty(x0[0].numel(), dtype=torch.int32), torch.empty(len(x0)))
 
 
 def _checked(x0: Tensor, quantile: float, floor: float, ceiling: float | None) -> tuple[QuantileRank, Tensor]:

@@ -20,6 +20,7 @@
 #include "guided_step.h"
 #include "parallel.h"
 #include "philox.h"
+#include "pieces.h"
 #include "quantile.h"
 #include "row_work.h"
 #include "select.h"

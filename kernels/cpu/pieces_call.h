@@ -1,5 +1,5 @@
-/* The kernels beside the step, as functions of Python. Included after that of the combination. Nothing is checked but the
- * number of arguments, the set and that numbers are numbers. */
+/* The kernels beside the step, as functions of Python. Included after that of the combination. Nothing is checked but
+ * the number of arguments, the set and that numbers are numbers. */
 
 /* By number of the set. */
 static const struct {
@@ -7,14 +7,22 @@ static const struct {
     GramRun *gram;
     NoiseSumsRun *noise_sums;
     StateChangeRun *state_change;
+    BlendRun *blend_outputs;
+    PredictRun *predict;
+    ThresholdRun *threshold;
+    StepBoundRun *step_bound;
 } PIECES[] = {
-#define PIECES_OF(set) {brownian_##set, gram_##set, noise_sums_##set, state_change_##set}
+#define OF(set, name) .name = name##_##set
+#define PIECES_OF(set)                                                                    \
+    {OF(set, brownian),      OF(set, gram),    OF(set, noise_sums), OF(set, state_change), \
+     OF(set, blend_outputs), OF(set, predict), OF(set, threshold),  OF(set, step_bound)}
     [BASELINE] = PIECES_OF(baseline),
 #if defined(__x86_64__)
     [AVX2] = PIECES_OF(avx2),
     [AVX512] = PIECES_OF(avx512),
 #endif
 #undef PIECES_OF
+#undef OF
 };
 
 /* Addresses, sizes and numbers; below 0 with an exception. */
@@ -72,6 +80,10 @@ static PyObject *brownian(PyObject *self, PyObject *const *arguments, Py_ssize_t
 PACKED_PIECE(gram, Gram, s.batch * s.size * s.branches)
 PACKED_PIECE(noise_sums, NoiseSums, s.batch * s.size)
 PACKED_PIECE(state_change, StateChange, s.batch * s.size)
+PACKED_PIECE(blend_outputs, Blend, s.batch * s.size)
+PACKED_PIECE(predict, Predict, s.batch * s.size)
+PACKED_PIECE(threshold, Threshold, s.batch * s.size)
+PACKED_PIECE(step_bound, StepBound, s.blend.batch * s.blend.size)
 
 /* For all sets, as is the next. */
 static PyObject *quantile(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -101,10 +113,14 @@ static PyObject *finite_check(PyObject *self, PyObject *const *arguments, Py_ssi
 
 #define PIECE_METHOD(name, arguments) \
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, #name "(" arguments ")"}
-#define PIECE_METHODS                                                                                                 \
+#define PIECE_METHODS                                                                                                  \
     PIECE_METHOD(brownian, "number of the set, address of int64 seeds, samples, their size, addresses of int64 nodes " \
-                           "and float factors, terms, stream, address to write to"),                                  \
-    PIECE_METHOD(finite_check, "packed Finite"),                                                                             \
+                           "and float factors, terms, stream, address to write to"),                                   \
+    PIECE_METHOD(blend_outputs, "number of the set, packed Blend"),                                                    \
+    PIECE_METHOD(predict, "number of the set, packed Predict"),                                                        \
+    PIECE_METHOD(threshold, "number of the set, packed Threshold"),                                                    \
+    PIECE_METHOD(step_bound, "number of the set, packed StepBound"),                                                   \
+    PIECE_METHOD(finite_check, "packed Finite"),                                                                       \
     PIECE_METHOD(noise_sums, "number of the set, packed NoiseSums"),                                                   \
     PIECE_METHOD(state_change, "number of the set, packed StateChange"),                                               \
     PIECE_METHOD(gram, "number of the set, packed Gram"),                                                              \

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.native import built, chosen, every_set
+from support.native import Watching, built, chosen, every_set
 from torch import Tensor
 
 from fastcfg.ops import extension, gram
 from fastcfg.ops.gram import _gram_result
 from fastcfg.ops.native_pieces import MAX_VECTORS, native_gram
 from fastcfg.reference import gram as reference
-from fastcfg.utils._torch_private import TorchDispatchMode
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -117,24 +116,12 @@ def test_without_the_extension_the_reference_runs(monkeypatch: pytest.MonkeyPatc
         gram(output, 2, 1, backend="native")
 
 
-class Names(TorchDispatchMode):
-    """The operations that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @built
 def test_who_watches_torchs_operations_sees_the_kernel() -> None:
     output = normal(4, 3, 5)
-    with Names() as names:
+    with Watching() as watching:
         got = gram(output, 2, 1, backend="native")
-    assert "fastcfg.native_gram.default" in names.seen
+    assert "fastcfg.native_gram.default" in watching.seen
     assert all(map(torch.equal, got, gram(output, 2, 1, backend="native")))
     torch.library.opcheck(torch.ops.fastcfg.native_gram.default, (output, normal(2, 3, 5), 2, 1, 3, 0, 0.5))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import ROOT
-from support.native import built, chosen, every_set
+from support.native import Watching, built, chosen, every_set
 from torch import Tensor
 
 from fastcfg.ops import FiniteCheck, NoiseSums, StateChange, extension, sums_memory
@@ -30,7 +30,6 @@ from fastcfg.state_change import (
 )
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import StepTable
-from fastcfg.utils._torch_private import TorchDispatchMode
 
 TABLE = StepTable.from_columns(t=[9, 5, 2, 1], c_in=[1.0, 0.7, 0.4, 0.2], p_m=1.0, a_0=1.0, s=0.5)
 MARGIN = 600  # more than a block
@@ -180,18 +179,6 @@ def test_the_first_number_that_is_not_finite_is_noted(state: torch.dtype, dtype:
 
 
 # Which runs.
-
-
-class Watching(TorchDispatchMode):
-    """The operations that ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def three(backend: str) -> tuple[list[Any], list[Tensor], Tensor]:
