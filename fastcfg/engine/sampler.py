@@ -182,6 +182,11 @@ class Sampler:
 
     @config.setter
     def config(self, config: SamplerConfig) -> None:
+        before: Any = vars(self).get("_config")
+        if before is not None and vars(self)["_is_auto"] and config.backend == before.backend:
+            # Another state's dtype, say, may need another backend.
+            config = replace(config, backend="auto")
+        self._is_auto = config.backend == "auto"
         self._config = config.resolved_for(models_of(self.model))
 
     @property

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from support import ROOT
 from support.fake_nvml import FakeNvml
+from support.native import CPU_BACKEND
 from support.picture_folder import OPTIONS, draw_folder, write_tokenizer
 from support.tiny_checkpoint import MODEL, SIZE, TIMESTEPS, write_tiny_checkpoint
 
@@ -59,7 +60,7 @@ def test_sample_writes_a_grid_and_tells_what_it_did(checkpoint: Path, capsys: py
     told = captured.out
     assert "wrote    samples.png: 4 pictures of 8x8, seeds 5 to 8\n" in told
     assert "images/s, 3 steps of ddpm" in told
-    assert "backend  reference on cpu, graph: none (the device is a CPU)" in told
+    assert f"backend  {CPU_BACKEND} on cpu, graph: none (the device is a CPU)" in told
     assert "3/3" in captured.err
     assert os.listdir() == ["samples.png"]
     with Image.open("samples.png") as image:
@@ -150,7 +151,7 @@ def test_sample_writes_a_summary(checkpoint: Path, to_file: bool, capsys: pytest
         "dtype": "float32",
         "upsample": None,
         "device": "cpu",
-        "backend": "reference",
+        "backend": CPU_BACKEND,
         "graph": "none",
         "graph_reason": "graph=False",
         "images": 6,

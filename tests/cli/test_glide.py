@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.native import CPU_BACKEND
 from support.tiny_glide import BASE_SIZE, SIZE, words, write_network
 
 import fastcfg
@@ -96,7 +97,7 @@ def test_both_stages_draw_what_they_draw_from_python(files: dict[str, str], caps
         "solver": "ddim",
         "temperature": 0.9,
         "seeds": [2**32 + 5, 2**32 + 6],
-        "backend": "reference",
+        "backend": CPU_BACKEND,
         "graph": "none",
         "graph_reason": "the device is a CPU",
     }

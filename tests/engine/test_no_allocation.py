@@ -156,7 +156,7 @@ LEARNED = [*DDIM[:-1], "addcmul", "exp2", "addcmul", "mul"]
     ],
 )
 def test_the_reference_loop_passes_over_the_state_so_often(name: str, count: int, expected: list[str]) -> None:
-    rows, _ = record_rows(TABLES[name], noise_source="torch")
+    rows, _ = record_rows(TABLES[name], noise_source="torch", backend="reference")
     for row in rows:
         assert [operation.split(".")[0] for operation in passes(row)] == expected
         assert len(passes(row)) == count

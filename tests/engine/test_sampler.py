@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.native import CPU_BACKEND
 from torch import Tensor, nn
 
 from fastcfg import CFG, Compose, Guidance, NoGuidance, Sampler, Schedule, StepTable, solvers
@@ -747,7 +748,7 @@ def test_report_tells_how_the_run_went() -> None:
         "model": 0,
     }
     assert sampler.report() == {
-        "backend": "reference",
+        "backend": CPU_BACKEND,
         "graph": "none",
         "graph_reason": "the device is a CPU",
         "rows": 6,

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.native import CPU_BACKEND
 from torch import Tensor
 
 from fastcfg import ops
-from fastcfg.ops import GuidedStep, backend, initial_noise, is_channels_last, resolve_backend, triton_problem
+from fastcfg.ops import GuidedStep, backend, extension, initial_noise, is_channels_last, resolve_backend, triton_problem
 from fastcfg.reference.philox import philox_normal, sample_seeds
 from fastcfg.step import StepBuffers, StepSpec
 from fastcfg.table import COLUMNS, DEVICE_COLUMNS
@@ -53,11 +54,22 @@ def make_buffers(spec: StepSpec, dtype: torch.dtype = torch.float32, **changes: 
 # The choice of backend.
 
 
-def test_auto_on_a_cpu_is_the_reference_even_with_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_a_cpu_is_never_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("0", "1"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        assert resolve_backend("auto", "cpu") == "reference"
+        assert resolve_backend("auto", "cpu") == CPU_BACKEND
+        assert resolve_backend("auto", "cpu", torch.float64) == "reference"
         assert resolve_backend("reference", "cpu") == "reference"
+
+
+@pytest.mark.parametrize(("sets", "machine"), [((), "x86_64"), (("baseline",), "x86_64"), (("baseline",), "aarch64")])
+def test_auto_on_a_cpu_is_native_where_that_pays(
+    sets: tuple[str, ...], machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "instruction_sets", lambda: sets)
+    monkeypatch.setattr(extension.platform, "machine", lambda: machine)
+    assert resolve_backend("auto", "cpu") == ("native" if machine == "aarch64" else "reference")
+    assert resolve_backend("auto", "cpu", backends=("auto", "triton", "reference")) == "reference"
 
 
 def test_auto_on_a_gpu_is_triton_for_a_float32_state(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastcfg.ops import instruction_sets, native_problem
+from fastcfg.ops import instruction_sets, native_problem, resolve_backend
 from fastcfg.utils._torch_private import TorchDispatchMode
 
 _PROBLEM = native_problem(torch.device("cpu"))
@@ -25,3 +25,7 @@ class Watching(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
+
+
+# What "auto" takes on this machine's CPU.
+CPU_BACKEND = resolve_backend("auto", "cpu")
