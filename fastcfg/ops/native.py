@@ -38,7 +38,7 @@ def native_normal(
     """Fill `out`, contiguous float32 [B, ...] on the CPU, with the bits of `philox_normal`: sample i depends on
     seeds[i] alone, contiguous int64 [B]. Nothing is checked; `instructions` is as in `NativeStep`."""
     number, batch = set_number(instructions), len(seeds)
-    size, threads = out.numel() // batch, _threads(out.numel() >= LARGE)
+    size, threads = out.numel() // batch, threads_for(out.numel() >= LARGE)
     native_module().normal(number, threads, seeds.data_ptr(), batch, size, row, stream, out.data_ptr())
     return out
 
@@ -73,7 +73,7 @@ class NativeStep:
         self._run(
             self._set,
             self._plan,
-            _threads(self._is_large),
+            threads_for(self._is_large),
             output.data_ptr(),
             (b.x if b.source is None else b.source).data_ptr(),
             b.x.data_ptr(),
@@ -117,7 +117,8 @@ def set_number(instructions: str | None) -> int:
     return names.index(instructions or names[-1])
 
 
-def _threads(is_large: bool) -> int:
+def threads_for(is_large: bool) -> int:
+    """What shares a large work; 0: it is done at once, holding the interpreter's lock."""
     return torch.get_num_threads() if is_large else 0
 
 

@@ -13,7 +13,7 @@ from ..clip import DynamicThreshold, QuantileRank
 from ..reference.philox import BROWNIAN_STREAM
 from ..step import StepBuffers, StepSpec
 from .extension import native_module
-from .native import set_number
+from .native import LARGE, set_number, threads_for
 
 # GRAM_VECTORS of kernels/cpu/gram.h.
 MAX_VECTORS = 4
@@ -23,9 +23,9 @@ def native_brownian(
     out: Tensor, seeds: Tensor, nodes: Tensor, factors: Tensor, terms: int, instructions: str | None = None
 ) -> Tensor:
     """Fill `out`, [B, ...], with the bits of `brownian_normal`; seeds are int64 [B], nodes int64 [K], factors [K]."""
-    size = out.numel() // len(seeds)
-    path = nodes.data_ptr(), factors.data_ptr(), terms, BROWNIAN_STREAM
-    native_module().brownian(set_number(instructions), seeds.data_ptr(), len(seeds), size, *path, out.data_ptr())
+    tensors = map(address, (seeds, nodes, factors, out))
+    packed = struct.pack("=8q", *tensors, len(seeds), out.numel() // len(seeds), terms, BROWNIAN_STREAM)
+    native_module().brownian(set_number(instructions), threads_for(out.numel() * terms >= LARGE), packed)
     return out
 
 
@@ -46,7 +46,7 @@ def native_gram(
     size = stride // output.shape[1] * channels
     sizes = branches, base, conditional, batch, size, stride
     packed = struct.pack("=9qf4x", output.data_ptr(), address(momentum), out.data_ptr(), *sizes, _float32(decay))
-    native_module().gram(set_number(instructions), packed)
+    native_module().gram(set_number(instructions), threads_for(output.numel() >= LARGE), packed)
 
 
 def native_quantile(x: Tensor, rank: QuantileRank, scratch: Tensor, out: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def native_blend(
     """Fill `out`, [B, ...], with the bits of `fastcfg.reference.blend` of an output [K*B, ...] with weights [B, K], or
     [B, K + 1] with momentum."""
     packed = _packed_blend(output, weights, momentum, out, len(output) // len(out), base, scaled)
-    native_module().blend_outputs(set_number(instructions), packed)
+    native_module().blend_outputs(set_number(instructions), threads_for(output.numel() >= LARGE), packed)
     return out
 
 
@@ -85,14 +85,15 @@ def native_x0(
 ) -> Tensor:
     """Fill `out`, like x and m, [B, ...], with the bits of `reference.pieces.predict_x0`; the others are [B]."""
     addresses = (address(tensor) for tensor in (x, m, p_x, p_m, *(rest or (None, None)), bound, out))
-    native_module().predict(set_number(instructions), struct.pack("=10q", *addresses, len(x), x.numel() // len(x)))
+    packed = struct.pack("=10q", *addresses, len(x), x.numel() // len(x))
+    native_module().predict(set_number(instructions), threads_for(x.numel() >= LARGE), packed)
     return out
 
 
 def native_threshold(x0: Tensor, bound: Tensor, out: Tensor, instructions: str | None = None) -> Tensor:
     """Fill `out`, like x0, [B, ...], with the bits of `fastcfg.reference.pieces.threshold`; bound is [B]."""
     packed = struct.pack("=5q", x0.data_ptr(), bound.data_ptr(), out.data_ptr(), len(x0), x0.numel() // len(x0))
-    native_module().threshold(set_number(instructions), packed)
+    native_module().threshold(set_number(instructions), threads_for(x0.numel() >= LARGE), packed)
     return out
 
 
@@ -118,7 +119,8 @@ class NativeBound:
         weights, momentum = b.weights if spec.branches > 1 else None, b.momentum if spec.momentum else None
         blend = _packed_blend(output, weights, momentum, b.x, spec.branches, spec.base, spec.scaled)
         addresses = map(address, (b.x, b.table, b.counter, b.x0, b.bound, self._scratch))
-        native_module().step_bound(self._set, blend + self._rank + struct.pack("=6q", *addresses))
+        threads = threads_for(b.x.numel() >= LARGE)
+        native_module().step_bound(self._set, threads, blend + self._rank + struct.pack("=6q", *addresses))
 
 
 def address(tensor: Tensor | None) -> int:

@@ -12,7 +12,7 @@ from ..reference.philox import STEP_STREAM
 from ..state_change import KnownBuffers, StateSpec
 from ..step import StepBuffers
 from .extension import native_module
-from .native import set_number
+from .native import LARGE, set_number, threads_for
 from .native_pieces import address
 
 # The bits of an exponent.
@@ -52,7 +52,7 @@ def native_noise_sums(
             variance, stride = variance.float().contiguous(), size
     addresses = map(address, (noise, variance, seeds, counter, sums))
     packed = struct.pack("=9q", *addresses, batch, size, stride, STEP_STREAM)
-    native_module().noise_sums(set_number(instructions), packed)
+    native_module().noise_sums(set_number(instructions), threads_for(batch * size >= LARGE), packed)
 
 
 def has_native_state_change(buffers: StepBuffers) -> bool:
@@ -76,4 +76,4 @@ def native_state_change(
     slots = len(model_input) // len(x)  # type: ignore[arg-type]
     sizes = len(x), x.numel() // len(x), slots, time.dtype == torch.int64  # type: ignore[union-attr]
     packed = struct.pack("=21q", *run, *map(address, pixels), *options, *sizes)
-    native_module().state_change(set_number(instructions), packed)
+    native_module().state_change(set_number(instructions), threads_for(x.numel() >= LARGE), packed)

@@ -19,5 +19,3 @@ typedef struct {
     int64_t stride; /* elements of a sample of the output */
     float decay; /* the momentum becomes decay*h + the difference of the branch `conditional` */
 } Gram;
-
-typedef void GramRun(const Gram *);

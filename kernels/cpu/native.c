@@ -50,7 +50,6 @@
 #undef SET
 #endif
 
-typedef void Brownian(const int64_t *, int64_t, int64_t, const int64_t *, const float *, int64_t, uint32_t, float *);
 
 static const struct {
     const char *name;

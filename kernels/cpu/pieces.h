@@ -33,7 +33,4 @@ typedef struct {
     uint32_t *scratch;
 } StepBound;
 
-typedef void BlendRun(const Blend *);
-typedef void PredictRun(const Predict *);
-typedef void ThresholdRun(const Threshold *);
 typedef void StepBoundRun(const StepBound *);

@@ -3,13 +3,7 @@
 
 /* By number of the set. */
 static const struct {
-    Brownian *brownian;
-    GramRun *gram;
-    NoiseSumsRun *noise_sums;
-    StateChangeRun *state_change;
-    BlendRun *blend_outputs;
-    PredictRun *predict;
-    ThresholdRun *threshold;
+    Range *brownian, *gram, *noise_sums, *state_change, *blend_outputs, *predict, *threshold;
     StepBoundRun *step_bound;
 } PIECES[] = {
 #define OF(set, name) .name = name##_##set
@@ -49,41 +43,31 @@ static int unpack_integers(PyObject *const *arguments, Py_ssize_t count, int64_t
     } while (0)
 #define ADDRESS(number) (void *)(intptr_t)(number)
 
-static PyObject *brownian(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
-{
-    (void)self;
-    int64_t n[8];
-    if (count != 9)
-        return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 9", count);
-    const long set = set_of(arguments[0]);
-    if (set < 0 || unpack_integers(arguments + 1, 8, n))
-        return NULL;
-    CALL(n[1] * n[2] * n[5], PIECES[set].brownian(ADDRESS(n[0]), n[1], n[2], ADDRESS(n[3]), ADDRESS(n[4]), n[5],
-                                                  (uint32_t)n[6], ADDRESS(n[7])));
-    Py_RETURN_NONE;
-}
-
 /* A kernel whose arguments Python packed into a struct. */
-#define PACKED_PIECE(name, Struct, elements)                                                  \
+#define PACKED_PIECE(name, Struct, ...)                                                       \
     static PyObject *name(PyObject *self, PyObject *const *arguments, Py_ssize_t count)        \
     {                                                                                          \
         (void)self;                                                                            \
         Struct s;                                                                              \
-        if (count != 2)                                                                        \
-            return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 2", count);      \
+        if (count != 3)                                                                        \
+            return PyErr_Format(PyExc_TypeError, "got %zd arguments, expected 3", count);      \
         const long set = set_of(arguments[0]);                                                 \
-        if (set < 0 || unpack(#name, arguments[1], &s, sizeof s))                              \
+        const int64_t threads = set < 0 ? -1 : PyLong_AsLongLong(arguments[1]);                \
+        if (PyErr_Occurred() || unpack(#name, arguments[2], &s, sizeof s))                     \
             return NULL;                                                                       \
-        CALL(elements, PIECES[set].name(&s));                                                  \
+        __VA_ARGS__;                                                                           \
         Py_RETURN_NONE;                                                                        \
     }
-PACKED_PIECE(gram, Gram, s.batch * s.size * s.branches)
-PACKED_PIECE(noise_sums, NoiseSums, s.batch * s.size)
-PACKED_PIECE(state_change, StateChange, s.batch * s.size)
-PACKED_PIECE(blend_outputs, Blend, s.batch * s.size)
-PACKED_PIECE(predict, Predict, s.batch * s.size)
-PACKED_PIECE(threshold, Threshold, s.batch * s.size)
-PACKED_PIECE(step_bound, StepBound, s.blend.batch * s.blend.size)
+/* The samples are shared among threads. */
+#define SHARED_PIECE(name, Struct) PACKED_PIECE(name, Struct, share(PIECES[set].name, &s, s.batch, threads))
+SHARED_PIECE(brownian, Brownian)
+SHARED_PIECE(gram, Gram)
+SHARED_PIECE(noise_sums, NoiseSums)
+SHARED_PIECE(state_change, StateChange)
+SHARED_PIECE(blend_outputs, Blend)
+SHARED_PIECE(predict, Predict)
+SHARED_PIECE(threshold, Threshold)
+PACKED_PIECE(step_bound, StepBound, CALL(threads ? LARGE : 0, PIECES[set].step_bound(&s)))
 
 /* For all sets, as is the next. */
 static PyObject *quantile(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -113,15 +97,14 @@ static PyObject *finite_check(PyObject *self, PyObject *const *arguments, Py_ssi
 
 #define PIECE_METHOD(name, arguments) \
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, #name "(" arguments ")"}
-#define PIECE_METHODS                                                                                                  \
-    PIECE_METHOD(brownian, "number of the set, address of int64 seeds, samples, their size, addresses of int64 nodes " \
-                           "and float factors, terms, stream, address to write to"),                                   \
-    PIECE_METHOD(blend_outputs, "number of the set, packed Blend"),                                                    \
-    PIECE_METHOD(predict, "number of the set, packed Predict"),                                                        \
-    PIECE_METHOD(threshold, "number of the set, packed Threshold"),                                                    \
-    PIECE_METHOD(step_bound, "number of the set, packed StepBound"),                                                   \
-    PIECE_METHOD(finite_check, "packed Finite"),                                                                       \
-    PIECE_METHOD(noise_sums, "number of the set, packed NoiseSums"),                                                   \
-    PIECE_METHOD(state_change, "number of the set, packed StateChange"),                                               \
-    PIECE_METHOD(gram, "number of the set, packed Gram"),                                                              \
+#define PIECE_METHODS                                                             \
+    PIECE_METHOD(brownian, "number of the set, threads, packed Brownian"),        \
+    PIECE_METHOD(blend_outputs, "number of the set, threads, packed Blend"),      \
+    PIECE_METHOD(predict, "number of the set, threads, packed Predict"),          \
+    PIECE_METHOD(threshold, "number of the set, threads, packed Threshold"),      \
+    PIECE_METHOD(step_bound, "number of the set, threads, packed StepBound"),     \
+    PIECE_METHOD(finite_check, "packed Finite"),                                  \
+    PIECE_METHOD(noise_sums, "number of the set, threads, packed NoiseSums"),     \
+    PIECE_METHOD(state_change, "number of the set, threads, packed StateChange"), \
+    PIECE_METHOD(gram, "number of the set, threads, packed Gram"),                \
     PIECE_METHOD(quantile, "packed Rank, address, samples, their size, addresses of scratch and bounds")

@@ -1,4 +1,5 @@
-/* What works on a run's buffers between its rows: a change of the state, and the sums of a log-probability. */
+/* What works on a run's buffers between its rows: a change of the state, Brownian noise, the sums of a
+ * log-probability. */
 #pragma once
 #include <stdint.h>
 
@@ -28,5 +29,9 @@ typedef struct {
     int64_t stream;
 } NoiseSums;
 
-typedef void StateChangeRun(const StateChange *);
-typedef void NoiseSumsRun(const NoiseSums *);
+typedef struct {
+    const int64_t *seeds, *nodes;
+    const float *factors;
+    float *out;
+    int64_t batch, size, terms, stream;
+} Brownian;

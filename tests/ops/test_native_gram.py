@@ -129,9 +129,9 @@ def test_who_watches_torchs_operations_sees_the_kernel() -> None:
 @built
 def test_arguments_that_cannot_be_are_refused() -> None:
     run = extension.native_module().gram
-    with pytest.raises(TypeError, match="got 1 arguments, expected 2"):
+    with pytest.raises(TypeError, match="got 1 arguments, expected 3"):
         run(0)
     with pytest.raises(ValueError, match="instruction set: got 9"):
-        run(9, b"")
+        run(9, 0, b"")
     with pytest.raises(ValueError, match="gram: got 3 bytes, expected 80"):
-        run(0, b"abc")
+        run(0, 0, b"abc")

@@ -181,9 +181,38 @@ def test_without_the_extension_the_reference_runs(monkeypatch: pytest.MonkeyPatc
 )
 def test_arguments_that_cannot_be_are_refused(name: str, size: int) -> None:
     run = getattr(extension.native_module(), name)
-    with pytest.raises(TypeError, match="got 1 arguments, expected 2"):
+    with pytest.raises(TypeError, match="got 1 arguments, expected 3"):
         run(0)
     with pytest.raises(ValueError, match="instruction set: got 9"):
-        run(9, b"")
+        run(9, 0, b"")
     with pytest.raises(ValueError, match=f"{name}: got 3 bytes, expected {size}"):
-        run(0, b"abc")
+        run(0, 0, b"abc")
+
+
+@built
+@pytest.mark.parametrize("threads", [2, 3])
+def test_large_states_have_the_same_bits_in_any_number_of_threads(threads: int) -> None:
+    output, weights, seeds = normal(10, 3, 4500), normal(5, 2, seed=1), torch.arange(5)
+    nodes, one, momentum = torch.arange(3), torch.ones(5), normal(5, 3, 4500, seed=2)
+
+    def results() -> list[Tensor]:
+        h = momentum.clone()
+        products, sums = ops.gram(output, 2, 1, momentum=h, conditional=0, decay=0.5, backend="native")
+        return [
+            *(products, sums, h),
+            ops.guidance_blend(output, weights, base=1, backend="native"),
+            ops.predict_x0(momentum, output[:5], one, weights[:, 1].contiguous(), one, backend="native"),
+            ops.dynamic_threshold(momentum, 0.9, 0.1, backend="native"),
+            ops.brownian_noise(torch.empty(5, 13500), seeds, nodes, torch.randn(3).sign(), 3, "native").abs(),
+        ]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    want = results()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    try:
+        assert all(map(torch.equal, results(), want))
+    finally:
+        torch.set_num_threads(before)

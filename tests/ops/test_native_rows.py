@@ -235,10 +235,10 @@ def test_without_the_extension_the_reference_runs(monkeypatch: pytest.MonkeyPatc
 def test_arguments_that_cannot_be_are_refused() -> None:
     module = extension.native_module()
     for name, size in (("noise_sums", 72), ("state_change", 168)):
-        with pytest.raises(TypeError, match="got 1 arguments, expected 2"):
+        with pytest.raises(TypeError, match="got 1 arguments, expected 3"):
             getattr(module, name)(0)
         with pytest.raises(ValueError, match=f"{name}: got 3 bytes, expected {size}"):
-            getattr(module, name)(0, b"abc")
+            getattr(module, name)(0, 0, b"abc")
     with pytest.raises(TypeError, match="got 0 arguments, expected 1"):
         module.finite_check()
     with pytest.raises(ValueError, match="finite_check: got 3 bytes, expected 88"):
