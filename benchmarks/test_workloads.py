@@ -24,7 +24,10 @@ from benchmarks.suite.workloads import MODELS, Workload, select
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _STEPS = ("guided-diffusion", "GLIDE", "diffusers", "k-diffusion", "torch eager", "torch.compile")
-_OWN = {"step": ("reference", "inductor", "triton"), "loop": ("fastcfg", "fastcfg inductor", "fastcfg captured")}
+_OWN = {
+    "step": ("native", "reference", "inductor", "triton"),
+    "loop": ("fastcfg", "fastcfg inductor", "fastcfg captured"),
+}
 
 
 def _cases() -> Iterator[Any]:

@@ -28,9 +28,9 @@ _NAMES = (
     COPY,
 )
 # Okabe and Ito's, which colour-blind people tell apart, and darker ones of the same; fastcfg has the cool ones.
-_OURS = "#56B4E9 #0072B2 #009E73 #56B4E9 #0072B2 #009E73 #00543D "
+_OURS = "#003A5D #56B4E9 #0072B2 #009E73 #56B4E9 #0072B2 #009E73 #00543D "
 _RIVALS = "#E69F00 #8F6300 #D55E00 #7A3600 #CC79A7 #7B4173 #8C8C8C #B8A800 #6B6200 #6B6200 #000000"
-_LOOKS = dict(zip(_NAMES, zip((_OURS + _RIVALS).split(), "osDosD^os^sDvPXhh ", strict=True), strict=True))
+_LOOKS = dict(zip(_NAMES, zip((_OURS + _RIVALS).split(), "vosDosD^os^sDvPXhh ", strict=True), strict=True))
 _STYLE = {"font.size": 8.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 Result = dict[str, Any]
 Groups = dict[str, list[Result]]

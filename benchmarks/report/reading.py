@@ -10,7 +10,7 @@ from fastcfg.cli.parser import UsageError
 
 SCHEMA = 1
 _LOOPS = ("fastcfg", "fastcfg inductor", "fastcfg captured", "fastcfg captured compiled")
-OURS = ("reference", "inductor", "triton", *_LOOPS)
+OURS = ("native", "reference", "inductor", "triton", *_LOOPS)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from benchmarks.suite.architectures import ARCHITECTURES
 from benchmarks.suite.cases import LoopCase, NotHereError, Provider, StepCase
 from benchmarks.suite.workloads import ROWS, SHAPES, Workload
 from fastcfg import Schedule
-from fastcfg.ops import inductor_problem, triton_problem
+from fastcfg.ops import inductor_problem, native_problem, triton_problem
 from fastcfg.parity.steps import Case as OptionCase
 from fastcfg.parity.steps import make_case
 
@@ -124,7 +124,8 @@ def _op(workload: Workload, device: torch.device) -> Job:
     case = cache(partial(pieces.PieceCase.random, workload.what, shape, workload.torch_dtype, device))
     moved = case(0).moved
     entries = _plain(pieces.formula, device) | _own(pieces.own, device) | _floors(moved, device)
-    entries.pop("inductor")
+    for name in ("inductor", "native"):
+        entries.pop(name)
     return Job(shape, case, lambda: case(0).exact(), lambda: TOLERANCES[workload.dtype], moved, 1, entries)
 
 
@@ -278,6 +279,7 @@ def _own(make: Callable[..., Provider], device: torch.device) -> dict[str, Entry
     triton = triton_problem(device) if device.type == "cuda" else "needs a GPU"
     return {
         "reference": Entry(partial(make, backend="reference"), own=True),
+        "native": Entry(partial(make, backend="native"), native_problem(device), own=True, counted=False),
         "inductor": Entry(partial(make, backend="inductor"), inductor_problem(device), own=True, counted=False),
         "triton": Entry(partial(make, backend="triton"), triton, own=True),
     }
