@@ -41,10 +41,10 @@ def step_buffers(case: StepCase, dtype: torch.dtype = torch.float32) -> StepBuff
 
 
 def step(case: StepCase, backend: str, dtype: torch.dtype = torch.float32) -> Provider:
-    """The fused step; noise is drawn by torch, with Triton in the step itself."""
+    """The fused step; noise is drawn by torch, by the kernels in the step itself."""
     spec, buffers = step_spec(case), step_buffers(case, dtype)
     output = case.output.double() if dtype == torch.float64 else case.output
-    noise, seeded = case.noise[: len(case.x)], backend == "triton"
+    noise, seeded = case.noise[: len(case.x)], backend in ("triton", "native")
     given = GuidedStep(spec, buffers, backend)
     drawing = spec.noise_source == "tensor"
     drawn = GuidedStep(replace(spec, noise_source="philox"), buffers, backend) if drawing and seeded else given

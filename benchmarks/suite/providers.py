@@ -15,7 +15,7 @@ from benchmarks.suite.architectures import ARCHITECTURES
 from benchmarks.suite.cases import LoopCase, NotHereError, Provider, StepCase
 from benchmarks.suite.workloads import ROWS, SHAPES, Workload
 from fastcfg import Schedule
-from fastcfg.ops import inductor_problem, native_problem, triton_problem
+from fastcfg.ops import inductor_problem, native_problem, resolve_backend, triton_problem
 from fastcfg.parity.steps import Case as OptionCase
 from fastcfg.parity.steps import make_case
 
@@ -153,7 +153,7 @@ def _loop(workload: Workload, device: torch.device) -> Job:
         for name, mode in (("torch.compile", "default"), ("torch.compile reduce-overhead", "reduce-overhead")):
             problem = compiling or (cuda if mode != "default" else "")
             entries[name] = Entry(partial(_compiled_loop, process=process, mode=mode), problem, counted=False)
-    noise = "philox" if device.type == "cuda" else "torch"
+    noise = "philox" if resolve_backend("auto", device) != "reference" else "torch"
     own = partial(engine.loop, noise_source=noise)
     entries["fastcfg"] = Entry(partial(own, graph=False), own=True)
     entries["fastcfg inductor"] = Entry(
