@@ -29,7 +29,7 @@ examples:
   fastcfg doctor --json doctor.json"""
 
 # DDIM at (1, 3, 16, 16), (1, 3, 64, 64) and (16, 3, 64, 64), one thread: the reference's time over the native step's.
-_WITHOUT_NATIVE = "without it, a step on this CPU takes 3 to 7 times as long"
+_WITHOUT_NATIVE = "without it, a step on this CPU takes 5 to 8 times as long"
 # Measured between float32 and float64: 1.8e-7.
 _STEP_TOLERANCE = 1e-5
 
