@@ -28,7 +28,7 @@ examples:
   fastcfg doctor
   fastcfg doctor --json doctor.json"""
 
-# DDIM at (1, 3, 16, 16), (1, 3, 64, 64) and (16, 3, 64, 64), one thread: the reference's time over the native step's.
+# benchmarks/results/cpu/bench.json, one thread: the times of the reference over those of the native step.
 _WITHOUT_NATIVE = "without it, a step on this CPU takes 5 to 8 times as long"
 # Measured between float32 and float64: 1.8e-7.
 _STEP_TOLERANCE = 1e-5

@@ -41,7 +41,7 @@ class SamplerConfig:
             i depends on its seed alone), "torch" (`torch.randn`, from the global generator without a seed) or
             "brownian" (drawn before the step, in one launch: increments of a path over the noise levels that depends on
             the seed alone, so that solvers of an SDE give the same picture in more steps).
-        backend: "auto", "triton", "inductor" (compiles for seconds, see `GuidedStep`) or "reference".
+        backend: "auto", "triton", "native" (CPUs), "inductor" (compiles for seconds, see `GuidedStep`) or "reference".
         graph: "auto" captures model and step as one CUDA graph where that is measured to be faster, and runs eagerly
             elsewhere; True captures without measuring (on a CPU, with the stand-in for graphs); False runs eagerly. A
             model that cannot be captured runs eagerly, with a warning that names the line to blame.

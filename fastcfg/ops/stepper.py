@@ -26,7 +26,8 @@ class Stepper:
         like: a sample [B, C, ...] in float32, float16 or bfloat16 (float64 on the reference path); the run's samples
             have its shape, dtype and device.
         clip: of x0: None, a bound, or a `DynamicThreshold`.
-        backend: "auto", "triton" or "reference"; ValueError if it cannot run, or for a sample of another dtype.
+        backend: "auto", "triton", "native" (on CPUs) or "reference"; ValueError if it cannot run, or for a sample of
+            another dtype.
         keep_x0: whether to return x0 too.
 
     Example:
